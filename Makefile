@@ -1,0 +1,44 @@
+# Each target does all its own set-up: see tools/setup.sh.
+.DEFAULT_GOAL := help
+PY := .venv/bin/python
+ARGS ?=
+DEMO_ARGS ?=
+
+.PHONY: help demo test test-mutants bench deps lint tidy format clean
+
+help: ## This list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
+
+demo: ## Train a small GPT twice: AdamW in memory, AdamW on NVMe (ARGS="--help")
+	@tools/setup.sh package
+	@$(PY) examples/train_gpt.py $(DEMO_ARGS) $(ARGS)
+
+test: ## GoogleTest and pytest (ARGS go to pytest)
+	@tools/setup.sh tests
+	@tools/test.sh $(ARGS)
+
+test-mutants: ## Break the code in known ways; each named test must notice
+	@tools/setup.sh tests
+	@$(PY) tests/mutants/run.py $(ARGS)
+
+bench: ## Micro-benchmarks; see benchmarks/README.md for the others
+	@tools/setup.sh benchmarks
+	@tools/bench.sh $(ARGS)
+
+deps: ## Unpack missing Debian packages into .deps, without root
+	@tools/deps.sh
+
+lint: ## clang-format and ruff
+	@tools/setup.sh python
+	@tools/lint.sh
+
+tidy: ## clang-tidy (minutes)
+	@tools/setup.sh tests
+	@tools/tidy.sh $(ARGS)
+
+format: ## Rewrite the sources as clang-format and ruff want them
+	@tools/setup.sh python
+	@tools/lint.sh --fix
+
+clean: ## Remove what was built; .venv and .deps stay
+	rm -rf build torch_ext/_C.*.so torch_ext/lib torch_ext/include torch_ext/share

@@ -1,0 +1,43 @@
+# What the core needs from outside, as target torch_ext_third_party. Looked up
+# on the system, then in .deps, where `make deps` unpacks Debian packages, then
+# (nlohmann_json only) among Python's packages.
+
+find_package(Threads REQUIRED)
+
+set(torch_ext_deps ${PROJECT_SOURCE_DIR}/.deps/usr)
+add_library(torch_ext_third_party INTERFACE)
+target_link_libraries(torch_ext_third_party INTERFACE Threads::Threads)
+
+function(torch_ext_find_header variable header package)
+  find_path(${variable} ${header} PATHS ${torch_ext_deps}/include ${ARGN})
+  mark_as_advanced(${variable})
+  if(NOT ${variable})
+    message(FATAL_ERROR "<${header}> is missing: type `apt-get install "
+                        "${package}` or, without root, `make deps`.")
+  endif()
+  target_include_directories(torch_ext_third_party SYSTEM INTERFACE
+                             ${${variable}})
+endfunction()
+
+file(GLOB torch_ext_pypi
+  $ENV{VIRTUAL_ENV}/lib/python3*/site-packages/nlohmann_json/include
+  ${PROJECT_SOURCE_DIR}/.venv/lib/python3*/site-packages/nlohmann_json/include)
+torch_ext_find_header(TORCH_EXT_XXHASH_DIR xxhash.h libxxhash-dev)
+torch_ext_find_header(TORCH_EXT_NLOHMANN_DIR nlohmann/json.hpp
+                      nlohmann-json3-dev ${torch_ext_pypi})
+
+# libaio, else raw system calls. A wheel makes raw calls, for it cannot count
+# on libaio.so where it is installed.
+if(NOT TORCH_EXT_RAW_AIO AND NOT TORCH_EXT_WHEEL)
+  find_path(TORCH_EXT_LIBAIO_DIR libaio.h)
+  find_library(TORCH_EXT_LIBAIO aio)
+  mark_as_advanced(TORCH_EXT_LIBAIO_DIR TORCH_EXT_LIBAIO)
+endif()
+if(TORCH_EXT_LIBAIO_DIR AND TORCH_EXT_LIBAIO)
+  target_include_directories(torch_ext_third_party SYSTEM INTERFACE
+                             ${TORCH_EXT_LIBAIO_DIR})
+  target_link_libraries(torch_ext_third_party INTERFACE ${TORCH_EXT_LIBAIO})
+else()
+  message(STATUS "torch_ext: raw aio system calls instead of libaio")
+  target_compile_definitions(torch_ext_third_party INTERFACE TORCH_EXT_RAW_AIO)
+endif()

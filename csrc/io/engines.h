@@ -1,0 +1,22 @@
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "torch_ext/io/io_engine.h"
+
+namespace torch_ext {
+
+/// Errors: IoError where the kernel refuses.
+std::unique_ptr<IoEngine> make_libaio_engine(int depth);
+/// Empty if one request went through the kernel, else why not.
+std::string libaio_unavailable_reason();
+
+std::unique_ptr<IoEngine> make_thread_engine(int depth);
+
+/// All engines of one factory share a disk.
+IoEngineFactory make_memory_engine_factory();
+
+std::unique_ptr<IoEngine> make_null_engine(int depth);
+
+}  // namespace torch_ext

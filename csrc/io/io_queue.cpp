@@ -1,0 +1,78 @@
+#include "torch_ext/io/io_queue.h"
+
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <limits>
+#include <list>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "io_operation.h"
+#include "io_worker.h"
+#include "torch_ext/base/error.h"
+
+namespace torch_ext {
+
+class IoQueue::Impl {
+ public:
+  Impl(const AioConfig& config, const IoEngineFactory& factory)
+      : config_(config) {
+    config.validate();
+    try {
+      for (int i = 0; i < config.thread_count; ++i) {
+        workers_.push_back(std::make_unique<IoWorker>(
+            backlog_, config, factory(config.queue_depth)));
+        workers_.back()->start();
+      }
+    } catch (...) {
+      stop();
+      throw;
+    }
+  }
+
+  void stop() {
+    backlog_.close();
+    for (auto& worker : workers_) worker->join();
+  }
+
+  AioConfig config_;
+  pid_t owner_ = getpid();
+  IoBacklog backlog_;
+  std::vector<std::unique_ptr<IoWorker>> workers_;
+};
+
+IoQueue::IoQueue(const AioConfig& config, const IoEngineFactory& factory)
+    : impl_(std::make_unique<Impl>(config, factory)) {}
+
+IoQueue::~IoQueue() {
+  if (getpid() != impl_->owner_) {
+    // The threads exist only in the process that started them: nothing can
+    // be joined, and what they used must not be torn down under the parent.
+    static_cast<void>(impl_.release());
+    return;
+  }
+  impl_->stop();
+}
+
+Ticket IoQueue::submit(IoOperation operation) {
+  if (getpid() != impl_->owner_) {
+    throw StateError("this I/O queue was created in process " +
+                     std::to_string(impl_->owner_) +
+                     " and cannot be used in a forked child");
+  }
+  auto started = std::make_unique<RunningOperation>(std::move(operation),
+                                                    impl_->config_.block_size);
+  Ticket ticket = started->ticket();
+  impl_->backlog_.push(std::move(started));
+  return ticket;
+}
+
+const AioConfig& IoQueue::config() const noexcept { return impl_->config_; }
+
+}  // namespace torch_ext

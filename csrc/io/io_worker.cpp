@@ -1,0 +1,263 @@
+#include "io_worker.h"
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <string>
+#include <system_error>
+#include <utility>
+
+#include "torch_ext/base/align.h"
+#include "torch_ext/base/checksum.h"
+#include "torch_ext/base/error.h"
+
+namespace torch_ext {
+namespace {
+
+using std::chrono::microseconds;
+
+// With the pauses below, about six seconds of a kernel that says "not now".
+constexpr int kMaxAttempts = 70;
+
+// Transfers in a row that end without a byte and without an error.
+constexpr int kMaxIdleTransfers = 8;
+
+// Bytes hashed before what is hashed is submitted: the device should not wait
+// for the checksums of a whole batch.
+constexpr std::size_t kHashAhead = std::size_t{1} << 20;
+
+void pause(int attempt) {
+  std::this_thread::sleep_for(std::min(
+      microseconds(50) * (1 << std::min(attempt, 11)), microseconds(100000)));
+}
+
+bool is_transient(int error) {
+  return error == EINTR || error == EAGAIN || error == ENOMEM;
+}
+
+const char* name_of(IoRequest::Op op) {
+  switch (op) {
+    case IoRequest::Op::kRead:
+      return "pread";
+    case IoRequest::Op::kWrite:
+      return "pwrite";
+    case IoRequest::Op::kSync:
+      return "fsync";
+  }
+  return "io";
+}
+
+}  // namespace
+
+IoWorker::IoWorker(IoBacklog& backlog, const AioConfig& config,
+                   std::unique_ptr<IoEngine> engine)
+    : backlog_(backlog), config_(config), engine_(std::move(engine)) {
+  const std::size_t depth = engine_->depth();
+  slots_.resize(depth);
+  for (auto* list : {&free_, &ready_}) list->reserve(depth);
+  taken_.reserve(depth);
+  batch_.reserve(depth);
+  completions_.resize(depth);
+  for (std::size_t slot = depth; slot > 0; --slot) free_.push_back(slot - 1);
+}
+
+void IoWorker::start() {
+  // Signals belong to the application's threads.
+  sigset_t all;
+  sigset_t old;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &old);
+  int error = 0;
+  try {
+    thread_ = std::thread([this] { run(); });
+    pthread_setname_np(thread_.native_handle(), "torch_ext io");
+  } catch (const std::system_error& refused) {
+    error = refused.code().value();
+  }
+  pthread_sigmask(SIG_SETMASK, &old, nullptr);
+  if (error != 0) throw IoError({.op = "pthread_create", .error = error});
+}
+
+void IoWorker::join() {
+  if (thread_.joinable()) thread_.join();
+}
+
+void IoWorker::run() {
+  while (take_pieces()) {
+    submit_ready();
+    reap();
+  }
+}
+
+bool IoWorker::take_pieces() {
+  if (free_.empty() || (!config_.overlap_events && busy() > 0)) return true;
+  taken_.clear();
+  const bool open = backlog_.take(free_.size(), busy() == 0, taken_);
+  for (const RunningPiece& piece : taken_) {
+    const std::size_t slot = free_.back();
+    free_.pop_back();
+    slots_[slot] = piece;
+    ready_.push_back(slot);
+  }
+  return open || busy() > 0;
+}
+
+void IoWorker::submit_ready() {
+  std::size_t submitted = 0;
+  while (submitted < ready_.size()) {
+    batch_.clear();
+    std::size_t hashed = 0;
+    while (submitted + batch_.size() < ready_.size()) {
+      const std::size_t slot = ready_[submitted + batch_.size()];
+      batch_.push_back(request_of(slot));
+      if (!slots_[slot].operation->io().checksums.empty()) {
+        hashed += batch_.back().length;
+      }
+      if (config_.single_submit || hashed >= kHashAhead) break;
+    }
+    const std::size_t accepted = engine_->submit(batch_);
+    in_flight_ += accepted;
+    submitted += accepted;
+    if (accepted < batch_.size()) break;
+  }
+  if (submitted > 0) refusals_ = 0;
+  ready_.erase(ready_.begin(),
+               ready_.begin() + static_cast<std::ptrdiff_t>(submitted));
+}
+
+IoRequest IoWorker::request_of(std::size_t slot) {
+  const RunningPiece& running = slots_[slot];
+  const IoOperation& io = running.operation->io();
+  const Piece& piece = running.piece;
+  if (io.op == IoRequest::Op::kWrite && !io.checksums.empty()) {
+    // Again after a refusal too: the checksum is of what the kernel is given.
+    io.checksums[piece.block] = checksum({piece.data, piece.length});
+  }
+  return {.op = io.op,
+          .fd = piece.fd,
+          .offset = piece.offset + running.moved,
+          .data = piece.data + running.moved,
+          .length = piece.length - running.moved,
+          .cookie = slot};
+}
+
+void IoWorker::reap() {
+  if (in_flight_ == 0) {
+    if (ready_.empty()) return;
+    // Somebody else has used up what the kernel has for all.
+    if (++refusals_ > kMaxAttempts) {
+      const std::size_t slot = ready_.front();
+      ready_.erase(ready_.begin());
+      fail(slot, EAGAIN, "the kernel took no request for seconds");
+      refusals_ = 0;
+    } else {
+      pause(refusals_);
+    }
+    return;
+  }
+  std::size_t at_least = config_.overlap_events ? 1 : in_flight_;
+  const bool room = config_.overlap_events && !free_.empty() && ready_.empty();
+  const bool announced = room && backlog_.announce_poll(*this);
+  if (room && !announced) at_least = 0;
+  const std::size_t count =
+      engine_->poll(completions_, at_least, std::chrono::nanoseconds::max());
+  if (announced) backlog_.end_poll(*this);
+  for (std::size_t i = 0; i < count; ++i) complete(completions_[i]);
+}
+
+void IoWorker::complete(const IoCompletion& completion) {
+  const std::size_t slot = completion.cookie;
+  if (slot >= slots_.size() || slots_[slot].operation == nullptr) return;
+  --in_flight_;
+  if (completion.result < 0) {
+    try_again(slot, static_cast<int>(-completion.result), "");
+  } else if (slots_[slot].operation->io().op == IoRequest::Op::kSync) {
+    end(slot);
+  } else {
+    advance(slot, static_cast<std::size_t>(completion.result));
+  }
+}
+
+void IoWorker::advance(std::size_t slot, std::size_t bytes) {
+  RunningPiece& running = slots_[slot];
+  const IoOperation& io = running.operation->io();
+  const std::size_t reached = running.moved + bytes;
+  if (reached >= running.piece.length) {
+    if (matches_checksum(running)) {
+      end(slot);
+    } else {
+      fail(slot, EIO, "checksum mismatch: these are not the bytes written");
+    }
+    return;
+  }
+  const std::size_t aligned = align_down(reached, running.piece.unit);
+  if (aligned > running.moved) {
+    running.moved = aligned;
+    running.attempts = 0;
+    ready_.push_back(slot);
+    return;
+  }
+  std::uint64_t size = 0;
+  try {
+    size = io.file->size();
+  } catch (const IoError& error) {
+    fail(slot, error.error(), "asking for the file's size");
+    return;
+  }
+  const std::uint64_t end_of_data = running.piece.offset + reached;
+  if (io.op == IoRequest::Op::kRead && size <= end_of_data) {
+    fail(slot, EIO, "the file ends at byte " + std::to_string(size));
+  } else {
+    try_again(slot, 0, "short transfers without progress");
+  }
+}
+
+bool IoWorker::matches_checksum(const RunningPiece& running) const {
+  const IoOperation& io = running.operation->io();
+  if (io.op != IoRequest::Op::kRead || io.checksums.empty()) return true;
+  const Piece& piece = running.piece;
+  return io.checksums[piece.block] == checksum({piece.data, piece.length});
+}
+
+void IoWorker::try_again(std::size_t slot, int error, const char* detail) {
+  RunningPiece& running = slots_[slot];
+  const int limit = error == 0            ? kMaxIdleTransfers
+                    : is_transient(error) ? kMaxAttempts
+                                          : 0;
+  if (++running.attempts <= limit) {
+    if (running.attempts > 1) pause(running.attempts);
+    ready_.push_back(slot);
+    return;
+  }
+  fail(slot, error == 0 ? EIO : error, detail);
+}
+
+void IoWorker::fail(std::size_t slot, int error, const std::string& detail) {
+  const RunningPiece& running = slots_[slot];
+  const IoOperation& io = running.operation->io();
+  try {
+    throw IoError({.op = name_of(io.op),
+                   .path = io.file->path(),
+                   .offset = running.piece.offset + running.moved,
+                   .length = running.piece.length - running.moved,
+                   .error = error,
+                   .detail = detail});
+  } catch (...) {
+    // Whatever came out, were it bad_alloc, the operation must hear of it.
+    running.operation->fail(std::current_exception());
+  }
+  end(slot);
+}
+
+void IoWorker::end(std::size_t slot) {
+  RunningOperation* operation = std::exchange(slots_[slot].operation, nullptr);
+  free_.push_back(slot);
+  if (!operation->end_pieces(1)) return;
+  operation->finish();
+  delete operation;
+}
+
+}  // namespace torch_ext

@@ -1,0 +1,260 @@
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cerrno>
+#include <fstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "aio_syscalls.h"
+#include "deadline.h"
+#include "engines.h"
+#include "torch_ext/base/error.h"
+
+namespace torch_ext {
+namespace {
+
+using std::chrono::nanoseconds;
+
+/// Slots kept for wake(), so that it ends a wait for up to so many events.
+constexpr std::size_t kWakeSlots = 16;
+
+std::string limit_text(std::size_t needed) {
+  const auto value_of = [](const char* name) {
+    std::ifstream file(std::string("/proc/sys/fs/") + name);
+    std::string value;
+    return file >> value ? value : std::string("unknown");
+  };
+  return "fs.aio-max-nr is " + value_of("aio-max-nr") + ", " +
+         value_of("aio-nr") + " are in use and " + std::to_string(needed) +
+         " more are needed: raise it with sysctl, or lower queue_depth or "
+         "thread_count";
+}
+
+/// A kernel AIO context. In a forked child it belongs to the parent.
+class AioContext {
+ public:
+  explicit AioContext(std::size_t slots) {
+    const int rc = aio::setup(static_cast<unsigned>(slots), &context_);
+    if (rc == 0) return;
+    throw IoError({.op = "io_setup",
+                   .error = -rc,
+                   .detail = rc == -EAGAIN ? limit_text(slots) : ""});
+  }
+  AioContext(const AioContext&) = delete;
+  AioContext& operator=(const AioContext&) = delete;
+  ~AioContext() {
+    if (!foreign()) aio::destroy(context_);
+  }
+
+  aio::Context get() const noexcept { return context_; }
+  bool foreign() const noexcept { return getpid() != owner_; }
+
+ private:
+  aio::Context context_ = {};
+  const pid_t owner_ = getpid();
+};
+
+/// An empty file in memory: reading nothing from it completes at once.
+class EmptyFile {
+ public:
+  EmptyFile() : fd_(memfd_create("torch_ext wake", MFD_CLOEXEC)) {
+    if (fd_ < 0) throw IoError({.op = "memfd_create", .error = errno});
+  }
+  EmptyFile(const EmptyFile&) = delete;
+  EmptyFile& operator=(const EmptyFile&) = delete;
+  ~EmptyFile() { close(fd_); }
+
+  int fd() const noexcept { return fd_; }
+
+ private:
+  const int fd_;
+};
+
+class LibaioEngine final : public IoEngine {
+ public:
+  explicit LibaioEngine(std::size_t depth)
+      : depth_(depth),
+        context_(depth + kWakeSlots),
+        wake_block_(aio::prepare({.fd = empty_.fd()}, 0)),
+        blocks_(depth),
+        pointers_(depth),
+        events_(depth) {
+    wake_pointers_.fill(&wake_block_);
+    std::transform(blocks_.begin(), blocks_.end(), pointers_.begin(),
+                   [](iocb& block) { return &block; });
+    refused_.reserve(depth);
+  }
+
+  ~LibaioEngine() override {
+    // Not left to io_destroy, which did not wait in some kernels.
+    std::array<IoCompletion, 64> ignored;
+    while (in_kernel_ > 0 && !context_.foreign()) {
+      try {
+        reap(ignored, 1, std::chrono::hours(1));
+      } catch (const IoError&) {
+        break;
+      }
+    }
+  }
+
+  std::string_view name() const noexcept override { return "libaio"; }
+  std::size_t depth() const noexcept override { return depth_; }
+  void add_buffers(std::span<std::byte>) override {}
+
+  std::size_t submit(std::span<const IoRequest> batch) override {
+    // The kernel's ring has more room than it was asked for.
+    const std::size_t room = depth_ - in_kernel_ - refused_.size();
+    batch = batch.first(std::min(batch.size(), room));
+    for (std::size_t i = 0; i < batch.size(); ++i) {
+      blocks_[i] = aio::prepare(
+          batch[i], std::min(batch[i].length, IoRequest::kMaxTransfer));
+    }
+    std::size_t done = 0;
+    while (done < batch.size()) {
+      const int rc = aio::submit(context_.get(), batch.size() - done,
+                                 pointers_.data() + done);
+      if (rc > 0) {
+        in_kernel_ += static_cast<std::size_t>(rc);
+        done += static_cast<std::size_t>(rc);
+      } else if (rc == 0 || rc == -EAGAIN) {
+        // With nothing in flight only late wakes can fill the ring.
+        if (in_kernel_ > 0 || !discard_wakes()) break;
+      } else if (rc != -EINTR) {
+        refuse(batch[done++], rc);
+      }
+    }
+    return done;
+  }
+
+  std::size_t poll(std::span<IoCompletion> out, std::size_t at_least,
+                   nanoseconds timeout) override {
+    std::size_t count = take_refused(out);
+    out = out.first(std::min(out.size(), count + in_kernel_));
+    at_least = std::min(at_least, out.size());
+    if (at_least <= count) {
+      if (count < out.size()) count += reap(out.subspan(count), 0, {});
+      return count;
+    }
+    const Deadline deadline(timeout);
+    bool over = false;
+    while (count < at_least && !over) {
+      const nanoseconds left = deadline.left();
+      over = left.count() == 0;
+      over |= wait(out, count, at_least, left);
+    }
+    return count;
+  }
+
+  void wake() noexcept override {
+    woken_ = true;
+    // As many events as the owner waits for end its wait. EAGAIN: the ring is
+    // full of events, and the wait is ending.
+    const std::size_t count = wanted_.exchange(0);
+    if (count > 0) aio::submit(context_.get(), count, wake_pointers_.data());
+  }
+
+ private:
+  /// One blocking call of the kernel; true if it, or the next, was woken.
+  bool wait(std::span<IoCompletion> out, std::size_t& count,
+            std::size_t at_least, nanoseconds left) {
+    const std::size_t wanted = std::min(at_least - count, kWakeSlots);
+    wanted_ = wanted;
+    // wake() sets woken_ before it looks at wanted_: one of the two sees the
+    // other.
+    const bool early = woken_;
+    count += reap(out.subspan(count), early ? 0 : wanted,
+                  early ? nanoseconds(0) : left);
+    wanted_ = 0;
+    return woken_.exchange(false);
+  }
+
+  /// Returns early, with fewer, after a signal or a wake.
+  std::size_t reap(std::span<IoCompletion> out, std::size_t at_least,
+                   nanoseconds timeout) {
+    timespec time = {
+        .tv_sec = static_cast<std::time_t>(timeout.count() / 1'000'000'000),
+        .tv_nsec = static_cast<long>(timeout.count() % 1'000'000'000)};
+    const int rc = aio::get_events(context_.get(), at_least,
+                                   std::min(out.size(), events_.size()),
+                                   events_.data(), &time);
+    if (rc == -EINTR) return 0;
+    if (rc < 0) throw IoError({.op = "io_getevents", .error = -rc});
+    std::size_t count = 0;
+    for (const io_event& event :
+         std::span(events_).first(static_cast<std::size_t>(rc))) {
+      if (aio::is_of(event, wake_block_)) continue;
+      out[count++] = {aio::cookie(event), aio::result(event)};
+      --in_kernel_;
+    }
+    return count;
+  }
+
+  bool discard_wakes() {
+    timespec no_time = {};
+    return aio::get_events(context_.get(), 0, events_.size(), events_.data(),
+                           &no_time) > 0;
+  }
+
+  /// Completes a request that io_submit would not take.
+  void refuse(const IoRequest& request, std::int64_t result) {
+    // Kernels before 4.18 and some file systems have no asynchronous sync.
+    if (request.op == IoRequest::Op::kSync && result == -EINVAL) {
+      result = fsync(request.fd) == 0 ? 0 : -errno;
+    }
+    refused_.push_back({request.cookie, result});
+  }
+
+  std::size_t take_refused(std::span<IoCompletion> out) {
+    const std::size_t count = std::min(out.size(), refused_.size());
+    const auto end = refused_.begin() + static_cast<std::ptrdiff_t>(count);
+    std::copy(refused_.begin(), end, out.begin());
+    refused_.erase(refused_.begin(), end);
+    return count;
+  }
+
+  const std::size_t depth_;
+  const EmptyFile empty_;
+  const AioContext context_;
+  iocb wake_block_;
+  std::array<iocb*, kWakeSlots> wake_pointers_;
+  std::vector<iocb> blocks_;  // The kernel copies them in io_submit.
+  std::vector<iocb*> pointers_;
+  std::vector<io_event> events_;
+  std::vector<IoCompletion> refused_;
+  std::size_t in_kernel_ = 0;
+
+  std::atomic<bool> woken_ = false;
+  /// Events that the owner blocks for; 0 while it does not.
+  std::atomic<std::size_t> wanted_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<IoEngine> make_libaio_engine(int depth) {
+  return std::make_unique<LibaioEngine>(static_cast<std::size_t>(depth));
+}
+
+std::string libaio_unavailable_reason() {
+  try {
+    const EmptyFile file;
+    LibaioEngine engine(1);
+    const IoRequest nothing{.fd = file.fd()};
+    IoCompletion done;
+    if (engine.submit({&nothing, 1}) != 1 ||
+        engine.poll({&done, 1}, 1, std::chrono::seconds(10)) != 1) {
+      return "the kernel took no request";
+    }
+    if (done.result == 0) return {};
+    return "a request failed with " +
+           errno_name(static_cast<int>(-done.result));
+  } catch (const IoError& error) {
+    return error.what();
+  }
+}
+
+}  // namespace torch_ext

@@ -1,0 +1,200 @@
+#include <pthread.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <condition_variable>
+#include <deque>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "deadline.h"
+#include "engines.h"
+
+namespace torch_ext {
+namespace {
+
+constexpr std::size_t kMaxThreads = 16;
+
+/// The request's one system call: bytes moved or -errno.
+std::int64_t carry_out(const IoRequest& request) {
+  const std::size_t length = std::min(request.length, IoRequest::kMaxTransfer);
+  const auto offset = static_cast<off_t>(request.offset);
+  while (true) {
+    std::int64_t result = -1;
+    switch (request.op) {
+      case IoRequest::Op::kRead:
+        result = pread(request.fd, request.data, length, offset);
+        break;
+      case IoRequest::Op::kWrite:
+        result = pwrite(request.fd, request.data, length, offset);
+        break;
+      case IoRequest::Op::kSync:
+        // A failure is final: asked again, the kernel would say all is well.
+        return fsync(request.fd) == 0 ? 0 : -errno;
+    }
+    if (result >= 0) return result;
+    if (errno != EINTR) return -errno;
+  }
+}
+
+/// Blocks all signals for the threads made in its scope: they stay with the
+/// application's threads, and SIGXFSZ does not end the process.
+class SignalsBlocked {
+ public:
+  SignalsBlocked() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before_);
+  }
+  SignalsBlocked(const SignalsBlocked&) = delete;
+  SignalsBlocked& operator=(const SignalsBlocked&) = delete;
+  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+ private:
+  sigset_t before_;
+};
+
+class ThreadEngine final : public IoEngine {
+ public:
+  explicit ThreadEngine(std::size_t depth)
+      : depth_(depth), max_threads_(std::min(depth, kMaxThreads)) {
+    threads_.reserve(max_threads_);
+    shared_->done.reserve(depth);
+  }
+
+  ~ThreadEngine() override {
+    if (getpid() == owner_) {
+      stop_threads();
+    } else {
+      leave_to_parent();
+    }
+  }
+
+  std::string_view name() const noexcept override { return "threads"; }
+  std::size_t depth() const noexcept override { return depth_; }
+  void add_buffers(std::span<std::byte>) override {}
+
+  std::size_t submit(std::span<const IoRequest> batch) override {
+    batch = batch.first(std::min(batch.size(), depth_ - in_flight_));
+    start_threads(std::min(max_threads_, in_flight_ + batch.size()));
+    in_flight_ += batch.size();
+    if (threads_.empty()) {
+      for (const IoRequest& request : batch) {
+        shared_->done.push_back({request.cookie, carry_out(request)});
+      }
+      return batch.size();
+    }
+    {
+      std::lock_guard lock(shared_->mutex);
+      shared_->queue.insert(shared_->queue.end(), batch.begin(), batch.end());
+    }
+    for (std::size_t i = 0; i < batch.size(); ++i) shared_->work.notify_one();
+    return batch.size();
+  }
+
+  std::size_t poll(std::span<IoCompletion> out, std::size_t at_least,
+                   std::chrono::nanoseconds timeout) override {
+    at_least = std::min({at_least, out.size(), in_flight_});
+    std::unique_lock lock(shared_->mutex);
+    std::vector<IoCompletion>& done = shared_->done;
+    if (done.size() < at_least) {
+      const Deadline deadline(timeout);
+      shared_->wanted = at_least;
+      auto left = deadline.left();
+      while (done.size() < at_least && !shared_->woken && left.count() > 0) {
+        shared_->completed.wait_for(lock, left);
+        left = deadline.left();
+      }
+      shared_->wanted = 0;
+      shared_->woken = false;
+    }
+    const std::size_t count = std::min(out.size(), done.size());
+    const auto end = done.begin() + static_cast<std::ptrdiff_t>(count);
+    std::copy(done.begin(), end, out.begin());
+    done.erase(done.begin(), end);
+    in_flight_ -= count;
+    return count;
+  }
+
+  void wake() noexcept override {
+    std::lock_guard lock(shared_->mutex);
+    shared_->woken = true;
+    shared_->completed.notify_one();
+  }
+
+ private:
+  struct Shared {
+    std::mutex mutex;
+    std::condition_variable work;
+    std::condition_variable completed;
+    std::deque<IoRequest> queue;
+    std::vector<IoCompletion> done;
+    std::size_t wanted = 0;  // Completions that poll() blocks for.
+    bool woken = false;
+    bool stopping = false;
+  };
+
+  /// Fewer, even none, where the system has no more threads to give.
+  void start_threads(std::size_t count) {
+    if (threads_.size() >= count) return;
+    const SignalsBlocked signals_blocked;
+    try {
+      while (threads_.size() < count) {
+        threads_.emplace_back([shared = shared_.get()] { work(*shared); });
+      }
+    } catch (const std::system_error&) {
+    }
+  }
+
+  static void work(Shared& shared) {
+    std::unique_lock lock(shared.mutex);
+    while (true) {
+      shared.work.wait(
+          lock, [&] { return shared.stopping || !shared.queue.empty(); });
+      if (shared.queue.empty()) return;
+      const IoRequest request = shared.queue.front();
+      shared.queue.pop_front();
+      lock.unlock();
+      const std::int64_t result = carry_out(request);
+      lock.lock();
+      shared.done.push_back({request.cookie, result});
+      if (shared.done.size() == shared.wanted) shared.completed.notify_one();
+    }
+  }
+
+  /// Once the queue is empty.
+  void stop_threads() {
+    {
+      std::lock_guard lock(shared_->mutex);
+      shared_->stopping = true;
+    }
+    shared_->work.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+  /// A forked child has the threads' state but not the threads: to join them,
+  /// or to destroy what they wait on, would wait for ever.
+  void leave_to_parent() {
+    for (std::thread& thread : threads_) thread.detach();
+    static_cast<void>(shared_.release());
+  }
+
+  const std::size_t depth_;
+  const std::size_t max_threads_;
+  const pid_t owner_ = getpid();
+  std::unique_ptr<Shared> shared_ = std::make_unique<Shared>();
+  std::vector<std::thread> threads_;
+  std::size_t in_flight_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<IoEngine> make_thread_engine(int depth) {
+  return std::make_unique<ThreadEngine>(static_cast<std::size_t>(depth));
+}
+
+}  // namespace torch_ext

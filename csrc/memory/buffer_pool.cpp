@@ -1,0 +1,178 @@
+#include "torch_ext/memory/buffer_pool.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <limits>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "torch_ext/base/align.h"
+#include "torch_ext/base/error.h"
+
+namespace torch_ext {
+namespace {
+
+constexpr std::size_t kPage = 4096;
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+
+}  // namespace
+
+struct BufferPool::State {
+  State(std::size_t size, std::size_t buffers)
+      : buffer_size(size), count(buffers) {
+    // One huge page more than asked lets the first buffer start on one.
+    const std::size_t bytes = size * buffers;
+    mapped_size = bytes >= kHugePage ? bytes + kHugePage : bytes;
+    mapping = mmap(nullptr, mapped_size, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapping == MAP_FAILED) {
+      throw IoError({.op = "mmap", .length = bytes, .error = errno});
+    }
+    const std::uint64_t unit = bytes >= kHugePage ? kHugePage : kPage;
+    base = reinterpret_cast<std::byte*>(
+        align_up(reinterpret_cast<std::uintptr_t>(mapping), unit));
+    // Both only tune: a kernel without them changes no result.
+    madvise(mapping, mapped_size, MADV_DONTFORK);
+    if (bytes >= kHugePage) madvise(mapping, mapped_size, MADV_HUGEPAGE);
+    free.reserve(buffers);
+    for (std::size_t i = buffers; i > 0; --i) {
+      free.push_back(base + (i - 1) * size);
+    }
+  }
+
+  ~State() {
+    // A forked child has no such mapping; what is there now is not ours.
+    if (getpid() != owner) return;
+    for (const auto& device : pinned) device->unpin(memory());
+    munmap(mapping, mapped_size);
+  }
+
+  std::span<std::byte> memory() const { return {base, buffer_size * count}; }
+
+  void give_back(std::byte* data) {
+    std::function<void()> callback;
+    {
+      std::lock_guard lock(mutex);
+      free.push_back(data);
+      callback = returned;
+    }
+    if (callback) callback();
+  }
+
+  const std::size_t buffer_size;
+  const std::size_t count;
+  const pid_t owner = getpid();
+  void* mapping = nullptr;
+  std::size_t mapped_size = 0;
+  std::byte* base = nullptr;
+
+  std::mutex mutex;
+  std::vector<std::byte*> free;
+  std::size_t peak = 0;
+  std::function<void()> returned;
+  std::vector<std::shared_ptr<Device>> pinned;
+  std::map<std::string, std::string> pin_result;
+};
+
+Buffer::Buffer(Buffer&& other) noexcept
+    : pool_(std::move(other.pool_)),
+      data_(std::exchange(other.data_, nullptr)),
+      size_(std::exchange(other.size_, 0)) {}
+
+Buffer& Buffer::operator=(Buffer&& other) noexcept {
+  Buffer old = std::move(*this);
+  pool_ = std::move(other.pool_);
+  data_ = std::exchange(other.data_, nullptr);
+  size_ = std::exchange(other.size_, 0);
+  return *this;
+}
+
+Buffer::~Buffer() {
+  if (data_ != nullptr) {
+    static_cast<BufferPool::State*>(pool_.get())->give_back(data_);
+  }
+}
+
+BufferPool::BufferPool(std::size_t buffer_size, std::size_t count) {
+  if (buffer_size == 0 || !is_aligned(buffer_size, kPage) || count == 0 ||
+      count > std::numeric_limits<std::ptrdiff_t>::max() / buffer_size) {
+    throw std::invalid_argument(
+        "buffer pool: buffer_size must be a positive multiple of 4096 and "
+        "count at least 1, got " +
+        std::to_string(buffer_size) + " x " + std::to_string(count));
+  }
+  state_ = std::make_shared<State>(buffer_size, count);
+}
+
+BufferPool::~BufferPool() {
+  // Leases may outlive the pool; whoever wanted the callback does not.
+  on_return(nullptr);
+}
+
+Buffer BufferPool::try_take() {
+  Buffer buffer;
+  std::lock_guard lock(state_->mutex);
+  if (state_->free.empty()) return buffer;
+  buffer.data_ = state_->free.back();
+  buffer.size_ = state_->buffer_size;
+  buffer.pool_ = state_;
+  state_->free.pop_back();
+  state_->peak = std::max(state_->peak, state_->count - state_->free.size());
+  return buffer;
+}
+
+void BufferPool::on_return(std::function<void()> callback) {
+  std::lock_guard lock(state_->mutex);
+  state_->returned = std::move(callback);
+}
+
+std::string BufferPool::pin(std::shared_ptr<Device> device) {
+  const std::string name = device->name();
+  const std::string type = name.substr(0, name.find(':'));
+  {
+    std::lock_guard lock(state_->mutex);
+    if (auto known = state_->pin_result.find(type);
+        known != state_->pin_result.end()) {
+      return known->second;
+    }
+  }
+  std::string reason;
+  try {
+    device->pin(state_->memory());
+  } catch (const std::exception& error) {
+    reason =
+        "host buffers are not page-locked for " + name + ": " + error.what();
+  }
+  std::lock_guard lock(state_->mutex);
+  state_->pin_result[type] = reason;
+  if (reason.empty()) state_->pinned.push_back(std::move(device));
+  return reason;
+}
+
+std::size_t BufferPool::buffer_size() const noexcept {
+  return state_->buffer_size;
+}
+
+std::size_t BufferPool::count() const noexcept { return state_->count; }
+
+std::size_t BufferPool::in_use() const noexcept {
+  std::lock_guard lock(state_->mutex);
+  return state_->count - state_->free.size();
+}
+
+std::size_t BufferPool::peak_in_use() const noexcept {
+  std::lock_guard lock(state_->mutex);
+  return state_->peak;
+}
+
+std::span<std::byte> BufferPool::memory() const noexcept {
+  return state_->memory();
+}
+
+}  // namespace torch_ext

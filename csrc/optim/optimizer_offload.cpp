@@ -1,0 +1,348 @@
+#include "torch_ext/optim/optimizer_offload.h"
+
+#include <unistd.h>
+
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <utility>
+
+#include "tile_lanes.h"
+#include "tile_layout.h"
+#include "torch_ext/base/align.h"
+#include "torch_ext/base/error.h"
+#include "torch_ext/memory/buffer_pool.h"
+
+namespace torch_ext {
+namespace {
+
+constexpr std::uint64_t kPage = 4096;
+
+struct Parameter {
+  std::uint64_t elements = 0;
+  std::size_t fields = 0;
+  std::uint64_t step = 0;
+  bool has_state = false;
+  bool active = false;  ///< In the round that runs.
+};
+
+// An error as later calls shall see it.
+std::exception_ptr with_remedy(const std::exception_ptr& error) {
+  const std::string remedy =
+      "; the optimizer state may be half updated: load it anew";
+  try {
+    std::rethrow_exception(error);
+  } catch (const IoError& e) {
+    IoFailure failure = e.failure();
+    failure.detail += remedy;
+    return std::make_exception_ptr(IoError(std::move(failure)));
+  } catch (const std::exception& e) {
+    return std::make_exception_ptr(StateError(e.what() + remedy));
+  } catch (...) {
+    return error;
+  }
+}
+
+}  // namespace
+
+class OptimizerOffload::Impl {
+ public:
+  explicit Impl(const OptimizerOffloadOptions& options)
+      : host_memory(options.host_memory),
+        scratch_bytes(align_up(options.scratch_bytes, kPage)),
+        store(std::make_unique<Store>(options.store)),
+        plan(plan_tiles(options.host_memory, scratch_bytes, store->granule())),
+        pool(std::make_unique<BufferPool>(plan.tile_bytes, plan.buffers)),
+        lanes(std::make_unique<TileLanes>(*store, *pool)),
+        notes(store->notes()),
+        engine(store->engine()) {}
+
+  void check_process() const {
+    if (getpid() != owner) {
+      throw StateError("this optimizer was created in process " +
+                       std::to_string(owner) +
+                       " and cannot be used in a forked child; create one "
+                       "in the child");
+    }
+  }
+
+  void enter() const {
+    check_process();
+    if (closed) throw StateError("this optimizer is closed");
+  }
+
+  void refuse_if_failed() {
+    if (refusal != nullptr) std::rethrow_exception(refusal);
+    // A write or a read ahead that has ended since the last call.
+    if (const auto error = lanes->failure()) {
+      refusal = with_remedy(error);
+      std::rethrow_exception(error);
+    }
+  }
+
+  Parameter& parameter(std::size_t number) {
+    if (number >= parameters.size()) {
+      throw std::invalid_argument("optimizer: there is no parameter " +
+                                  std::to_string(number));
+    }
+    return parameters[number];
+  }
+
+  void place(std::span<const std::size_t> numbers);
+  void activate(std::span<const std::size_t> numbers);
+  void run(TileLanes::Round round, UpdateKernel& kernel);
+  void show(const Tile& tile, bool fresh, UpdateKernel& kernel);
+  void fill_lane_stats();
+  OptimizerOffloadStats snapshot() const;
+
+  const pid_t owner = getpid();
+  const std::uint64_t host_memory;
+  const std::uint64_t scratch_bytes;
+  std::mutex calls;  // One at a time.
+  mutable std::mutex mutex;  // Of last, closed and the pointers' reset.
+  // The lanes go first, then the threads that report to them.
+  std::unique_ptr<Store> store;
+  const TilePlan plan;
+  std::unique_ptr<BufferPool> pool;
+  std::unique_ptr<BufferPool> scratch;
+  std::vector<Parameter> parameters;
+  TileList tiles;
+  std::unique_ptr<TileLanes> lanes;
+  std::vector<StateSegment> segments;
+  std::vector<std::string> notes;
+  const std::string engine;
+  std::exception_ptr refusal;
+  std::uint64_t steps = 0;
+  bool closed = false;
+  OptimizerOffloadStats last;
+};
+
+// Gives space to parameters that have no state yet; all or none.
+void OptimizerOffload::Impl::place(std::span<const std::size_t> numbers) {
+  const std::size_t before = tiles.size();
+  TileLayout layout(tiles, plan.tile_bytes);
+  for (const std::size_t number : numbers) {
+    const Parameter& p = parameter(number);
+    if (!p.has_state) layout.add(number, p.elements, p.fields);
+  }
+  try {
+    for (std::size_t i = before; i < tiles.size(); ++i) {
+      tiles[i]->extent = store->allocate(tiles[i]->bytes);
+    }
+  } catch (...) {
+    tiles.resize(before);
+    throw;
+  }
+  for (const std::size_t number : numbers) parameters[number].has_state = true;
+}
+
+void OptimizerOffload::Impl::activate(std::span<const std::size_t> numbers) {
+  for (Parameter& p : parameters) p.active = false;
+  for (const std::size_t number : numbers) {
+    Parameter& p = parameter(number);
+    if (p.active) {
+      throw std::invalid_argument("optimizer: parameter " +
+                                  std::to_string(number) + " is given twice");
+    }
+    p.active = true;
+  }
+}
+
+void OptimizerOffload::Impl::run(TileLanes::Round round,
+                                 UpdateKernel& kernel) {
+  for (const auto& tile : tiles) {
+    for (const Segment& segment : tile->segments) {
+      if (!parameters[segment.parameter].active) continue;
+      round.tiles.push_back(tile.get());
+      break;
+    }
+  }
+  if (round.tiles.empty()) return;
+  try {
+    lanes->run(std::move(round), [this, &kernel](Tile& tile, bool fresh) {
+      show(tile, fresh, kernel);
+    });
+  } catch (...) {
+    refusal = with_remedy(std::current_exception());
+    throw;
+  }
+}
+
+void OptimizerOffload::Impl::show(const Tile& tile, bool fresh,
+                                  UpdateKernel& kernel) {
+  std::byte* const data = tile.buffer.data();
+  if (fresh) std::fill_n(data, tile.extent->padded_size(), std::byte{0});
+  segments.clear();
+  for (const Segment& in : tile.segments) {
+    const Parameter& p = parameters[in.parameter];
+    if (!p.active) continue;
+    StateSegment out{in.parameter, in.first, in.count, p.step, {}};
+    for (std::size_t i = 0; i < p.fields; ++i) {
+      out.fields[i] = reinterpret_cast<float*>(
+          data + in.offset + i * TileLayout::field_bytes(in.count));
+    }
+    segments.push_back(out);
+  }
+  kernel.update(segments);
+}
+
+OptimizerOffloadStats OptimizerOffload::Impl::snapshot() const {
+  OptimizerOffloadStats now;
+  const StoreStats io = store->stats();
+  const TileLanes::Seconds seconds = lanes->seconds();
+  now.steps = steps;
+  now.bytes_read = io.bytes_read;
+  now.bytes_written = io.bytes_written;
+  now.read_seconds = seconds.read;
+  now.update_seconds = seconds.update;
+  now.write_seconds = seconds.write;
+  now.wait_seconds = seconds.wait;
+  now.host_memory = host_memory;
+  now.host_bytes_peak = pool->peak_in_use() * plan.tile_bytes +
+                        (scratch != nullptr ? scratch_bytes : 0);
+  now.tiles = tiles.size();
+  now.tile_bytes = plan.tile_bytes;
+  now.buffers = plan.buffers;
+  return now;
+}
+
+OptimizerOffload::OptimizerOffload(const OptimizerOffloadOptions& options)
+    : impl_(std::make_unique<Impl>(options)) {}
+
+OptimizerOffload::~OptimizerOffload() {
+  if (impl_->owner != getpid()) {
+    // Threads, buffers and requests belong to the parent.
+    static_cast<void>(impl_.release());
+    return;
+  }
+  try {
+    close();
+  } catch (...) {
+    // A destructor has nobody to tell; close() does.
+  }
+}
+
+std::size_t OptimizerOffload::add_parameter(std::uint64_t elements,
+                                            int fields) {
+  std::lock_guard lock(impl_->calls);
+  impl_->enter();
+  constexpr std::uint64_t kMost = std::uint64_t{1} << 48;
+  if (fields < 1 || fields > static_cast<int>(StateSegment::kMaxFields) ||
+      elements > kMost) {
+    throw std::invalid_argument("optimizer: a parameter of " +
+                                std::to_string(elements) + " elements with " +
+                                std::to_string(fields) + " fields");
+  }
+  impl_->parameters.push_back(
+      {.elements = elements, .fields = static_cast<std::size_t>(fields)});
+  return impl_->parameters.size() - 1;
+}
+
+void OptimizerOffload::step(std::span<const std::size_t> active,
+                            UpdateKernel& kernel) {
+  std::lock_guard lock(impl_->calls);
+  impl_->enter();
+  impl_->refuse_if_failed();
+  impl_->activate(active);
+  impl_->place(active);
+  for (const std::size_t number : active) ++impl_->parameters[number].step;
+  impl_->run({}, kernel);
+  ++impl_->steps;
+}
+
+void OptimizerOffload::add_state(std::span<const std::size_t> parameters) {
+  std::lock_guard lock(impl_->calls);
+  impl_->enter();
+  impl_->refuse_if_failed();
+  impl_->activate(parameters);
+  impl_->place(parameters);
+}
+
+void OptimizerOffload::read_state(UpdateKernel& kernel) {
+  std::lock_guard lock(impl_->calls);
+  impl_->enter();
+  impl_->refuse_if_failed();
+  for (Parameter& p : impl_->parameters) p.active = p.has_state;
+  impl_->run({.tiles = {}, .read = true, .write = false, .repeat = false},
+             kernel);
+}
+
+void OptimizerOffload::write_state(std::span<const ParameterStep> parameters,
+                                   UpdateKernel& kernel) {
+  std::lock_guard lock(impl_->calls);
+  impl_->enter();
+  std::vector<std::size_t> numbers;
+  for (const ParameterStep& given : parameters) {
+    numbers.push_back(given.parameter);
+  }
+  impl_->activate(numbers);
+  impl_->lanes->clear();
+  impl_->tiles.clear();
+  for (Parameter& p : impl_->parameters) {
+    p.has_state = false;
+    p.step = 0;
+  }
+  impl_->refusal = nullptr;
+  try {
+    impl_->place(numbers);
+  } catch (...) {
+    impl_->refusal = with_remedy(std::current_exception());
+    throw;
+  }
+  for (const ParameterStep& given : parameters) {
+    impl_->parameters[given.parameter].step = given.step;
+  }
+  impl_->run({.tiles = {}, .read = false, .write = true, .repeat = false},
+             kernel);
+}
+
+bool OptimizerOffload::has_state(std::size_t parameter) const {
+  std::lock_guard lock(impl_->calls);
+  impl_->check_process();
+  return impl_->parameter(parameter).has_state;
+}
+
+std::uint64_t OptimizerOffload::step_of(std::size_t parameter) const {
+  std::lock_guard lock(impl_->calls);
+  impl_->check_process();
+  return impl_->parameter(parameter).step;
+}
+
+std::span<std::byte> OptimizerOffload::scratch() {
+  impl_->enter();
+  if (impl_->scratch_bytes == 0) return {};
+  if (impl_->scratch == nullptr) {
+    auto scratch = std::make_unique<BufferPool>(impl_->scratch_bytes, 1);
+    std::lock_guard lock(impl_->mutex);
+    impl_->scratch = std::move(scratch);
+  }
+  return impl_->scratch->memory();
+}
+
+OptimizerOffloadStats OptimizerOffload::stats() const {
+  impl_->check_process();
+  std::lock_guard lock(impl_->mutex);
+  return impl_->closed ? impl_->last : impl_->snapshot();
+}
+
+std::vector<LaneEvent> OptimizerOffload::timeline() const {
+  impl_->check_process();
+  std::lock_guard lock(impl_->mutex);
+  return impl_->closed ? impl_->last_timeline : impl_->lanes->timeline();
+}
+
+const std::vector<std::string>& OptimizerOffload::notes() const noexcept {
+  return impl_->notes;
+}
+
+const std::string& OptimizerOffload::engine() const noexcept {
+  return impl_->engine;
+}
+
+void OptimizerOffload::close() {
+  std::lock_guard lock(impl_->calls);
+  impl_->check_process();
+  if (impl_->closed) return;
+}
+
+}  // namespace torch_ext

@@ -1,0 +1,277 @@
+#include "tile_lanes.h"
+
+#include <algorithm>
+#include <chrono>
+#include <utility>
+
+namespace torch_ext {
+namespace {
+
+using Lane = LaneEvent::Lane;
+
+double now() {
+  return std::chrono::duration<double>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+}  // namespace
+
+void TileLanes::BusyClock::start(double now) {
+  if (running++ == 0) since = now;
+}
+
+void TileLanes::BusyClock::stop(double now) {
+  if (--running == 0) total += now - since;
+}
+
+TileLanes::TileLanes(Store& store, BufferPool& pool)
+    : store_(store), pool_(pool) {}
+
+TileLanes::~TileLanes() { clear(); }
+
+void TileLanes::run(Round round, const Work& work) {
+  Lock lock(mutex_);
+  Round before;
+  if (!round.repeat) before = round_;
+  begin(std::move(round));
+  const std::size_t count = round_.tiles.size();
+  for (std::size_t i = 0; i < count; ++i) {
+    Tile& tile = *round_.tiles[i];
+    wait_for(lock, tile);
+    tile.state = Tile::State::kBusy;
+    tile.step = round_.repeat ? steps_ : 0;
+    lock.unlock();
+    work_on(tile, work);
+    lock.lock();
+    finish(tile);
+  }
+  if (failure_ != nullptr) std::rethrow_exception(failure_);
+  running_ = false;
+  fetched_ -= count;
+  if (!round_.repeat) {
+    round_ = std::move(before);
+    fetched_ = 0;
+    pump();
+  }
+}
+
+void TileLanes::begin(Round round) {
+  if (failure_ != nullptr) std::rethrow_exception(failure_);
+  if (round.repeat) {
+    ++steps_;
+    step_start_ = now();
+    std::erase_if(events_,
+                  [this](const Event& event) { return event.step < steps_; });
+  }
+  keep_only(round.tiles);
+  round_ = std::move(round);
+  running_ = true;
+  fetched_ = 0;
+  pump();
+}
+
+// What was read ahead stays if its turn comes while every buffer before it can
+// be had too: otherwise it might hold the buffer that the first tile needs.
+void TileLanes::keep_only(const std::vector<Tile*>& tiles) {
+  for (Tile* tile : round_.tiles) tile->rank = Tile::kUnranked;
+  for (std::size_t i = 0; i < tiles.size(); ++i) tiles[i]->rank = i;
+  for (std::size_t i = 0; i < fetched_; ++i) {
+    Tile& tile = *round_.tiles[i];
+    if (tile.rank < pool_.count()) continue;
+    if (tile.state == Tile::State::kReady) let_go(tile);
+    if (tile.state == Tile::State::kReading) tile.unwanted = true;
+  }
+}
+
+void TileLanes::wait_for(Lock& lock, const Tile& tile) {
+  const auto settled = [this, &tile] {
+    return failure_ != nullptr || tile.state == Tile::State::kReady;
+  };
+  if (!settled()) {
+    const double start = now();
+    changed_.wait(lock, settled);
+    wait_seconds_ += now() - start;
+  }
+  if (failure_ != nullptr) std::rethrow_exception(failure_);
+}
+
+void TileLanes::work_on(Tile& tile, const Work& work) {
+  const double start = now();
+  try {
+    work(tile, !round_.read || !tile.on_disk);
+  } catch (...) {
+    Lock lock(mutex_);
+    fail(std::current_exception());
+    let_go(tile);
+    throw;
+  }
+  const double end = now();
+  Lock lock(mutex_);
+  update_seconds_ += end - start;
+  tile.start = start;
+  note(Lane::kUpdate, tile, end);
+}
+
+void TileLanes::finish(Tile& tile) {
+  if (round_.write && failure_ == nullptr) {
+    start_write(tile);
+  } else {
+    let_go(tile);
+  }
+  pump();
+}
+
+void TileLanes::pump() noexcept {
+  const std::size_t count = round_.tiles.size();
+  const std::size_t end = round_.repeat ? 2 * count : count;
+  while (failure_ == nullptr && fetched_ < end) {
+    const bool this_round = fetched_ < count;
+    Tile& tile = *round_.tiles[this_round ? fetched_ : fetched_ - count];
+    const bool read_ahead = tile.state == Tile::State::kReading ||
+                            tile.state == Tile::State::kReady;
+    if (this_round && read_ahead) {
+      tile.unwanted = false;
+    } else {
+      // Not idle: its visit in this round, or its write, comes first.
+      if (tile.state != Tile::State::kIdle) return;
+      Buffer buffer = pool_.try_take();
+      if (!buffer) return;
+      tile.buffer = std::move(buffer);
+      const bool this_step = running_ && this_round;
+      tile.step = !round_.repeat ? 0 : this_step ? steps_ : steps_ + 1;
+      if (round_.read && tile.on_disk) {
+        start_read(tile);
+      } else {
+        tile.state = Tile::State::kReady;
+      }
+    }
+    ++fetched_;
+  }
+}
+
+void TileLanes::start_read(Tile& tile) {
+  tile.state = Tile::State::kReading;
+  tile.start = now();
+  try {
+    store_.read(tile.extent, 0,
+                tile.buffer.bytes().first(tile.extent->padded_size()),
+                [this, &tile](std::exception_ptr error) {
+                  read_ended(tile, std::move(error));
+                });
+    reading_.start(tile.start);
+    ++in_flight_;
+  } catch (...) {
+    fail(std::current_exception());
+    let_go(tile);
+  }
+}
+
+void TileLanes::start_write(Tile& tile) {
+  tile.state = Tile::State::kWriting;
+  tile.start = now();
+  try {
+    store_.write(tile.extent, 0,
+                 tile.buffer.bytes().first(tile.extent->padded_size()),
+                 [this, &tile](std::exception_ptr error) {
+                   write_ended(tile, std::move(error));
+                 });
+    writing_.start(tile.start);
+    ++in_flight_;
+  } catch (...) {
+    fail(std::current_exception());
+    let_go(tile);
+  }
+}
+
+void TileLanes::read_ended(Tile& tile, std::exception_ptr error) noexcept {
+  Lock lock(mutex_);
+  const double end = now();
+  reading_.stop(end);
+  note(Lane::kRead, tile, end);
+  if (error != nullptr) fail(std::move(error));
+  if (tile.unwanted || failure_ != nullptr) {
+    let_go(tile);
+    pump();
+  } else {
+    tile.state = Tile::State::kReady;
+  }
+  --in_flight_;
+  changed_.notify_all();
+}
+
+void TileLanes::write_ended(Tile& tile, std::exception_ptr error) noexcept {
+  Lock lock(mutex_);
+  const double end = now();
+  writing_.stop(end);
+  note(Lane::kWrite, tile, end);
+  if (error != nullptr) {
+    fail(std::move(error));
+  } else {
+    tile.on_disk = true;
+  }
+  let_go(tile);
+  pump();
+  --in_flight_;
+  changed_.notify_all();
+}
+
+void TileLanes::let_go(Tile& tile) {
+  tile.buffer = Buffer();
+  tile.state = Tile::State::kIdle;
+  tile.unwanted = false;
+}
+
+void TileLanes::fail(std::exception_ptr error) {
+  if (failure_ == nullptr) failure_ = std::move(error);
+  changed_.notify_all();
+}
+
+void TileLanes::note(Lane lane, const Tile& tile, double end) noexcept {
+  if (tile.step == 0) return;
+  try {
+    events_.push_back({{lane, tile.number, tile.start, end}, tile.step});
+  } catch (...) {
+    // A plot without this bar is better than a step that fails.
+  }
+}
+
+void TileLanes::clear() noexcept {
+  Lock lock(mutex_);
+  const std::vector<Tile*> tiles = std::exchange(round_.tiles, {});
+  running_ = false;
+  fetched_ = 0;
+  changed_.wait(lock, [this] { return in_flight_ == 0; });
+  for (Tile* tile : tiles) let_go(*tile);
+  failure_ = nullptr;
+}
+
+std::exception_ptr TileLanes::failure() const {
+  Lock lock(mutex_);
+  return failure_;
+}
+
+TileLanes::Seconds TileLanes::seconds() const {
+  Lock lock(mutex_);
+  return {reading_.total, update_seconds_, writing_.total, wait_seconds_};
+}
+
+std::vector<LaneEvent> TileLanes::timeline() const {
+  Lock lock(mutex_);
+  std::vector<LaneEvent> timeline;
+  for (const Event& found : events_) {
+    if (found.step != steps_) continue;
+    LaneEvent event = found.event;
+    event.start -= step_start_;
+    event.end -= step_start_;
+    timeline.push_back(event);
+  }
+  lock.unlock();
+  std::sort(timeline.begin(), timeline.end(),
+            [](const LaneEvent& a, const LaneEvent& b) {
+              return a.start < b.start;
+            });
+  return timeline;
+}
+
+}  // namespace torch_ext

@@ -1,0 +1,109 @@
+#pragma once
+
+#include <condition_variable>
+#include <cstddef>
+#include <exception>
+#include <functional>
+#include <mutex>
+#include <vector>
+
+#include "tile.h"
+#include "torch_ext/memory/buffer_pool.h"
+#include "torch_ext/optim/optimizer_offload.h"
+#include "torch_ext/store/store.h"
+
+namespace torch_ext {
+
+/// Brings tiles into memory in the order of a round, hands them to the
+/// calling thread one by one, and takes them away.
+///
+/// A buffer that becomes free is filled at once, on whichever thread freed
+/// it, with the next tile; after the last of a round that repeats with the
+/// first. So reads go on between rounds, with no thread of their own.
+/// Threads: one calls; the store's threads report the ends of transfers.
+class TileLanes {
+ public:
+  struct Round {
+    std::vector<Tile*> tiles;  ///< In the order of their visits; none twice.
+    bool read = true;          ///< Else they come with undefined bytes.
+    bool write = true;         ///< Else changes are lost.
+    bool repeat = true;        ///< The next round is expected to be the same.
+  };
+  /// `fresh`: nothing is on disk yet, the bytes are undefined.
+  using Work = std::function<void(Tile& tile, bool fresh)>;
+
+  TileLanes(Store& store, BufferPool& pool);
+  ~TileLanes();  ///< As clear().
+
+  /// Visits the tiles; the last writes may be in flight on return. Not to be
+  /// called after a failure before clear().
+  /// Errors: the first failure, be it of the work or of a transfer.
+  void run(Round round, const Work& work);
+
+  /// Waits for all transfers, lets go of all buffers and forgets the tiles
+  /// and the failure.
+  void clear() noexcept;
+
+  std::exception_ptr failure() const;
+
+  struct Seconds {
+    double read = 0;
+    double update = 0;
+    double write = 0;
+    double wait = 0;
+  };
+  Seconds seconds() const;
+  std::vector<LaneEvent> timeline() const;
+
+ private:
+  using Lock = std::unique_lock<std::mutex>;
+
+  /// Adds up the time during which at least one of its things goes on.
+  struct BusyClock {
+    std::size_t running = 0;
+    double since = 0;
+    double total = 0;
+    void start(double now);
+    void stop(double now);
+  };
+
+  void begin(Round round);
+  void keep_only(const std::vector<Tile*>& tiles);
+  void wait_for(Lock& lock, const Tile& tile);
+  void work_on(Tile& tile, const Work& work);
+  void finish(Tile& tile);
+  void pump() noexcept;
+  void start_read(Tile& tile);
+  void start_write(Tile& tile);
+  void read_ended(Tile& tile, std::exception_ptr error) noexcept;
+  void write_ended(Tile& tile, std::exception_ptr error) noexcept;
+  void let_go(Tile& tile);
+  void fail(std::exception_ptr error);
+  void note(LaneEvent::Lane lane, const Tile& tile, double end) noexcept;
+
+  Store& store_;
+  BufferPool& pool_;
+
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  Round round_;  ///< The one that runs, else the one that is expected.
+  bool running_ = false;
+  /// Its visits, and on to those of the next, whose tile has got a buffer.
+  std::size_t fetched_ = 0;
+  std::size_t in_flight_ = 0;
+  std::exception_ptr failure_;
+
+  BusyClock reading_;
+  BusyClock writing_;
+  double update_seconds_ = 0;
+  double wait_seconds_ = 0;
+  std::size_t steps_ = 0;  ///< Rounds that repeat, begun so far.
+  double step_start_ = 0;
+  struct Event {
+    LaneEvent event;
+    std::size_t step;
+  };
+  std::vector<Event> events_;  ///< Of the last and the next step.
+};
+
+}  // namespace torch_ext

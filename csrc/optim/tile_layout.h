@@ -1,0 +1,84 @@
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "tile.h"
+#include "torch_ext/base/align.h"
+#include "torch_ext/base/size.h"
+#include "torch_ext/optim/update_kernel.h"
+
+namespace torch_ext {
+
+/// How host_memory is shared out.
+struct TilePlan {
+  std::uint64_t tile_bytes = 0;
+  std::size_t buffers = 0;
+};
+
+/// Errors: std::invalid_argument with the smallest host_memory that will do.
+inline TilePlan plan_tiles(std::uint64_t host_memory, std::uint64_t scratch,
+                           std::uint64_t granule) {
+  constexpr std::uint64_t kLanes = 3;
+  constexpr std::uint64_t kSmallest = std::uint64_t{64} << 10;
+  constexpr std::uint64_t kLargest = std::uint64_t{32} << 20;
+  const std::uint64_t smallest = align_up(kSmallest, granule);
+  const std::uint64_t needed = scratch + kLanes * smallest;
+  if (host_memory < needed) {
+    throw std::invalid_argument("optimizer: host_memory must be at least " +
+                                std::to_string(needed) + " bytes (" +
+                                format_size(needed) + "), got " +
+                                std::to_string(host_memory));
+  }
+  const std::uint64_t rest = host_memory - scratch;
+  TilePlan plan;
+  plan.tile_bytes = std::max(
+      smallest, align_down(std::min(rest / 8, kLargest), granule));
+  plan.buffers = rest / plan.tile_bytes;
+  return plan;
+}
+
+/// Fills tiles with parameters, one after the other.
+class TileLayout {
+ public:
+  /// Tiles are appended to `tiles`.
+  TileLayout(TileList& tiles, std::uint64_t tile_bytes)
+      : tiles_(tiles), first_(tiles.size()), tile_bytes_(tile_bytes) {}
+
+  void add(std::size_t parameter, std::uint64_t elements, std::size_t fields) {
+    for (std::uint64_t first = 0; first < elements;) {
+      const std::uint64_t count = take(elements - first, fields);
+      Tile& tile = *tiles_.back();
+      tile.segments.push_back({parameter, first, count, tile.bytes});
+      tile.bytes += fields * field_bytes(count);
+      first += count;
+    }
+  }
+
+  /// From one field of `count` elements to the next.
+  static std::uint64_t field_bytes(std::uint64_t count) {
+    return align_up(count * sizeof(float), 64);
+  }
+
+ private:
+  // Elements that go into the last tile, which is a new one if need be.
+  std::uint64_t take(std::uint64_t left, std::size_t fields) {
+    const bool open = tiles_.size() > first_;
+    const std::uint64_t room = open ? tile_bytes_ - tiles_.back()->bytes : 0;
+    if (fields * field_bytes(left) <= room) return left;
+    const std::uint64_t unit = fields * field_bytes(StateSegment::kCut);
+    if (room >= unit) return room / unit * StateSegment::kCut;
+    tiles_.push_back(std::make_unique<Tile>());
+    tiles_.back()->number = tiles_.size() - 1;
+    return std::min(left, tile_bytes_ / unit * StateSegment::kCut);
+  }
+
+  TileList& tiles_;
+  const std::size_t first_;
+  const std::uint64_t tile_bytes_;
+};
+
+}  // namespace torch_ext

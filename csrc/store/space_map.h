@@ -1,0 +1,53 @@
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+
+namespace torch_ext {
+
+/// Which bytes of a file are free. Freed neighbours are joined; the lowest
+/// space that fits is taken, so that space at the end is given up last.
+/// Threads: one at a time.
+class SpaceMap {
+ public:
+  std::optional<std::uint64_t> take(std::uint64_t bytes) {
+    for (auto it = free_.begin(); it != free_.end(); ++it) {
+      const auto [offset, size] = *it;
+      if (size < bytes) continue;
+      free_.erase(it);
+      if (size > bytes) free_.emplace(offset + bytes, size - bytes);
+      return offset;
+    }
+    return std::nullopt;
+  }
+
+  void give(std::uint64_t offset, std::uint64_t bytes) {
+    auto next = free_.upper_bound(offset);
+    if (next != free_.begin()) {
+      auto before = std::prev(next);
+      if (before->first + before->second == offset) {
+        offset = before->first;
+        bytes += before->second;
+        free_.erase(before);
+      }
+    }
+    if (next != free_.end() && offset + bytes == next->first) {
+      bytes += next->second;
+      free_.erase(next);
+    }
+    free_.emplace(offset, bytes);
+  }
+
+  /// Free bytes that end at `end`: what growing there would join.
+  std::uint64_t tail(std::uint64_t end) const {
+    if (free_.empty()) return 0;
+    const auto last = std::prev(free_.end());
+    return last->first + last->second == end ? last->second : 0;
+  }
+
+ private:
+  std::map<std::uint64_t, std::uint64_t> free_;  // offset -> bytes
+};
+
+}  // namespace torch_ext

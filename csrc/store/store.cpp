@@ -1,0 +1,246 @@
+#include "torch_ext/store/store.h"
+
+#include <atomic>
+#include <cerrno>
+#include <mutex>
+#include <stdexcept>
+#include <utility>
+
+#include "space_map.h"
+#include "torch_ext/base/align.h"
+#include "torch_ext/base/error.h"
+#include "torch_ext/io/file.h"
+#include "torch_ext/io/io_queue.h"
+
+namespace torch_ext {
+namespace {
+
+// The file grows in steps, so that small extents do not cost a system call
+// each.
+constexpr std::uint64_t kGrowth = std::uint64_t{16} << 20;
+
+struct ChosenEngine {
+  std::string name;
+  IoEngineFactory factory;
+  std::string note;
+};
+
+ChosenEngine choose_engine(const StoreOptions& options, const File& file) {
+  if (options.engine_factory) return {"custom", options.engine_factory, ""};
+  if (options.engine != "auto") {
+    return {options.engine, make_engine_factory(options.engine), ""};
+  }
+  std::string why_not = engine_unavailable_reason("libaio");
+  if (why_not.empty() && !file.direct()) {
+    why_not = "libaio is synchronous on files without direct I/O";
+  }
+  if (why_not.empty()) return {"libaio", make_engine_factory("libaio"), ""};
+  return {"threads", make_engine_factory("threads"),
+          "I/O engine threads instead of libaio: " + why_not};
+}
+
+}  // namespace
+
+struct Store::Impl {
+  explicit Impl(const StoreOptions& options)
+      : file(std::make_shared<File>(File::scratch(options.directory))),
+        config(options.aio),
+        verify(options.verify) {
+    config.validate();
+    if (!is_aligned(config.block_size, file->granule())) {
+      throw std::invalid_argument("aio: block_size must be a multiple of " +
+                                  std::to_string(file->granule()) +
+                                  " for files in " +
+                                  options.directory.string() + ", got " +
+                                  std::to_string(config.block_size));
+    }
+    ChosenEngine chosen = choose_engine(options, *file);
+    engine = std::move(chosen.name);
+    if (!chosen.note.empty()) notes.push_back(std::move(chosen.note));
+    if (!file->direct()) notes.push_back(file->buffered_reason());
+    queue = std::make_unique<IoQueue>(config, chosen.factory);
+  }
+
+  std::uint64_t take_space(std::uint64_t bytes);
+  std::span<std::uint64_t> checksums_of(Extent& extent, std::uint64_t offset,
+                                        std::uint64_t length) const;
+  void check(const Extent* extent, std::uint64_t offset,
+             std::span<const std::byte> bytes) const;
+  Ticket submit(IoRequest::Op op, std::shared_ptr<Extent> extent,
+                std::uint64_t offset, std::span<std::byte> bytes, Done done);
+  void ended(IoRequest::Op op, Extent& extent, std::uint64_t length,
+             const std::exception_ptr& error);
+
+  std::shared_ptr<const File> file;
+  AioConfig config;
+  bool verify;
+  std::string engine;
+  std::vector<std::string> notes;
+  std::unique_ptr<IoQueue> queue;
+
+  mutable std::mutex mutex;
+  SpaceMap space;
+  StoreStats stats;
+};
+
+std::uint64_t Store::Impl::take_space(std::uint64_t bytes) {
+  if (auto offset = space.take(bytes)) return *offset;
+  const std::uint64_t old_size = stats.file_size;
+  const std::uint64_t missing = bytes - space.tail(old_size);
+  std::uint64_t growth = align_up(missing, kGrowth);
+  try {
+    file->reserve(old_size, growth);
+  } catch (const IoError& error) {
+    if (error.error() != ENOSPC || growth == missing) throw;
+    growth = missing;
+    file->reserve(old_size, growth);
+  }
+  stats.file_size += growth;
+  space.give(old_size, growth);
+  return *space.take(bytes);
+}
+
+void Store::Impl::check(const Extent* extent, std::uint64_t offset,
+                        std::span<const std::byte> bytes) const {
+  if (extent == nullptr || extent->store_.get() != this) {
+    throw std::invalid_argument("store: the extent is not of this store");
+  }
+  const std::uint64_t padded = extent->padded_size_;
+  if (!is_aligned(offset, config.block_size) || offset > padded ||
+      bytes.size() > padded - offset ||
+      (!is_aligned(bytes.size(), config.block_size) &&
+       offset + bytes.size() != padded) ||
+      !is_aligned(bytes.data(), file->memory_alignment())) {
+    throw std::invalid_argument(
+        "store: offset " + std::to_string(offset) + " and length " +
+        std::to_string(bytes.size()) + " do not fit an extent of " +
+        std::to_string(padded) + " bytes in blocks of " +
+        std::to_string(config.block_size) +
+        ", or the address is not a multiple of " +
+        std::to_string(file->memory_alignment()));
+  }
+}
+
+std::span<std::uint64_t> Store::Impl::checksums_of(Extent& extent,
+                                                   std::uint64_t offset,
+                                                   std::uint64_t length) const {
+  if (!verify || length == 0) return {};
+  const std::uint64_t first = offset / config.block_size;
+  const std::uint64_t last =
+      align_up(offset + length, config.block_size) / config.block_size;
+  return std::span(extent.checksums_).subspan(first, last - first);
+}
+
+Ticket Store::Impl::submit(IoRequest::Op op, std::shared_ptr<Extent> extent,
+                           std::uint64_t offset, std::span<std::byte> bytes,
+                           Done done) {
+  check(extent.get(), offset, bytes);
+  IoOperation operation;
+  operation.op = op;
+  operation.file = file;
+  operation.offset = extent->offset_ + offset;
+  operation.bytes = bytes;
+  operation.checksums = checksums_of(*extent, offset, bytes.size());
+  operation.on_done = [this, op, length = bytes.size(),
+                       extent = std::move(extent),
+                       done = std::move(done)](std::exception_ptr error) {
+    ended(op, *extent, length, error);
+    if (done) done(error);
+  };
+  return queue->submit(std::move(operation));
+}
+
+void Store::Impl::ended(IoRequest::Op op, Extent& extent, std::uint64_t length,
+                        const std::exception_ptr& error) {
+  std::lock_guard lock(mutex);
+  if (error == nullptr) {
+    const bool read = op == IoRequest::Op::kRead;
+    (read ? stats.bytes_read : stats.bytes_written) += length;
+    (read ? stats.read_ops : stats.write_ops) += 1;
+    return;
+  }
+  try {
+    std::rethrow_exception(error);
+  } catch (const IoError& failed) {
+    // A place that the device could not write is not offered again.
+    if (op == IoRequest::Op::kWrite && failed.error() == EIO) {
+      extent.quarantined_ = true;
+    }
+  } catch (...) {
+  }
+}
+
+Store::Store(const StoreOptions& options)
+    : impl_(std::make_shared<Impl>(options)) {}
+
+Store::~Store() {
+  // Extents may live on and keep the space map; the threads may not.
+  impl_->queue.reset();
+}
+
+std::shared_ptr<Extent> Store::allocate(std::uint64_t bytes) {
+  if (bytes > std::uint64_t{1} << 62) {
+    throw std::invalid_argument("store: an extent of " + std::to_string(bytes) +
+                                " bytes");
+  }
+  std::shared_ptr<Extent> extent(new Extent);
+  const std::uint64_t padded = align_up(bytes, granule());
+  if (impl_->verify) {
+    const std::uint64_t block = impl_->config.block_size;
+    extent->checksums_.resize(align_up(padded, block) / block);
+  }
+  if (padded > 0) {
+    std::lock_guard lock(impl_->mutex);
+    extent->offset_ = impl_->take_space(padded);
+    impl_->stats.allocated += padded;
+  }
+  extent->size_ = bytes;
+  extent->padded_size_ = padded;
+  extent->store_ = impl_;
+  return extent;
+}
+
+Extent::~Extent() {
+  if (store_ == nullptr || padded_size_ == 0) return;
+  std::lock_guard lock(store_->mutex);
+  store_->stats.allocated -= padded_size_;
+  if (!quarantined_) store_->space.give(offset_, padded_size_);
+}
+
+Ticket Store::write(std::shared_ptr<Extent> extent, std::uint64_t offset,
+                    std::span<const std::byte> bytes, Done done) {
+  // The queue does not write through the pointer of a write.
+  std::span<std::byte> writable{const_cast<std::byte*>(bytes.data()),
+                                bytes.size()};
+  return impl_->submit(IoRequest::Op::kWrite, std::move(extent), offset,
+                       writable, std::move(done));
+}
+
+Ticket Store::read(std::shared_ptr<Extent> extent, std::uint64_t offset,
+                   std::span<std::byte> bytes, Done done) {
+  return impl_->submit(IoRequest::Op::kRead, std::move(extent), offset, bytes,
+                       std::move(done));
+}
+
+const AioConfig& Store::config() const noexcept { return impl_->config; }
+
+std::size_t Store::granule() const noexcept { return impl_->file->granule(); }
+
+std::size_t Store::memory_alignment() const noexcept {
+  return impl_->file->memory_alignment();
+}
+
+const std::string& Store::engine() const noexcept { return impl_->engine; }
+
+const std::string& Store::path() const noexcept { return impl_->file->path(); }
+
+const std::vector<std::string>& Store::notes() const noexcept {
+  return impl_->notes;
+}
+
+StoreStats Store::stats() const {
+  std::lock_guard lock(impl_->mutex);
+  return impl_->stats;
+}
+
+}  // namespace torch_ext

@@ -1,0 +1,92 @@
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <span>
+#include <thread>
+#include <vector>
+
+#include "key_table.h"
+#include "swap_operation.h"
+#include "torch_ext/memory/buffer_pool.h"
+#include "torch_ext/store/store.h"
+
+namespace torch_ext {
+
+/// Part of an operation that moves through one host buffer, or in place.
+struct Chunk {
+  OperationPtr operation;
+  std::uint64_t offset = 0;
+  std::uint64_t length = 0;        ///< Bytes of the tensor.
+  std::span<std::byte> host;       ///< Padded; in place: the tensor's own.
+  std::shared_ptr<Buffer> buffer;  ///< Null in place. Shared by small ones.
+  EventPtr copied;
+  std::exception_ptr error;
+  Chunk* next = nullptr;  ///< In the list of those whose I/O has ended.
+};
+
+/// The thread that moves a Swapper's chunks between devices, buffers and the
+/// Store. It is what waits when all buffers are out.
+class CopyThread {
+ public:
+  /// `finished` is called by the thread for each operation, before its
+  /// tickets are done.
+  CopyThread(Store& store, BufferPool& pool, KeyTable& keys,
+             std::function<void(const SwapOperation&)> finished,
+             std::function<void(std::string)> note);
+  ~CopyThread();  ///< As stop().
+
+  void submit(OperationPtr operation);
+  /// Returns when all operations have ended.
+  void stop();
+
+ private:
+  void run();
+  void take_inbox();
+  bool start_chunks();
+  bool start_chunk(const OperationPtr& operation);
+  void prepare(SwapOperation& operation);
+  void queue_copy(Chunk* chunk);
+  void queue_io(Chunk* chunk);
+  void io_ended(Chunk* chunk);
+  bool poll_copies();
+  void stage(SwapOperation& operation, EventPtr last_copy);
+  void release(Chunk* chunk);
+  void finish_if_done(const OperationPtr& operation);
+  void finish(const OperationPtr& operation);
+  std::span<std::byte> take_staging(std::uint64_t bytes,
+                                    std::shared_ptr<Buffer>& buffer);
+  void sleep(bool progress);
+
+  Store& store_;
+  BufferPool& pool_;
+  KeyTable& keys_;
+  std::function<void(const SwapOperation&)> finished_;
+  std::function<void(std::string)> note_;
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::vector<OperationPtr> new_operations_;
+  Chunk* ended_io_ = nullptr;
+  std::size_t unfinished_ = 0;  ///< Operations, parked readers included.
+  bool stopping_ = false;
+
+  // The thread's own.
+  std::deque<OperationPtr> active_;  ///< With chunks still to start.
+  std::deque<Chunk*> copying_;       ///< Oldest first.
+  std::set<const Device*> entered_;
+  std::shared_ptr<Buffer> shared_buffer_;  ///< Small chunks share one.
+  std::size_t shared_used_ = 0;
+  std::chrono::microseconds nap_{0};
+  std::vector<OperationPtr> taken_operations_;
+
+  std::thread thread_;
+};
+
+}  // namespace torch_ext

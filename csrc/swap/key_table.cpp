@@ -1,0 +1,125 @@
+#include "key_table.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "torch_ext/base/error.h"
+
+namespace torch_ext {
+
+std::exception_ptr KeyTable::take_unseen(const std::string& key) {
+  std::exception_ptr unseen;
+  std::lock_guard lock(mutex_);
+  std::erase_if(failures_, [&](const OperationPtr& operation) {
+    if (operation->key != key) return operation->error_seen.load();
+    if (unseen == nullptr && !operation->error_seen.exchange(true)) {
+      unseen = operation->error;
+    }
+    return true;
+  });
+  return unseen;
+}
+
+void KeyTable::throw_unseen(const std::string& key) {
+  if (auto error = take_unseen(key)) std::rethrow_exception(error);
+}
+
+std::exception_ptr KeyTable::take_unseen() {
+  std::lock_guard lock(mutex_);
+  for (const OperationPtr& operation : std::exchange(failures_, {})) {
+    if (!operation->error_seen.exchange(true)) return operation->error;
+  }
+  return nullptr;
+}
+
+void KeyTable::add_failure(OperationPtr operation) {
+  std::lock_guard lock(mutex_);
+  std::erase_if(failures_, [](const OperationPtr& failed) {
+    return failed->error_seen.load();
+  });
+  failures_.push_back(std::move(operation));
+}
+
+std::shared_ptr<Version> KeyTable::add(const std::string& key,
+                                       std::uint64_t size,
+                                       std::shared_ptr<const void> tag) {
+  auto version = std::make_shared<Version>();
+  version->size = size;
+  version->tag = std::move(tag);
+  std::lock_guard lock(mutex_);
+  auto& versions = keys_[key];
+  if (versions == nullptr) {
+    versions = std::make_shared<Versions>();
+    versions->key = key;
+  }
+  version->of = versions;
+  versions->list.push_back(version);
+  return version;
+}
+
+std::shared_ptr<Version> KeyTable::find_locked(const std::string& key) const {
+  const auto found = keys_.find(key);
+  if (found == keys_.end()) throw KeyError("no such key: '" + key + "'");
+  return found->second->list.back();
+}
+
+std::shared_ptr<Version> KeyTable::find(const std::string& key) const {
+  std::lock_guard lock(mutex_);
+  return find_locked(key);
+}
+
+void KeyTable::remove(const std::string& key) {
+  std::shared_ptr<Versions> dropped;
+  std::lock_guard lock(mutex_);
+  find_locked(key);
+  dropped = std::move(keys_.extract(key).mapped());
+}
+
+std::vector<std::string> KeyTable::keys() const {
+  std::lock_guard lock(mutex_);
+  std::vector<std::string> names;
+  for (const auto& [key, versions] : keys_) names.push_back(key);
+  return names;
+}
+
+void KeyTable::clear() {
+  std::map<std::string, std::shared_ptr<Versions>> dropped;
+  std::lock_guard lock(mutex_);
+  dropped.swap(keys_);
+}
+
+bool KeyTable::park(const OperationPtr& reader) {
+  std::lock_guard lock(mutex_);
+  Version& version = *reader->version;
+  if (version.error != nullptr) std::rethrow_exception(version.error);
+  if (version.ready) return false;
+  version.readers.push_back(reader);
+  return true;
+}
+
+std::vector<OperationPtr> KeyTable::resolve(
+    const std::shared_ptr<Version>& version, std::exception_ptr error) {
+  std::vector<std::shared_ptr<Version>> dropped;
+  std::lock_guard lock(mutex_);
+  version->error = error;
+  version->ready = error == nullptr;
+  if (auto versions = version->of.lock()) {
+    auto& list = versions->list;
+    const auto here = std::find(list.begin(), list.end(), version);
+    if (here != list.end()) {
+      // A complete value takes the place of all that were called before it,
+      // a failed one only leaves.
+      const auto first = version->ready ? list.begin() : here;
+      const auto last = version->ready ? here : here + 1;
+      dropped.assign(first, last);
+      list.erase(first, last);
+    }
+    const auto entry = keys_.find(versions->key);
+    if (list.empty() && entry != keys_.end() && entry->second == versions) {
+      keys_.erase(entry);
+    }
+  }
+  return std::exchange(version->readers, {});
+}
+
+}  // namespace torch_ext

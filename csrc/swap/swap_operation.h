@@ -1,0 +1,72 @@
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "torch_ext/swap/swapper.h"
+
+namespace torch_ext {
+
+struct Version;
+
+/// Things that must not die on a copy or I/O thread, because dropping them
+/// may need the GIL; emptied by the owner's threads.
+class RetireList {
+ public:
+  void add(std::shared_ptr<void> object) {
+    if (object.use_count() == 0) return;
+    std::lock_guard lock(mutex_);
+    objects_.push_back(std::move(object));
+  }
+  void clear() {
+    std::vector<std::shared_ptr<void>> dropped;
+    std::lock_guard lock(mutex_);
+    dropped.swap(objects_);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::shared_ptr<void>> objects_;
+};
+
+/// One swap_out or swap_in, from the call to its last byte.
+class SwapOperation {
+ public:
+  enum class Kind { kOut, kIn };
+
+  // Set by the calling thread and then only read.
+  Kind kind = Kind::kOut;
+  std::string key;
+  DeviceBytes bytes;
+  bool on_host = false;
+  EventPtr start;  ///< What the copy stream waits for before it touches bytes.
+  std::shared_ptr<Version> version;
+  std::shared_ptr<RetireList> retired;
+
+  TicketSource staged;  ///< The last copy is queued.
+  TicketSource ended;   ///< The last byte is in place.
+  std::atomic<bool> error_seen = false;
+  EventPtr last_copy;  ///< Written before `staged` is done.
+
+  // The copy thread's own.
+  std::uint64_t next = 0;  ///< First byte without a chunk.
+  std::uint64_t open_chunks = 0;
+  std::uint64_t open_reads = 0;  ///< Chunks whose read has not ended.
+  bool in_place = false;         ///< Some of it moves without a host buffer.
+  bool joined = false;           ///< The copy stream waits for `start`.
+  bool is_staged = false;
+  bool finished = false;
+  std::exception_ptr error;
+
+  bool out() const { return kind == Kind::kOut; }
+  bool all_started() const { return error != nullptr || next == bytes.size; }
+};
+using OperationPtr = std::shared_ptr<SwapOperation>;
+
+}  // namespace torch_ext

@@ -1,0 +1,13 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+namespace torch_ext {
+
+/// XXH3-64 of `bytes`, seed 0. Any thread; never fails.
+/// Format: https://github.com/Cyan4973/xxHash, "XXH3_64bits".
+std::uint64_t checksum(std::span<const std::byte> bytes) noexcept;
+
+}  // namespace torch_ext

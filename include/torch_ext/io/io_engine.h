@@ -1,0 +1,88 @@
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace torch_ext {
+
+/// One transfer, at most kMaxTransfer bytes.
+struct IoRequest {
+  enum class Op { kRead, kWrite, kSync };
+  /// What Linux moves in one call.
+  static constexpr std::size_t kMaxTransfer = 0x7ffff000;
+
+  Op op = Op::kRead;
+  int fd = -1;                ///< Borrowed until the completion is polled.
+  std::uint64_t offset = 0;   ///< Bytes into the file.
+  std::byte* data = nullptr;  ///< Borrowed likewise; not written by kWrite.
+  std::size_t length = 0;     ///< Bytes; ignored by kSync.
+  std::uint64_t cookie = 0;   ///< Handed back; the engine does not read it.
+};
+
+/// How a request ended. Fewer bytes than asked is not an error here.
+struct IoCompletion {
+  std::uint64_t cookie = 0;
+  std::int64_t result = 0;  ///< Bytes moved, or -errno.
+};
+
+/// A way to have `depth()` requests in flight.
+/// Threads: one thread owns the engine; only wake() may come from others.
+/// The destructor waits until nothing is in flight. In a forked child an
+/// engine of the parent can be destroyed, which waits for nothing, and no more.
+class IoEngine {
+ public:
+  virtual ~IoEngine() = default;
+
+  /// "libaio", "threads", "memory" or "null".
+  virtual std::string_view name() const noexcept = 0;
+
+  /// Most requests in flight.
+  virtual std::size_t depth() const noexcept = 0;
+
+  /// Tells the engine of memory that requests will use, so that it may be
+  /// registered with the kernel. A hint; must outlive the engine.
+  virtual void add_buffers(std::span<std::byte> memory) = 0;
+
+  /// Starts a prefix of `batch` and returns its length; fewer than asked
+  /// means "no room now": poll and try the rest again. A request that the
+  /// kernel refuses for its own sake counts as accepted and completes with
+  /// -errno. Never throws for the environment.
+  virtual std::size_t submit(std::span<const IoRequest> batch) = 0;
+
+  /// Reaps up to out.size() completions, in any order. Blocks until
+  /// `at_least` are there (0: never blocks), `timeout` is over, wake() is
+  /// called, or nothing is in flight any more. Signals do not end it. Returns
+  /// the number reaped. Errors: IoError if the kernel disowns the engine.
+  virtual std::size_t poll(std::span<IoCompletion> out, std::size_t at_least,
+                           std::chrono::nanoseconds timeout) = 0;
+
+  /// Makes a poll() that blocks, or else the next one that would, return.
+  virtual void wake() noexcept = 0;
+};
+
+/// Makes one engine of the given depth; called once per I/O thread.
+using IoEngineFactory = std::function<std::unique_ptr<IoEngine>(int depth)>;
+
+/// Names that make_engine_factory takes.
+std::span<const std::string_view> engine_names() noexcept;
+
+/// An engine's factory, by name. Engines of one "memory" factory share one
+/// disk in RAM, keyed by device and inode of the descriptor; "null" moves no
+/// bytes and reports that it did.
+/// Errors: std::invalid_argument for an unknown name; the factory itself
+/// throws std::invalid_argument for a depth below 1, and IoError where the
+/// kernel refuses (its detail names fs.aio-max-nr where that is the cause).
+IoEngineFactory make_engine_factory(std::string_view name);
+
+/// Empty if the engine can be used on this machine now, else why not.
+/// Errors: std::invalid_argument for an unknown name.
+std::string engine_unavailable_reason(std::string_view name);
+
+}  // namespace torch_ext

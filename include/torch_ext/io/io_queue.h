@@ -1,0 +1,64 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <span>
+
+#include "torch_ext/config/aio_config.h"
+#include "torch_ext/io/file.h"
+#include "torch_ext/io/io_engine.h"
+#include "torch_ext/io/ticket.h"
+
+namespace torch_ext {
+
+/// A read or write of any length, cut by the queue into requests of at most
+/// block_size bytes.
+struct IoOperation {
+  IoRequest::Op op = IoRequest::Op::kRead;
+  std::shared_ptr<const File> file = nullptr;
+  std::uint64_t offset = 0;
+  /// Borrowed until on_done has been called. Any alignment: what direct I/O
+  /// cannot take goes through the file's buffered descriptor.
+  std::span<std::byte> bytes = {};
+  /// Empty, or one XXH3-64 per block_size bytes (the last block may be
+  /// shorter): filled by a write before its request is made, compared by a
+  /// read; a difference is an EIO. Borrowed like `bytes`.
+  std::span<std::uint64_t> checksums = {};
+  /// Called once, on an I/O thread, after the last request has ended and
+  /// before the ticket is done. Must not block or throw. Null: well.
+  std::function<void(std::exception_ptr)> on_done = nullptr;
+};
+
+/// Keeps the device busy with the requests of all its owner's operations, in
+/// the order of submission: `thread_count` threads, each with one engine of
+/// `queue_depth` requests, that submit and reap.
+///
+/// A short transfer is continued, EINTR and EAGAIN are tried again, a read
+/// that meets the end of the file is an error. An operation reports its first
+/// error, after all its requests have ended; requests not made by then are
+/// left out.
+/// Threads: any may submit. The destructor waits for all operations.
+class IoQueue {
+ public:
+  /// Errors: std::invalid_argument for the config, IoError from the factory.
+  IoQueue(const AioConfig& config, const IoEngineFactory& factory);
+  IoQueue(const IoQueue&) = delete;
+  IoQueue& operator=(const IoQueue&) = delete;
+  ~IoQueue();
+
+  /// Returns at once. Errors: std::invalid_argument for a null file, a wrong
+  /// number of checksums or an offset + length beyond 2^63 - 1; whatever the
+  /// kernel says comes through the ticket.
+  Ticket submit(IoOperation operation);
+
+  const AioConfig& config() const noexcept;
+
+ private:
+  class Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace torch_ext

@@ -1,0 +1,131 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "torch_ext/optim/update_kernel.h"
+#include "torch_ext/store/store.h"
+
+namespace torch_ext {
+
+/// How to make an OptimizerOffload.
+struct OptimizerOffloadOptions {
+  StoreOptions store;
+  /// Bytes for lane buffers and scratch together: an upper bound.
+  std::uint64_t host_memory = std::uint64_t{512} << 20;
+  /// Bytes of it that the kernels want for themselves: see scratch().
+  std::uint64_t scratch_bytes = 0;
+};
+
+/// Counters since the object was made; seconds are of wall time.
+struct OptimizerOffloadStats {
+  std::uint64_t steps = 0;
+  std::uint64_t bytes_read = 0;  ///< Padded, of requests that ended well.
+  std::uint64_t bytes_written = 0;
+  double read_seconds = 0;    ///< While at least one tile was being read.
+  double update_seconds = 0;  ///< In kernels.
+  double write_seconds = 0;   ///< While at least one tile was being written.
+  double wait_seconds = 0;    ///< That step() waited for I/O.
+  std::uint64_t host_memory = 0;
+  std::uint64_t host_bytes_peak = 0;  ///< Of buffers and scratch, in use.
+  std::uint64_t tiles = 0;
+  std::uint64_t tile_bytes = 0;  ///< Size of a lane buffer.
+  std::uint64_t buffers = 0;
+};
+
+/// What a lane did with a tile, in seconds since the last step() began:
+/// reads made ahead of it start before 0, its last writes end after it.
+struct LaneEvent {
+  enum class Lane { kRead, kUpdate, kWrite };
+  Lane lane = Lane::kRead;
+  std::size_t tile = 0;
+  double start = 0;
+  double end = 0;
+};
+
+/// Optimizer state on disk. A parameter has `fields` floats for each of its
+/// elements. State is cut in tiles, whose fields lie side by side, so that a
+/// tile is one large read and one large write. Three lanes run at once: tiles
+/// ahead are read, one is updated by the calling thread, those behind are
+/// written. Steps follow each other without a break: when step() returns, its
+/// last writes are in flight and the first tiles of the next step are being
+/// read into the buffers that become free.
+///
+/// Memory: a tile is an eighth of host_memory less scratch, but 64 KiB to
+/// 32 MiB; as many buffers as the rest holds, at least 3. They are used only
+/// as far as there are tiles.
+///
+/// Errors: after a failed transfer or kernel the state may be half updated;
+/// the call, or the next one, throws, and all later ones are refused with the
+/// same error until write_state() has succeeded.
+/// Threads: any, one call at a time. Forked children: StateError.
+class OptimizerOffload {
+ public:
+  /// Errors: std::invalid_argument (host_memory too small, with what is
+  /// needed), those of Store.
+  explicit OptimizerOffload(const OptimizerOffloadOptions& options);
+  ~OptimizerOffload();  ///< As close(), without its errors.
+  OptimizerOffload(const OptimizerOffload&) = delete;
+  OptimizerOffload& operator=(const OptimizerOffload&) = delete;
+
+  /// Registers `elements` (>= 0) with `fields` floats each, 1 to
+  /// StateSegment::kMaxFields, and returns their number, from 0. Takes no
+  /// space before the parameter's first step.
+  std::size_t add_parameter(std::uint64_t elements, int fields);
+
+  /// Counts a step of each parameter in `active` (no number twice) and runs
+  /// the kernel over their state. New state is zeros. Tiles without an active
+  /// parameter are neither read nor written.
+  /// Errors: IoError, also of an earlier call's writes; ENOSPC for new state
+  /// comes before anything has changed. Whatever the kernel throws.
+  void step(std::span<const std::size_t> active, UpdateKernel& kernel);
+
+  /// Gives parameters without state zeros and no steps.
+  /// Errors: IoError (ENOSPC), before anything has changed.
+  void add_state(std::span<const std::size_t> parameters);
+
+  /// Shows the kernel all state there is; what it changes is lost.
+  /// Errors: as step().
+  void read_state(UpdateKernel& kernel);
+
+  /// A parameter and the number of its steps.
+  struct ParameterStep {
+    std::size_t parameter = 0;
+    std::uint64_t step = 0;
+  };
+
+  /// Forgets all state, and an earlier error, and has the kernel fill the
+  /// given parameters' new state, which is zeros. Errors: as step().
+  void write_state(std::span<const ParameterStep> parameters,
+                   UpdateKernel& kernel);
+
+  bool has_state(std::size_t parameter) const;
+  /// Steps counted so far.
+  std::uint64_t step_of(std::size_t parameter) const;
+
+  /// Page-aligned memory of options.scratch_bytes for kernels, made and
+  /// counted at its first use.
+  std::span<std::byte> scratch();
+
+  OptimizerOffloadStats stats() const;
+  /// Of the last step, by start; complete once its writes have ended.
+  std::vector<LaneEvent> timeline() const;
+  /// What a log should hold, e.g. why direct I/O is not used.
+  const std::vector<std::string>& notes() const noexcept;
+  const std::string& engine() const noexcept;
+
+  /// Waits for writes in flight and frees memory and disk space; later calls
+  /// but those of counters and close() throw StateError. Idempotent.
+  /// Errors: one that no call has thrown yet, after all is closed.
+  void close();
+
+ private:
+  class Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace torch_ext

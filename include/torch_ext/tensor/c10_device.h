@@ -1,0 +1,148 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/core/Device.h>
+#include <c10/core/Event.h>
+#include <c10/core/Stream.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+
+#include "torch_ext/base/error.h"
+#include "torch_ext/device/cuda_runtime.h"
+#include "torch_ext/device/device.h"
+
+namespace torch_ext {
+
+/// Any accelerator of PyTorch as a Device, through c10's generic streams and
+/// events; its copy stream is one of PyTorch's pool. No CUDA header needed.
+///
+/// Copies are asynchronous where PyTorch's are: on CUDA always to and from
+/// memory that pin() has locked.
+class C10Device final : public Device {
+ public:
+  /// What the CUDA run-time is needed for besides PyTorch: page-locking,
+  /// telling whether a stream is being captured, thread-local capture mode.
+  struct Runtime {
+    std::shared_ptr<CudaRuntime> cuda;  ///< Null: none of the three is done.
+    std::string why_not;                ///< Why it is null.
+  };
+
+  /// `device` without an index is the calling thread's current one.
+  /// Errors: c10::Error if there is no such device or it has no streams.
+  explicit C10Device(c10::Device device)
+      : C10Device(device, runtime_for(device.type())) {}
+
+  C10Device(c10::Device device, Runtime runtime)
+      : guard_(device.type()),
+        device_(device.has_index() ? device : guard_.getDevice()),
+        copy_stream_(guard_.getStreamFromGlobalPool(device_)),
+        runtime_(std::move(runtime)) {}
+
+  std::string name() const override { return device_.str(); }
+
+  void enter_thread() override {
+    // Else PyTorch, which puts the thread's device back after each call, would
+    // make a context on device 0.
+    guard_.setDevice(device_);
+    if (runtime_.cuda) runtime_.cuda->use_thread_local_capture_mode();
+  }
+
+  void pin(std::span<std::byte> memory) override {
+    if (!runtime_.cuda) throw StateError(runtime_.why_not);
+    runtime_.cuda->host_register(memory.data(), memory.size());
+  }
+
+  void unpin(std::span<std::byte> memory) noexcept override {
+    if (runtime_.cuda) runtime_.cuda->host_unregister(memory.data());
+  }
+
+  EventPtr record(Stream stream) override {
+    auto event = std::make_shared<Event>(device_.type());
+    event->event.record(resolve(stream));
+    return event;
+  }
+
+  void wait(Stream stream, const EventPtr& event) override {
+    static_cast<const Event&>(*event).event.block(resolve(stream));
+  }
+
+  bool query(const EventPtr& event) override {
+    return static_cast<const Event&>(*event).event.query();
+  }
+
+  void copy(std::byte* to, const std::byte* from, std::size_t bytes,
+            bool to_host) override {
+    if (bytes == 0) return;
+    const c10::Device cpu(c10::kCPU);
+    const c10::StreamGuard on_copy_stream(copy_stream_);
+    view(to, bytes, to_host ? cpu : device_)
+        .copy_(view(from, bytes, to_host ? device_ : cpu),
+               /*non_blocking=*/true);
+  }
+
+ private:
+  struct Event final : DeviceEvent {
+    explicit Event(c10::DeviceType type) : event(type) {}
+    c10::Event event;
+  };
+
+  static Runtime runtime_for(c10::DeviceType type) {
+    Runtime runtime;
+    if (type == c10::kCUDA) {
+      runtime.cuda = CudaRuntime::open({}, &runtime.why_not);
+    } else {
+      runtime.why_not = "not supported for devices of type " +
+                        c10::DeviceTypeName(type, true);
+    }
+    return runtime;
+  }
+
+  // Naming the device saves PyTorch from asking the driver whose memory it is.
+  static at::Tensor view(const std::byte* data, std::size_t bytes,
+                         c10::Device device) {
+    return at::for_blob(const_cast<std::byte*>(data),
+                        {static_cast<std::int64_t>(bytes)})
+        .options(at::TensorOptions().dtype(at::kByte).device(device))
+        .target_device(device)
+        .make_tensor();
+  }
+
+  c10::Stream resolve(Stream stream) const {
+    if (stream == Stream::kCopy) return copy_stream_;
+    const c10::Stream current = guard_.getStream(device_);
+    // An event in a graph is a node of it, and never done.
+    if (runtime_.cuda && runtime_.cuda->is_capturing(current.native_handle())) {
+      throw StateError(
+          "the current stream of " + name() +
+          " is being captured into a graph; swap outside of the capture");
+    }
+    return current;
+  }
+
+  const c10::impl::VirtualGuardImpl guard_;
+  const c10::Device device_;
+  const c10::Stream copy_stream_;
+  const Runtime runtime_;
+};
+
+/// A new C10Device, with a copy stream of its own, or for the CPU
+/// host_device(), without touching any accelerator.
+/// Errors: as C10Device.
+inline std::shared_ptr<Device> device_for(c10::Device device) {
+  if (device.is_cpu()) return host_device();
+  return std::make_shared<C10Device>(device);
+}
+
+inline std::shared_ptr<Device> device_for(const at::Tensor& tensor) {
+  return device_for(tensor.device());
+}
+
+}  // namespace torch_ext

@@ -1,0 +1,71 @@
+"""Builds wheels and editable installs by driving CMake.
+
+torch is never imported here and never downloaded: CMake looks for the torch of
+the running Python. With `--no-build-isolation` it finds it and builds _C; in
+pip's isolated environment there is none, and the package that results compiles
+_C when it is first imported.
+
+CMAKE_ARGS adds arguments for CMake; TORCH_EXT_BUILD_DIR names a build folder
+to reuse.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    def run(self):
+        in_place = self.inplace or self.editable_mode
+        prefix = (ROOT if in_place else Path(self.build_lib).resolve()) / "torch_ext"
+        build = Path(os.environ.get("TORCH_EXT_BUILD_DIR") or self.build_temp).resolve()
+        cmake = shutil.which("cmake") or str(Path(sys.executable).parent / "cmake")
+        configure = [
+            *[cmake, "-S", str(ROOT), "-B", str(build)],
+            f"-DPython3_EXECUTABLE={sys.executable}",
+            "-DCMAKE_INSTALL_LIBDIR=lib",
+            "-DTORCH_EXT_INSTALL_CMAKEDIR=share/cmake/torch_ext",
+            f"-DTORCH_EXT_WHEEL={'OFF' if in_place else 'ON'}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]
+        jobs = str(self.parallel or os.cpu_count() or 1)
+        for built in ("lib", "include", "share", "csrc", "third_party"):
+            shutil.rmtree(prefix / built, ignore_errors=True)
+        for module in prefix.glob("_C.*.so"):
+            module.unlink()
+        for command in (
+            configure,
+            [cmake, "--build", str(build), "--parallel", jobs],
+            [cmake, "--install", str(build), "--prefix", str(prefix)],
+        ):
+            if subprocess.run(command, check=False).returncode != 0:
+                raise SystemExit(f"failed: {shlex.join(command)}")
+
+    def get_outputs(self):
+        return []
+
+    def get_output_mapping(self):
+        return {}
+
+
+class PlatformWheel(bdist_wheel):
+    def get_tag(self):
+        python, abi, platform = super().get_tag()
+        if not list(Path(self.bdist_dir, "torch_ext").glob("_C.*.so")):
+            python, abi = "py3", "none"
+        return python, abi, platform
+
+
+setup(
+    ext_modules=[Extension("torch_ext._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
+)

@@ -1,0 +1,285 @@
+"""Wheel and source distribution, installed where no source tree is at hand."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Trains with the state on disk and compares with torch, bit by bit.
+TRAIN = """
+import sys, torch, torch_ext
+from torch_ext._native import _C
+assert {root!r} not in torch_ext.__file__, torch_ext.__file__
+def train(make):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(300, 7)
+    optimizer = make(model.parameters())
+    for step in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(5, 300)).square().mean().backward()
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+ours = train(lambda p: torch_ext.OffloadedAdamW(p, lr=1e-2, nvme_path={nvme!r}))
+assert torch.equal(ours, train(lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True)))
+print(_C.__file__)
+"""
+
+CONSUMER = """
+cmake_minimum_required(VERSION 3.25)
+project(consumer LANGUAGES CXX)
+find_package(torch_ext 0.1 REQUIRED)
+add_executable(consumer main.cpp)
+target_link_libraries(consumer PRIVATE torch_ext::core)
+"""
+
+CONSUMER_MAIN = """
+#include <iostream>
+#include "torch_ext/base/size.h"
+#include "torch_ext/io/io_engine.h"
+int main() {
+  std::cout << torch_ext::parse_size("4KiB") << " "
+            << torch_ext::make_engine_factory("null")(1)->name();
+}
+"""
+
+
+def run(*command, cwd, **env):
+    """Runs a command as somebody outside the source tree would."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("TORCH_EXT", "PYTHON"))}
+    done = subprocess.run(
+        [str(c) for c in command],
+        cwd=cwd,
+        env=clean | {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"} | env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout.strip()
+
+
+def build_wheel(source, folder, build, cmake_args=""):
+    run(
+        *[sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation"],
+        *["--no-deps", "--wheel-dir", folder, source],
+        cwd=folder.parent,
+        TORCH_EXT_BUILD_DIR=str(build),
+        CMAKE_ARGS=cmake_args,
+    )
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def install(wheel, folder):
+    """A fresh virtual environment with the wheel, and with this one's torch."""
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
+    python = folder / "bin/python"
+    run(
+        *[sys.executable, "-m", "pip", "--python", python, "install", "--quiet"],
+        *["--no-deps", wheel],
+        cwd=folder.parent,
+    )
+    site = run(
+        *[python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], cwd=folder
+    )
+    # Only the folders: editable installs in them do not count.
+    folders = [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))]
+    Path(site, "torch_of_tests.pth").write_text("\n".join(folders))
+    return SimpleNamespace(python=python, package=Path(site, "torch_ext"))
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory):
+    return tmp_path_factory.mktemp("packaging")
+
+
+@pytest.fixture(scope="module")
+def sdist(room):
+    make = f"from setuptools import build_meta; build_meta.build_sdist({str(room)!r})"
+    run(sys.executable, "-c", make, cwd=ROOT)
+    (archive,) = room.glob("*.tar.gz")
+    return archive
+
+
+@pytest.fixture(scope="module")
+def source(sdist, room):
+    with tarfile.open(sdist) as archive:
+        archive.extractall(room / "sdist")
+    (folder,) = (room / "sdist").iterdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source, room):
+    return build_wheel(source, room / "wheel", room / "build")
+
+
+@pytest.fixture(scope="module")
+def torchless_wheel(wheel, source, room):
+    """What is built where there is no torch; shares the core of the other."""
+    return build_wheel(
+        source, room / "torchless", room / "build", cmake_args="-DTORCH_EXT_PYTHON=OFF"
+    )
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, room):
+    return install(wheel, room / "venv")
+
+
+@pytest.fixture(scope="module")
+def installed_torchless(torchless_wheel, room):
+    return install(torchless_wheel, room / "torchless_venv")
+
+
+@pytest.mark.slow
+def test_wheel_has_all_that_the_readme_promises(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert f"-{tag}-{tag}-linux_" in wheel.name
+    for name in (
+        "torch_ext/_C" + sysconfig.get_config_var("EXT_SUFFIX"),
+        "torch_ext/_C.pyi",
+        "torch_ext/py.typed",
+        "torch_ext/lib/libtorch_ext_core.so",
+        "torch_ext/include/torch_ext/io/io_engine.h",
+        "torch_ext/include/torch_ext/tensor/tensor_swapper.h",
+        "torch_ext/share/cmake/torch_ext/torch_extConfig.cmake",
+        "torch_ext/csrc/sources.json",
+        "torch_ext/third_party/include/xxhash.h",
+        "torch_ext/third_party/include/nlohmann/json.hpp",
+    ):
+        assert name in names
+    assert [n for n in names if n.endswith("licenses/THIRD_PARTY.md")]
+    top = {name.split("/")[0] for name in names}
+    assert {t.split("-")[0] for t in top} == {"torch_ext"}
+
+
+@pytest.mark.slow
+def test_wheel_depends_on_nothing_of_the_machine_that_built_it(installed, room):
+    libraries = [*installed.package.glob("_C.*.so"), *installed.package.glob("lib/*.so*")]
+    assert len(libraries) == 2
+    for library in libraries:
+        header = run("readelf", "-d", library, cwd=room)
+        assert "libaio" not in header
+        assert all(p.startswith("$ORIGIN") for p in re.findall(r"R\w*PATH.*\[(.*)\]", header))
+    for file in installed.package.glob("share/**/*.cmake"):
+        assert str(room) not in file.read_text()
+
+
+@pytest.mark.slow
+def test_wheel_trains_outside_the_source_tree(installed, room):
+    code = TRAIN.format(root=str(ROOT), nvme=str(room))
+    module = run(installed.python, "-c", code, cwd=room)
+    assert Path(module).parent == installed.package
+
+
+@pytest.mark.slow
+def test_wheel_serves_cpp_programs_through_find_package(installed, room):
+    app = room / "consumer"
+    app.mkdir()
+    (app / "CMakeLists.txt").write_text(CONSUMER)
+    (app / "main.cpp").write_text(CONSUMER_MAIN)
+    prefix = run(
+        *[installed.python, "-c", "import torch_ext; print(torch_ext.cmake_prefix_path)"], cwd=room
+    )
+    run("cmake", "-S", app, "-B", app / "build", f"-DCMAKE_PREFIX_PATH={prefix}", cwd=room)
+    run("cmake", "--build", app / "build", cwd=room)
+    assert run(app / "build/consumer", cwd=room) == "4096 null"
+
+
+@pytest.mark.slow
+def test_wheel_made_without_torch_builds_the_module_on_first_import(installed_torchless, room):
+    assert not list(installed_torchless.package.glob("_C.*.so"))
+    code = TRAIN.format(root=str(ROOT), nvme=str(room))
+    path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if p)
+    module = run(
+        *[installed_torchless.python, "-c", code],
+        cwd=room,
+        PATH=path,
+        TORCH_EXTENSIONS_DIR=str(room / "jit"),
+    )
+    assert (room / "jit") in Path(module).parents
+
+
+@pytest.mark.slow
+def test_loaded_and_built_modules_live_in_one_process(installed, installed_torchless, room):
+    (built,) = installed.package.glob("_C.*.so")
+    code = f"""
+import importlib.util, sys, torch, torch_ext
+spec = importlib.util.spec_from_file_location("torch_ext._C", {str(built)!r})
+sys.modules["torch_ext._C"] = built = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(built)
+loaded = torch_ext.load()
+assert loaded.__file__ != built.__file__
+print(loaded.AioConfig() is not None and built.AioConfig() is not None)
+"""
+    shown = run(
+        *[installed_torchless.python, "-c", code],
+        cwd=room,
+        TORCH_EXTENSIONS_DIR=str(room / "jit"),
+    )
+    assert shown.splitlines()[-1] == "True"
+
+
+def test_sdist_has_what_git_has(sdist):
+    listing = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "csrc", "include", "tests", "cmake"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    assert {f for f in listing if (ROOT / f).is_file()} <= packed
+    assert {"setup.py", "LICENSE", "THIRD_PARTY.md", "torch_ext/_C.pyi"} <= packed
+    assert not [name for name in packed if name.endswith((".so", ".pyc"))]
+
+
+def test_load_gives_up_on_a_lock_that_stays_and_names_it(tmp_path):
+    import torch_ext
+
+    (tmp_path / "lock").touch()
+    with pytest.raises(TimeoutError, match=re.escape(str(tmp_path / "lock"))):
+        torch_ext.load(build_directory=tmp_path, lock_timeout=0.2)
+
+
+def test_load_without_a_compiler_says_what_to_install(tmp_path, monkeypatch):
+    import torch_ext
+
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RuntimeError, match=r"no-such-compiler.*apt-get install g\+\+"):
+        torch_ext.load(build_directory=tmp_path)
+
+
+def test_load_finds_ninja_beside_python_and_leaves_path_alone(monkeypatch, tmp_path):
+    from torch_ext import jit
+
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    with pytest.raises(RuntimeError, match="pip install ninja"), jit._ninja_on_path():
+        pass
+    (tmp_path / "ninja").touch(mode=0o755)
+    with jit._ninja_on_path():
+        assert shutil.which("ninja") == str(tmp_path / "ninja")
+    assert os.environ["PATH"] == str(tmp_path / "empty")
+
+
+def test_source_list_is_valid_json_with_both_lists():
+    sources = json.loads((ROOT / "csrc/sources.json").read_text())
+    assert set(sources) == {"core", "bindings"}

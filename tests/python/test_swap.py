@@ -1,0 +1,502 @@
+"""TensorSwapper on CPU tensors: what a user may give it, and what comes back."""
+
+import copy
+import errno
+import gc
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import torch_ext
+from torch_ext import TensorSwapper
+
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.complex64,
+    torch.int64,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.bool,
+    torch.float8_e4m3fn,
+    torch.bits16,
+]
+
+
+@pytest.fixture
+def swapper(nvme_dir):
+    with TensorSwapper(nvme_dir, host_memory="16MiB") as swapper:
+        yield swapper
+
+
+def bytes_of(tensor):
+    packed = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    return bytes(packed.flatten().view(torch.uint8).numpy()) if packed.numel() else b""
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_comes_back_bit_for_bit(swapper, dtype):
+    size = torch.empty(0, dtype=dtype).element_size()
+    tensor = torch.randint(0, 256, (1001 * size,), dtype=torch.uint8).view(dtype)
+    swapper.swap_out("x", tensor)
+    back = swapper.swap_in("x").result()
+    assert back.dtype == dtype
+    assert bytes_of(back) == bytes_of(tensor)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 4095, 4096, 4097, 1 << 20, (5 << 20) + 3])
+def test_sizes_come_back_exactly(swapper, size):
+    tensor = torch.randint(0, 256, (size,), dtype=torch.uint8)
+    swapper.swap_out("x", tensor).wait()
+    assert torch.equal(swapper.swap_in("x").result(), tensor)
+
+
+def test_zero_dim_empty_and_many_dims(swapper):
+    for tensor in [torch.tensor(3.5), torch.empty(0, 7), torch.randn(2, 1, 3, 1, 5)]:
+        swapper.swap_out("x", tensor)
+        back = swapper.swap_in("x").result()
+        assert back.shape == tensor.shape
+        assert torch.equal(back, tensor)
+
+
+def views():
+    base = torch.randn(64, 48)
+    return {
+        "slice": base[3:17],
+        "columns": base[:, 5:9],
+        "transposed": base.t(),
+        "strided": base[::3, ::2],
+        "expanded": base[:1].expand(10, 48),
+        "channels_last": torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last),
+        "conjugate": torch.randn(9, 9, dtype=torch.complex64).conj(),
+        "negative": torch.randn(9, 9, dtype=torch.complex64).conj().imag,
+    }
+
+
+@pytest.mark.parametrize("name", views())
+def test_a_view_is_stored_as_exactly_its_elements(swapper, name):
+    tensor = views()[name]
+    swapper.swap_out("x", tensor).wait()
+    assert swapper.stats()["bytes_out"] == tensor.numel() * tensor.element_size()
+    assert torch.equal(swapper.swap_in("x").result(), tensor)
+
+
+@pytest.mark.parametrize("name", [name for name in views() if name != "expanded"])
+def test_out_may_be_any_view_and_only_its_elements_change(swapper, name):
+    out = views()[name]
+    value = torch.randn(out.shape, dtype=out.dtype)
+    whole = out._base if out._base is not None else out
+    before = whole.clone()
+    swapper.swap_out("x", value)
+    assert swapper.swap_in("x", out=out).result() is out
+    assert torch.equal(out, value)
+    out.zero_()
+    before_view = before.as_strided(out.size(), out.stride(), out.storage_offset())
+    if out.dtype == before.dtype and not out.is_neg():
+        before_view.zero_()
+        assert torch.equal(torch.view_as_real(before) if before.is_complex() else before,
+                           torch.view_as_real(whole) if whole.is_complex() else whole)
+
+
+def test_out_belongs_to_autograd_no_more(swapper):
+    weight = torch.randn(100, requires_grad=True)
+    saved = weight * weight
+    swapper.swap_out("x", torch.randn(100))
+    swapper.swap_in("x", out=weight).wait()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.sum().backward()
+    swapper.swap_out("x", weight).wait()
+    assert not swapper.swap_in("x").result().requires_grad
+
+
+def test_inference_tensors_work_both_ways(swapper):
+    with torch.inference_mode():
+        tensor = torch.randn(50)
+        swapper.swap_out("x", tensor)
+        out = torch.empty(50)
+        swapper.swap_in("x", out=out).wait()
+    assert torch.equal(out, tensor)
+
+
+def test_a_numpy_array_may_be_dropped_by_its_owner(swapper):
+    for _ in range(20):
+        array = np.random.rand(100_000)
+        expected = array.copy()
+        ticket = swapper.swap_out("x", torch.from_numpy(array))
+        del array
+        ticket.wait()
+    assert np.array_equal(swapper.swap_in("x").result().numpy(), expected)
+
+
+def test_after_wait_source_the_tensor_may_be_overwritten(swapper):
+    tensor = torch.arange(3_000_000)
+    for _ in range(10):
+        swapper.swap_out("x", tensor).wait_source(timeout=60)
+        expected = tensor.clone()
+        tensor.add_(1)
+        assert torch.equal(swapper.swap_in("x").result(timeout=60), expected)
+
+
+def test_a_value_is_read_many_times_rewritten_with_another_shape_and_deleted(swapper):
+    swapper.swap_out("x", torch.arange(10))
+    for _ in range(3):
+        assert torch.equal(swapper.swap_in("x").result(), torch.arange(10))
+    swapper.swap_out("x", torch.ones(3, 4))
+    assert swapper.swap_in("x").result().shape == (3, 4)
+    assert swapper.keys() == ["x"] and "x" in swapper and len(swapper) == 1
+    swapper.delete("x")
+    assert swapper.keys() == [] and "x" not in swapper
+    assert swapper.stats()["disk_bytes_allocated"] == 0
+    with pytest.raises(KeyError, match="'x'"):
+        swapper.swap_in("x")
+    with pytest.raises(KeyError, match="'x'"):
+        swapper.delete("x")
+
+
+class Subclass(torch.Tensor):
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return NotImplemented
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: torch.randn(4, 4).to_sparse(), id="sparse"),
+        pytest.param(lambda: torch.randn(4, 4).to_sparse_csr(), id="sparse_csr"),
+        pytest.param(lambda: torch.empty(4, device="meta"), id="meta"),
+        pytest.param(
+            lambda: torch.quantize_per_tensor(torch.randn(4), 0.1, 0, torch.qint8), id="quantized"
+        ),
+        pytest.param(lambda: torch.nested.nested_tensor([torch.randn(2)]), id="nested"),
+        pytest.param(lambda: torch.randn(4).to_mkldnn(), id="mkldnn"),
+        pytest.param(
+            lambda: torch.Tensor._make_wrapper_subclass(Subclass, (4,)), id="wrapper_subclass"
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_without_plain_memory_are_refused(swapper, make):
+    with pytest.raises(TypeError, match="swap_out"):
+        swapper.swap_out("x", make())
+    swapper.swap_out("x", torch.randn(4))
+    with pytest.raises((TypeError, ValueError)):
+        swapper.swap_in("x", out=make())
+    assert swapper.keys() == ["x"]
+
+
+def test_wrong_arguments_get_clear_errors(swapper):
+    swapper.swap_out("x", torch.zeros(4, 3))
+    with pytest.raises(ValueError, match=r"shape.*\[4, 3\].*\[3, 4\]"):
+        swapper.swap_in("x", out=torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="dtype.*Float.*Double"):
+        swapper.swap_in("x", out=torch.zeros(4, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="share memory"):
+        swapper.swap_in("x", out=torch.zeros(1, 3).expand(4, 3))
+    with pytest.raises(ValueError, match="device"):
+        swapper.swap_in("x", out=torch.zeros(4, 3), device="meta")
+    for bad in [[1, 2], None, np.zeros(3)]:
+        with pytest.raises(TypeError):
+            swapper.swap_out("y", bad)
+    with pytest.raises(TypeError):
+        swapper.swap_out(3, torch.zeros(1))
+    for bad in [-1, float("nan")]:
+        with pytest.raises(ValueError, match="timeout"):
+            swapper.swap_in("x").wait(timeout=bad)
+    assert swapper.keys() == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "match"),
+    [
+        ({"host_memory": "1KiB"}, ValueError, "host_memory"),
+        ({"host_memory": "lots"}, ValueError, "lots"),
+        ({"host_memory": 1.5}, TypeError, "1.5"),
+        ({"engine": "warp"}, ValueError, "warp"),
+        ({"config": {"aio": {"block_size": 1000}}}, ValueError, "4096"),
+        ({"config": {"aio": {"queue_depth": 0}}}, ValueError, "queue_depth"),
+    ],
+)
+def test_construction_says_what_is_wrong(nvme_dir, kwargs, error, match):
+    with pytest.raises(error, match=match):
+        TensorSwapper(nvme_dir, **kwargs)
+
+
+def test_directories_that_cannot_be_used_give_oserrors(nvme_dir):
+    with pytest.raises(FileNotFoundError) as info:
+        TensorSwapper(nvme_dir / "none")
+    assert "none" in info.value.filename
+    (nvme_dir / "file").write_text("")
+    with pytest.raises(NotADirectoryError):
+        TensorSwapper(nvme_dir / "file")
+    with pytest.raises(TypeError):
+        TensorSwapper(3)
+
+
+@pytest.mark.parametrize("engine", ["libaio", "threads", "memory"])
+def test_engines_and_knobs_give_the_same_bytes(nvme_dir, engine):
+    config = {"aio": {"block_size": "8K", "queue_depth": 3, "thread_count": 2,
+                      "single_submit": True, "overlap_events": False}}
+    with TensorSwapper(nvme_dir, config, engine=engine, host_memory="1M") as swapper:
+        assert swapper.engine == engine
+        tensors = [torch.randn(n) for n in (1, 1000, 100_000, 1_000_000)]
+        for i, tensor in enumerate(tensors):
+            swapper.swap_out(str(i), tensor)
+        for i, tensor in enumerate(tensors):
+            assert torch.equal(swapper.swap_in(str(i)).result(), tensor)
+        assert swapper.stats()["host_bytes_peak"] <= 1 << 20
+
+
+def test_stats_count_bytes_and_operations(swapper):
+    swapper.swap_out("x", torch.zeros(5000, dtype=torch.uint8)).wait()
+    swapper.swap_in("x").wait()
+    stats = swapper.stats()
+    assert stats["bytes_out"] == stats["bytes_in"] == 5000
+    assert stats["disk_bytes_written"] == stats["disk_bytes_read"] == 8192
+    assert stats["operations"] == 2 and stats["failures"] == stats["in_flight"] == 0
+    assert stats["host_bytes"] <= 16 << 20
+
+
+def test_close_is_idempotent_frees_and_ends_all_use(nvme_dir):
+    swapper = TensorSwapper(nvme_dir)
+    swapper.swap_out("x", torch.randn(1000))
+    swapper.close()
+    swapper.close()
+    for call in [
+        lambda: swapper.swap_out("x", torch.randn(1)),
+        lambda: swapper.swap_in("x"),
+        lambda: swapper.delete("x"),
+        swapper.keys,
+    ]:
+        with pytest.raises(RuntimeError, match="closed"):
+            call()
+    assert swapper.stats()["bytes_out"] == 4000
+    assert os.listdir(nvme_dir) == []
+
+
+def test_leaving_the_block_by_an_exception_keeps_that_exception(nvme_dir):
+    with pytest.raises(ZeroDivisionError), TensorSwapper(nvme_dir) as swapper:
+        swapper.swap_out("x", torch.randn(1000))
+        1 / 0  # noqa: B018
+
+
+def test_a_swapper_cannot_be_copied_or_pickled(swapper):
+    for call in [lambda: copy.deepcopy(swapper), lambda: pickle.dumps(swapper)]:
+        with pytest.raises(TypeError, match="process"):
+            call()
+
+
+def test_dropping_swapper_and_tickets_frees_descriptors_and_threads(nvme_dir):
+    def held():
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+    TensorSwapper(nvme_dir).close()
+    before = held()
+    for _ in range(20):
+        swapper = TensorSwapper(nvme_dir, host_memory="8M")
+        ticket = swapper.swap_out("x", torch.randn(1000))
+        alive = weakref.ref(swapper)
+        del swapper
+        gc.collect()
+        assert alive() is None
+        assert ticket.done()
+    assert held() == before
+
+
+def test_threads_may_share_a_swapper(swapper):
+    errors = []
+
+    def work(name):
+        try:
+            for i in range(30):
+                tensor = torch.full((10_000,), i)
+                swapper.swap_out(name, tensor)
+                assert torch.equal(swapper.swap_in(name).result(), tensor)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(str(i),)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
+def test_a_forked_child_gets_a_clear_error_and_exits(swapper):
+    swapper.swap_out("x", torch.randn(100)).wait()
+    child = os.fork()
+    if child == 0:
+        try:
+            swapper.swap_in("x")
+        except RuntimeError as error:
+            os._exit(0 if str(os.getppid()) in str(error) else 2)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    swapper.swap_in("x").result(timeout=60)
+
+
+SCRIPT = """
+import os, signal, sys, threading, time, torch, torch_ext
+swapper = torch_ext.TensorSwapper(sys.argv[1], host_memory="8M")
+"""
+
+
+def run_script(nvme_dir, body, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT + body, str(nvme_dir)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [("", 0), ("sys.exit(3)", 3), ("os._exit(4)", 4), ("raise KeyError", 1)],
+)
+def test_a_process_may_end_with_operations_in_flight(nvme_dir, ending, code):
+    body = """
+for i in range(50):
+    last = swapper.swap_out(str(i), torch.randn(500_000))
+""" + ending
+    result = run_script(nvme_dir, body)
+    assert result.returncode == code, result.stderr
+    assert os.listdir(nvme_dir) == []
+
+
+def test_ctrl_c_ends_a_wait(nvme_dir):
+    # A FIFO of operations that takes far longer than the test may.
+    body = """
+swapper.swap_out("x", torch.zeros(200_000_000, dtype=torch.uint8))
+ticket = [swapper.swap_in("x") for _ in range(40)][-1]
+threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+try:
+    ticket.wait()
+    print("ended")
+except KeyboardInterrupt:
+    print("interrupted")
+    os._exit(0)
+"""
+    assert run_script(nvme_dir, body).stdout.strip() == "interrupted"
+
+
+def test_a_wait_lets_other_threads_run(nvme_dir):
+    with TensorSwapper(nvme_dir, {"aio": {"block_size": 4096, "queue_depth": 1}}) as swapper:
+        ran = threading.Event()
+        swapper.swap_out("x", torch.zeros(20_000_000, dtype=torch.uint8))
+        ticket = swapper.swap_in("x")
+        threading.Thread(target=ran.set).start()
+        with pytest.raises(TimeoutError, match="swap_in of 'x'"):
+            ticket.wait(timeout=0.001)
+        ticket.wait()
+        assert ran.is_set()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    image = tmp_path / "image"
+    image.touch()
+    os.truncate(image, 64 << 20)
+    commands = [["mkfs.ext4", "-q", "-m", "0", str(image)],
+                ["mount", "-o", "loop", str(image), str(mount)]]
+    for command in commands:
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"a loop device needs root and mkfs: {error}")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_a_full_disk_is_enospc_and_the_swapper_works_on(small_disk):
+    with TensorSwapper(small_disk) as swapper:
+        small = torch.randn(1_000_000)
+        swapper.swap_out("small", small).wait()
+        large = torch.randint(0, 256, (128 << 20,), dtype=torch.uint8)
+        with pytest.raises(OSError, match="offset=.*length=") as info:
+            swapper.swap_out("large", large).wait()
+        assert info.value.errno == errno.ENOSPC
+        assert str(small_disk) in info.value.filename
+        with pytest.raises(KeyError):
+            swapper.swap_in("large")
+        assert torch.equal(swapper.swap_in("small").result(), small)
+        with pytest.raises(OSError, match="No space"):
+            swapper.swap_out("small", large).wait_source()
+        assert torch.equal(swapper.swap_in("small").result(), small)
+        swapper.swap_out("more", small).wait()
+        assert torch.equal(swapper.swap_in("more").result(), small)
+
+
+def test_an_error_nobody_waited_for_comes_with_the_next_call_and_with_close(small_disk):
+    large = torch.zeros(128 << 20, dtype=torch.uint8)
+    swapper = TensorSwapper(small_disk)
+    ticket = swapper.swap_out("x", large)
+    while not ticket.done():
+        pass
+    with pytest.raises(OSError, match="No space"):
+        swapper.keys() and swapper.swap_in("x")
+        swapper.swap_out("x", torch.zeros(1))
+    swapper.swap_out("x", torch.zeros(1)).wait()
+    swapper.swap_out("y", large)
+    with pytest.raises(OSError, match="No space"):
+        swapper.close()
+    swapper.close()
+
+
+@pytest.mark.slow
+def test_a_tensor_beyond_two_gibibytes_comes_back(nvme_dir):
+    tensor = torch.arange((5 << 28) // 2 + 3, dtype=torch.int32)
+    assert tensor.nbytes > 1 << 31
+    with TensorSwapper(nvme_dir, {"aio": {"block_size": "4M"}}) as swapper:
+        swapper.swap_out("x", tensor).wait()
+        back = swapper.swap_in("x").result()
+        assert torch.equal(back, tensor)
+
+
+@settings(max_examples=25, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 70_000)), max_size=12),
+       st.randoms())
+def test_any_sequence_of_operations_matches_a_dict(swapper, steps, random):
+    for key in swapper.keys():
+        swapper.delete(key)
+    model = {}
+    for key, size in steps:
+        if key in model and random.random() < 0.5:
+            assert torch.equal(swapper.swap_in(key).result(), model[key])
+            if random.random() < 0.3:
+                swapper.delete(key)
+                del model[key]
+        else:
+            model[key] = torch.randint(0, 256, (size,), dtype=torch.uint8)
+            swapper.swap_out(key, model[key])
+    assert sorted(swapper.keys()) == sorted(model)
+    for key, value in model.items():
+        assert torch.equal(swapper.swap_in(key).result(), value)
+
+
+def test_the_example_of_the_issue_runs(nvme_dir):
+    config = torch_ext.get_aio_config({"aio": {"block_size": 1 << 20, "queue_depth": 32}})
+    tensor = torch.randn(1000)
+    with torch_ext.TensorSwapper(nvme_dir, config) as swapper:
+        out = swapper.swap_out("layer.0", tensor)
+        out.wait(timeout=60)
+        assert torch.equal(swapper.swap_in("layer.0").result(), tensor)
+        assert swapper.swap_out("layer.0", tensor).result() is None

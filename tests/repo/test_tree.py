@@ -1,0 +1,73 @@
+"""Rules about files that no compiler holds."""
+
+import os
+import platform
+import re
+import subprocess
+
+import pytest
+import tree
+
+CODE = [f for f in tree.files() if f.suffix in (".h", ".cpp", ".py", ".sh", ".cmake", ".pyi")]
+LONGEST = 500
+# Written apart, so that this file passes its own test.
+PLACES = re.compile(
+    "|".join(
+        [
+            r"(?<![\w.])/(work|root|home)/\w",
+            *["py" + r"pi\.org", "python" + r"hosted\.org", "deb" + r"ian\.org"],
+        ]
+    )
+)
+
+
+def text_of(file):
+    return (tree.ROOT / file).read_text(encoding="utf-8", errors="ignore")
+
+
+@pytest.mark.parametrize("file", CODE, ids=str)
+def test_file_is_short_enough_to_be_read(file):
+    lines = text_of(file).count("\n")
+    assert lines <= LONGEST
+
+
+def test_no_file_names_a_place_on_the_machine_it_was_written_on():
+    names = [PLACES]
+    if len(platform.node()) > 8:
+        names.append(re.compile(re.escape(platform.node())))
+    for file in tree.files():
+        for name in names:
+            assert not name.search(text_of(file)), f"{file}: {name.search(text_of(file))}"
+
+
+def test_the_core_library_needs_nothing_of_torch_python_or_cuda():
+    library = tree.ROOT / "torch_ext/lib/libtorch_ext_core.so"
+    symbols = subprocess.run(
+        ["nm", "-DC", "--undefined-only", library], capture_output=True, text=True, check=True
+    ).stdout
+    assert "pwrite" in symbols
+    assert not re.findall(r"\b(?:at|c10|torch|pybind11)::|\bPy[A-Z_]|\bcuda[A-Z]", symbols)
+
+
+def test_the_core_library_exports_its_own_namespace_only():
+    library = tree.ROOT / "torch_ext/lib/libtorch_ext_core.so"
+    symbols = subprocess.run(
+        ["nm", "-DC", "--defined-only", library], capture_output=True, text=True, check=True
+    ).stdout
+    strangers = [line for line in symbols.splitlines() if "torch_ext::" not in line]
+    assert strangers == []
+    assert "typeinfo for torch_ext::IoError" in symbols
+
+
+def test_every_public_core_header_compiles_alone():
+    build = os.environ.get("TORCH_EXT_BUILD_DIR", str(tree.ROOT / "build/release"))
+    subprocess.run(
+        ["cmake", "--build", build, "--target", "all_verify_interface_header_sets", "-j2"],
+        check=True,
+    )
+
+
+def test_there_is_one_version_number():
+    import torch_ext
+
+    assert f'version = "{torch_ext.__version__}"' in text_of("pyproject.toml").splitlines()

@@ -1,0 +1,234 @@
+#include "torch_ext/store/store.h"
+
+#include <gtest/gtest.h>
+#include <sys/mount.h>
+
+#include <cerrno>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "support/aligned_buffer.h"
+#include "support/faulty_engine.h"
+#include "support/pattern.h"
+#include "support/temp_dir.h"
+#include "torch_ext/base/align.h"
+#include "torch_ext/base/error.h"
+
+namespace torch_ext {
+namespace {
+
+using test::AlignedBuffer;
+using test::Fault;
+using test::FaultScript;
+using test::TempDir;
+
+constexpr std::size_t kBlock = 64 << 10;
+
+class StoreTest : public testing::Test {
+ protected:
+  StoreOptions options() {
+    StoreOptions result{.directory = dir_.path()};
+    result.aio.block_size = kBlock;
+    return result;
+  }
+  StoreOptions scripted(std::string_view engine = "memory") {
+    StoreOptions result = options();
+    result.engine_factory = test::faulty_factory(engine, script_);
+    return result;
+  }
+
+  TempDir dir_;
+  std::shared_ptr<FaultScript> script_ = std::make_shared<FaultScript>();
+};
+
+TEST_F(StoreTest, ExtentsOfEverySizeComeBackAsWritten) {
+  Store store(options());
+  std::vector<std::shared_ptr<Extent>> extents;
+  const std::size_t sizes[] = {1,      511,        4095,          4096,
+                               4097,   kBlock - 1, kBlock,        kBlock + 1,
+                               100000, 1 << 20,    (1 << 20) + 17};
+  for (const std::size_t size : sizes) {
+    extents.push_back(store.allocate(size));
+    EXPECT_EQ(extents.back()->size(), size);
+    EXPECT_EQ(extents.back()->padded_size(), align_up(size, store.granule()));
+    AlignedBuffer memory(extents.back()->padded_size());
+    test::fill_pattern(memory.bytes(), size);
+    store.write(extents.back(), 0, memory.bytes()).wait();
+  }
+  for (std::size_t i = 0; i < extents.size(); ++i) {
+    AlignedBuffer memory(extents[i]->padded_size());
+    store.read(extents[i], 0, memory.bytes()).wait();
+    EXPECT_TRUE(test::holds_pattern(memory.bytes(), sizes[i]));
+  }
+}
+
+TEST_F(StoreTest, PartsOfAnExtentAreWrittenAndReadAtBlockOffsets) {
+  Store store(options());
+  auto extent = store.allocate(3 * kBlock + 4096);
+  AlignedBuffer memory(3 * kBlock + 4096);
+  test::fill_pattern(memory.bytes(), 1);
+  store.write(extent, kBlock, memory.bytes(kBlock, 2 * kBlock + 4096)).wait();
+  store.write(extent, 0, memory.bytes(0, kBlock)).wait();
+  AlignedBuffer back(kBlock);
+  store.read(extent, 2 * kBlock, back.bytes()).wait();
+  EXPECT_TRUE(test::holds_pattern(back.bytes(), 1, 2 * kBlock));
+}
+
+TEST_F(StoreTest, DroppedSpaceIsUsedAgainBeforeTheFileGrows) {
+  Store store(options());
+  auto first = store.allocate(20 << 20);
+  auto second = store.allocate(20 << 20);
+  const std::uint64_t offset = first->offset();
+  const std::uint64_t size = store.stats().file_size;
+  EXPECT_EQ(store.stats().allocated, 40u << 20);
+  first.reset();
+  EXPECT_EQ(store.stats().allocated, 20u << 20);
+  EXPECT_EQ(store.allocate(20 << 20)->offset(), offset);
+  EXPECT_EQ(store.stats().file_size, size);
+}
+
+TEST_F(StoreTest, AnOperationInFlightKeepsItsExtentsSpace) {
+  script_->set_plan(test::from(0, Fault::held()));
+  Store store(scripted());
+  AlignedBuffer memory(kBlock);
+  auto extent = store.allocate(kBlock);
+  const std::uint64_t offset = extent->offset();
+  const Ticket ticket = store.write(std::move(extent), 0, memory.bytes());
+  EXPECT_NE(store.allocate(kBlock)->offset(), offset);
+  script_->release_all();
+  ticket.wait();
+  EXPECT_EQ(store.stats().allocated, 0u);
+  EXPECT_EQ(store.allocate(kBlock)->offset(), offset);
+}
+
+TEST_F(StoreTest, ABlockThatComesBackWrongIsAnErrorUnlessVerifyIsOff) {
+  for (const bool verify : {true, false}) {
+    StoreOptions options = scripted("null");  // Reads bring nothing.
+    options.verify = verify;
+    Store store(options);
+    AlignedBuffer memory(kBlock);
+    test::fill_pattern(memory.bytes(), 1);
+    auto extent = store.allocate(kBlock);
+    store.write(extent, 0, memory.bytes()).wait();
+    test::fill_pattern(memory.bytes(), 2);
+    const Ticket ticket = store.read(extent, 0, memory.bytes());
+    ticket.wait_for(std::chrono::hours(1));
+    EXPECT_EQ(ticket.error() != nullptr, verify);
+  }
+}
+
+TEST_F(StoreTest, SpaceThatTheDeviceCouldNotWriteIsNotOfferedAgain) {
+  Store store(scripted());
+  AlignedBuffer memory(kBlock);
+  script_->set_plan(test::only(0, Fault::fail(EIO)));
+  auto extent = store.allocate(kBlock);
+  const std::uint64_t bad = extent->offset();
+  EXPECT_THROW(store.write(extent, 0, memory.bytes()).wait(), IoError);
+  extent.reset();
+  EXPECT_NE(store.allocate(kBlock)->offset(), bad);
+}
+
+TEST_F(StoreTest, CountsOnlyWhatEndedWell) {
+  Store store(scripted());
+  AlignedBuffer memory(kBlock);
+  auto extent = store.allocate(kBlock);
+  store.write(extent, 0, memory.bytes()).wait();
+  store.read(extent, 0, memory.bytes()).wait();
+  script_->set_plan(test::from(0, Fault::fail(EIO)));
+  EXPECT_THROW(store.write(extent, 0, memory.bytes()).wait(), IoError);
+  const StoreStats stats = store.stats();
+  EXPECT_EQ(stats.bytes_written, kBlock);
+  EXPECT_EQ(stats.bytes_read, kBlock);
+  EXPECT_EQ(stats.write_ops, 1u);
+  EXPECT_EQ(stats.read_ops, 1u);
+}
+
+TEST_F(StoreTest, ArgumentsThatCannotWorkAreRefused) {
+  Store store(options());
+  Store other(options());
+  AlignedBuffer memory(4 * kBlock);
+  auto extent = store.allocate(2 * kBlock);
+  EXPECT_THROW(store.write(nullptr, 0, memory.bytes(0, kBlock)),
+               std::invalid_argument);
+  EXPECT_THROW(other.write(extent, 0, memory.bytes(0, kBlock)),
+               std::invalid_argument);
+  EXPECT_THROW(store.write(extent, 4096, memory.bytes(0, kBlock)),
+               std::invalid_argument);
+  EXPECT_THROW(store.write(extent, 0, memory.bytes(0, 4096)),
+               std::invalid_argument);
+  EXPECT_THROW(store.write(extent, 0, memory.bytes()), std::invalid_argument);
+  EXPECT_THROW(store.allocate(~std::uint64_t{0}), std::invalid_argument);
+}
+
+TEST_F(StoreTest, ABlockSizeThatFilesCannotTakeIsNamedWithTheAlignment) {
+  StoreOptions bad = options();
+  bad.aio.block_size = 1000;
+  try {
+    Store store(bad);
+    FAIL();
+  } catch (const std::invalid_argument& error) {
+    EXPECT_NE(std::string(error.what()).find("4096"), std::string::npos);
+    EXPECT_NE(std::string(error.what()).find("1000"), std::string::npos);
+  }
+}
+
+TEST_F(StoreTest, AMissingDirectoryIsAnIoErrorWithItsPath) {
+  StoreOptions bad = options();
+  bad.directory = dir_ / "missing";
+  try {
+    Store store(bad);
+    FAIL();
+  } catch (const IoError& error) {
+    EXPECT_EQ(error.error(), ENOENT);
+    EXPECT_NE(error.failure().path.find("missing"), std::string::npos);
+  }
+}
+
+TEST_F(StoreTest, LeavesNoNameInTheDirectory) {
+  Store store(options());
+  auto extent = store.allocate(kBlock);
+  EXPECT_TRUE(std::filesystem::is_empty(dir_.path()));
+}
+
+TEST_F(StoreTest, AnExtentMayOutliveItsStore) {
+  std::shared_ptr<Extent> extent;
+  {
+    Store store(options());
+    extent = store.allocate(kBlock);
+  }
+  EXPECT_EQ(extent->size(), kBlock);
+}
+
+TEST_F(StoreTest, AFullDiskRefusesTheExtentAndKeepsTheRest) {
+  TempDir mount_point;
+  if (mount("none", mount_point.path().c_str(), "tmpfs", 0, "size=1m") != 0) {
+    GTEST_SKIP() << "mounting a tmpfs needs root";
+  }
+  {
+    StoreOptions small = options();
+    small.directory = mount_point.path();
+    Store store(small);
+    AlignedBuffer memory(kBlock);
+    test::fill_pattern(memory.bytes(), 1);
+    auto extent = store.allocate(kBlock);
+    store.write(extent, 0, memory.bytes()).wait();
+    try {
+      store.allocate(2 << 20);
+      ADD_FAILURE() << "no error";
+    } catch (const IoError& error) {
+      EXPECT_EQ(error.error(), ENOSPC);
+      EXPECT_EQ(error.failure().length, (2u << 20));
+    }
+    auto another = store.allocate(kBlock);
+    store.write(another, 0, memory.bytes()).wait();
+    store.read(extent, 0, memory.bytes()).wait();
+    EXPECT_TRUE(test::holds_pattern(memory.bytes(), 1));
+  }
+  umount(mount_point.path().c_str());
+}
+
+}  // namespace
+}  // namespace torch_ext

@@ -1,0 +1,138 @@
+#!/usr/bin/env bash
+# Makes a clean Debian or Ubuntu machine ready, and does next to nothing when
+# it is: system packages, .venv with torch, the build.
+#   tools/setup.sh packages   the system packages alone
+#   tools/setup.sh python     and .venv
+#   tools/setup.sh package    and the Python package, built in place
+#   tools/setup.sh tests      and the C++ tests
+#   tools/setup.sh benchmarks and the C++ benchmarks
+# PYTHON: the interpreter to start from; if it has torch, that torch is used.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+goal=${1:-package}
+say() { printf '[setup] %s\n' "$*" >&2; }
+fail() { say "$@"; exit 1; }
+
+python=${PYTHON:-python3}
+build=${TORCH_EXT_BUILD_DIR:-$PWD/build/release}
+torch=torch==2.11.0
+cmake_minimum=3.25
+
+compiles() { "${CXX:-c++}" -std=c++20 -isystem .deps/usr/include -fsyntax-only -x c++ - <<<"$1" 2>/dev/null; }
+has_header() { compiles $'#if !__has_include(<'"$1"$'>)\n#error\n#endif'; }
+has_python_header() {
+  local folder
+  folder=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))') && [ -f "$folder/Python.h" ]
+}
+
+# Prints the Debian packages that are missing; with "hard", only those that
+# cannot be unpacked into .deps.
+missing_packages() {
+  command -v "${CXX:-c++}" >/dev/null && compiles '#include <span>' || echo g++
+  command -v make >/dev/null || echo make
+  if command -v "$python" >/dev/null; then
+    command -v uv >/dev/null || "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
+    has_python_header || echo python3-dev
+  else
+    echo python3 python3-venv python3-dev
+  fi
+  [ "${1:-}" != hard ] || return 0
+  has_header nlohmann/json.hpp || echo nlohmann-json3-dev
+  has_header xxhash.h || echo libxxhash-dev
+  [ -n "${skip_libaio:-}" ] || has_header libaio.h || echo libaio-dev
+  [ "$goal" = package ] || has_header gtest/gtest.h || echo libgtest-dev
+  [ "$goal" != benchmarks ] || has_header benchmark/benchmark.h || echo libbenchmark-dev
+}
+
+apt_install() {
+  command -v apt-get >/dev/null || return 1
+  local as=()
+  if [ "$(id -u)" != 0 ]; then
+    sudo -n true 2>/dev/null || return 1
+    as=(sudo -n)
+  fi
+  say "installing $*"
+  "${as[@]}" apt-get -qq update >&2 || true
+  "${as[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -y install --no-install-recommends "$@" >&2
+}
+
+setup_packages() {
+  local missing
+  mapfile -t missing < <(missing_packages | xargs -r -n1)
+  [ ${#missing[@]} -gt 0 ] || return 0
+  apt_install "${missing[@]}" || true
+  mapfile -t missing < <(missing_packages | xargs -r -n1)
+  [ ${#missing[@]} -gt 0 ] || return 0
+  local hard
+  mapfile -t hard < <(missing_packages hard | xargs -r -n1)
+  [ ${#hard[@]} -eq 0 ] || fail "missing and cannot be installed from here. Type: sudo apt-get install ${missing[*]}"
+  # Without libaio the library makes the system calls itself.
+  skip_libaio=1
+  mapfile -t missing < <(missing_packages | xargs -r -n1)
+  [ ${#missing[@]} -eq 0 ] || tools/deps.sh "${missing[@]}"
+}
+
+pip_install() {
+  if [ -z "${PYTHON:-}" ] && command -v uv >/dev/null; then
+    uv pip install --quiet --python .venv/bin/python "$@"
+  else
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"
+  fi
+}
+
+setup_python() {
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$python is older than Python 3.10: set PYTHON"
+  local parent='' wanted=("setuptools>=77,<82" ninja numpy "pytest>=8" hypothesis rich matplotlib)
+  if [ -n "${PYTHON:-}" ] && "$python" -c 'import torch' 2>/dev/null; then
+    parent=$("$python" -c 'import site; print("\n".join(site.getsitepackages()))')
+    torch='torch>=2.11'
+  fi
+  wanted+=("$torch")
+  newer_cmake || wanted+=("cmake>=$cmake_minimum")
+  local stamp
+  stamp=.venv/.ready-$(printf '%s\n' "$("$python" -c 'import sys; print(sys.executable, sys.version)')" "$parent" "${wanted[@]}" | sha256sum | cut -c1-16)
+  [ ! -e "$stamp" ] || return 0
+  if ! .venv/bin/python -c '' 2>/dev/null; then
+    say "making .venv with $python"
+    if [ -z "${PYTHON:-}" ] && command -v uv >/dev/null; then
+      uv venv --quiet --seed --python "$python" .venv
+    else
+      "$python" -m venv .venv
+    fi
+  fi
+  if [ -n "$parent" ]; then
+    printf '%s\n' "$parent" >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_ext_parent.pth"
+  fi
+  say "installing ${wanted[*]} (torch is large: minutes the first time)"
+  pip_install "${wanted[@]}" || fail "pip could not install ${wanted[*]}: see above"
+  touch "$stamp"
+}
+
+newer_cmake() {
+  command -v cmake >/dev/null || return 1
+  local version
+  version=$(cmake --version | sed -n '1s/[^0-9]*\([0-9.]*\).*/\1/p')
+  [ "$(printf '%s\n' "$cmake_minimum" "$version" | sort -V | head -n 1)" = "$cmake_minimum" ]
+}
+
+setup_build() {
+  export PATH="$PWD/.venv/bin:$PATH" TORCH_EXT_BUILD_DIR="$build"
+  local arguments=()
+  [ "$goal" = package ] || arguments+=(-DTORCH_EXT_TESTS=ON)
+  [ "$goal" != benchmarks ] || arguments+=(-DTORCH_EXT_BENCHMARKS=ON)
+  local stamp
+  stamp=$build/.installed-$({ cat setup.py pyproject.toml; echo "${arguments[@]}"; ls .venv/.ready-*; } | sha256sum | cut -c1-16)
+  if [ -e "$stamp" ] && [ -e torch_ext/lib ]; then
+    cmake --build "$build" --parallel "$(nproc)" >"$build/log" 2>&1 || { cat "$build/log" >&2; exit 1; }
+    cmake --install "$build" --prefix "$PWD/torch_ext" >"$build/log"
+  else
+    say "building"
+    CMAKE_ARGS="${arguments[*]} ${CMAKE_ARGS:-}" pip_install --no-build-isolation --no-deps -e .
+    touch "$stamp"
+  fi
+}
+
+case $goal in packages | python | package | tests | benchmarks) ;; *) fail "unknown goal: $goal" ;; esac
+setup_packages
+[ "$goal" = packages ] || setup_python
+case $goal in packages | python) ;; *) setup_build ;; esac

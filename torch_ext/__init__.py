@@ -1,0 +1,68 @@
+"""Tensors on the GPU, in host memory and on NVMe, moved while others compute.
+
+Public names are imported when they are first used, so that `import torch_ext`
+costs nothing and works where the compiled module does not.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch_ext.config import (
+        AIO_DEFAULT_DICT,
+        AioConfig,
+        get_aio_config,
+        get_scalar_param,
+        parse_size,
+    )
+    from torch_ext.jit import load
+    from torch_ext.swap import SwapTicket, TensorSwapper
+
+__version__ = "0.1.0"
+
+#: For CMAKE_PREFIX_PATH, so that `find_package(torch_ext)` finds the C++ package.
+cmake_prefix_path = str(Path(__file__).parent / "share" / "cmake")
+
+# Where each public name is defined.
+_MODULE_OF = {
+    "AIO_DEFAULT_DICT": "config",
+    "AioConfig": "config",
+    "SwapTicket": "swap",
+    "TensorSwapper": "swap",
+    "get_aio_config": "config",
+    "get_scalar_param": "config",
+    "load": "jit",
+    "parse_size": "config",
+}
+
+__all__ = [
+    "AIO_DEFAULT_DICT",
+    "AioConfig",
+    "SwapTicket",
+    "TensorSwapper",
+    "__version__",
+    "cmake_prefix_path",
+    "get_aio_config",
+    "get_scalar_param",
+    "load",
+    "parse_size",
+]
+
+# Silent unless the application configures logging.
+logging.getLogger("torch_ext").addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_MODULE_OF[name]}")
+    value = globals()[name] = getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,138 @@
+"""The `aio` section of a DeepSpeed configuration."""
+
+from __future__ import annotations
+
+import operator
+import os
+import reprlib
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch_ext._native import _C
+
+AioConfig = _C.AioConfig
+
+_KNOBS = ("block_size", "queue_depth", "thread_count", "single_submit", "overlap_events")
+
+_Config = Mapping[str, Any] | str | os.PathLike[str]
+
+
+def _as_dict(config: AioConfig) -> dict[str, int | bool]:
+    return {knob: getattr(config, knob) for knob in _KNOBS}
+
+
+#: The five knobs at their defaults, for reading: get_aio_config() makes copies.
+AIO_DEFAULT_DICT: dict[str, int | bool] = _as_dict(AioConfig())
+
+
+def get_scalar_param(param_dict: Mapping[str, Any], name: str, default: Any) -> Any:
+    """Returns ``param_dict[name]``, or ``default`` where there is none."""
+    return param_dict.get(name, default)
+
+
+def get_aio_config(param_dict: _Config) -> dict[str, int | bool]:
+    """Reads the `aio` section of a DeepSpeed configuration.
+
+    Args:
+        param_dict: The configuration as a dict, as JSON text (which begins with
+            ``{``) or as the path of a JSON file.
+
+    Returns:
+        A new dict with ``block_size``, ``queue_depth``, ``thread_count``,
+        ``single_submit`` and ``overlap_events``; what is missing, null or
+        ``"auto"`` has its default. Unknown keys give a UserWarning.
+
+    Raises:
+        ValueError: A value is wrong; the text names key, value and what is
+            allowed. Or the JSON is bad.
+        OSError: The file cannot be read.
+        TypeError: ``param_dict`` is none of the above.
+    """
+    return _as_dict(_read(param_dict, stacklevel=3))
+
+
+def resolve_aio_config(config: AioConfig | _Config | None, stacklevel: int = 2) -> AioConfig:
+    """Returns the AioConfig that ``config`` means.
+
+    Beside what get_aio_config() takes: None (the defaults), an AioConfig, and
+    a dict that holds the knobs themselves, as get_aio_config() returns it.
+
+    Args:
+        config: What the user gave.
+        stacklevel: Whom warnings are attributed to; 2 is the caller.
+    """
+    if config is None:
+        return AioConfig()
+    if isinstance(config, AioConfig):
+        return config
+    if isinstance(config, Mapping) and "aio" not in config:
+        if any(key in config for key in _C.aio_keys()):
+            return _read_section(config, stacklevel + 1)
+        if config:
+            warnings.warn(
+                f"the configuration {reprlib.repr(config)} has neither an aio section nor "
+                f"a key of one; the defaults are used",
+                UserWarning,
+                stacklevel,
+            )
+    return _read(config, stacklevel + 1)
+
+
+def parse_size(value: int | str) -> int:
+    """Returns the bytes that a size such as 4096, "64MiB" or "1.5G" means.
+
+    K, M, G, T and KiB .. TiB are powers of 1024, KB .. TB powers of 1000.
+
+    Raises:
+        ValueError: The size is negative, 2^63 or more, or cannot be read.
+        TypeError: ``value`` is neither an integer nor a string.
+    """
+    if isinstance(value, str):
+        return _C.parse_size(value.encode("utf-8", "backslashreplace"))
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"a size is an int or a str such as '64MiB', not {value!r}")
+    size = operator.index(value)
+    if not 0 <= size < 2**63:
+        raise ValueError(f"the size {value!r} is not from 0 to 2^63 - 1")
+    return size
+
+
+def _read(config: _Config, stacklevel: int) -> AioConfig:
+    if isinstance(config, Mapping):
+        return _read_section(get_scalar_param(config, "aio", None), stacklevel + 1)
+    if isinstance(config, str) and config.lstrip("\ufeff \t\r\n").startswith("{"):
+        # A lone surrogate becomes bytes that the parser refuses, with their place.
+        text = config.encode("utf-8", "surrogatepass")
+        return _warned(_C.parse_aio_config(text), stacklevel + 1)
+    if isinstance(config, (str, os.PathLike)):
+        return _read_file(config, stacklevel + 1)
+    raise TypeError(
+        f"a configuration is a dict, JSON text or the path of a JSON file, "
+        f"not {reprlib.repr(config)}"
+    )
+
+
+def _read_section(section: Any, stacklevel: int) -> AioConfig:
+    if section is None:
+        return AioConfig()
+    if not isinstance(section, Mapping):
+        raise ValueError(f"aio is {reprlib.repr(section)}; allowed: a dict or None")
+    return _warned(_C.read_aio_section(dict(section)), stacklevel + 1)
+
+
+def _read_file(path: str | os.PathLike[str], stacklevel: int) -> AioConfig:
+    with open(path, "rb") as file:
+        text = file.read()
+    try:
+        parsed = _C.parse_aio_config(text)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from None
+    return _warned(parsed, stacklevel + 1)
+
+
+def _warned(parsed: tuple[AioConfig, list[str]], stacklevel: int) -> AioConfig:
+    config, messages = parsed
+    for message in messages:
+        warnings.warn(message, UserWarning, stacklevel)
+    return config

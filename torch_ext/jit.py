@@ -1,0 +1,157 @@
+"""Builds the C++ extension at run time, where no built one fits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def load(
+    name: str = "torch_ext_C",
+    verbose: bool = False,
+    *,
+    lock_timeout: float = 300.0,
+    **kwargs: Any,
+) -> ModuleType:
+    """Compiles the extension with ``torch.utils.cpp_extension.load``.
+
+    All of the C++ core and the binding are compiled with the torch and the
+    compiler at hand (about a minute, once for each version of torch_ext and
+    torch); no CUDA toolkit is needed. Without libaio: the extension makes raw
+    system calls.
+
+    Args:
+        name: Name of the extension module.
+        verbose: Whether the compiler's commands are shown.
+        lock_timeout: Seconds to wait while another process builds the same.
+        **kwargs: Passed on. ``extra_cflags``, ``extra_ldflags`` and
+            ``extra_include_paths`` are added to those of torch_ext.
+
+    Raises:
+        RuntimeError: The compiler, ninja or a header is missing, or the build
+            failed; the text has the remedy or the compiler's words.
+        TimeoutError: torch's lock file, which the text names, stayed. A build
+            that was killed leaves one behind.
+    """
+    from torch.utils import cpp_extension
+
+    root = _source_root()
+    directory = Path(kwargs.pop("build_directory", None) or _cache(name, root))
+    directory.mkdir(parents=True, exist_ok=True)
+    sources = json.loads((root / "csrc/sources.json").read_text())
+    arguments = {"with_cuda": False} | kwargs
+    arguments["extra_cflags"] = [
+        *["-std=c++20", "-O2", "-g0", "-fvisibility=hidden"],
+        "-DTORCH_EXT_RAW_AIO",
+        *kwargs.get("extra_cflags", ()),
+    ]
+    arguments["extra_ldflags"] = ["-pthread", "-ldl", *kwargs.get("extra_ldflags", ())]
+    arguments["extra_include_paths"] = [
+        str(root / "include"),
+        *_third_party(root),
+        *kwargs.get("extra_include_paths", ()),
+    ]
+    _check_compiler()
+    with _ninja_on_path():
+        _wait_for(directory / "lock", lock_timeout)
+        return cpp_extension.load(
+            name,
+            [str(root / "csrc" / file) for file in sources["core"] + sources["bindings"]],
+            build_directory=str(directory),
+            verbose=verbose,
+            **arguments,
+        )
+
+
+def _source_root() -> Path:
+    """Where csrc and include are: inside a wheel, beside it in a checkout."""
+    for root in (_PACKAGE, _PACKAGE.parent):
+        if (root / "csrc/sources.json").is_file():
+            return root
+    raise RuntimeError(f"{_PACKAGE} has no C++ sources: install torch_ext again")
+
+
+def _cache(name: str, root: Path) -> Path:
+    """A folder for this torch and these sources alone.
+
+    torch's own choice knows neither, and ninja goes by times, which cannot
+    tell that another torch was installed.
+    """
+    import torch
+    from torch.utils import cpp_extension
+
+    base = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    python = f"py{sys.version_info.major}{sys.version_info.minor}"
+    key = hashlib.sha256(f"{root}\n{sys.prefix}\n{python}".encode()).hexdigest()[:12]
+    return Path(base) / f"{name}-torch{torch.__version__}-{key}"
+
+
+def _third_party(root: Path) -> list[str]:
+    """Folders with nlohmann/json.hpp and xxhash.h that the compiler lacks."""
+    shipped = root / "third_party/include"
+    if shipped.is_dir():
+        return [str(shipped)]
+    folders = []
+    places = [Path("/usr/include"), Path("/usr/local/include"), root / ".deps/usr/include"]
+    places += [Path(p) / "nlohmann_json/include" for p in sys.path]
+    for header, package in (
+        ("xxhash.h", "libxxhash-dev"),
+        ("nlohmann/json.hpp", "nlohmann-json3-dev"),
+    ):
+        place = next((p for p in places if (p / header).is_file()), None)
+        if place is None:
+            raise RuntimeError(
+                f"<{header}> is missing: type `apt-get install {package}` or, without "
+                f"root, `make deps`"
+            )
+        if place not in places[:2]:  # The compiler looks there by itself.
+            folders.append(str(place))
+    return folders
+
+
+def _check_compiler() -> None:
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler) is None:
+        raise RuntimeError(
+            f"torch_ext.load() needs a C++20 compiler and found no {compiler!r}: type "
+            f"`apt-get install g++`, or set CXX"
+        )
+
+
+@contextmanager
+def _ninja_on_path() -> Iterator[None]:
+    """pip puts ninja beside Python, which need not be on PATH."""
+    before = os.environ.get("PATH", "")
+    if shutil.which("ninja") is None:
+        beside = Path(sys.executable).parent
+        if not (beside / "ninja").exists():
+            raise RuntimeError("torch_ext.load() needs ninja: type `pip install ninja`")
+        os.environ["PATH"] = f"{beside}{os.pathsep}{before}"
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
+def _wait_for(lock: Path, timeout: float) -> None:
+    """torch waits for ever while its lock file exists, whoever left it."""
+    deadline = time.monotonic() + timeout
+    while lock.exists():
+        if time.monotonic() >= deadline:
+            raise TimeoutError(
+                f"{lock} has blocked the build for {timeout:g} s. If no other process "
+                f"is building (a killed build leaves the file behind), delete it and "
+                f"try again."
+            )
+        time.sleep(min(0.1, max(timeout, 0.001)))

@@ -1,0 +1,204 @@
+"""Tensors on NVMe under a name."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from torch_ext._native import _C
+from torch_ext.config import AioConfig, parse_size, resolve_aio_config
+
+_logger = logging.getLogger("torch_ext")
+
+#: What swap_out() and swap_in() return; see TensorSwapper.
+SwapTicket = _C.SwapTicket
+
+
+class TensorSwapper:
+    """Moves tensors between CPU or accelerator memory and a scratch file.
+
+    ``swap_out`` and ``swap_in`` return a ticket at once; copies and I/O run
+    behind the computation, in the order of the current stream:
+
+    * ``ticket.wait_source(timeout=None)``: the tensor that was swapped out may
+      be overwritten by work queued from now on. Dropping it is always safe.
+    * ``ticket.wait(timeout=None)``: its bytes are on disk; for a swap-in, work
+      queued from now on sees the bytes.
+    * ``ticket.result(timeout=None)``: ``wait()``, then the tensor swapped in.
+    * ``ticket.done()``: whether the bytes are in place; never blocks.
+
+    The waits raise what the operation met: OSError with errno, filename, offset
+    and length; TimeoutError after ``timeout`` seconds, while the operation goes
+    on; KeyboardInterrupt on Ctrl-C. An error that no ticket has raised is raised
+    by the next call for that key, which then does nothing, and by ``close()``.
+
+    Operations on one key take effect in the order of the calls. A rewrite that
+    fails leaves the old value. A key can be read many times. The file has no
+    name and is gone when the swapper is closed or the process ends, however it
+    ends. Every block carries a checksum in memory that is compared on reading.
+
+    Threads may share a swapper. A forked child may not use it (RuntimeError).
+
+    Args:
+        directory: Where the scratch file is made, on the drive to be used.
+        config: What ``get_aio_config`` takes or returns; None: the defaults.
+        host_memory: Bytes of page-locked host buffers, such as 2**28 or
+            "256MiB"; at least ``block_size``.
+        engine: "auto", or one that ``python -m torch_ext info`` lists.
+        verify: Whether blocks carry checksums.
+
+    Raises:
+        OSError: The directory cannot be used.
+        ValueError: A value is out of range; the text says which and the range.
+
+    Example:
+        >>> with TensorSwapper("/mnt/nvme") as swapper:
+        ...     swapper.swap_out("layer.0", tensor).wait_source()
+        ...     tensor = swapper.swap_in("layer.0").result()
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        config: AioConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+        *,
+        host_memory: int | str = "256MiB",
+        engine: str = "auto",
+        verify: bool = True,
+    ) -> None:
+        self._swapper = _C.TensorSwapper(
+            os.fspath(directory),
+            resolve_aio_config(config, stacklevel=3),
+            parse_size(host_memory),
+            engine,
+            bool(verify),
+        )
+        self._notes_logged = 0
+        self._log_notes()
+        # At exit the I/O must have ended before the interpreter is taken down.
+        self._finalizer = weakref.finalize(self, _close_quietly, self._swapper, os.getpid())
+
+    def swap_out(self, key: str, tensor: torch.Tensor) -> SwapTicket:
+        """Stores the tensor's elements under ``key``; returns a ticket at once.
+
+        Any dtype and shape; of a view exactly its elements; a tensor that is
+        not contiguous is packed first. The key's old value is replaced once the
+        new one is complete.
+
+        Raises:
+            TypeError: The tensor has no plain memory: sparse, meta, quantized,
+                nested, or a subclass such as DTensor.
+            RuntimeError: The swapper is closed, or belongs to another process,
+                or the current stream is being captured into a graph.
+        """
+        return self._swapper.swap_out(key, tensor)
+
+    def swap_in(
+        self,
+        key: str,
+        out: torch.Tensor | None = None,
+        device: torch.device | str | int | None = None,
+    ) -> SwapTicket:
+        """Brings the key's tensor back; returns a ticket at once.
+
+        Args:
+            key: As given to ``swap_out``.
+            out: Where the elements go, outside autograd; any view with the
+                stored shape and dtype. It belongs to the swapper until the
+                ticket's ``wait()``. None: a new tensor.
+            device: Where the new tensor is made; None: where the old one was.
+
+        Raises:
+            KeyError: There is no such key.
+            ValueError: Shape, dtype or device of ``out`` are not as asked for,
+                or its elements share memory.
+            TypeError, RuntimeError: As for ``swap_out``.
+        """
+        if device is not None:
+            device = torch.device(device)
+            if device.index is None and device.type != "cpu":
+                device = torch.empty(0, device=device).device
+        return self._swapper.swap_in(key, out, device)
+
+    def delete(self, key: str) -> None:
+        """Forgets the key; its space is used again. Raises KeyError."""
+        self._swapper.delete(key)
+
+    def keys(self) -> list[str]:
+        """The keys that have a value, or will have once their write ends."""
+        return self._swapper.keys()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._swapper.keys()
+
+    def __len__(self) -> int:
+        return len(self._swapper.keys())
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the swapper was made; bytes unless said otherwise.
+
+        ``bytes_out``, ``bytes_in`` (of tensors, of operations that ended well),
+        ``operations``, ``failures``, ``in_flight`` (counts), ``host_bytes`` (of
+        buffers), ``host_bytes_peak`` (most in use at once),
+        ``disk_bytes_written``, ``disk_bytes_read`` (padded),
+        ``disk_bytes_allocated``, ``disk_file_size``.
+        """
+        self._log_notes()
+        return self._swapper.stats()
+
+    @property
+    def engine(self) -> str:
+        """The I/O engine in use."""
+        return self._swapper.engine
+
+    def close(self) -> None:
+        """Waits for all operations and frees memory and disk space.
+
+        Idempotent. Later calls of anything but ``stats`` raise RuntimeError.
+
+        Raises:
+            OSError: The first error that nobody has seen; all is closed then.
+        """
+        self._log_notes()
+        self._swapper.close()
+
+    def __enter__(self) -> TensorSwapper:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except Exception:
+            # The body's own exception says more than what followed from it.
+            if error is None:
+                raise
+            _logger.exception("closing a TensorSwapper after another error")
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a TensorSwapper belongs to its process and cannot be copied or pickled")
+
+    def _log_notes(self) -> None:
+        notes = self._swapper.notes()
+        for note in notes[self._notes_logged :]:
+            _logger.warning("%s", note)
+        self._notes_logged = len(notes)
+
+
+def _close_quietly(swapper: Any, pid: int) -> None:
+    if pid != os.getpid():
+        return
+    try:
+        swapper.close()
+    except Exception:
+        _logger.exception("an error that nobody waited for, found when a TensorSwapper was dropped")
