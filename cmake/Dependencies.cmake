@@ -41,3 +41,13 @@ else()
   message(STATUS "torch_ext: raw aio system calls instead of libaio")
   target_compile_definitions(torch_ext_third_party INTERFACE TORCH_EXT_RAW_AIO)
 endif()
+
+# With the toolkit's headers, cuda_runtime.cpp checks its prototypes against
+# NVIDIA's. Nothing of the toolkit is linked.
+if(TORCH_EXT_TESTS)
+  find_package(CUDAToolkit QUIET)
+  if(CUDAToolkit_FOUND)
+    target_include_directories(torch_ext_third_party SYSTEM INTERFACE
+                               ${CUDAToolkit_INCLUDE_DIRS})
+  endif()
+endif()

@@ -5,7 +5,6 @@
 #include <charconv>
 #include <cstddef>
 #include <limits>
-#include <ranges>
 #include <stdexcept>
 #include <system_error>
 
@@ -91,8 +90,8 @@ std::uint64_t parse_size(std::string_view text) {
   // Multiplies the fraction by the unit as on paper, from the last digit: what
   // is carried over the point are bytes, what stays behind it must be zeros.
   std::uint64_t carry = 0;
-  for (const char digit : std::views::reverse(fraction)) {
-    carry += static_cast<std::uint64_t>(digit - '0') * unit->bytes;
+  for (; !fraction.empty(); fraction.remove_suffix(1)) {
+    carry += static_cast<std::uint64_t>(fraction.back() - '0') * unit->bytes;
     if (carry % 10 != 0) refuse(text, "it is not a whole number of bytes");
     carry /= 10;
   }

@@ -12,6 +12,7 @@
 #include <system_error>
 #include <type_traits>
 #include <unordered_set>
+#include <utility>
 
 #include "torch_ext/base/size.h"
 
@@ -129,28 +130,19 @@ std::string refusal(const Knob& knob, std::string_view key,
          "; allowed: " + allowed(knob);
 }
 
-// Optimal string alignment: insertions, deletions, replacements and swaps of
-// neighbours that turn one word into the other.
+// Insertions, deletions and replacements that turn one word into the other.
 std::size_t edit_distance(std::string_view a, std::string_view b) {
-  const std::size_t width = b.size() + 1;
-  std::vector<std::size_t> before(width);
-  std::vector<std::size_t> above(width);
-  std::vector<std::size_t> row(width);
+  std::vector<std::size_t> row(b.size() + 1);
   std::iota(row.begin(), row.end(), std::size_t{0});
-  for (std::size_t i = 1; i <= a.size(); ++i) {
-    before.swap(above);
-    above.swap(row);
-    row[0] = i;
-    for (std::size_t j = 1; j < width; ++j) {
-      const std::size_t replaced =
-          above[j - 1] + (a[i - 1] == b[j - 1] ? 0 : 1);
-      row[j] = std::min({above[j] + 1, row[j - 1] + 1, replaced});
-      if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1]) {
-        row[j] = std::min(row[j], before[j - 2] + 1);
-      }
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    std::size_t diagonal = std::exchange(row[0], i + 1);
+    for (std::size_t j = 0; j < b.size(); ++j) {
+      const std::size_t replaced = diagonal + (a[i] == b[j] ? 0 : 1);
+      diagonal = row[j + 1];
+      row[j + 1] = std::min({diagonal + 1, row[j] + 1, replaced});
     }
   }
-  return row[b.size()];
+  return row.back();
 }
 
 std::string lower(std::string_view text) {

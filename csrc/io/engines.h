@@ -9,7 +9,7 @@ namespace torch_ext {
 
 /// Errors: IoError where the kernel refuses.
 std::unique_ptr<IoEngine> make_libaio_engine(int depth);
-/// Empty if one request went through the kernel, else why not.
+/// Empty if the kernel has AIO and room for one more engine, else why not.
 std::string libaio_unavailable_reason();
 
 std::unique_ptr<IoEngine> make_thread_engine(int depth);

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cerrno>
 #include <fstream>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -23,16 +24,21 @@ using std::chrono::nanoseconds;
 /// Slots kept for wake(), so that it ends a wait for up to so many events.
 constexpr std::size_t kWakeSlots = 16;
 
+std::optional<long> kernel_setting(const std::string& name) {
+  std::ifstream file("/proc/sys/fs/" + name);
+  long value = 0;
+  return file >> value ? std::optional(value) : std::nullopt;
+}
+
 std::string limit_text(std::size_t needed) {
-  const auto value_of = [](const char* name) {
-    std::ifstream file(std::string("/proc/sys/fs/") + name);
-    std::string value;
-    return file >> value ? value : std::string("unknown");
+  const auto text = [](std::optional<long> value) {
+    return value ? std::to_string(*value) : std::string("unknown");
   };
-  return "fs.aio-max-nr is " + value_of("aio-max-nr") + ", " +
-         value_of("aio-nr") + " are in use and " + std::to_string(needed) +
-         " more are needed: raise it with sysctl, or lower queue_depth or "
-         "thread_count";
+  return "fs.aio-max-nr is " + text(kernel_setting("aio-max-nr")) +
+         ", fs.aio-nr (in use) is " + text(kernel_setting("aio-nr")) +
+         ", and " + std::to_string(needed) +
+         " more are needed: raise the limit with sysctl, or lower queue_depth "
+         "or thread_count";
 }
 
 /// A kernel AIO context. In a forked child it belongs to the parent.
@@ -240,21 +246,21 @@ std::unique_ptr<IoEngine> make_libaio_engine(int depth) {
 }
 
 std::string libaio_unavailable_reason() {
-  try {
-    const EmptyFile file;
-    LibaioEngine engine(1);
-    const IoRequest nothing{.fd = file.fd()};
-    IoCompletion done;
-    if (engine.submit({&nothing, 1}) != 1 ||
-        engine.poll({&done, 1}, 1, std::chrono::seconds(10)) != 1) {
-      return "the kernel took no request";
+  // Calls that a kernel with AIO refuses as senseless: a real context would
+  // take tens of milliseconds to destroy.
+  aio::Context none = {};
+  for (const int rc : {aio::setup(0, &none), aio::submit(none, 0, nullptr)}) {
+    if (rc != -EINVAL) {
+      return "the kernel refuses its system calls (" + errno_name(-rc) + ")";
     }
-    if (done.result == 0) return {};
-    return "a request failed with " +
-           errno_name(static_cast<int>(-done.result));
-  } catch (const IoError& error) {
-    return error.what();
   }
+  const std::optional<long> in_use = kernel_setting("aio-nr");
+  const std::optional<long> most = kernel_setting("aio-max-nr");
+  const std::size_t needed = 1 + kWakeSlots;
+  if (in_use && most && *most - *in_use < static_cast<long>(needed)) {
+    return limit_text(needed);
+  }
+  return {};
 }
 
 }  // namespace torch_ext

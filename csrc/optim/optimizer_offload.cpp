@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -66,9 +67,12 @@ class OptimizerOffload::Impl {
     }
   }
 
-  void enter() const {
-    check_process();
-    if (closed) throw StateError("this optimizer is closed");
+  /// To be held while the object is used.
+  std::unique_lock<std::mutex> enter(bool when_closed = false) {
+    check_process();  // Nobody unlocks a mutex that was held at the fork.
+    std::unique_lock lock(calls);
+    if (closed && !when_closed) throw StateError("this optimizer is closed");
+    return lock;
   }
 
   void refuse_if_failed() {
@@ -92,15 +96,12 @@ class OptimizerOffload::Impl {
   void activate(std::span<const std::size_t> numbers);
   void run(TileLanes::Round round, UpdateKernel& kernel);
   void show(const Tile& tile, bool fresh, UpdateKernel& kernel);
-  void fill_lane_stats();
   OptimizerOffloadStats snapshot() const;
 
   const pid_t owner = getpid();
   const std::uint64_t host_memory;
   const std::uint64_t scratch_bytes;
   std::mutex calls;  // One at a time.
-  mutable std::mutex mutex;  // Of last, closed and the pointers' reset.
-  // The lanes go first, then the threads that report to them.
   std::unique_ptr<Store> store;
   const TilePlan plan;
   std::unique_ptr<BufferPool> pool;
@@ -114,18 +115,19 @@ class OptimizerOffload::Impl {
   std::exception_ptr refusal;
   std::uint64_t steps = 0;
   bool closed = false;
-  OptimizerOffloadStats last;
+  OptimizerOffloadStats last_stats;  // As they were at close().
+  std::vector<LaneEvent> last_timeline;
 };
 
 // Gives space to parameters that have no state yet; all or none.
 void OptimizerOffload::Impl::place(std::span<const std::size_t> numbers) {
   const std::size_t before = tiles.size();
-  TileLayout layout(tiles, plan.tile_bytes);
-  for (const std::size_t number : numbers) {
-    const Parameter& p = parameter(number);
-    if (!p.has_state) layout.add(number, p.elements, p.fields);
-  }
   try {
+    TileLayout layout(tiles, plan.tile_bytes);
+    for (const std::size_t number : numbers) {
+      const Parameter& p = parameter(number);
+      if (!p.has_state) layout.add(number, p.elements, p.fields);
+    }
     for (std::size_t i = before; i < tiles.size(); ++i) {
       tiles[i]->extent = store->allocate(tiles[i]->bytes);
     }
@@ -148,8 +150,7 @@ void OptimizerOffload::Impl::activate(std::span<const std::size_t> numbers) {
   }
 }
 
-void OptimizerOffload::Impl::run(TileLanes::Round round,
-                                 UpdateKernel& kernel) {
+void OptimizerOffload::Impl::run(TileLanes::Round round, UpdateKernel& kernel) {
   for (const auto& tile : tiles) {
     for (const Segment& segment : tile->segments) {
       if (!parameters[segment.parameter].active) continue;
@@ -224,8 +225,7 @@ OptimizerOffload::~OptimizerOffload() {
 
 std::size_t OptimizerOffload::add_parameter(std::uint64_t elements,
                                             int fields) {
-  std::lock_guard lock(impl_->calls);
-  impl_->enter();
+  const auto lock = impl_->enter();
   constexpr std::uint64_t kMost = std::uint64_t{1} << 48;
   if (fields < 1 || fields > static_cast<int>(StateSegment::kMaxFields) ||
       elements > kMost) {
@@ -240,8 +240,7 @@ std::size_t OptimizerOffload::add_parameter(std::uint64_t elements,
 
 void OptimizerOffload::step(std::span<const std::size_t> active,
                             UpdateKernel& kernel) {
-  std::lock_guard lock(impl_->calls);
-  impl_->enter();
+  const auto lock = impl_->enter();
   impl_->refuse_if_failed();
   impl_->activate(active);
   impl_->place(active);
@@ -251,16 +250,14 @@ void OptimizerOffload::step(std::span<const std::size_t> active,
 }
 
 void OptimizerOffload::add_state(std::span<const std::size_t> parameters) {
-  std::lock_guard lock(impl_->calls);
-  impl_->enter();
+  const auto lock = impl_->enter();
   impl_->refuse_if_failed();
   impl_->activate(parameters);
   impl_->place(parameters);
 }
 
 void OptimizerOffload::read_state(UpdateKernel& kernel) {
-  std::lock_guard lock(impl_->calls);
-  impl_->enter();
+  const auto lock = impl_->enter();
   impl_->refuse_if_failed();
   for (Parameter& p : impl_->parameters) p.active = p.has_state;
   impl_->run({.tiles = {}, .read = true, .write = false, .repeat = false},
@@ -269,8 +266,7 @@ void OptimizerOffload::read_state(UpdateKernel& kernel) {
 
 void OptimizerOffload::write_state(std::span<const ParameterStep> parameters,
                                    UpdateKernel& kernel) {
-  std::lock_guard lock(impl_->calls);
-  impl_->enter();
+  const auto lock = impl_->enter();
   std::vector<std::size_t> numbers;
   for (const ParameterStep& given : parameters) {
     numbers.push_back(given.parameter);
@@ -297,37 +293,31 @@ void OptimizerOffload::write_state(std::span<const ParameterStep> parameters,
 }
 
 bool OptimizerOffload::has_state(std::size_t parameter) const {
-  std::lock_guard lock(impl_->calls);
-  impl_->check_process();
+  const auto lock = impl_->enter(/*when_closed=*/true);
   return impl_->parameter(parameter).has_state;
 }
 
 std::uint64_t OptimizerOffload::step_of(std::size_t parameter) const {
-  std::lock_guard lock(impl_->calls);
-  impl_->check_process();
+  const auto lock = impl_->enter(/*when_closed=*/true);
   return impl_->parameter(parameter).step;
 }
 
 std::span<std::byte> OptimizerOffload::scratch() {
-  impl_->enter();
+  impl_->check_process();
   if (impl_->scratch_bytes == 0) return {};
   if (impl_->scratch == nullptr) {
-    auto scratch = std::make_unique<BufferPool>(impl_->scratch_bytes, 1);
-    std::lock_guard lock(impl_->mutex);
-    impl_->scratch = std::move(scratch);
+    impl_->scratch = std::make_unique<BufferPool>(impl_->scratch_bytes, 1);
   }
   return impl_->scratch->memory();
 }
 
 OptimizerOffloadStats OptimizerOffload::stats() const {
-  impl_->check_process();
-  std::lock_guard lock(impl_->mutex);
-  return impl_->closed ? impl_->last : impl_->snapshot();
+  const auto lock = impl_->enter(/*when_closed=*/true);
+  return impl_->closed ? impl_->last_stats : impl_->snapshot();
 }
 
 std::vector<LaneEvent> OptimizerOffload::timeline() const {
-  impl_->check_process();
-  std::lock_guard lock(impl_->mutex);
+  const auto lock = impl_->enter(/*when_closed=*/true);
   return impl_->closed ? impl_->last_timeline : impl_->lanes->timeline();
 }
 
@@ -340,9 +330,20 @@ const std::string& OptimizerOffload::engine() const noexcept {
 }
 
 void OptimizerOffload::close() {
-  std::lock_guard lock(impl_->calls);
-  impl_->check_process();
+  const auto lock = impl_->enter(/*when_closed=*/true);
   if (impl_->closed) return;
+  impl_->closed = true;
+  const std::exception_ptr error = impl_->lanes->clear();
+  impl_->last_stats = impl_->snapshot();
+  impl_->last_timeline = impl_->lanes->timeline();
+  impl_->lanes.reset();
+  impl_->tiles.clear();
+  impl_->store.reset();
+  impl_->pool.reset();
+  impl_->scratch.reset();
+  if (error != nullptr && impl_->refusal == nullptr) {
+    std::rethrow_exception(error);
+  }
 }
 
 }  // namespace torch_ext

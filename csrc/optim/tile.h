@@ -39,11 +39,11 @@ struct Tile {
   // Of TileLanes, under its lock: --------------------------------------------
   State state = State::kIdle;
   Buffer buffer;
-  bool on_disk = false;            ///< Has been written in full.
-  bool unwanted = false;           ///< Let go of as soon as it is read.
-  std::size_t rank = kUnranked;    ///< Place among the tiles to visit.
-  double start = 0;                ///< When the transfer in flight began.
-  std::size_t step = 0;            ///< That it is in memory for; 0: for none.
+  bool on_disk = false;          ///< Has been written in full.
+  bool unwanted = false;         ///< Let go of as soon as it is read.
+  std::size_t rank = kUnranked;  ///< Place among the tiles to visit.
+  double start = 0;              ///< When the transfer in flight began.
+  std::size_t step = 0;          ///< That it is in memory for; 0: for none.
 };
 
 using TileList = std::vector<std::unique_ptr<Tile>>;

@@ -236,14 +236,14 @@ void TileLanes::note(Lane lane, const Tile& tile, double end) noexcept {
   }
 }
 
-void TileLanes::clear() noexcept {
+std::exception_ptr TileLanes::clear() noexcept {
   Lock lock(mutex_);
   const std::vector<Tile*> tiles = std::exchange(round_.tiles, {});
   running_ = false;
   fetched_ = 0;
   changed_.wait(lock, [this] { return in_flight_ == 0; });
   for (Tile* tile : tiles) let_go(*tile);
-  failure_ = nullptr;
+  return std::exchange(failure_, nullptr);
 }
 
 std::exception_ptr TileLanes::failure() const {
@@ -267,10 +267,9 @@ std::vector<LaneEvent> TileLanes::timeline() const {
     timeline.push_back(event);
   }
   lock.unlock();
-  std::sort(timeline.begin(), timeline.end(),
-            [](const LaneEvent& a, const LaneEvent& b) {
-              return a.start < b.start;
-            });
+  std::sort(
+      timeline.begin(), timeline.end(),
+      [](const LaneEvent& a, const LaneEvent& b) { return a.start < b.start; });
   return timeline;
 }
 

@@ -41,8 +41,8 @@ class TileLanes {
   void run(Round round, const Work& work);
 
   /// Waits for all transfers, lets go of all buffers and forgets the tiles
-  /// and the failure.
-  void clear() noexcept;
+  /// and the failure, which it returns.
+  std::exception_ptr clear() noexcept;
 
   std::exception_ptr failure() const;
 

@@ -35,8 +35,8 @@ inline TilePlan plan_tiles(std::uint64_t host_memory, std::uint64_t scratch,
   }
   const std::uint64_t rest = host_memory - scratch;
   TilePlan plan;
-  plan.tile_bytes = std::max(
-      smallest, align_down(std::min(rest / 8, kLargest), granule));
+  plan.tile_bytes =
+      std::max(smallest, align_down(std::min(rest / 8, kLargest), granule));
   plan.buffers = rest / plan.tile_bytes;
   return plan;
 }

@@ -331,7 +331,7 @@ void CopyThread::finish_if_done(const OperationPtr& operation) {
 void CopyThread::finish(const OperationPtr& operation) {
   operation->finished = true;
   const std::exception_ptr error = operation->error;
-  const auto version = std::exchange(operation->version, nullptr);
+  auto version = std::exchange(operation->version, nullptr);
   if (error != nullptr) keys_.add_failure(operation);
   if (operation->out()) {
     for (const OperationPtr& reader : keys_.resolve(version, error)) {
@@ -342,6 +342,8 @@ void CopyThread::finish(const OperationPtr& operation) {
     }
   }
   finished_(*operation);
+  // Space and tensor are free before anybody hears of the end.
+  version.reset();
   operation->start.reset();
   operation->retired->add(std::move(operation->bytes.keep_alive));
   if (!operation->is_staged) operation->staged.finish(error);

@@ -90,6 +90,9 @@ TEST(AioConfigTest, ReadsAllKnobs) {
 TEST(AioConfigTest, ReadsOnlyTheSectionOfTheTopLevel) {
   EXPECT_EQ(parse(R"({"a": {"aio": {"queue_depth": 9}}, "queue_depth": 9})"),
             AioConfig());
+  EXPECT_EQ(parse(R"({"aio": {"block_size": 4096}, "x": {"queue_depth": 0}})")
+                .block_size,
+            4096u);
   EXPECT_EQ(
       parse(R"({"a": [{"aio": 5}], "aio": {"queue_depth": 9}})").queue_depth,
       9);
@@ -144,6 +147,11 @@ TEST(AioConfigTest, RefusalsNameKeyValueAndRange) {
             "1073741824, or a size such as \"1M\"");
   EXPECT_EQ(refusal_of(with("single_submit", "1")),
             "aio.single_submit is 1; allowed: true or false");
+  EXPECT_EQ(refusal_of(with("queue_depth", "99999999999999999999999")),
+            "aio.queue_depth is 99999999999999999999999; allowed: an integer "
+            "from 1 to 65536");
+  EXPECT_EQ(refusal_of(with("queue_depth", "1e400")),
+            "aio.queue_depth is 1e400; allowed: an integer from 1 to 65536");
   EXPECT_EQ(refusal_of(with("num_threads", "-3")),
             "aio.num_threads is -3; allowed: an integer from 1 to 256");
 }

@@ -112,7 +112,7 @@ def test_info_reports_versions_devices_and_engines(capsys, tmp_path):
     }
     assert report["compiled_module"] == {"path": _C.__file__, "reason": ""}
     assert report["devices"][0]["name"] == "cpu"
-    assert len(report["devices"]) == 1 + torch.cuda.device_count()
+    assert len(report["devices"]) == 1 + torch.accelerator.device_count()
     engines = {engine["name"]: engine for engine in report["engines"]}
     assert {"libaio", "threads", "memory", "null"} <= set(engines)
     assert engines["threads"] == {"name": "threads", "available": True, "reason": ""}
@@ -190,7 +190,7 @@ def test_directory_that_cannot_be_used_is_an_error(capsys, tmp_path, name):
     assert command.main(["info", os.fspath(tmp_path / name)]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert name in captured.err or "nowhere" in captured.err
+    assert re.search("missing|file|nowhere", captured.err)
     assert len(captured.err.splitlines()) == 1
 
 

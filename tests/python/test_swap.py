@@ -71,43 +71,37 @@ def test_zero_dim_empty_and_many_dims(swapper):
         assert torch.equal(back, tensor)
 
 
-def views():
-    base = torch.randn(64, 48)
-    return {
-        "slice": base[3:17],
-        "columns": base[:, 5:9],
-        "transposed": base.t(),
-        "strided": base[::3, ::2],
-        "expanded": base[:1].expand(10, 48),
-        "channels_last": torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last),
-        "conjugate": torch.randn(9, 9, dtype=torch.complex64).conj(),
-        "negative": torch.randn(9, 9, dtype=torch.complex64).conj().imag,
-    }
+VIEWS = {
+    "slice": lambda base: base[3:17],
+    "columns": lambda base: base[:, 5:9],
+    "transposed": lambda base: base.t(),
+    "strided": lambda base: base[::3, ::2],
+    "channels_last": lambda base: base.view(8, 4, 6, 16).permute(0, 3, 1, 2),
+    "scalar": lambda base: base[2, 3],
+    "conjugate": lambda base: torch.view_as_complex(base.view(64, 24, 2)).conj(),
+    "negative": lambda base: torch.view_as_complex(base.view(64, 24, 2)).conj().imag,
+    "expanded": lambda base: base[:1].expand(10, 48),
+}
 
 
-@pytest.mark.parametrize("name", views())
+@pytest.mark.parametrize("name", VIEWS)
 def test_a_view_is_stored_as_exactly_its_elements(swapper, name):
-    tensor = views()[name]
+    tensor = VIEWS[name](torch.randn(64, 48))
     swapper.swap_out("x", tensor).wait()
     assert swapper.stats()["bytes_out"] == tensor.numel() * tensor.element_size()
     assert torch.equal(swapper.swap_in("x").result(), tensor)
 
 
-@pytest.mark.parametrize("name", [name for name in views() if name != "expanded"])
+@pytest.mark.parametrize("name", [name for name in VIEWS if name != "expanded"])
 def test_out_may_be_any_view_and_only_its_elements_change(swapper, name):
-    out = views()[name]
+    base = torch.randn(64, 48)
+    model = base.clone()
+    out = VIEWS[name](base)
     value = torch.randn(out.shape, dtype=out.dtype)
-    whole = out._base if out._base is not None else out
-    before = whole.clone()
+    VIEWS[name](model).copy_(value)
     swapper.swap_out("x", value)
     assert swapper.swap_in("x", out=out).result() is out
-    assert torch.equal(out, value)
-    out.zero_()
-    before_view = before.as_strided(out.size(), out.stride(), out.storage_offset())
-    if out.dtype == before.dtype and not out.is_neg():
-        before_view.zero_()
-        assert torch.equal(torch.view_as_real(before) if before.is_complex() else before,
-                           torch.view_as_real(whole) if whole.is_complex() else whole)
+    assert torch.equal(base, model)
 
 
 def test_out_belongs_to_autograd_no_more(swapper):
@@ -154,7 +148,10 @@ def test_a_value_is_read_many_times_rewritten_with_another_shape_and_deleted(swa
     for _ in range(3):
         assert torch.equal(swapper.swap_in("x").result(), torch.arange(10))
     swapper.swap_out("x", torch.ones(3, 4))
-    assert swapper.swap_in("x").result().shape == (3, 4)
+    ticket = swapper.swap_in("x")
+    assert ticket.result().shape == (3, 4)
+    while not ticket.done():
+        pass
     assert swapper.keys() == ["x"] and "x" in swapper and len(swapper) == 1
     swapper.delete("x")
     assert swapper.keys() == [] and "x" not in swapper

@@ -30,9 +30,10 @@ bool aio_calls_available();
 /// Decides about calls while it lives; one at a time. Each function may be
 /// null, may be called on any thread, and returns -errno to refuse the call.
 struct AioRules {
-  std::function<int()> setup;        ///< 0: go on.
-  std::function<long(long)> submit;  ///< Of so many: how many to pass on.
-  std::function<int()> getevents;    ///< 0: go on.
+  std::function<int()> setup = nullptr;  ///< 0: go on.
+  std::function<long(long)> submit =
+      nullptr;  ///< Of so many: how many to pass on.
+  std::function<int()> getevents = nullptr;  ///< 0: go on.
 };
 
 class AioRulesInForce {

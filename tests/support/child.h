@@ -1,7 +1,10 @@
 #pragma once
 
+#include <gtest/gtest.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
+#include <sched.h>
+#include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -14,6 +17,7 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <fstream>
 #include <functional>
 #include <string>
 #include <thread>
@@ -67,6 +71,16 @@ inline std::string in_child(const std::function<std::string()>& work) {
   return result;
 }
 
+/// What `work` returns where the system does not allow what it needs.
+inline std::string skip(const std::string& reason) { return "skip: " + reason; }
+
+/// Holds in_child(work) to be well, or skips the test.
+inline void expect_well_in_child(const std::function<std::string()>& work) {
+  const std::string result = in_child(work);
+  if (result.starts_with("skip: ")) GTEST_SKIP() << result.substr(6);
+  EXPECT_EQ(result, "");
+}
+
 /// From now on this process's calls of system call `number` fail with `error`
 /// if argument `argument` has one of the bits in `mask` set (0: always). For
 /// children: it cannot be undone. False if the system does not let us.
@@ -89,6 +103,20 @@ inline bool refuse_syscall(long number, int error, unsigned argument = 0,
   const sock_fprog filter = {program.size(), program.data()};
   return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 &&
          prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter) == 0;
+}
+
+/// Gives this process mounts of its own, that others do not see, and the right
+/// to mount. For children. False if the system does not let us.
+inline bool own_mounts() {
+  if (unshare(CLONE_NEWNS) != 0) {
+    const auto user = std::to_string(getuid());
+    const auto group = std::to_string(getgid());
+    if (unshare(CLONE_NEWUSER | CLONE_NEWNS) != 0) return false;
+    std::ofstream("/proc/self/setgroups") << "deny";
+    std::ofstream("/proc/self/uid_map") << user + " " + user + " 1";
+    std::ofstream("/proc/self/gid_map") << group + " " + group + " 1";
+  }
+  return mount("none", "/", "", MS_REC | MS_PRIVATE, "") == 0;
 }
 
 }  // namespace torch_ext::test

@@ -1,13 +1,11 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstring>
-#include <deque>
 #include <exception>
 #include <functional>
 #include <map>
@@ -21,16 +19,18 @@
 #include <utility>
 #include <vector>
 
+#include "support/late_stream.h"
 #include "torch_ext/base/error.h"
 #include "torch_ext/device/device.h"
 
 namespace torch_ext::test {
 
-/// A Device whose work is done late: each of its two streams is a thread, and
-/// nothing but events orders one after the other. Its memory is ordinary
+/// A Device whose work is done late: nothing but events orders its
+/// two streams, which are threads, one after the other. Its memory is ordinary
 /// memory; a copy reads and writes only when its stream gets to it. The
 /// current stream is the same for all threads.
-/// Tests decide when a stream goes on: hold, release, release_copies, settle.
+/// Tests decide when a stream goes on: hold, release, release_copies, settle;
+/// see LateStream.
 /// What the contract of Device forbids is collected in misuses().
 /// Threads: any.
 class LateDevice final : public Device {
@@ -52,21 +52,12 @@ class LateDevice final : public Device {
     std::size_t pins = 0;          ///< Calls that succeeded.
   };
 
-  explicit LateDevice(std::string name = "late:0") : name_(std::move(name)) {
-    for (Queue& queue : queues_) {
-      queue.thread = std::thread([this, &queue] { run(queue); });
-    }
-  }
+  explicit LateDevice(std::string name = "late:0") : name_(std::move(name)) {}
 
-  /// Releases and finishes what is queued.
+  /// Finishes what is queued, held or not.
   ~LateDevice() override {
-    {
-      std::lock_guard lock(mutex_);
-      stopping_ = true;
-      for (Queue& queue : queues_) queue.gate = {};
-      changed_.notify_all();
-    }
-    for (Queue& queue : queues_) queue.thread.join();
+    current_.release();
+    copy_.release();
   }
 
   // Device:
@@ -115,9 +106,7 @@ class LateDevice final : public Device {
     }
     counts_.events += 1;
     auto event = std::make_shared<Event>(this, alive_);
-    Task task;
-    task.marks = event;
-    push(stream, std::move(task));
+    stream_of(stream).record(event->late);
     return event;
   }
 
@@ -125,16 +114,15 @@ class LateDevice final : public Device {
     std::lock_guard lock(mutex_);
     check_thread(stream, "wait");
     ++(stream == Stream::kCurrent ? counts_.current_waits : counts_.copy_waits);
-    Task task;
-    task.after = own(event);
-    if (task.after != nullptr) push(stream, std::move(task));
+    if (const auto late = own(event)) stream_of(stream).wait(late);
   }
 
   bool query(const EventPtr& event) override {
     std::lock_guard lock(mutex_);
     counts_.queries += 1;
-    const std::shared_ptr<const Event> late = own(event);
+    const std::shared_ptr<const LateEvent> late = own(event);
     if (late == nullptr) return true;
+    std::lock_guard clock(clock_->mutex);
     if (late->error != nullptr) std::rethrow_exception(late->error);
     return late->done;
   }
@@ -149,15 +137,15 @@ class LateDevice final : public Device {
     const std::size_t index = counts_.copies++;
     const std::byte* on_device = to_host ? from : to;
     const auto host = hosts_in_flight_.emplace(to_host ? to : from, bytes);
-    Task task;
-    task.is_copy = true;
-    task.work = [=, this] {
-      make_copy(index, to, from, bytes, on_device);
+    copy_.run_copy([=, this] {
+      const std::exception_ptr fault = start_copy(index, on_device, bytes);
+      if (fault == nullptr && bytes > 0) std::memcpy(to, from, bytes);
       std::lock_guard inner(mutex_);
       hosts_in_flight_.erase(host);
-    };
-    push(Stream::kCopy, std::move(task));
-    changed_.notify_all();
+      if (fault != nullptr) std::rethrow_exception(fault);
+      counts_.copied_bytes += bytes;
+    });
+    copies_queued_.notify_all();
   }
 
   // Memory:
@@ -184,61 +172,28 @@ class LateDevice final : public Device {
   // Control:
   /// Queues `kernel` on the current stream.
   void run_on_current(std::function<void()> kernel) {
-    std::lock_guard lock(mutex_);
-    Task task;
-    task.work = std::move(kernel);
-    push(Stream::kCurrent, std::move(task));
+    current_.run(std::move(kernel));
   }
 
-  /// Nothing of the stream runs until it is released. What runs already ends
-  /// first.
-  void hold(Stream stream) {
-    std::unique_lock lock(mutex_);
-    Queue& queue = queue_of(stream);
-    queue.gate = {.shut = true};
-    changed_.wait(lock, [&queue] { return !queue.running; });
-  }
+  /// See LateStream.
+  void hold(Stream stream) { stream_of(stream).hold(); }
+  void release(Stream stream) { stream_of(stream).release(); }
+  void settle(Stream stream) { stream_of(stream).settle(); }
+  void release_copies(std::size_t more) { copy_.release_copies(more); }
 
-  void release(Stream stream) {
-    std::lock_guard lock(mutex_);
-    queue_of(stream).gate = {};
-    changed_.notify_all();
-  }
-
-  /// The copy stream goes on until `more` copies have been made, and stops
-  /// before the next one.
-  void release_copies(std::size_t more) {
-    std::lock_guard lock(mutex_);
-    Gate& gate = queue_of(Stream::kCopy).gate;
-    gate = {.shut = false, .copies = gate.copies.value_or(0) + more};
-    changed_.notify_all();
-  }
-
-  /// Returns when the stream has done all that it can: it is empty, held, or
-  /// waits for an event that is not done.
-  void settle(Stream stream) {
-    std::unique_lock lock(mutex_);
-    Queue& queue = queue_of(stream);
-    changed_.wait(lock, [&] { return !queue.running && !can_run(queue); });
-  }
-
-  /// Returns when all that was queued on both streams is done.
+  /// Returns when both streams are empty.
   void synchronize() {
-    std::unique_lock lock(mutex_);
-    changed_.wait(lock, [this] {
-      for (const Queue& queue : queues_) {
-        if (queue.running || !queue.tasks.empty()) return false;
-      }
-      return true;
-    });
+    std::unique_lock lock(clock_->mutex);
+    clock_->changed.wait(
+        lock, [this] { return current_.is_idle() && copy_.is_idle(); });
   }
 
   /// True once `count` copies have been queued since the device was made;
   /// false after 20 seconds.
   bool await_copies(std::size_t count) {
     std::unique_lock lock(mutex_);
-    return changed_.wait_for(lock, std::chrono::seconds(20),
-                             [&] { return counts_.copies >= count; });
+    return copies_queued_.wait_for(lock, std::chrono::seconds(20),
+                                   [&] { return counts_.copies >= count; });
   }
 
   // Faults:
@@ -290,29 +245,7 @@ class LateDevice final : public Device {
 
     const LateDevice* const owner;
     const std::shared_ptr<std::atomic<std::size_t>> alive;
-    bool done = false;  // Under the device's mutex, as is `error`.
-    std::exception_ptr error;
-  };
-
-  // Exactly one of the three.
-  struct Task {
-    std::shared_ptr<Event> marks;
-    std::shared_ptr<const Event> after;
-    std::function<void()> work;
-    bool is_copy = false;
-  };
-
-  struct Gate {
-    bool shut = false;
-    std::optional<std::size_t> copies = std::nullopt;  ///< Still allowed.
-  };
-
-  struct Queue {
-    std::deque<Task> tasks;
-    Gate gate;
-    bool running = false;
-    std::exception_ptr error;  ///< For the next event.
-    std::thread thread;
+    const LateEventPtr late = std::make_shared<LateEvent>();
   };
 
   struct Block {
@@ -320,64 +253,22 @@ class LateDevice final : public Device {
     bool freed = false;
   };
 
-  Queue& queue_of(Stream stream) {
-    return queues_[stream == Stream::kCurrent ? 0 : 1];
+  LateStream& stream_of(Stream stream) {
+    return stream == Stream::kCurrent ? current_ : copy_;
   }
 
-  static bool can_run(const Queue& queue) {
-    if (queue.tasks.empty() || queue.gate.shut) return false;
-    const Task& next = queue.tasks.front();
-    if (next.after != nullptr) return next.after->done;
-    return !next.is_copy || queue.gate.copies.value_or(1) > 0;
-  }
-
-  void push(Stream stream, Task task) {
-    queue_of(stream).tasks.push_back(std::move(task));
-    changed_.notify_all();
-  }
-
-  void run(Queue& queue) {
-    std::unique_lock lock(mutex_);
-    for (;;) {
-      changed_.wait(lock, [&] {
-        return can_run(queue) || (stopping_ && queue.tasks.empty());
-      });
-      if (queue.tasks.empty()) return;
-      Task task = std::move(queue.tasks.front());
-      queue.tasks.pop_front();
-      if (task.marks != nullptr) {
-        task.marks->error = std::exchange(queue.error, nullptr);
-        task.marks->done = true;
-      }
-      if (task.is_copy && queue.gate.copies) --*queue.gate.copies;
-      if (task.work) {
-        queue.running = true;
-        lock.unlock();
-        task.work();
-        task.work = nullptr;
-        lock.lock();
-        queue.running = false;
-      }
-      changed_.notify_all();
-    }
-  }
-
-  void make_copy(std::size_t index, std::byte* to, const std::byte* from,
-                 std::size_t bytes, const std::byte* on_device) {
-    {
-      std::lock_guard lock(mutex_);
-      counts_.copies_made += 1;
-      if (auto fault = failing_.find(index); fault != failing_.end()) {
-        queue_of(Stream::kCopy).error = fault->second;
-        return;
-      }
-      if (touches_freed(on_device, bytes)) {
-        misuse("copy " + std::to_string(index) + " touches freed memory");
-      }
-    }
-    if (bytes > 0) std::memcpy(to, from, bytes);
+  // The fault that it shall meet, or null.
+  std::exception_ptr start_copy(std::size_t index, const std::byte* on_device,
+                                std::size_t bytes) {
     std::lock_guard lock(mutex_);
-    counts_.copied_bytes += bytes;
+    counts_.copies_made += 1;
+    if (auto fault = failing_.find(index); fault != failing_.end()) {
+      return fault->second;
+    }
+    if (touches_freed(on_device, bytes)) {
+      misuse("copy " + std::to_string(index) + " touches freed memory");
+    }
+    return nullptr;
   }
 
   bool touches_freed(const std::byte* data, std::size_t bytes) const {
@@ -400,9 +291,9 @@ class LateDevice final : public Device {
     }
   }
 
-  std::shared_ptr<const Event> own(const EventPtr& event) {
-    auto late = std::dynamic_pointer_cast<const Event>(event);
-    if (late != nullptr && late->owner == this) return late;
+  LateEventPtr own(const EventPtr& event) {
+    const auto* mine = dynamic_cast<const Event*>(event.get());
+    if (mine != nullptr && mine->owner == this) return mine->late;
     misuse("an event of another device");
     return nullptr;
   }
@@ -411,9 +302,7 @@ class LateDevice final : public Device {
 
   const std::string name_;
   mutable std::mutex mutex_;
-  std::condition_variable changed_;
-  std::array<Queue, 2> queues_;  // Current, copy.
-  bool stopping_ = false;
+  std::condition_variable copies_queued_;
   Counts counts_;
   std::shared_ptr<std::atomic<std::size_t>> alive_ =
       std::make_shared<std::atomic<std::size_t>>(0);
@@ -427,6 +316,10 @@ class LateDevice final : public Device {
   std::exception_ptr record_error_;
   std::optional<std::string> pin_refusal_;
   bool capturing_ = false;
+
+  const std::shared_ptr<LateClock> clock_ = std::make_shared<LateClock>();
+  LateStream current_{clock_};  // Last: their threads use all the others.
+  LateStream copy_{clock_};
 };
 
 }  // namespace torch_ext::test

@@ -108,7 +108,7 @@ class OptimizerOffload {
   std::uint64_t step_of(std::size_t parameter) const;
 
   /// Page-aligned memory of options.scratch_bytes for kernels, made and
-  /// counted at its first use.
+  /// counted at its first use; undefined content. Freed by close().
   std::span<std::byte> scratch();
 
   OptimizerOffloadStats stats() const;

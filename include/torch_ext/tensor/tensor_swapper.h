@@ -4,9 +4,11 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/Device.h>
+#include <c10/core/GradMode.h>
 #include <c10/core/ScalarType.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <chrono>
 #include <cstddef>
 #include <map>
 #include <memory>
@@ -15,6 +17,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -76,7 +79,7 @@ class TensorTicket {
       if (published) return;
       const bool on_device = !result.is_cpu();
       if (packed.defined()) {
-        at::NoGradGuard no_grad;
+        c10::NoGradGuard no_grad;
         result.detach().copy_(packed, /*non_blocking=*/true);
       }
       if (on_device) {
@@ -111,7 +114,7 @@ class TensorSwapper {
   /// Swapper::swap_out.
   TensorTicket swap_out(const std::string& key, const at::Tensor& tensor) {
     check_has_plain_memory(tensor, "swap_out");
-    at::NoGradGuard no_grad;
+    c10::NoGradGuard no_grad;
     // detach(): a tensor that Python knows could not be dropped without the
     // GIL by whoever holds it last.
     const at::Tensor packed =
@@ -133,7 +136,7 @@ class TensorSwapper {
                        std::optional<c10::Device> device = std::nullopt) {
     const auto tag = swapper_.entry(key).tag;
     const Meta& meta = *static_cast<const Meta*>(tag.get());
-    at::NoGradGuard no_grad;
+    c10::NoGradGuard no_grad;
     auto state = std::make_shared<TensorTicket::Incoming>();
     if (out) {
       check_destination(key, *out, meta, device);

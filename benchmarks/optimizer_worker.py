@@ -1,0 +1,136 @@
+"""A process that steps one optimizer when told to; optimizer.py starts it.
+
+The job comes as JSON in the only argument. Each line of input is a number of
+steps; each line of output is a JSON object: first what is there before any
+optimizer state, then one for each line of input.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch_ext import OffloadedAdamW
+
+LEARNING_RATE = 1e-4
+MOVED = ("bytes_read", "bytes_written")
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    torch.manual_seed(0)
+    parameters = make_parameters(job)
+    import_what_a_step_imports()
+    tell(peak=peak_memory())
+    if job["kind"] == "memory":
+        step, stats = in_memory(parameters), dict
+    else:
+        optimizer = OffloadedAdamW(
+            parameters,
+            lr=LEARNING_RATE,
+            nvme_path=job["nvme_path"],
+            host_memory=job["host_memory"],
+            aio=job["aio"],
+        )
+        step, stats = optimizer.step, optimizer.stats
+    for line in sys.stdin:
+        tell(**burst(int(line), step, stats))
+
+
+def make_parameters(job: dict[str, Any]) -> list[torch.nn.Parameter]:
+    """Of about equal sizes, with random values and gradients."""
+    dtype = getattr(torch, job["dtype"])
+    count, tensors = job["parameters"], job["tensors"]
+    sizes = [count // tensors] * (tensors - 1)
+    sizes.append(count - sum(sizes))
+    parameters = []
+    for size in sizes:
+        parameter = torch.nn.Parameter(torch.empty(size, dtype=dtype).normal_())
+        parameter.grad = torch.empty(size, dtype=dtype).normal_()
+        parameters.append(parameter)
+    return parameters
+
+
+def import_what_a_step_imports() -> None:
+    """A first step costs 100 MB of modules that no optimizer is to blame for."""
+    parameter = torch.nn.Parameter(torch.zeros(64))
+    parameter.grad = torch.zeros(64)
+    torch.optim.AdamW([parameter], fused=True).step()
+
+
+def in_memory(parameters: list[torch.nn.Parameter]) -> Callable[[], None]:
+    """torch's own AdamW; below fp32 with a master copy, as the offloaded one has."""
+    if parameters[0].dtype == torch.float32:
+        return torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True).step
+    masters = [torch.nn.Parameter(p.detach().float()) for p in parameters]
+    for master in masters:
+        master.grad = torch.empty_like(master)
+    optimizer = torch.optim.AdamW(masters, lr=LEARNING_RATE, fused=True)
+
+    @torch.no_grad()
+    def step() -> None:
+        for master, parameter in zip(masters, parameters, strict=True):
+            master.grad.copy_(parameter.grad)
+        optimizer.step()
+        for master, parameter in zip(masters, parameters, strict=True):
+            parameter.copy_(master)
+
+    return step
+
+
+def burst(
+    steps: int, step: Callable[[], Any], stats: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """One step that is not timed, then ``steps`` that are.
+
+    The first one finds tiles that were read since the last burst, and the last
+    one's writes are in flight when it returns; as many bytes are in flight at
+    both ends of what is timed.
+    """
+    step()
+    before = stats()
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    seconds = time.perf_counter() - start
+    after = stats()
+    wait_for_writes(stats)
+    return {
+        "seconds": seconds / steps,
+        "moved": {
+            name: (after[name] - before[name]) / steps
+            for name in after
+            if name.endswith("_seconds") or name in MOVED
+        },
+        "host_bytes_peak": after.get("host_bytes_peak", 0),
+        "peak": peak_memory(),
+    }
+
+
+def wait_for_writes(stats: Callable[[], dict[str, Any]]) -> None:
+    """Returns when nothing has moved for a while: the disk is another's now."""
+    last = None
+    while (now := [stats().get(name) for name in MOVED]) != last:
+        last = now
+        time.sleep(0.25)
+
+
+def peak_memory() -> int:
+    """VmHWM in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return next(
+        int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM")
+    )
+
+
+def tell(**fields: Any) -> None:
+    print(json.dumps(fields), flush=True)
+
+
+if __name__ == "__main__":
+    main()

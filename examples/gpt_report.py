@@ -1,0 +1,247 @@
+"""Figures, table and picture of the two runs of `train_gpt.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+LAST_LOSSES = 10
+STEPS_SHOWN = 3
+# Colours that differ for the colour-blind, too.
+GREY, BLUE, ORANGE, GREEN = "#9a9a9a", "#0072b2", "#d55e00", "#009e73"
+
+Run = dict[str, Any]
+Interval = tuple[float, float]
+
+
+def union(intervals: list[Interval]) -> float:
+    """Seconds that lie in at least one interval."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def hidden_share(wait_seconds: float, busy_seconds: float) -> float | None:
+    """Share of the I/O time during which the training thread did something else.
+
+    1 - wait / busy, where busy is the time with at least one read or write of
+    optimizer state in flight (time with both counts once), and wait is the time
+    that `step()` stood still for I/O. 1: no step waited; 0: nothing else
+    happened while I/O went on. None without I/O.
+    """
+    if busy_seconds <= 0:
+        return None
+    return 1 - min(wait_seconds / busy_seconds, 1)
+
+
+def summarize(job: dict[str, Any], runs: list[Run], place: Run, seconds: float) -> Run:
+    """All figures, as they are written to JSON; the table shows some."""
+    memory, nvme = runs
+    return {
+        "job": job,
+        "place": place,
+        "text": memory["text"],
+        "model_parameters": memory["parameters_count"],
+        "state_bytes": 2 * 4 * memory["parameters_count"],
+        "seconds": seconds,
+        **compare(memory, nvme),
+        "in_memory": summarize_run(job, memory),
+        "offloaded": summarize_run(job, nvme),
+        "io": summarize_io(nvme),
+        "timeline": nvme["lanes"][-STEPS_SHOWN:],
+        "sample": nvme["sample"],
+    }
+
+
+def compare(memory: Run, nvme: Run) -> Run:
+    """Whether losses of all steps, validation loss and parameters are the same bits."""
+    pairs = zip(memory["steps"], nvme["steps"], strict=True)
+    differing = [i for i, (a, b) in enumerate(pairs) if a["loss"] != b["loss"]]
+    names = [name for name, bits in memory["digests"].items() if nvme["digests"][name] != bits]
+    return {
+        "equal": not differing
+        and not names
+        and memory["validation_loss"] == nvme["validation_loss"],
+        "first_differing_step": differing[0] + 1 if differing else None,
+        "differing_parameters": names,
+    }
+
+
+def summarize_run(job: dict[str, Any], run: Run) -> Run:
+    steps = run["steps"]
+    # The first step imports and allocates.
+    timed = steps[1:] or steps
+    losses = [step["loss"] for step in steps]
+    step_seconds = median(step["end"] - step["start"] for step in timed)
+    return {
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "mean_last_losses": mean(losses[-LAST_LOSSES:]),
+        "mean_loss": mean(losses),
+        "validation_loss": run["validation_loss"],
+        "step_seconds": step_seconds,
+        "optimizer_seconds": median(step["end"] - step["optimizer_start"] for step in timed),
+        "tokens_per_second": job["batch"] * job["context"] / step_seconds,
+        "memory_before": run["memory_before"],
+        "memory_peak": run["memory_peak"],
+        "threads": run["threads"],
+        "steps": steps,
+    }
+
+
+def summarize_io(nvme: Run) -> Run:
+    stats = nvme["stats"]
+    busy = union(
+        [
+            (start, end)
+            for step in nvme["lanes"]
+            for lane, start, end in step
+            if lane in ("read", "write")
+        ]
+    )
+    return stats | {
+        "busy_seconds": busy,
+        "hidden_share": hidden_share(stats["wait_seconds"], busy),
+    }
+
+
+def table(figures: Run) -> str:
+    """Text for a reader."""
+    memory, nvme, io = figures["in_memory"], figures["offloaded"], figures["io"]
+    state = size(figures["state_bytes"])
+    rows = [
+        ("", "AdamW in memory", "OffloadedAdamW"),
+        *[
+            (label, f"{memory[key]:.4f}", f"{nvme[key]:.4f}")
+            for label, key in (
+                ("loss, first step", "first_loss"),
+                ("loss, last step", "last_loss"),
+                (f"loss, mean of the last {LAST_LOSSES}", "mean_last_losses"),
+                ("loss, mean of all steps", "mean_loss"),
+                ("loss on text not trained on", "validation_loss"),
+            )
+        ],
+        ("tokens/s", f"{memory['tokens_per_second']:.0f}", f"{nvme['tokens_per_second']:.0f}"),
+        *[
+            (label, f"{memory[key] * 1e3:.0f} ms", f"{nvme[key] * 1e3:.0f} ms")
+            for label, key in (
+                ("step (median)", "step_seconds"),
+                ("  of it in the optimizer", "optimizer_seconds"),
+            )
+        ],
+        ("optimizer state", f"{state} in memory", f"{state} on disk"),
+        ("host memory for state", state, f"{size(io['host_bytes_peak'])} at most"),
+        ("peak memory of the process", size(memory["memory_peak"]), size(nvme["memory_peak"])),
+        ("state read", "", transfer(io["bytes_read"], io["read_seconds"])),
+        ("state written", "", transfer(io["bytes_written"], io["write_seconds"])),
+        ("I/O hidden behind compute", "", percent(io["hidden_share"])),
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
+    lines.insert(1, "-" * len(lines[0]))
+    title = (
+        f"{figures['model_parameters'] / 1e6:.1f} M parameters, "
+        f"{figures['text']['bytes'] / 1e6:.1f} MB of text in {figures['text']['files']} files, "
+        f"{figures['job']['steps']} steps on {figures['job']['device']}, "
+        f"{figures['seconds']:.0f} s"
+    )
+    sample = "\n".join(f"  | {line}" for line in figures["sample"].splitlines())
+    return "\n".join([title, "", *lines, "", verdict(figures), "", "what it writes:", sample])
+
+
+def verdict(figures: Run) -> str:
+    if figures["equal"]:
+        return "equal to the bit: yes (the loss of every step, all parameters)"
+    step = figures["first_differing_step"]
+    names = figures["differing_parameters"]
+    where = f"losses from step {step} on" if step else "no loss of a step"
+    return f"equal to the bit: NO ({where}; {len(names)} parameters: {', '.join(names[:3])} ...)"
+
+
+def size(count: int) -> str:
+    return f"{count / 1e6:.0f} MB"
+
+
+def transfer(count: int, seconds: float) -> str:
+    rate = f", {count / seconds / 1e9:.2f} GB/s" if seconds > 0 else ""
+    return f"{count / 1e9:.2f} GB{rate}"
+
+
+def percent(share: float | None) -> str:
+    return "none was needed" if share is None else f"{share:.0%}"
+
+
+def plot(figures: Run, path: Path) -> str:
+    """Draws losses and timeline; returns the line that says where."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "no picture: matplotlib is not installed (pip install matplotlib)"
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(10, 8), height_ratios=[3, 2], layout="constrained"
+    )
+    draw_losses(top, figures)
+    draw_timeline(bottom, figures)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return f"picture: {path}"
+
+
+def draw_losses(axes: Any, figures: Run) -> None:
+    for key, label, style in (
+        ("in_memory", "AdamW, state in memory", {"color": GREY, "linewidth": 5}),
+        ("offloaded", "OffloadedAdamW, state on NVMe", {"color": BLUE, "linewidth": 1.5}),
+    ):
+        losses = [step["loss"] for step in figures[key]["steps"]]
+        marker = "o" if len(losses) == 1 else None
+        axes.plot(range(1, len(losses) + 1), losses, label=label, marker=marker, **style)
+    answer = "equal to the bit" if figures["equal"] else "NOT equal"
+    axes.set_title(
+        f"GPT with {figures['model_parameters'] / 1e6:.1f} M parameters on Python source text: "
+        f"both runs are {answer}"
+    )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per byte)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def draw_timeline(axes: Any, figures: Run) -> None:
+    """The last steps; a row for the model and one for each lane of the optimizer."""
+    steps = figures["offloaded"]["steps"][-STEPS_SHOWN:]
+    begin = steps[0]["start"]
+    end = steps[-1]["end"]
+    rows: dict[str, list[Interval]] = {
+        "write": [],
+        "read": [],
+        "update": [],
+        "forward,\nbackward": [(step["start"], step["optimizer_start"]) for step in steps],
+    }
+    for events in figures["timeline"]:
+        for lane, start, stop in events:
+            rows[lane].append((start, stop))
+    colours = [ORANGE, BLUE, GREEN, GREY]
+    for height, (colour, intervals) in enumerate(zip(colours, rows.values(), strict=True)):
+        bars = [
+            (max(start, begin) - begin, min(stop, end) - max(start, begin))
+            for start, stop in intervals
+            if stop > begin and start < end
+        ]
+        axes.broken_barh(bars, (height - 0.35, 0.7), color=colour, linewidth=0)
+    for step in steps:
+        axes.axvspan(
+            step["optimizer_start"] - begin, step["end"] - begin, color="black", alpha=0.08, lw=0
+        )
+    axes.set_yticks(range(len(rows)), labels=list(rows))
+    axes.set_xlim(0, end - begin)
+    axes.set_xlabel("time (s)")
+    axes.set_title(
+        f"The last {len(steps)} steps with the state on NVMe; shaded: inside optimizer.step()"
+    )
+    axes.grid(axis="x", alpha=0.3)

@@ -1,0 +1,292 @@
+"""One training run of a small GPT on Python source text, in a process of its own.
+
+`train_gpt.py` starts this file twice, so that each run's peak memory is its
+own. The job comes as JSON in the only argument; each line of output is one JSON
+object: "started", a "step" for every step, then "result" or "error".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sys
+import sysconfig
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# Before CUDA starts: its matrix products are only then the same in every run.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+from torch_ext import OffloadedAdamW
+
+VOCABULARY = 256  # Bytes.
+WARMUP_STEPS = 10
+VALIDATION_BATCHES = 4
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "encodings"}
+
+
+@dataclass
+class Job:
+    """What a run does; the same for both but for ``offloaded``."""
+
+    offloaded: bool
+    nvme_path: str
+    host_memory: int
+    device: str
+    steps: int
+    layers: int
+    width: int
+    heads: int
+    batch: int
+    context: int
+    lr: float
+    seed: int
+
+
+def read_text() -> tuple[bytes, dict[str, Any]]:
+    """The source of this Python's standard library, and what it was read from.
+
+    Tests, installed packages and the tables of `encodings` are left out.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    files = sorted(
+        file for file in root.rglob("*.py") if SKIPPED_FOLDERS.isdisjoint(file.parts[:-1])
+    )
+    text = b"".join(file.read_bytes() for file in files)
+    return text, {
+        "directory": str(root),
+        "files": len(files),
+        "bytes": len(text),
+        "sha256": hashlib.sha256(text).hexdigest(),
+    }
+
+
+class Block(nn.Module):
+    """Attention, then a two-layer perceptron, each behind a LayerNorm."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.projection = nn.Linear(width, width)
+        self.norm_2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, time_, width = x.shape
+        qkv = self.qkv(self.norm_1(x)).view(batch, time_, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.projection(mixed.transpose(1, 2).reshape(batch, time_, width))
+        return x + self.down(F.gelu(self.up(self.norm_2(x))))
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer over bytes."""
+
+    def __init__(self, layers: int, width: int, heads: int, context: int) -> None:
+        super().__init__()
+        self.context = context
+        self.bytes = nn.Embedding(VOCABULARY, width)
+        self.positions = nn.Embedding(context, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCABULARY)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                ends_block = name.endswith(("projection.weight", "down.weight"))
+                scale = math.sqrt(2 * layers) if ends_block else 1.0
+                nn.init.normal_(parameter, std=0.02 / scale)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.bytes(tokens) + self.positions.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+class Batches:
+    """Random windows of a text; the seed decides which."""
+
+    def __init__(self, text: bytes, job: Job, seed: int) -> None:
+        self.text = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        self.shape = (job.batch, job.context)
+        self.device = job.device
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, context = self.shape
+        last = len(self.text) - context
+        starts = torch.randint(last, (batch,), generator=self.generator).tolist()
+        windows = torch.stack([self.text[s : s + context + 1] for s in starts])
+        windows = windows.to(self.device, torch.long)
+        return windows[:, :-1], windows[:, 1:]
+
+
+def make_optimizer(model: nn.Module, job: Job) -> torch.optim.Optimizer:
+    """AdamW with weight decay for the matrices only; state where the job says."""
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim != 2]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    arguments = {"lr": job.lr, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    if not job.offloaded:
+        return torch.optim.AdamW(groups, **arguments, fused=True)
+    return OffloadedAdamW(
+        groups, **arguments, nvme_path=job.nvme_path, host_memory=job.host_memory
+    )
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Factor of the learning rate: a warm-up, then half a cosine down to 0.1."""
+    warmup = min(WARMUP_STEPS, steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(steps - warmup, 1)
+    return 0.55 + 0.45 * math.cos(math.pi * done)
+
+
+def loss_of(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    tokens, targets = batch
+    return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+
+
+@torch.no_grad()
+def sample(model: GPT, prompt: bytes, length: int, job: Job) -> str:
+    """Text that the model continues ``prompt`` with, byte by byte."""
+    generator = torch.Generator().manual_seed(job.seed)
+    tokens = list(prompt)
+    for _ in range(length):
+        window = torch.tensor([tokens[-model.context :]], device=job.device)
+        chances = torch.softmax(model(window)[0, -1].double().cpu() / 0.7, 0)
+        tokens.append(int(torch.multinomial(chances, 1, generator=generator)))
+    return bytes(tokens).decode(errors="replace")
+
+
+def digest(parameter: torch.Tensor) -> str:
+    """Equal for two parameters if and only if their bits are."""
+    return hashlib.sha256(
+        parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    ).hexdigest()
+
+
+def memory(field: str) -> int:
+    """Bytes of this process: VmRSS (now) or VmHWM (its peak)."""
+    status = Path("/proc/self/status").read_text()
+    return next(
+        int(line.split()[1]) * 1024
+        for line in status.splitlines()
+        if line.startswith(f"{field}:")
+    )
+
+
+def synchronize(device: str) -> None:
+    """Waits for the device, so that a clock read next to it means something."""
+    if not device.startswith("cpu"):
+        torch.accelerator.synchronize()
+
+
+class Recorder:
+    """What the run's result says about each step, and about its I/O."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self.lanes: list[list[tuple[str, float, float]]] = []
+
+    def add_lanes(self, optimizer: torch.optim.Optimizer) -> None:
+        """Of the last step. Called late, when its last writes have ended."""
+        if not isinstance(optimizer, OffloadedAdamW) or not self.steps:
+            return
+        begin = self.steps[-1]["optimizer_start"]
+        self.lanes.append(
+            [
+                (event["lane"], begin + event["start"], begin + event["end"])
+                for event in optimizer.timeline()
+            ]
+        )
+
+
+def train(job: Job) -> dict[str, Any]:
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(job.seed)
+    text, source = read_text()
+    if len(text) < 20 * (job.context + 1):
+        raise ValueError(f"{source['directory']} holds {len(text)} bytes of Python: too few")
+    cut = len(text) * 19 // 20
+    batches = Batches(text[:cut], job, job.seed)
+    validation = Batches(text[cut:], job, job.seed + 1)
+    model = GPT(job.layers, job.width, job.heads, job.context).to(job.device)
+    optimizer = make_optimizer(model, job)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate(step, job.steps)
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    tell("started", parameters_count=parameters, text=source)
+
+    recorder = Recorder()
+    memory_before = memory("VmRSS")
+    begin = time.perf_counter()
+    for _ in range(job.steps):
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        loss = loss_of(model, batches.next())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        synchronize(job.device)
+        recorder.add_lanes(optimizer)
+        middle = time.perf_counter()
+        optimizer.step()
+        synchronize(job.device)
+        end = time.perf_counter()
+        scheduler.step()
+        step = {
+            "loss": loss.item(),
+            "start": start - begin,
+            "optimizer_start": middle - begin,
+            "end": end - begin,
+        }
+        recorder.steps.append(step)
+        tell("step", loss=step["loss"])
+    peak = memory("VmHWM")
+
+    with torch.no_grad():
+        losses = [loss_of(model, validation.next()).item() for _ in range(VALIDATION_BATCHES)]
+    recorder.add_lanes(optimizer)
+    return {
+        "steps": recorder.steps,
+        "lanes": recorder.lanes,
+        "stats": optimizer.stats() if job.offloaded else None,
+        "validation_loss": sum(losses) / len(losses),
+        "digests": {name: digest(p) for name, p in model.named_parameters()},
+        "memory_before": memory_before,
+        "memory_peak": peak,
+        "threads": torch.get_num_threads(),
+        "sample": sample(model, b"def ", 200, job) if job.offloaded else "",
+    }
+
+
+def tell(event: str, **fields: Any) -> None:
+    print(json.dumps({"event": event} | fields), flush=True)
+
+
+def main() -> int:
+    try:
+        tell("result", **train(Job(**json.loads(sys.argv[1]))))
+    except (ValueError, OSError, RuntimeError) as error:
+        tell("error", text=str(error), kind=type(error).__name__)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,305 @@
+"""Trains a small GPT twice: AdamW in memory, and AdamW with its state on NVMe.
+
+Both runs have the same seed, text and hyper-parameters, and each has a process
+of its own. At the end stand a table and a picture, and the answer to the
+question whether both gave the same losses and parameters, bit for bit.
+
+Exit status: 0 if they did, 1 if not or if a run failed, 2 for wrong input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+HERE = Path(__file__).resolve().parent
+OUTPUT = HERE.parent / "demo-out"
+IN_RAM = {"tmpfs", "ramfs"}
+NAMES = {False: "AdamW in memory", True: "OffloadedAdamW"}
+
+Run = dict[str, Any]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def whole_number(least: int, most: int) -> Any:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not an integer from {least} to {most}"
+            )
+        return value
+
+    return parse
+
+
+def rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and up to 1")
+    return value
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="train_gpt.py",
+        description="Trains a small GPT on the source text of Python's standard library, "
+        "twice with the same seed: with torch.optim.AdamW(fused=True), and with "
+        "torch_ext.OffloadedAdamW, whose state is on NVMe. Compares the two bit for bit.",
+        epilog="Exit status: 0 if losses and parameters are equal to the bit, 1 if they are "
+        "not or a run failed, 2 for wrong input.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    offload = parser.add_argument_group("offloading")
+    offload.add_argument(
+        "--nvme-path",
+        metavar="DIR",
+        help="existing directory on the drive that shall hold the optimizer state "
+        "(default: the output folder if it is on a disk, else the first that is on one of "
+        "the current directory and /var/tmp)",
+        default=argparse.SUPPRESS,
+    )
+    offload.add_argument(
+        "--host-memory",
+        metavar="SIZE",
+        default="48MiB",
+        help="host memory for state on its way, such as 48MiB",
+    )
+    offload.add_argument(
+        "--device", default="cpu", help="where the model trains: cpu, cuda, cuda:1, ..."
+    )
+    model = parser.add_argument_group("model and training")
+    for name, default, least, most, text in (
+        ("steps", 120, 1, 1_000_000, "optimizer steps of each run"),
+        ("layers", 4, 1, 1000, "transformer blocks"),
+        ("width", 512, 1, 65536, "elements of a token's vector; a multiple of --heads"),
+        ("heads", 8, 1, 65536, "attention heads"),
+        ("batch", 4, 1, 65536, "sequences in a step"),
+        ("context", 128, 2, 65536, "bytes of text in a sequence"),
+        ("seed", 0, 0, 2**63 - 1, "of parameters and batches"),
+    ):
+        model.add_argument(
+            f"--{name}", type=whole_number(least, most), default=default, metavar="N", help=text
+        )
+    model.add_argument(
+        "--lr", type=rate, default=1e-3, metavar="RATE", help="peak of the learning rate"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        default=OUTPUT,
+        help="folder for train_gpt.png and train_gpt.json; made if missing",
+    )
+    return parser
+
+
+def make_job(options: argparse.Namespace) -> dict[str, Any]:
+    """The runs' job, tried out on a tiny optimizer.
+
+    Raises:
+        ValueError, OSError, RuntimeError: Something cannot work; the text says what.
+    """
+    if options.width % options.heads:
+        raise ValueError(
+            f"--width {options.width} is not a multiple of --heads {options.heads}"
+        )
+    # Slow to import: not before what needs no torch has been checked.
+    import torch
+    import torch_ext
+
+    try:
+        host_memory = torch_ext.parse_size(options.host_memory)
+    except ValueError as error:
+        raise ValueError(f"--host-memory: {error}") from None
+    try:
+        weight = torch.zeros(64, device=torch.device(options.device), requires_grad=True)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise ValueError(f"--device {options.device}: {first_line}") from None
+    options.output.mkdir(parents=True, exist_ok=True)
+    nvme_path = choose_directory(getattr(options, "nvme_path", None), options.output)
+    optimizer = torch_ext.OffloadedAdamW(
+        [weight], nvme_path=nvme_path, host_memory=host_memory
+    )
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    model = ("steps", "layers", "width", "heads", "batch", "context", "lr", "seed", "device")
+    return {
+        "nvme_path": nvme_path,
+        "host_memory": host_memory,
+        **{name: getattr(options, name) for name in model},
+    }
+
+
+def choose_directory(given: str | None, output: Path) -> str:
+    if given is not None:
+        if not os.path.isdir(given):
+            raise ValueError(f"--nvme-path {given} is not an existing directory")
+        return os.path.abspath(given)
+    candidates = [path for path in (output, Path.cwd(), Path("/var/tmp")) if path.is_dir()]
+    on_disk = [
+        path
+        for path in candidates
+        if os.access(path, os.W_OK) and describe(path)["file_system"] not in IN_RAM
+    ]
+    return str((on_disk or candidates)[0].resolve())
+
+
+def describe(directory: str | Path) -> dict[str, Any]:
+    """File system, its source and the way of I/O there."""
+    from torch_ext.__main__ import collect
+
+    return collect(directory)["directory"]
+
+
+class Progress:
+    """A bar for each run where rich and a terminal are there, else lines."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.bars: Any = None
+        if not sys.stdout.isatty():
+            return
+        try:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+            from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+        except ImportError:
+            return
+        self.bars = Progress(
+            TextColumn("{task.description:<16}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]:<24}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+
+    @contextmanager
+    def run(self, name: str) -> Iterator[Any]:
+        """Gives a function to be called with each step's loss."""
+        if self.bars is None:
+            yield self._lines(name)
+            return
+        with self.bars:
+            task = self.bars.add_task(name, total=self.steps, text="starting")
+
+            def show(loss: float) -> None:
+                self.bars.update(task, advance=1, text=f"loss {loss:.4f}")
+
+            yield show
+
+    def _lines(self, name: str) -> Any:
+        begin = time.monotonic()
+        done = 0
+        print(f"{name}: starting", flush=True)
+
+        def show(loss: float) -> None:
+            nonlocal done
+            done += 1
+            if done == 1 or done == self.steps or done % max(self.steps // 10, 1) == 0:
+                seconds = time.monotonic() - begin
+                print(
+                    f"{name}: step {done}/{self.steps}, loss {loss:.4f}, {seconds:.0f} s",
+                    flush=True,
+                )
+
+        return show
+
+
+class RunError(Exception):
+    """A run ended without a result."""
+
+
+def run(job: dict[str, Any], offloaded: bool, progress: Progress) -> Run:
+    """Runs the job in a process of its own and returns all it reported."""
+    command = [sys.executable, str(HERE / "gpt_training.py")]
+    command.append(json.dumps(job | {"offloaded": offloaded}))
+    result: Run = {}
+    with (
+        tempfile.TemporaryFile() as errors,
+        progress.run(NAMES[offloaded]) as show,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        try:
+            for line in process.stdout:
+                message = json.loads(line)
+                event = message.pop("event")
+                if event == "step":
+                    show(message["loss"])
+                elif event == "error":
+                    raise RunError(f"{NAMES[offloaded]}: {message['kind']}: {message['text']}")
+                else:
+                    result |= message
+        except BaseException:
+            process.kill()
+            raise
+        if process.wait() != 0:
+            errors.seek(0)
+            last = errors.read().decode(errors="replace").strip().splitlines()[-1:]
+            raise RunError(
+                f"{NAMES[offloaded]} ended with status {process.returncode}: {' '.join(last)}"
+            )
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    try:
+        job = make_job(options)
+    except (ValueError, OSError, RuntimeError) as error:
+        parser.error(str(error))
+    place = describe(job["nvme_path"])
+    way = "direct I/O" if place["direct"] else place["buffered_reason"]
+    print(f"state on {place['path']}: {place['file_system']} on {place['source']}, {way}")
+    if place["file_system"] in IN_RAM:
+        print("this is memory, not a disk: choose another with --nvme-path")
+
+    progress = Progress(job["steps"])
+    begin = time.monotonic()
+    try:
+        runs = [run(job, offloaded, progress) for offloaded in (False, True)]
+    except RunError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+    import gpt_report
+
+    figures = gpt_report.summarize(job, runs, place, time.monotonic() - begin)
+    json_path = options.output / "train_gpt.json"
+    json_path.write_text(json.dumps(figures, indent=1))
+    print()
+    print(gpt_report.table(figures))
+    print()
+    print(gpt_report.plot(figures, options.output / "train_gpt.png"))
+    print(f"all figures: {json_path}")
+    return 0 if figures["equal"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

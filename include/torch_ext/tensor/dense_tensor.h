@@ -1,0 +1,147 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/as_strided.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/from_blob.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <numeric>
+#include <span>
+#include <vector>
+
+namespace torch_ext {
+
+/// A 1-D tensor over `count` elements of host memory that it does not own.
+inline at::Tensor host_view(void* data, std::uint64_t count,
+                            c10::ScalarType dtype) {
+  return at::from_blob(data, {static_cast<std::int64_t>(count)},
+                       at::TensorOptions().dtype(dtype));
+}
+
+/// Whether elements of the same index come in the same order in memory. Both
+/// have the same shape and one of them has neither gaps nor overlaps.
+inline bool same_order(at::IntArrayRef sizes, at::IntArrayRef a,
+                       at::IntArrayRef b) {
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] == 0) return true;
+    if (sizes[i] != 1 && a[i] != b[i]) return false;
+  }
+  return true;
+}
+
+/// Elements [first, first + count), as they lie in memory, of a tensor that
+/// has neither gaps nor overlaps: a 1-D view.
+inline at::Tensor storage_view(const at::Tensor& dense, std::uint64_t first,
+                               std::uint64_t count) {
+  return at::as_strided(
+      dense.detach(), {static_cast<std::int64_t>(count)}, {1},
+      dense.storage_offset() + static_cast<std::int64_t>(first));
+}
+
+/// Reads a tensor of any strides in the order in which another tensor of the
+/// same shape, without gaps and overlaps, holds its elements in memory.
+class OrderedReader {
+ public:
+  OrderedReader() = default;
+
+  /// A source on another device than the CPU that has another order is
+  /// copied, on its device.
+  OrderedReader(const at::Tensor& source, at::IntArrayRef strides)
+      : source_(source.detach().resolve_neg()),
+        in_order_(same_order(source.sizes(), source_.strides(), strides)) {
+    if (in_order_) return;
+    if (!source_.is_cpu()) {
+      const at::Tensor copy =
+          at::empty_strided(source_.sizes(), strides, source_.options());
+      source_ = copy.copy_(source_);
+      in_order_ = true;
+      return;
+    }
+    std::vector<std::size_t> dims(source_.sizes().size());
+    std::iota(dims.begin(), dims.end(), 0);
+    std::stable_sort(
+        dims.begin(), dims.end(),
+        [&](std::size_t a, std::size_t b) { return strides[a] > strides[b]; });
+    for (const std::size_t dim : dims) {
+      if (source_.sizes()[dim] == 1) continue;
+      sizes_.push_back(source_.sizes()[dim]);
+      strides_.push_back(source_.strides()[dim]);
+    }
+  }
+
+  const at::Tensor& source() const { return source_; }
+
+  /// Whether pointer() can be used: on the CPU, in order.
+  bool direct() const { return in_order_ && source_.is_cpu(); }
+
+  void* pointer(std::uint64_t first) const {
+    return static_cast<std::byte*>(
+               const_cast<void*>(source_.const_data_ptr())) +
+           first * source_.element_size();
+  }
+
+  /// Copies elements [first, first + count) to host memory, in the source's
+  /// own dtype. Returns when they are there.
+  void copy_to(std::byte* out, std::uint64_t first, std::uint64_t count) const {
+    if (direct()) {
+      std::memcpy(out, pointer(first), count * source_.element_size());
+    } else if (in_order_) {
+      host_view(out, count, source_.scalar_type())
+          .copy_(storage_view(source_, first, count));
+    } else {
+      gather(out, first, count);
+    }
+  }
+
+  /// As copy_to(), but as float. `raw` is host memory for `count` elements of
+  /// the source, which nobody else uses.
+  void copy_as_float(float* out, std::byte* raw, std::uint64_t first,
+                     std::uint64_t count) const {
+    if (source_.scalar_type() == at::kFloat) {
+      copy_to(reinterpret_cast<std::byte*>(out), first, count);
+      return;
+    }
+    void* from = raw;
+    if (direct()) {
+      from = pointer(first);
+    } else {
+      copy_to(raw, first, count);
+    }
+    host_view(out, count, at::kFloat)
+        .copy_(host_view(from, count, source_.scalar_type()));
+  }
+
+ private:
+  // Counts through the indexes like an odometer, last dimension fastest.
+  void gather(std::byte* out, std::uint64_t first, std::uint64_t count) const {
+    const std::size_t item = source_.element_size();
+    const auto* base = static_cast<const std::byte*>(source_.const_data_ptr());
+    std::vector<std::int64_t> index(sizes_.size());
+    auto rest = static_cast<std::int64_t>(first);
+    std::int64_t at = 0;
+    for (std::size_t d = sizes_.size(); d-- > 0; rest /= sizes_[d]) {
+      index[d] = rest % sizes_[d];
+      at += index[d] * strides_[d];
+    }
+    for (std::uint64_t i = 0; i < count; ++i, out += item) {
+      std::memcpy(out, base + at * static_cast<std::int64_t>(item), item);
+      for (std::size_t d = sizes_.size(); d-- > 0;) {
+        at += strides_[d];
+        if (++index[d] < sizes_[d]) break;
+        at -= sizes_[d] * strides_[d];
+        index[d] = 0;
+      }
+    }
+  }
+
+  at::Tensor source_;
+  bool in_order_ = true;
+  std::vector<std::int64_t> sizes_;  ///< Slowest dimension first.
+  std::vector<std::int64_t> strides_;
+};
+
+}  // namespace torch_ext

@@ -1,0 +1,75 @@
+"""What the Python tests share.
+
+A registered PrivateUse1 device takes precedence over CUDA in torch, so the
+tests of the simulated device and those marked ``gpu`` cannot share a process:
+on a machine with a GPU the former run only with ``TORCH_EXT_TEST_SIM=1``,
+which leaves out the latter.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+_SIM = Path(__file__).resolve().parents[1] / "sim"
+
+
+def _sim_refusal(config: pytest.Config) -> str | None:
+    import torch
+
+    if os.environ.get("TORCH_EXT_TEST_SIM") == "1":
+        return None
+    if config.getoption("markexpr", "").strip() == "gpu":
+        return "-m gpu: the simulated device needs a process of its own"
+    if torch.cuda.is_available():
+        return "CUDA is available; for the simulated device set TORCH_EXT_TEST_SIM=1"
+    return None
+
+
+def _gpu_refusal() -> str | None:
+    import torch
+
+    if os.environ.get("TORCH_EXT_TEST_SIM") == "1":
+        return "TORCH_EXT_TEST_SIM=1: the GPU needs a process of its own"
+    return None if torch.cuda.is_available() else "needs a GPU"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and (reason := _gpu_refusal()):
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def sim_machine(pytestconfig: pytest.Config):
+    """The module ``sim``, its device known to torch. Tests take ``sim`` instead."""
+    if reason := _sim_refusal(pytestconfig):
+        pytest.skip(reason)
+    sys.path.insert(0, str(_SIM))
+    import sim
+
+    sim.install()
+    return sim
+
+
+@pytest.fixture
+def sim(sim_machine):
+    """Control of the simulated device: see tests/sim/sim.py."""
+    sim_machine.reset()
+    yield sim_machine
+    sim_machine.reset()
+
+
+@pytest.fixture
+def nvme_dir():
+    """An empty directory on a disk, or in ``TORCH_EXT_TEST_DIR``."""
+    parent = os.environ.get("TORCH_EXT_TEST_DIR") or "/var/tmp"
+    directory = tempfile.mkdtemp(prefix="torch_ext_test.", dir=parent)
+    yield Path(directory)
+    shutil.rmtree(directory, ignore_errors=True)
