@@ -48,6 +48,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         "--directory", default="/var/tmp", help="on the disk to measure (%(default)s)"
     )
     options.add_argument("--rounds", type=int, default=7, help="(%(default)s)")
+    options.add_argument("--engine", default="auto", help="of torch_ext (%(default)s)")
     options.add_argument("--output", type=Path, metavar="DIR", help="write JSON into DIR")
     options.add_argument(
         "--quick", action="store_true", help="small sizes, one round: figures mean nothing"
@@ -64,8 +65,10 @@ def size(text: str) -> int:
 
 
 def size_text(count: int) -> str:
-    unit, name = (GIB, "GiB") if count >= GIB else (MIB, "MiB")
-    return f"{count / unit:g} {name}"
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if count >= unit:
+            return f"{count / unit:g} {name}"
+    return f"{count} bytes"
 
 
 @contextmanager
@@ -187,7 +190,7 @@ def publish(name: str, options: argparse.Namespace, result: Json) -> None:
     """Prints the tables; writes all to ``name``.json where --output says."""
     result = {
         "benchmark": name,
-        "command": " ".join([f"benchmarks/{name}.py", *map(os.fspath, sys.argv[1:])]),
+        "command": " ".join([f"benchmarks/{name}.py", *_arguments()]),
         "quick": options.quick,
         "rounds": options.rounds,
         **result,
@@ -196,6 +199,15 @@ def publish(name: str, options: argparse.Namespace, result: Json) -> None:
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _arguments() -> list[str]:
+    """Those that have a say in the figures."""
+    arguments = sys.argv[1:]
+    if "--output" in arguments:
+        at = arguments.index("--output")
+        del arguments[at : at + 2]
+    return arguments
 
 
 # The machine.

@@ -30,8 +30,8 @@ def main() -> None:
             samples = measure(options, folder, count, size)
             result["measurements"][name] = samples
             rows += rows_of(name, samples)
-    header = ["", f"GiB/s {options.device}", "GiB/s cpu", f"{options.device} / cpu"]
-    header += [f"CPU s/GiB {options.device}", "CPU s/GiB cpu"]
+    header = ["", "GiB/s device", "GiB/s CPU", "device / CPU"]
+    header += ["CPU s/GiB device", "CPU s/GiB CPU"]
     title = f"TensorSwapper with tensors on {options.device} and on the CPU"
     result["tables"] = [common.table(title, header, rows)]
     common.publish("cuda", options, result)
@@ -54,12 +54,14 @@ def measure(options: argparse.Namespace, folder: Path, count: int, size: int) ->
         "device": Buffers(count, size, options.device),
         "cpu": Buffers(count, size),
     }
-    transfers = {who: Transfer(folder, b) for who, b in buffers.items()}
+    transfers = {who: Transfer(folder, b, engine=options.engine) for who, b in buffers.items()}
     for transfer in transfers.values():
         transfer.fill()
     samples: Json = {"write": [], "read": []}
     for round_ in range(options.rounds):
-        common.say(f"{count} x {size} bytes: round {round_ + 1} of {options.rounds}")
+        common.say(
+            f"{count} x {common.size_text(size)}: round {round_ + 1} of {options.rounds}"
+        )
         order = ("device", "cpu") if round_ % 2 else ("cpu", "device")
         for operation in samples:
             samples[operation].append(

@@ -71,7 +71,6 @@ def parse() -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--size", type=common.size, default=GIB, help="of the large tensor")
     parser.add_argument("--keys", type=int, default=1024, help="small tensors (%(default)s)")
-    parser.add_argument("--engine", default="auto", help="of the swapper (%(default)s)")
     options = parser.parse_args()
     # A small transfer takes a tenth of a second: more of them, for the same spread.
     options.small_pairs = 3

@@ -116,19 +116,13 @@ def parse() -> argparse.Namespace:
 
 def run_group(options: argparse.Namespace, dtype: str, folder: Path, fio: bool) -> Group:
     job = {"parameters": options.parameters, "tensors": options.tensors, "dtype": dtype}
+    place = {"nvme_path": str(folder), "aio": common.AIO, "engine": options.engine}
     group = Group(
         dtype,
         Worker(kind="memory", **job),
         [
-            Offloaded(
-                host_memory,
-                Worker(
-                    **{"kind": "offloaded", "nvme_path": str(folder), "aio": common.AIO},
-                    host_memory=host_memory,
-                    **job,
-                ),
-            )
-            for host_memory in options.host_memory
+            Offloaded(budget, Worker(kind="offloaded", host_memory=budget, **place, **job))
+            for budget in options.host_memory
         ],
     )
     for worker in group.workers:
@@ -251,7 +245,7 @@ def memory_table(groups: list[Group]) -> Json:
             over = last["peak"] - group.memory.first_peak
             allowed = o.host_memory * PEAK_FACTOR + PEAK_SLACK
             figures = (o.host_memory, last["host_bytes_peak"], over, allowed)
-            rows.append([label(group, o), *(f"{f / MIB:.0f}" for f in figures)])
+            rows.append([label(group, o), *(str(round(f / MIB)) for f in figures)])
     header = ["parameters, host_memory", "host_memory", "host_bytes_peak"]
     header += ["VmHWM over the in-memory run without its state", "allowed"]
     return common.table("Host memory of the optimizer, MiB", header, rows)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from torch_ext import OffloadedAdamW
 
 LEARNING_RATE = 1e-4
@@ -36,6 +37,7 @@ def main() -> None:
             nvme_path=job["nvme_path"],
             host_memory=job["host_memory"],
             aio=job["aio"],
+            engine=job["engine"],
         )
         step, stats = optimizer.step, optimizer.stats
     for line in sys.stdin:

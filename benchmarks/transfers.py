@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from common import AIO
+
 from torch_ext import TensorSwapper
 
 PAGE = 4096

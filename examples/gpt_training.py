@@ -167,7 +167,7 @@ def sample(model: GPT, prompt: bytes, length: int, job: Job) -> str:
     generator = torch.Generator().manual_seed(job.seed)
     tokens = list(prompt)
     for _ in range(length):
-        window = torch.tensor([tokens[-model.context :]], device=job.device)
+        window = torch.tensor([tokens[-min(model.context, 64) :]], device=job.device)
         chances = torch.softmax(model(window)[0, -1].double().cpu() / 0.7, 0)
         tokens.append(int(torch.multinomial(chances, 1, generator=generator)))
     return bytes(tokens).decode(errors="replace")
@@ -271,7 +271,7 @@ def train(job: Job) -> dict[str, Any]:
         "memory_before": memory_before,
         "memory_peak": peak,
         "threads": torch.get_num_threads(),
-        "sample": sample(model, b"def ", 200, job) if job.offloaded else "",
+        "sample": sample(model, b"def ", 120, job) if job.offloaded else "",
     }
 
 

@@ -103,7 +103,7 @@ def make_parser() -> Parser:
             f"--{name}", type=whole_number(least, most), default=default, metavar="N", help=text
         )
     model.add_argument(
-        "--lr", type=rate, default=1e-3, metavar="RATE", help="peak of the learning rate"
+        "--lr", type=rate, default=5e-4, metavar="RATE", help="peak of the learning rate"
     )
     parser.add_argument(
         "--output",
@@ -140,6 +140,7 @@ def make_job(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--device {options.device}: {first_line}") from None
     options.output.mkdir(parents=True, exist_ok=True)
     nvme_path = choose_directory(getattr(options, "nvme_path", None), options.output)
+    check_space(options, nvme_path)
     optimizer = torch_ext.OffloadedAdamW(
         [weight], nvme_path=nvme_path, host_memory=host_memory
     )
@@ -151,6 +152,21 @@ def make_job(options: argparse.Namespace) -> dict[str, Any]:
         "host_memory": host_memory,
         **{name: getattr(options, name) for name in model},
     }
+
+
+def check_space(options: argparse.Namespace, nvme_path: str) -> None:
+    import torch
+    from gpt_training import GPT
+
+    with torch.device("meta"):
+        model = GPT(options.layers, options.width, options.heads, options.context)
+    needed = 8 * sum(p.numel() for p in model.parameters())
+    free = describe(nvme_path)["free_bytes"]
+    if needed > free:
+        raise ValueError(
+            f"the optimizer state needs {needed / 1e9:.1f} GB and {nvme_path} has "
+            f"{free / 1e9:.1f} GB: choose another with --nvme-path, or a smaller model"
+        )
 
 
 def choose_directory(given: str | None, output: Path) -> str:

@@ -353,11 +353,11 @@ TEST(AioConfigTest, DeepNestingNeitherOverflowsNorMatters) {
 }
 
 TEST(AioConfigTest, LongTextGivesShortMessages) {
-  const std::string huge(2'000'000, 'x');
+  const std::string huge(300'000, 'x');
   for (const std::string& json :
        {with("queue_depth", '"' + huge + '"'), with("queue_depth", huge),
         with("queue_depth", '"' + huge),
-        with("queue_depth", "1" + std::string(1'000'000, '0')),
+        with("queue_depth", "1" + std::string(300'000, '0')),
         "{\"aio\": \"" + huge + "\"}",
         "{\"" + huge + "\": 1, \"" + huge + "\": 1}"}) {
     const std::string text = refusal_of(json);
@@ -381,7 +381,7 @@ TEST(AioConfigTest, RandomBytesAreReadOrRefusedAndNothingElse) {
   constexpr std::string_view kBytes =
       "{}[]\",:0123456789eE.-+ntfu\\ \0\x80\xff";
   int read = 0;
-  for (int round = 0; round < 20'000; ++round) {
+  for (int round = 0; round < 6'000; ++round) {
     std::string json = seed_text;
     for (std::size_t change = below(4); change-- > 0;) {
       const std::size_t place = below(json.size());
@@ -402,8 +402,8 @@ TEST(AioConfigTest, RandomBytesAreReadOrRefusedAndNothingElse) {
     } catch (const std::invalid_argument&) {
     }
   }
-  EXPECT_GT(read, 4'000);  // The unchanged text, at least.
-  EXPECT_LT(read, 16'000);
+  EXPECT_GT(read, 1'200);  // The unchanged text, at least.
+  EXPECT_LT(read, 4'800);
 }
 
 TEST(ReadAioSectionTest, TakesEveryKindOfValue) {

@@ -97,6 +97,7 @@ TEST_F(CudaRuntimeTest, TellsWhichStreamIsBeingCaptured) {
 TEST_F(CudaRuntimeTest, StreamThatOneBeingCapturedWaitsForCountsAsCaptured) {
   fake_.fail_next(906);  // cudaErrorStreamCaptureImplicit
   EXPECT_TRUE(cuda_->is_capturing(nullptr));
+  EXPECT_EQ(fake_.last_error(), 0);
   fake_.fail_next(1);
   EXPECT_EQ(failure_of([&] { cuda_->is_capturing(nullptr); }).op,
             "cudaStreamIsCapturing");

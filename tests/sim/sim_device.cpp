@@ -306,7 +306,8 @@ at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to,
   const at::Tensor& on_device = is_sim(from) ? from : to;
   LateStream& stream = machine().current(on_device.device().index());
   if (non_blocking) {
-    machine().queue_async_copy(stream, on_device.data_ptr(), copy);
+    machine().queue_async_copy(stream, on_device.data_ptr(), on_device.nbytes(),
+                               copy);
   } else {
     ++machine().counts().sync_copies;
     stream.run(copy);
@@ -460,6 +461,7 @@ std::int64_t sim_count(const char* name) {
   const auto& counts = machine().counts();
   const std::string field(name);
   if (field == "async_copies") return counts.async_copies;
+  if (field == "async_bytes") return counts.async_bytes;
   if (field == "sync_copies") return counts.sync_copies;
   if (field == "stale_copies") return counts.stale_copies;
   if (field == "live_bytes") return counts.live_bytes;

@@ -39,6 +39,7 @@ inline constexpr std::byte kFresh{0xcd};  ///< What new memory holds.
 /// What tests look at. All since the last reset, but for the live ones.
 struct Counts {
   std::atomic<std::int64_t> async_copies = 0;  ///< Queued.
+  std::atomic<std::int64_t> async_bytes = 0;   ///< Of them.
   std::atomic<std::int64_t> sync_copies = 0;
   std::atomic<std::int64_t> stale_copies = 0;  ///< Touched freed memory.
   std::atomic<std::int64_t> live_bytes = 0;    ///< Of the devices' memory.
@@ -182,7 +183,7 @@ class Machine {
   /// Queues `copy` as one that release_copies and fail_copy know.
   /// `on_device`: the memory of the device that it touches.
   void queue_async_copy(LateStream& stream, const void* on_device,
-                        std::function<void()> copy) {
+                        std::size_t bytes, std::function<void()> copy) {
     const bool fails = copies_until_failure_.fetch_sub(1) == 0;
     stream.run_copy([this, on_device, fails, copy = std::move(copy)] {
       if (fails) {
@@ -194,6 +195,7 @@ class Machine {
     // Under the clock's mutex: somebody may wait for it.
     std::lock_guard lock(clock_->mutex);
     ++counts_.async_copies;
+    counts_.async_bytes += static_cast<std::int64_t>(bytes);
     clock_->changed.notify_all();
   }
 
@@ -230,7 +232,7 @@ class Machine {
         }
       });
     }
-    counts_.async_copies = counts_.sync_copies = 0;
+    counts_.async_copies = counts_.async_bytes = counts_.sync_copies = 0;
     counts_.stale_copies = counts_.reused_blocks = 0;
   }
 

@@ -50,6 +50,7 @@ class AdamWScratch {
   std::byte* parameter() const { return memory_ + 4 * chunk_; }
   std::byte* rounded() const { return memory_ + 6 * chunk_; }
   std::byte* raw() const { return memory_ + 8 * chunk_; }
+  std::byte* all() const { return memory_; }  ///< In place of the others.
 
  private:
   std::uint64_t chunk_;
@@ -76,6 +77,17 @@ inline void adopt_parameter(float* master, const void* parameter,
             : static_cast<float>(
                   c10::BFloat16(theirs[i], c10::BFloat16::from_bits()));
   }
+}
+
+/// Elements of a dense parameter as a tensor in host memory: in place on the
+/// CPU, else copied to scratch.parameter().
+inline at::Tensor host_part(const at::Tensor& parameter, std::uint64_t first,
+                            std::uint64_t count, const AdamWScratch& scratch) {
+  const at::Tensor there = storage_view(parameter, first, count);
+  if (parameter.is_cpu()) return there;
+  const at::Tensor here =
+      host_view(scratch.parameter(), count, parameter.scalar_type());
+  return here.copy_(there);
 }
 
 /// AdamW by PyTorch's own fused CPU kernel. Fields of the state are exp_avg,
@@ -154,38 +166,31 @@ class AdamWKernel final : public UpdateKernel {
                     std::uint64_t count, const Target& target,
                     const AdamWScratch& scratch) {
     const std::uint64_t first = segment.first + done;
-    if (target.parameter.is_cpu()) {
-      push(segment, done, count, parameter_at(target, first),
-           scratch.gradient());
-      flush();
-      return;
-    }
-    const at::Tensor there = storage_view(target.parameter, first, count);
-    const at::Tensor here = host_view(scratch.parameter(), count, at::kFloat);
-    here.copy_(there);
-    push(segment, done, count, here.data_ptr<float>(), scratch.gradient());
+    const at::Tensor here = host_part(target.parameter, first, count, scratch);
+    push(segment, done, count, here.mutable_data_ptr<float>(),
+         scratch.gradient());
     flush();
-    there.copy_(here);
+    put_back(here, target.parameter, first, count);
   }
 
   void update_half(const StateSegment& segment, std::uint64_t done,
                    std::uint64_t count, const Target& target,
                    const AdamWScratch& scratch) {
-    const c10::ScalarType dtype = target.parameter.scalar_type();
-    const at::Tensor there =
-        storage_view(target.parameter, segment.first + done, count);
-    at::Tensor here = there;
-    if (!target.parameter.is_cpu()) {
-      here = host_view(scratch.parameter(), count, dtype);
-      here.copy_(there);
-    }
+    const std::uint64_t first = segment.first + done;
+    const at::Tensor here = host_part(target.parameter, first, count, scratch);
     float* master = segment.fields[2] + done;
     adopt_parameter(master, here.const_data_ptr(), scratch.rounded(), count,
-                    dtype);
+                    here.scalar_type());
     push(segment, done, count, master, scratch.gradient());
     flush();
     here.copy_(host_view(master, count, at::kFloat));
-    if (!target.parameter.is_cpu()) there.copy_(here);
+    put_back(here, target.parameter, first, count);
+  }
+
+  static void put_back(const at::Tensor& here, const at::Tensor& parameter,
+                       std::uint64_t first, std::uint64_t count) {
+    if (parameter.is_cpu()) return;
+    storage_view(parameter, first, count).copy_(here);
   }
 
   /// Adds a tensor to the next call of the fused kernel.

@@ -81,14 +81,14 @@ class OrderedReader {
   void* pointer(std::uint64_t first) const {
     return static_cast<std::byte*>(
                const_cast<void*>(source_.const_data_ptr())) +
-           first * source_.element_size();
+           first * item_size();
   }
 
   /// Copies elements [first, first + count) to host memory, in the source's
   /// own dtype. Returns when they are there.
   void copy_to(std::byte* out, std::uint64_t first, std::uint64_t count) const {
     if (direct()) {
-      std::memcpy(out, pointer(first), count * source_.element_size());
+      std::memcpy(out, pointer(first), count * item_size());
     } else if (in_order_) {
       host_view(out, count, source_.scalar_type())
           .copy_(storage_view(source_, first, count));
@@ -116,9 +116,11 @@ class OrderedReader {
   }
 
  private:
+  std::size_t item_size() const { return source_.dtype().itemsize(); }
+
   // Counts through the indexes like an odometer, last dimension fastest.
   void gather(std::byte* out, std::uint64_t first, std::uint64_t count) const {
-    const std::size_t item = source_.element_size();
+    const std::size_t item = item_size();
     const auto* base = static_cast<const std::byte*>(source_.const_data_ptr());
     std::vector<std::int64_t> index(sizes_.size());
     auto rest = static_cast<std::int64_t>(first);

@@ -1,0 +1,169 @@
+#pragma once
+
+// AioConfig, sizes, and what `python -m torch_ext info` asks.
+// Part of the one translation unit of _C: included by module.cpp only.
+
+#include <pybind11/operators.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "errors.h"
+#include "torch_ext/base/size.h"
+#include "torch_ext/config/aio_config.h"
+#include "torch_ext/device/cuda_runtime.h"
+#include "torch_ext/io/file.h"
+#include "torch_ext/io/io_engine.h"
+
+namespace {
+
+using torch_ext::AioConfig;
+
+// Lone surrogates, which UTF-8 lacks, come out as `\udc80`.
+std::string to_string(py::handle text) {
+  auto bytes = py::reinterpret_steal<py::bytes>(
+      PyUnicode_AsEncodedString(text.ptr(), "utf-8", "backslashreplace"));
+  if (!bytes) throw py::error_already_set();
+  return bytes;
+}
+
+torch_ext::OtherValue to_other_value(py::handle value) {
+  try {
+    return {to_string(py::repr(value))};
+  } catch (const py::error_already_set&) {  // Too deep, too many digits, ...
+    return {std::string("<") + Py_TYPE(value.ptr())->tp_name + ">"};
+  }
+}
+
+torch_ext::ConfigValue to_integer_value(py::handle value) {
+  auto number = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
+  if (!number) {
+    PyErr_Clear();  // numpy's bool has the slot, and raises.
+    return to_other_value(value);
+  }
+  int overflow = 0;
+  const long long narrow =
+      PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
+  if (overflow == 0) return std::int64_t{narrow};
+  if (overflow > 0) {
+    const unsigned long long wide = PyLong_AsUnsignedLongLong(number.ptr());
+    if (PyErr_Occurred() == nullptr) return std::uint64_t{wide};
+    PyErr_Clear();
+  }
+  return to_other_value(number);
+}
+
+torch_ext::ConfigValue to_config_value(py::handle value) {
+  if (value.is_none()) return nullptr;
+  if (PyBool_Check(value.ptr())) return value.ptr() == Py_True;
+  if (PyFloat_Check(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
+  if (PyUnicode_Check(value.ptr())) return to_string(value);
+  if (PyIndex_Check(value.ptr())) return to_integer_value(value);
+  return to_other_value(value);
+}
+
+torch_ext::ConfigItems to_config_items(const py::dict& section) {
+  torch_ext::ConfigItems items;
+  items.reserve(section.size());
+  for (auto [key, value] : section) {
+    if (!PyUnicode_Check(key.ptr())) {
+      throw std::invalid_argument("aio has the key " +
+                                  to_other_value(key).text +
+                                  ", which is not a string");
+    }
+    items.emplace_back(to_string(key), to_config_value(value));
+  }
+  return items;
+}
+
+py::tuple to_tuple(const torch_ext::ParsedAioConfig& parsed) {
+  py::list warnings;
+  for (const std::string& warning : parsed.warnings) {
+    warnings.append(to_text(warning));
+  }
+  return py::make_tuple(parsed.config, warnings);
+}
+
+void bind_config(py::module_& m) {
+  py::class_<AioConfig>(m, "AioConfig")
+      .def(py::init<>())
+      .def_readonly("block_size", &AioConfig::block_size)
+      .def_readonly("queue_depth", &AioConfig::queue_depth)
+      .def_readonly("thread_count", &AioConfig::thread_count)
+      .def_readonly("single_submit", &AioConfig::single_submit)
+      .def_readonly("overlap_events", &AioConfig::overlap_events)
+      .def(py::self == py::self)
+      .def("__repr__", [](const AioConfig& config) {
+        return py::str(
+                   "AioConfig(block_size={}, queue_depth={}, "
+                   "thread_count={}, single_submit={}, overlap_events={})")
+            .format(config.block_size, config.queue_depth, config.thread_count,
+                    config.single_submit, config.overlap_events);
+      });
+  m.def("aio_keys", [] {
+    const auto keys = torch_ext::aio_keys();
+    return std::vector<std::string>(keys.begin(), keys.end());
+  });
+  m.def(
+      "read_aio_section",
+      [](const py::dict& section) {
+        return to_tuple(torch_ext::read_aio_section(to_config_items(section)));
+      },
+      py::arg("section"));
+  m.def(
+      "parse_aio_config",
+      [](std::string_view json) {
+        const auto parsed = [json] {
+          py::gil_scoped_release released;
+          return torch_ext::parse_aio_config(json);
+        }();
+        return to_tuple(parsed);
+      },
+      py::arg("json"));
+  m.def("parse_size", &torch_ext::parse_size, py::arg("text"));
+  m.def("format_size", &torch_ext::format_size, py::arg("bytes"));
+}
+
+py::dict to_dict(const torch_ext::File& file) {
+  using namespace py::literals;  // NOLINT(google-build-using-namespace)
+  return py::dict("direct"_a = file.direct(),
+                  "buffered_reason"_a = to_text(file.buffered_reason()),
+                  "memory_alignment"_a = file.memory_alignment(),
+                  "offset_alignment"_a = file.offset_alignment(),
+                  "granule"_a = file.granule());
+}
+
+void bind_info(py::module_& m) {
+  m.def("engine_info", [] {
+    std::vector<std::pair<std::string, std::string>> engines;
+    py::gil_scoped_release released;
+    for (const std::string_view name : torch_ext::engine_names()) {
+      engines.emplace_back(name, torch_ext::engine_unavailable_reason(name));
+    }
+    return engines;
+  });
+  m.def(
+      "probe_directory",
+      [](const std::filesystem::path& directory) {
+        const auto file = [&directory] {
+          py::gil_scoped_release released;
+          return torch_ext::File::scratch(directory);
+        }();
+        return to_dict(file);
+      },
+      py::arg("directory"));
+  m.def("cuda_runtime_info", [] {
+    std::string why_not;
+    const auto runtime = torch_ext::CudaRuntime::open({}, &why_not);
+    return py::make_tuple(runtime ? runtime->version() : 0, to_text(why_not));
+  });
+}
+
+}  // namespace

@@ -1,0 +1,165 @@
+#pragma once
+
+// The engine behind OffloadedAdamW.
+// Part of the one translation unit of _C: included by module.cpp only.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "bind_config.h"
+#include "errors.h"
+#include "gil.h"
+#include "torch_ext/tensor/adamw_engine.h"
+
+namespace {
+
+using torch_ext::AdamWEngine;
+// slot, parameter
+using SlotArgs = std::pair<std::size_t, at::Tensor>;
+// slot, parameter, gradient
+using TrainedArgs = std::tuple<std::size_t, at::Tensor, at::Tensor>;
+// lr, beta1, beta2, eps, weight_decay, maximize, what is trained
+using GroupArgs = std::tuple<double, double, double, double, double, bool,
+                             std::vector<TrainedArgs>>;
+// slot, parameter, step, exp_avg, exp_avg_sq, master
+using SavedArgs = std::tuple<std::size_t, at::Tensor, std::uint64_t, at::Tensor,
+                             at::Tensor, std::optional<at::Tensor>>;
+
+std::vector<AdamWEngine::Group> to_groups(const std::vector<GroupArgs>& from) {
+  std::vector<AdamWEngine::Group> groups;
+  groups.reserve(from.size());
+  for (const auto& [lr, beta1, beta2, eps, decay, maximize, trained] : from) {
+    AdamWEngine::Group group{{lr, beta1, beta2, eps, decay, maximize}, {}};
+    for (const auto& [slot, parameter, gradient] : trained) {
+      group.trained.push_back({{slot, parameter}, gradient});
+    }
+    groups.push_back(std::move(group));
+  }
+  return groups;
+}
+
+std::vector<AdamWEngine::Parameter> to_parameters(
+    const std::vector<SlotArgs>& from) {
+  std::vector<AdamWEngine::Parameter> parameters;
+  for (const auto& [slot, tensor] : from) parameters.push_back({slot, tensor});
+  return parameters;
+}
+
+py::dict to_dict(const torch_ext::OptimizerOffloadStats& stats) {
+  using namespace py::literals;  // NOLINT(google-build-using-namespace)
+  return py::dict("steps"_a = stats.steps, "bytes_read"_a = stats.bytes_read,
+                  "bytes_written"_a = stats.bytes_written,
+                  "read_seconds"_a = stats.read_seconds,
+                  "update_seconds"_a = stats.update_seconds,
+                  "write_seconds"_a = stats.write_seconds,
+                  "wait_seconds"_a = stats.wait_seconds,
+                  "host_memory"_a = stats.host_memory,
+                  "host_bytes_peak"_a = stats.host_bytes_peak,
+                  "tiles"_a = stats.tiles, "tile_bytes"_a = stats.tile_bytes,
+                  "buffers"_a = stats.buffers);
+}
+
+py::list to_list(const std::vector<torch_ext::LaneEvent>& timeline) {
+  constexpr const char* kLanes[] = {"read", "update", "write"};
+  py::list list;
+  for (const torch_ext::LaneEvent& event : timeline) {
+    list.append(py::make_tuple(kLanes[static_cast<int>(event.lane)], event.tile,
+                               event.start, event.end));
+  }
+  return list;
+}
+
+py::list save(AdamWEngine& engine, const std::vector<SlotArgs>& parameters) {
+  std::vector<AdamWEngine::Saved> saved;
+  {
+    py::gil_scoped_release released;
+    saved = engine.save(to_parameters(parameters));
+  }
+  py::list list;
+  for (const auto& [parameter, state] : saved) {
+    list.append(py::make_tuple(
+        parameter.slot, state.step, state.exp_avg, state.exp_avg_sq,
+        state.master.defined() ? py::cast(state.master) : py::none()));
+  }
+  return list;
+}
+
+void load(AdamWEngine& engine, const std::vector<SavedArgs>& from) {
+  std::vector<AdamWEngine::Saved> saved;
+  for (const auto& [slot, parameter, step, exp_avg, exp_avg_sq, master] :
+       from) {
+    saved.push_back(
+        {{slot, parameter},
+         {step, exp_avg, exp_avg_sq, master.value_or(at::Tensor())}});
+  }
+  engine.load(saved);
+}
+
+void bind_optimizer(py::module_& m) {
+  py::class_<AdamWEngine, std::unique_ptr<AdamWEngine, DeleteWithoutGil>>(
+      m, "AdamWEngine")
+      .def(py::init([](std::filesystem::path directory, const AioConfig& aio,
+                       std::uint64_t host_memory, std::string engine,
+                       bool verify) {
+             py::gil_scoped_release released;
+             return std::unique_ptr<AdamWEngine, DeleteWithoutGil>(
+                 new AdamWEngine({.store = {.directory = std::move(directory),
+                                            .aio = aio,
+                                            .engine = std::move(engine),
+                                            .verify = verify},
+                                  .host_memory = host_memory}));
+           }),
+           py::arg("directory"), py::arg("aio"), py::arg("host_memory"),
+           py::arg("engine"), py::arg("verify"))
+      .def("add", &AdamWEngine::add, py::arg("parameter"))
+      .def(
+          "step",
+          [](AdamWEngine& engine, const std::vector<GroupArgs>& groups) {
+            engine.step(to_groups(groups));
+          },
+          py::arg("groups"), release_gil())
+      .def(
+          "init",
+          [](AdamWEngine& engine, const std::vector<SlotArgs>& parameters) {
+            engine.init(to_parameters(parameters));
+          },
+          py::arg("parameters"), release_gil())
+      .def("save", &save, py::arg("parameters"))
+      .def("load", &load, py::arg("states"), release_gil())
+      .def("step_of", &AdamWEngine::step_of, py::arg("slot"), release_gil())
+      .def("stats",
+           [](AdamWEngine& engine) {
+             return to_dict([&] {
+               py::gil_scoped_release released;
+               return engine.offload().stats();
+             }());
+           })
+      .def("timeline",
+           [](AdamWEngine& engine) {
+             return to_list([&] {
+               py::gil_scoped_release released;
+               return engine.offload().timeline();
+             }());
+           })
+      .def("notes",
+           [](AdamWEngine& engine) { return engine.offload().notes(); })
+      .def(
+          "close", [](AdamWEngine& engine) { engine.offload().close(); },
+          release_gil())
+      .def_property_readonly("engine", [](AdamWEngine& engine) {
+        return engine.offload().engine();
+      });
+}
+
+}  // namespace

@@ -1,0 +1,147 @@
+#pragma once
+
+// TensorSwapper and its tickets.
+// Part of the one translation unit of _C: included by module.cpp only.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+#include <chrono>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "bind_config.h"
+#include "errors.h"
+#include "gil.h"
+#include "torch_ext/swap/swapper.h"
+#include "torch_ext/tensor/tensor_swapper.h"
+
+namespace {
+
+using Seconds = std::optional<double>;
+using torch_ext::TensorSwapper;
+using torch_ext::TensorTicket;
+
+// Waits without the GIL, in slices that let Ctrl-C through.
+template <typename WaitFor>
+bool wait_interruptibly(Seconds timeout, WaitFor wait_for) {
+  using Clock = std::chrono::steady_clock;
+  if (timeout && !(*timeout >= 0)) {
+    throw std::invalid_argument("timeout must be None or >= 0, got " +
+                                std::to_string(*timeout));
+  }
+  const auto start = Clock::now();
+  while (true) {
+    const double waited =
+        std::chrono::duration<double>(Clock::now() - start).count();
+    const double left = timeout ? std::max(0.0, *timeout - waited) : 1.0;
+    const std::chrono::duration<double> slice(std::min(left, 0.05));
+    bool done = false;
+    {
+      py::gil_scoped_release released;
+      done = wait_for(std::chrono::ceil<std::chrono::nanoseconds>(slice));
+    }
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    if (done || (timeout && waited >= *timeout)) return done;
+  }
+}
+
+// The error text of a wait names the time that the caller gave.
+TensorTicket::Timeout rest_of(bool done, Seconds timeout) {
+  if (done || !timeout) return std::nullopt;
+  return std::chrono::nanoseconds(0);
+}
+
+void bind_ticket(py::module_& m) {
+  py::class_<TensorTicket>(m, "SwapTicket")
+      .def(
+          "wait",
+          [](const TensorTicket& ticket, Seconds timeout) {
+            const bool done = wait_interruptibly(
+                timeout, [&](auto slice) { return ticket.wait_for(slice); });
+            py::gil_scoped_release released;
+            ticket.wait(rest_of(done, timeout));
+          },
+          py::arg("timeout") = py::none())
+      .def(
+          "wait_source",
+          [](const TensorTicket& ticket, Seconds timeout) {
+            const bool done = wait_interruptibly(timeout, [&](auto slice) {
+              return ticket.wait_source_for(slice);
+            });
+            py::gil_scoped_release released;
+            ticket.wait_source(rest_of(done, timeout));
+          },
+          py::arg("timeout") = py::none())
+      .def(
+          "result",
+          [](const TensorTicket& ticket, Seconds timeout) -> py::object {
+            const bool done = wait_interruptibly(
+                timeout, [&](auto slice) { return ticket.wait_for(slice); });
+            const at::Tensor tensor = [&] {
+              py::gil_scoped_release released;
+              return ticket.result(rest_of(done, timeout));
+            }();
+            return tensor.defined() ? py::cast(tensor) : py::none();
+          },
+          py::arg("timeout") = py::none())
+      .def("done", &TensorTicket::done, release_gil());
+}
+
+py::dict to_dict(const torch_ext::SwapperStats& stats) {
+  using namespace py::literals;  // NOLINT(google-build-using-namespace)
+  return py::dict(
+      "bytes_out"_a = stats.bytes_out, "bytes_in"_a = stats.bytes_in,
+      "operations"_a = stats.operations, "failures"_a = stats.failures,
+      "in_flight"_a = stats.in_flight, "host_bytes"_a = stats.host_bytes,
+      "host_bytes_peak"_a = stats.host_bytes_peak,
+      "disk_bytes_written"_a = stats.store.bytes_written,
+      "disk_bytes_read"_a = stats.store.bytes_read,
+      "disk_bytes_allocated"_a = stats.store.allocated,
+      "disk_file_size"_a = stats.store.file_size);
+}
+
+void bind_swap(py::module_& m) {
+  bind_ticket(m);
+  py::class_<TensorSwapper, std::unique_ptr<TensorSwapper, DeleteWithoutGil>>(
+      m, "TensorSwapper")
+      .def(py::init([](std::filesystem::path directory, const AioConfig& aio,
+                       std::uint64_t host_memory, std::string engine,
+                       bool verify) {
+             py::gil_scoped_release released;
+             return std::unique_ptr<TensorSwapper, DeleteWithoutGil>(
+                 new TensorSwapper({.store = {.directory = std::move(directory),
+                                              .aio = aio,
+                                              .engine = std::move(engine),
+                                              .verify = verify},
+                                    .host_memory = host_memory}));
+           }),
+           py::arg("directory"), py::arg("aio"), py::arg("host_memory"),
+           py::arg("engine"), py::arg("verify"))
+      .def("swap_out", &TensorSwapper::swap_out, py::arg("key"),
+           py::arg("tensor"), release_gil())
+      .def("swap_in", &TensorSwapper::swap_in, py::arg("key"),
+           py::arg("out") = py::none(), py::arg("device") = py::none(),
+           release_gil())
+      .def("delete", &TensorSwapper::remove, py::arg("key"), release_gil())
+      .def("keys", &TensorSwapper::keys, release_gil())
+      .def("notes", &TensorSwapper::notes, release_gil())
+      .def("stats",
+           [](const TensorSwapper& swapper) {
+             return to_dict([&] {
+               py::gil_scoped_release released;
+               return swapper.stats();
+             }());
+           })
+      .def("close", &TensorSwapper::close, release_gil())
+      .def_property_readonly("engine", &TensorSwapper::engine);
+}
+
+}  // namespace

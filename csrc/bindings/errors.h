@@ -1,0 +1,64 @@
+#pragma once
+
+// C++ exceptions as Python's, and text in both directions.
+// Part of the one translation unit of _C: included by module.cpp only.
+
+#include <pybind11/pybind11.h>
+
+#include <exception>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+
+#include "torch_ext/base/error.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// Messages may quote file names and keys that are not UTF-8.
+py::str to_text(std::string_view text) {
+  return py::reinterpret_steal<py::str>(PyUnicode_DecodeUTF8(
+      text.data(), static_cast<Py_ssize_t>(text.size()), "backslashreplace"));
+}
+
+py::str to_path(const std::string& path) {
+  return py::reinterpret_steal<py::str>(PyUnicode_DecodeFSDefaultAndSize(
+      path.data(), static_cast<Py_ssize_t>(path.size())));
+}
+
+void set_error(PyObject* type, const std::exception& error) {
+  PyErr_SetObject(type, to_text(error.what()).ptr());
+}
+
+// OSError itself picks the subclass that belongs to the errno.
+void set_os_error(const torch_ext::IoError& error) {
+  py::tuple arguments =
+      error.failure().path.empty()
+          ? py::make_tuple(error.error(), to_text(error.what()))
+          : py::make_tuple(error.error(), to_text(error.text_without_path()),
+                           to_path(error.failure().path));
+  PyErr_SetObject(PyExc_OSError, arguments.ptr());
+}
+
+void bind_errors() {
+  py::register_local_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const torch_ext::IoError& e) {
+      set_os_error(e);
+    } catch (const torch_ext::KeyError& e) {
+      set_error(PyExc_KeyError, e);
+    } catch (const torch_ext::TimeoutError& e) {
+      set_error(PyExc_TimeoutError, e);
+    } catch (const torch_ext::StateError& e) {
+      set_error(PyExc_RuntimeError, e);
+    } catch (const torch_ext::TypeError& e) {
+      set_error(PyExc_TypeError, e);
+    } catch (const std::invalid_argument& e) {
+      set_error(PyExc_ValueError, e);
+    }
+  });
+}
+
+}  // namespace

@@ -1,0 +1,272 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "torch_ext/base/align.h"
+#include "torch_ext/base/error.h"
+#include "torch_ext/optim/optimizer_offload.h"
+#include "torch_ext/tensor/adamw_kernel.h"
+#include "torch_ext/tensor/adamw_state.h"
+#include "torch_ext/tensor/tensor_check.h"
+
+namespace torch_ext {
+
+/// AdamW for tensors, with its state in an OptimizerOffload: what the Python
+/// and the C++ optimizer have in common. Keeps no tensor.
+///
+/// Errors: before anything has changed, TypeError, std::invalid_argument and
+/// StateError for tensors that cannot be used; then those of OptimizerOffload.
+/// Threads: any, one call at a time.
+class AdamWEngine {
+ public:
+  /// A parameter and its slot, as add() returned it.
+  struct Parameter {
+    std::size_t slot = 0;
+    at::Tensor tensor;
+  };
+  struct Trained {
+    Parameter parameter;
+    at::Tensor gradient;
+  };
+  struct Group {
+    AdamWHyper hyper;
+    std::vector<Trained> trained;
+  };
+  struct Saved {
+    Parameter parameter;
+    AdamWState state;
+  };
+
+  /// `options.scratch_bytes` is chosen here.
+  explicit AdamWEngine(const OptimizerOffloadOptions& options)
+      : directory_(std::filesystem::absolute(options.store.directory)),
+        offload_(with_scratch(options)) {}
+
+  /// Checks a parameter and gives it a slot; takes no space yet.
+  std::size_t add(const at::Tensor& parameter) {
+    check_parameter(parameter);
+    slots_.emplace_back();
+    return slots_.size() - 1;
+  }
+
+  /// A step of the parameters in the groups.
+  void step(const std::vector<Group>& groups) {
+    AdamWKernel kernel(make_scratch());
+    for (const Group& group : groups) {
+      for (const Trained& trained : group.trained) {
+        check(trained.parameter);
+        check_gradient(trained.gradient, trained.parameter.tensor);
+      }
+    }
+    std::vector<std::size_t> numbers;
+    for (const Group& group : groups) {
+      for (const auto& [parameter, gradient] : group.trained) {
+        const at::Tensor& tensor = parameter.tensor;
+        numbers.push_back(number_of(parameter));
+        kernel.add(numbers.back(),
+                   {tensor.detach(), OrderedReader(gradient, tensor.strides()),
+                    &group.hyper});
+        // Autograd must see that what it saved has changed.
+        if (!tensor.is_inference()) {
+          tensor.unsafeGetTensorImpl()->bump_version();
+        }
+      }
+    }
+    offload_.step(numbers, kernel);
+  }
+
+  /// Gives zero state without a step to parameters that have none.
+  void init(const std::vector<Parameter>& parameters) {
+    for (const Parameter& parameter : parameters) check(parameter);
+    std::vector<std::size_t> numbers;
+    for (const Parameter& parameter : parameters) {
+      numbers.push_back(number_of(parameter));
+    }
+    offload_.add_state(numbers);
+  }
+
+  /// The state of those parameters that have one, in memory that is private
+  /// to the process, over a file in the directory which is gone with the
+  /// tensors. Later steps do not change it.
+  std::vector<Saved> save(const std::vector<Parameter>& parameters) {
+    AdamWSnapshot snapshot(make_scratch());
+    std::vector<Saved> saved;
+    for (const Parameter& parameter : parameters) {
+      if (!has_state(parameter.slot)) continue;
+      check(parameter);
+      snapshot.add(number_of(parameter), parameter.tensor.detach(),
+                   fields_of(parameter.tensor));
+      saved.push_back({parameter, {}});
+    }
+    snapshot.open(directory_);
+    offload_.read_state(snapshot);
+    for (Saved& entry : saved) {
+      entry.state = snapshot.state(number_of(entry.parameter));
+      entry.state.step = step_of(entry.parameter.slot);
+    }
+    return saved;
+  }
+
+  /// Forgets all state and takes this. Also after an error.
+  void load(const std::vector<Saved>& saved) {
+    for (const Saved& entry : saved) check_saved(entry);
+    AdamWLoader loader(make_scratch());
+    std::vector<OptimizerOffload::ParameterStep> steps;
+    for (const auto& [parameter, state] : saved) {
+      const std::size_t number = number_of(parameter, /*anew=*/true);
+      loader.add(number, parameter.tensor, fields_of(parameter.tensor), state);
+      steps.push_back({number, state.step});
+    }
+    offload_.write_state(steps, loader);
+  }
+
+  bool has_state(std::size_t slot) const {
+    const auto& number = slots_.at(slot).number;
+    return number && offload_.has_state(*number);
+  }
+
+  std::uint64_t step_of(std::size_t slot) const {
+    const auto& number = slots_.at(slot).number;
+    return number ? offload_.step_of(*number) : 0;
+  }
+
+  OptimizerOffload& offload() { return offload_; }
+
+ private:
+  /// What the state of a parameter was made for.
+  struct Slot {
+    std::optional<std::size_t> number;  ///< In the OptimizerOffload.
+    std::vector<std::int64_t> sizes;
+    std::vector<std::int64_t> strides;
+    c10::ScalarType dtype = at::kFloat;
+  };
+
+  static OptimizerOffloadOptions with_scratch(OptimizerOffloadOptions options) {
+    // Large enough to keep PyTorch's threads busy, and to stay in the cache.
+    constexpr std::uint64_t kLeast = 4096 * AdamWScratch::kBytesPerElement;
+    constexpr std::uint64_t kMost = 128 * kLeast;
+    options.scratch_bytes =
+        std::clamp(align_down(options.host_memory / 16, 4096), kLeast, kMost);
+    return options;
+  }
+
+  static int fields_of(const at::Tensor& parameter) {
+    return parameter.scalar_type() == at::kFloat ? 2 : 3;
+  }
+
+  AdamWKernel::MakeScratch make_scratch() {
+    return [this] { return offload_.scratch(); };
+  }
+
+  template <typename Error, typename... Parts>
+  [[noreturn]] static void fail(const Parts&... parts) {
+    std::ostringstream text;
+    text << "OffloadedAdamW: ";
+    (text << ... << parts);
+    throw Error(text.str());
+  }
+
+  static void check_parameter(const at::Tensor& tensor) {
+    check_has_plain_memory(tensor, "OffloadedAdamW");
+    const c10::ScalarType dtype = tensor.scalar_type();
+    if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) {
+      fail<TypeError>("a parameter of dtype ", dtype,
+                      " is not supported, only float32, bfloat16 and float16");
+    }
+    if (tensor.is_neg() || !tensor.is_non_overlapping_and_dense()) {
+      fail<std::invalid_argument>(
+          "a parameter with sizes ", tensor.sizes(), " and strides ",
+          tensor.strides(), " is not dense: its elements overlap or have gaps");
+    }
+  }
+
+  void check(const Parameter& parameter) {
+    check_parameter(parameter.tensor);
+    if (!has_state(parameter.slot)) return;
+    const Slot& slot = slots_[parameter.slot];
+    const at::Tensor& tensor = parameter.tensor;
+    const at::IntArrayRef sizes = slot.sizes;
+    const at::IntArrayRef strides = slot.strides;
+    if (tensor.scalar_type() == slot.dtype && tensor.sizes() == sizes &&
+        same_order(sizes, tensor.strides(), strides)) {
+      return;
+    }
+    fail<StateError>("the state was made for a parameter with dtype ",
+                     slot.dtype, ", sizes ", sizes, " and strides ", strides,
+                     "; it has now dtype ", tensor.scalar_type(), ", sizes ",
+                     tensor.sizes(), " and strides ", tensor.strides(),
+                     ". Load a state to go on");
+  }
+
+  static void check_gradient(const at::Tensor& gradient,
+                             const at::Tensor& parameter) {
+    if (gradient.defined() && gradient.layout() != c10::Layout::Strided) {
+      fail<StateError>("sparse gradients are not supported");
+    }
+    check_has_plain_memory(gradient, "OffloadedAdamW: gradient");
+    const c10::ScalarType dtype = gradient.scalar_type();
+    if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) {
+      fail<TypeError>("a gradient of dtype ", dtype, " is not supported");
+    }
+    check_sizes("gradient", gradient, parameter);
+  }
+
+  static void check_sizes(const char* what, const at::Tensor& tensor,
+                          const at::Tensor& parameter) {
+    if (tensor.sizes() == parameter.sizes()) return;
+    fail<std::invalid_argument>(what, " has sizes ", tensor.sizes(),
+                                ", its parameter ", parameter.sizes());
+  }
+
+  static void check_saved(const Saved& saved) {
+    const at::Tensor& parameter = saved.parameter.tensor;
+    check_parameter(parameter);
+    const auto check_one = [&](const char* name, const at::Tensor& tensor) {
+      check_has_plain_memory(tensor, std::string("OffloadedAdamW: ") + name);
+      check_sizes(name, tensor, parameter);
+      if (!c10::isFloatingType(tensor.scalar_type()) ||
+          tensor.element_size() > 8) {
+        fail<TypeError>(name, " has dtype ", tensor.scalar_type());
+      }
+    };
+    check_one("exp_avg", saved.state.exp_avg);
+    check_one("exp_avg_sq", saved.state.exp_avg_sq);
+    if (saved.state.master.defined()) {
+      check_one("master_param", saved.state.master);
+    }
+  }
+
+  // Registers the parameter as it is now, unless it has state that stays.
+  std::size_t number_of(const Parameter& parameter, bool anew = false) {
+    Slot& slot = slots_.at(parameter.slot);
+    if (!anew && has_state(parameter.slot)) return *slot.number;
+    const at::Tensor& tensor = parameter.tensor;
+    const bool same = slot.number && slot.dtype == tensor.scalar_type() &&
+                      tensor.sizes() == at::IntArrayRef(slot.sizes);
+    if (!same) {
+      slot.number = offload_.add_parameter(
+          static_cast<std::uint64_t>(tensor.numel()), fields_of(tensor));
+    }
+    slot.sizes = tensor.sizes().vec();
+    slot.strides = tensor.strides().vec();
+    slot.dtype = tensor.scalar_type();
+    return *slot.number;
+  }
+
+  const std::filesystem::path directory_;
+  OptimizerOffload offload_;
+  std::vector<Slot> slots_;
+};
+
+}  // namespace torch_ext

@@ -1,0 +1,116 @@
+"""What only a GPU can show: `pytest -m gpu`."""
+
+import pytest
+import torch
+
+from torch_ext import TensorSwapper
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def swapper(nvme_dir):
+    with TensorSwapper(nvme_dir, host_memory="64MiB") as swapper:
+        yield swapper
+
+
+def long_kernel():
+    torch.cuda._sleep(200_000_000)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4097, 9_000_001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_cuda_tensors_come_back_exactly(swapper, size, dtype):
+    tensor = torch.randint(-100, 100, (size,), device="cuda").to(dtype)
+    swapper.swap_out("x", tensor)
+    assert torch.equal(swapper.swap_in("x").result(), tensor)
+    assert torch.equal(swapper.swap_in("x", device="cpu").result(), tensor.cpu())
+
+
+def test_buffers_are_page_locked(swapper, caplog):
+    swapper.swap_out("x", torch.zeros(10, device="cuda")).wait()
+    swapper.stats()
+    assert "page-locked" not in caplog.text
+
+
+def test_swap_out_sees_the_kernels_queued_before_it(swapper):
+    tensor = torch.zeros(4_000_000, device="cuda")
+    for value in range(5):
+        long_kernel()
+        tensor.fill_(value)
+        swapper.swap_out("x", tensor).wait_source()
+        tensor.fill_(-1)
+        assert bool((swapper.swap_in("x").result() == value).all())
+
+
+def test_swap_in_waits_for_the_readers_of_out(swapper):
+    swapper.swap_out("x", torch.full((4_000_000,), 7.0, device="cuda")).wait()
+    out = torch.full((4_000_000,), 1.0, device="cuda")
+    long_kernel()
+    seen = out.clone()
+    ticket = swapper.swap_in("x", out=out)
+    ticket.wait()
+    assert bool((seen == 1).all())
+    assert bool((out == 7).all())
+
+
+def test_swaps_overlap_a_long_kernel(swapper):
+    tensor = torch.randn(1_000_000, device="cuda")
+    swapper.swap_out("x", tensor).wait()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(4_000_000_000)
+    ticket = swapper.swap_in("x")
+    ticket.wait()
+    while not ticket.done():
+        pass
+    assert not side.query()
+    side.synchronize()
+
+
+def test_tensors_may_be_dropped_at_once(swapper):
+    for value in range(20):
+        swapper.swap_out(str(value), torch.full((500_000,), value, device="cuda"))
+    for value in range(20):
+        assert bool((swapper.swap_in(str(value)).result() == value).all())
+
+
+def test_a_swap_under_graph_capture_is_refused_and_the_capture_goes_on(swapper):
+    tensor = torch.ones(1000, device="cuda")
+    swapper.swap_out("x", tensor).wait()
+    other = TensorSwapper("/var/tmp", host_memory="64MiB")
+    busy = [other.swap_out(str(i), torch.randn(2_000_000, device="cuda")) for i in range(8)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tensor.add_(1)
+        with pytest.raises(RuntimeError, match="captured"):
+            swapper.swap_out("x", tensor)
+        with pytest.raises(RuntimeError, match="captured"):
+            swapper.swap_in("x", out=tensor)
+    for ticket in busy:
+        ticket.wait()
+    other.close()
+    tensor.fill_(1)
+    graph.replay()
+    assert bool((tensor == 2).all())
+
+
+def test_offloaded_adamw_trains_cuda_parameters(nvme_dir):
+    from torch_ext import OffloadedAdamW
+
+    def train(make):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(300, 300).cuda()
+        optimizer = make(model.parameters())
+        losses = []
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = model(torch.ones(8, 300, device="cuda")).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    ours = train(lambda p: OffloadedAdamW(p, lr=1e-2, nvme_path=nvme_dir, host_memory="32MiB"))
+    theirs = train(lambda p: torch.optim.AdamW(p, lr=1e-2))
+    assert ours == pytest.approx(theirs, rel=1e-4)

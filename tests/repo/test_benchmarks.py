@@ -1,0 +1,227 @@
+"""The benchmarks run, check bytes, and say what they measured."""
+
+import importlib
+import json
+import os
+import runpy
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import tree
+
+FOLDER = tree.ROOT / "benchmarks"
+
+
+@pytest.fixture
+def disk():
+    directory = tempfile.mkdtemp(
+        prefix="torch_ext_test.", dir=os.environ.get("TORCH_EXT_TEST_DIR") or "/var/tmp"
+    )
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def bench(monkeypatch, disk, tmp_path):
+    """Runs a benchmark in this process, which has imported torch already."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def run(name, *arguments):
+        command = [f"{name}.py", "--quick", "--directory", disk, "--output", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", [*command, *arguments])
+        runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+        result = tmp_path / f"{name}.json"
+        return json.loads(result.read_text()) if result.exists() else None
+
+    yield run
+    for name in ("common", "transfers"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def module(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module
+    for name in ("common", "transfers", "report"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def fake_fio(monkeypatch, tmp_path):
+    """Installs a program fio of one line; the real one takes half a second."""
+
+    def install(line):
+        program = tmp_path / "bin/fio"
+        program.parent.mkdir()
+        program.write_text(f"#!/bin/sh\n{line}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+
+    return install
+
+
+# 1 GiB each way in half a second.
+FIO_JOB = {
+    "read": {"io_bytes": 1 << 30, "runtime": 500},
+    "write": {"io_bytes": 1 << 30, "runtime": 400},
+    "usr_cpu": 10.0,
+    "sys_cpu": 30.0,
+    "job_runtime": 500,
+}
+FIO = f"echo 'note: something'; echo '{json.dumps({'jobs': [FIO_JOB]})}'"
+
+
+def cells(result, table=0):
+    return {row[0]: row[1:] for row in result["tables"][table]["rows"]}
+
+
+def test_io_sets_every_transfer_beside_fio(bench, disk, fake_fio):
+    fake_fio(FIO)
+    result = bench("io")
+    rows = cells(result)
+    for case in ("4 MiB tensor", "16 x 64 KiB"):
+        for kind in ("", ", verify=False", ", unaligned"):
+            for operation in ("write", "read"):
+                assert "-" not in rows[f"{case}{kind}, {operation}"]
+        assert "-" not in rows[f"{case}, new space, write"]
+    (sample,) = result["measurements"]["4 MiB tensor"]["write"]
+    ours, fio, ratio, *_ = rows["4 MiB tensor, write"]
+    assert fio == "4.00"
+    assert float(ratio) == pytest.approx(sample["ours"]["gib_per_second"] / 4, abs=0.01)
+    assert os.listdir(disk) == []
+
+
+def test_io_without_fio_says_so_and_has_our_figures(bench, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    rows = cells(bench("io", "--engine", "threads"))
+    assert "fio is not installed" in capsys.readouterr().err
+    assert {fio for _, fio, *_ in rows.values()} == {"-"}
+    assert "-" not in {ours for ours, *_ in rows.values()}
+
+
+def test_transfer_that_brings_back_other_bytes_is_an_error(module, disk):
+    transfers = module("transfers")
+    transfer = transfers.Transfer(
+        disk, transfers.Buffers(2, 1 << 16), verify=False, engine="null"
+    )
+    transfer.fill()
+    with pytest.raises(RuntimeError, match="not what was written"):
+        transfer.check()
+    transfer.close()
+
+
+def test_transfer_fills_all_the_space_that_rewriting_takes(module, disk):
+    transfers = module("transfers")
+    transfer = transfers.Transfer(disk, transfers.Buffers(8, 1 << 16), shift=64)
+    transfer.fill()
+    stats = transfer._swapper.stats()
+    assert stats["disk_bytes_written"] == 2 * transfer.nbytes
+    assert stats["disk_bytes_allocated"] == transfer.nbytes
+    transfer.write()
+    assert not transfer.grew()
+    transfer.check()
+    transfer.close()
+
+
+def test_result_names_machine_and_settings(bench):
+    result = bench("cuda", "--device", "cpu")
+    machine = result["machine"]
+    for key in ("cpu", "cores", "kernel", "file_system", "disk", "torch", "date", "commit"):
+        assert machine[key], key
+    assert machine["aio"] == {"block_size": 1 << 20, "queue_depth": 32, "thread_count": 1}
+    assert result["command"].startswith("benchmarks/cuda.py --quick")
+    assert "--output" not in result["command"]
+
+
+def test_cuda_without_a_gpu_says_so_and_ends_well(bench, monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench("cuda") is None
+    assert "no GPU" in capsys.readouterr().out
+
+
+def test_optimizer_moves_the_bytes_of_its_state_within_its_memory(bench, disk, fake_fio):
+    fake_fio(FIO)
+    result = bench("optimizer")
+    (row,) = (row for name, row in cells(result).items() if name.endswith("MiB"))
+    # Two moments and a master copy in fp32, each read and written; some padding.
+    assert 24 <= float(row[1]) < 25
+    (memory,) = cells(result, 2).values()
+    budget, peak = int(memory[0]), int(memory[1])
+    assert 0 < peak <= budget
+    assert os.listdir(disk) == []
+
+
+def test_spread_is_median_and_extremes_of_the_rounds(module):
+    common = module("common")
+    assert common.spread([3.0, 1.0, 2.0, 9.0]) == {"median": 2.5, "min": 1.0, "max": 9.0}
+    assert common.cell([3.0, 1.0, 2.0]) == "2.00 (1.00 to 3.00)"
+    assert common.cell([1.5]) == "1.50"
+    assert common.cell([]) == "-"
+
+
+def test_fio_is_taken_at_its_own_clock(module, fake_fio):
+    fake_fio(FIO)
+    rate = module("common").fio("rw", Path("file"), 2 << 30, 1 << 20)
+    assert rate.gib_per_second == pytest.approx(4.0)
+    assert rate.cpu_seconds_per_gib == pytest.approx(0.1)
+
+
+def test_fio_that_fails_is_an_error_with_its_words(module, fake_fio):
+    fake_fio("echo 'engine libaio not loadable' >&2; exit 1")
+    with pytest.raises(RuntimeError, match="not loadable"):
+        module("common").fio("read", Path("file"), 1 << 20, 1 << 20)
+
+
+@pytest.mark.skipif(shutil.which("fio") is None, reason="needs fio")
+@pytest.mark.parametrize("rw", ["write", "randread", "rw"])
+def test_fio_takes_the_options(module, disk, rw):
+    rate = module("common").fio(rw, Path(disk, "file"), 4 << 20, 1 << 16)
+    assert rate.gib_per_second > 0
+    assert Path(disk, "file").stat().st_size == 4 << 20
+
+
+NULL_ENGINE = {
+    "context": {
+        "date": "2026-01-01T00:00:00+00:00",
+        "executable": "build/null_engine_bench",
+        "num_cpus": 2,
+        "mhz_per_cpu": 2000,
+        "load_avg": [0.5],
+    },
+    "benchmarks": [
+        {
+            "run_name": "BM_QueuePieceOf1MiB/process_time/real_time",
+            "run_type": kind,
+            "cpu_time": cpu,
+            "real_time": 2 * cpu,
+            "time_unit": "ns",
+            "operations": 256,
+        }
+        for kind, cpu in (
+            *[("iteration", 256e3), ("iteration", 512e3), ("iteration", 768e3)],
+            ("aggregate", 9e9),
+        )
+    ],
+}
+
+
+def test_report_puts_micro_benchmarks_and_others_on_one_page(
+    module, monkeypatch, tmp_path, bench
+):
+    bench("cuda", "--device", "cpu")
+    (tmp_path / "null_engine.json").write_text(json.dumps(NULL_ENGINE))
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- figures -->\nold\n<!-- /figures -->\nafter\n")
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), "--into", str(page)])
+    module("report").main()
+    text = page.read_text()
+    assert text.startswith("before\n<!-- figures -->\n")
+    assert text.endswith("\n<!-- /figures -->\nafter\n")
+    assert "old" not in text
+    assert "1 x 4 MiB, write" in text
+    assert "2.00 (1.00 to 3.00)    | 4.00 (2.00 to 6.00)" in text
