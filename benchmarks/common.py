@@ -245,13 +245,15 @@ def describe(m: Json) -> str:
 
 
 def _commit() -> str:
-    git = ["git", "-c", "safe.directory=*", "-C", os.fspath(ROOT)]
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "safe.directory=*", "-C", os.fspath(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
     try:
-        name = subprocess.check_output([*git, "rev-parse", "--short=10", "HEAD"], text=True)
-        changed = subprocess.check_output([*git, "status", "--porcelain", "-uno"], text=True)
+        name = git("rev-parse", "--short=10", "HEAD").strip()
+        return name + (" with changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown commit"
-    return name.strip() + (" with changes" if changed else "")
 
 
 def _cpu_model() -> str:

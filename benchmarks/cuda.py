@@ -20,7 +20,7 @@ from transfers import Buffers, Transfer
 def main() -> None:
     options = parse()
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("no GPU: torch.cuda.is_available() is False, so there is nothing to measure")
+        common.say("no GPU: torch.cuda.is_available() is False, so there is nothing to measure")
         return
     result: Json = {"machine": common.machine(options.directory), "measurements": {}}
     rows = []

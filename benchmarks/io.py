@@ -99,7 +99,7 @@ def make_cases(options: argparse.Namespace, folder: Path, shift: int) -> list[Ca
                     shape + name,
                     buffers,
                     Transfer(folder, buffers, engine=options.engine, **arguments),
-                    folder / f"fio.{buffers.count}{name}",
+                    folder / f"fio.{buffers.count}{'.new' if name == NEW_SPACE else ''}",
                     new_space=name == NEW_SPACE,
                 )
             )
@@ -112,7 +112,7 @@ def prepare(cases: list[Case], fio: bool) -> None:
         if case.new_space:
             continue
         case.transfer.fill()
-        if fio:
+        if fio and not case.fio_file.exists():
             common.fio("write", case.fio_file, case.buffers.nbytes, MIB)
 
 

@@ -167,14 +167,15 @@ def run_round(group: Group, steps: int, limit: Limit) -> None:
 def ratios(group: Group, contender: Offloaded) -> list[float]:
     """Step time over the larger of its bytes at fio's rate and the update alone."""
     return [
-        burst["seconds"] / max(moved_bytes(burst) / GIB / limit, alone["seconds"])
+        burst["seconds"] / max(timed_bytes(burst) / GIB / limit, alone["seconds"])
         for burst, limit, alone in zip(
             contender.worker.bursts, contender.limits, group.memory.bursts, strict=False
         )
     ]
 
 
-def moved_bytes(burst: Json) -> float:
+def timed_bytes(burst: Json) -> float:
+    """Of a step, while the clock ran."""
     return burst["moved"]["bytes_read"] + burst["moved"]["bytes_written"]
 
 
@@ -211,7 +212,7 @@ def speed_table(groups: list[Group], parameters: int) -> Json:
                 [
                     label(group, o),
                     common.cell([b["seconds"] / billions for b in bursts]),
-                    common.cell([moved_bytes(b) / parameters for b in bursts], 1),
+                    common.cell([b["bytes_per_step"] / parameters for b in bursts], 1),
                     common.cell(o.limits),
                     common.cell(ratios(group, o)),
                 ]

@@ -40,8 +40,14 @@ def main() -> None:
             engine=job["engine"],
         )
         step, stats = optimizer.step, optimizer.stats
+    settled = settle(stats)
     for line in sys.stdin:
-        tell(**burst(int(line), step, stats))
+        steps = int(line)
+        result = burst(steps, step, stats)
+        before, settled = settled, settle(stats)
+        # Between two moments at which nothing moves lie all bytes of the steps.
+        moved = [(b - a) / (steps + 1) for a, b in zip(before, settled, strict=True)]
+        tell(bytes_per_step=sum(moved), **result)
 
 
 def make_parameters(job: dict[str, Any]) -> list[torch.nn.Parameter]:
@@ -101,7 +107,6 @@ def burst(
         step()
     seconds = time.perf_counter() - start
     after = stats()
-    wait_for_writes(stats)
     return {
         "seconds": seconds / steps,
         "moved": {
@@ -114,12 +119,14 @@ def burst(
     }
 
 
-def wait_for_writes(stats: Callable[[], dict[str, Any]]) -> None:
-    """Returns when nothing has moved for a while: the disk is another's now."""
-    last = None
-    while (now := [stats().get(name) for name in MOVED]) != last:
+def settle(stats: Callable[[], dict[str, Any]]) -> list[int]:
+    """Returns when nothing has moved for a while, since the disk is another's
+    now, and how many bytes have been read and written."""
+    last: list[int] = []
+    while (now := [stats().get(name, 0) for name in MOVED]) != last:
         last = now
         time.sleep(0.25)
+    return now
 
 
 def peak_memory() -> int:

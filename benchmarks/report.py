@@ -36,7 +36,7 @@ def section(result: Json) -> str:
     if "context" in result:
         return micro_benchmarks(result)
     quick = "Of `--quick`: these figures mean nothing. " if result["quick"] else ""
-    head = f"{quick}`{result['command']}`, {result['rounds']} rounds. "
+    head = f"{quick}`{result['command']}`, rounds: {result['rounds']}. "
     return f"{head}{common.describe(result['machine'])}\n\n{common.markdown(result['tables'])}"
 
 
@@ -59,7 +59,7 @@ def micro_benchmarks(result: Json) -> str:
     context = result["context"]
     program, repetitions = Path(context["executable"]).name, max(map(len, runs.values()))
     head = (
-        f"`{program}`, {repetitions} repetitions. {context['num_cpus']} cores of "
+        f"`{program}`, repetitions: {repetitions}. {context['num_cpus']} cores of "
         f"{context['mhz_per_cpu']} MHz; torch_ext at {context.get('commit', 'some commit')}; "
         f"{context['date'][:16]}, load {context['load_avg'][0]:.1f} before"
     )

@@ -14,7 +14,7 @@ import os
 import sys
 import sysconfig
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
+
 from torch_ext import OffloadedAdamW
 
 VOCABULARY = 256  # Bytes.
@@ -201,7 +202,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
-        self.lanes: list[list[tuple[str, float, float]]] = []
+        self.lanes: list[list[tuple[str, int, float, float]]] = []
 
     def add_lanes(self, optimizer: torch.optim.Optimizer) -> None:
         """Of the last step. Called late, when its last writes have ended."""
@@ -210,8 +211,8 @@ class Recorder:
         begin = self.steps[-1]["optimizer_start"]
         self.lanes.append(
             [
-                (event["lane"], begin + event["start"], begin + event["end"])
-                for event in optimizer.timeline()
+                (lane, tile, begin + start, begin + end)
+                for lane, tile, start, end in optimizer.timeline()
             ]
         )
 
@@ -262,6 +263,8 @@ def train(job: Job) -> dict[str, Any]:
     with torch.no_grad():
         losses = [loss_of(model, validation.next()).item() for _ in range(VALIDATION_BATCHES)]
     recorder.add_lanes(optimizer)
+    if job.offloaded:
+        optimizer.close()  # What is still being written belongs to the figures.
     return {
         "steps": recorder.steps,
         "lanes": recorder.lanes,

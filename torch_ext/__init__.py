@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         parse_size,
     )
     from torch_ext.jit import load
+    from torch_ext.optim import OffloadedAdamW
     from torch_ext.swap import SwapTicket, TensorSwapper
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ cmake_prefix_path = str(Path(__file__).parent / "share" / "cmake")
 _MODULE_OF = {
     "AIO_DEFAULT_DICT": "config",
     "AioConfig": "config",
+    "OffloadedAdamW": "optim",
     "SwapTicket": "swap",
     "TensorSwapper": "swap",
     "get_aio_config": "config",
@@ -42,6 +44,7 @@ _MODULE_OF = {
 __all__ = [
     "AIO_DEFAULT_DICT",
     "AioConfig",
+    "OffloadedAdamW",
     "SwapTicket",
     "TensorSwapper",
     "__version__",

@@ -396,7 +396,9 @@ def _merged(
     return merged
 
 
-def _read_entry(key: Any, entry: Mapping[str, Any]) -> tuple[int, Tensor, Tensor, Tensor | None]:
+def _read_entry(
+    key: Any, entry: Mapping[str, Any]
+) -> tuple[int, Tensor, Tensor, Tensor | None]:
     for name in ("exp_avg", "exp_avg_sq"):
         if not isinstance(entry.get(name), Tensor):
             raise ValueError(f"the loaded state of parameter {key!r} has no tensor {name!r}")

@@ -135,7 +135,7 @@ class TensorSwapper:
         return self._swapper.keys()
 
     def __contains__(self, key: object) -> bool:
-        return key in self._swapper.keys()
+        return key in set(self._swapper.keys())
 
     def __len__(self) -> int:
         return len(self._swapper.keys())
@@ -186,7 +186,9 @@ class TensorSwapper:
             _logger.exception("closing a TensorSwapper after another error")
 
     def __reduce__(self) -> Any:
-        raise TypeError("a TensorSwapper belongs to its process and cannot be copied or pickled")
+        raise TypeError(
+            "a TensorSwapper belongs to its process and cannot be copied or pickled"
+        )
 
     def _log_notes(self) -> None:
         notes = self._swapper.notes()
@@ -201,4 +203,6 @@ def _close_quietly(swapper: Any, pid: int) -> None:
     try:
         swapper.close()
     except Exception:
-        _logger.exception("an error that nobody waited for, found when a TensorSwapper was dropped")
+        _logger.exception(
+            "an error that nobody waited for, found when a TensorSwapper was dropped"
+        )

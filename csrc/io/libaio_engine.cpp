@@ -41,7 +41,6 @@ std::string limit_text(std::size_t needed) {
          "or thread_count";
 }
 
-/// A kernel AIO context. In a forked child it belongs to the parent.
 class AioContext {
  public:
   explicit AioContext(std::size_t slots) {
@@ -53,16 +52,12 @@ class AioContext {
   }
   AioContext(const AioContext&) = delete;
   AioContext& operator=(const AioContext&) = delete;
-  ~AioContext() {
-    if (!foreign()) aio::destroy(context_);
-  }
+  ~AioContext() { aio::destroy(context_); }
 
   aio::Context get() const noexcept { return context_; }
-  bool foreign() const noexcept { return getpid() != owner_; }
 
  private:
   aio::Context context_ = {};
-  const pid_t owner_ = getpid();
 };
 
 /// An empty file in memory: reading nothing from it completes at once.
@@ -97,14 +92,12 @@ class LibaioEngine final : public IoEngine {
   }
 
   ~LibaioEngine() override {
-    // Not left to io_destroy, which did not wait in some kernels.
-    std::array<IoCompletion, 64> ignored;
-    while (in_kernel_ > 0 && !context_.foreign()) {
-      try {
-        reap(ignored, 1, std::chrono::hours(1));
-      } catch (const IoError&) {
-        break;
-      }
+    // Not left to io_destroy, which did not wait in some kernels. In a forked
+    // child, which has no requests in flight, the kernel refuses both.
+    try {
+      std::array<IoCompletion, 64> ignored;
+      while (in_kernel_ > 0) reap(ignored, 1, std::chrono::hours(1));
+    } catch (const IoError&) {
     }
   }
 

@@ -23,22 +23,19 @@ constexpr std::size_t kMaxThreads = 16;
 std::int64_t carry_out(const IoRequest& request) {
   const std::size_t length = std::min(request.length, IoRequest::kMaxTransfer);
   const auto offset = static_cast<off_t>(request.offset);
-  while (true) {
-    std::int64_t result = -1;
-    switch (request.op) {
-      case IoRequest::Op::kRead:
-        result = pread(request.fd, request.data, length, offset);
-        break;
-      case IoRequest::Op::kWrite:
-        result = pwrite(request.fd, request.data, length, offset);
-        break;
-      case IoRequest::Op::kSync:
-        // A failure is final: asked again, the kernel would say all is well.
-        return fsync(request.fd) == 0 ? 0 : -errno;
-    }
-    if (result >= 0) return result;
-    if (errno != EINTR) return -errno;
+  std::int64_t result = -1;
+  switch (request.op) {
+    case IoRequest::Op::kRead:
+      result = pread(request.fd, request.data, length, offset);
+      break;
+    case IoRequest::Op::kWrite:
+      result = pwrite(request.fd, request.data, length, offset);
+      break;
+    case IoRequest::Op::kSync:
+      result = fsync(request.fd);
+      break;
   }
+  return result >= 0 ? result : -errno;
 }
 
 /// Blocks all signals for the threads made in its scope: they stay with the

@@ -43,6 +43,11 @@ IoFailure failure_of(const std::function<void()>& call) {
   return {};
 }
 
+int error_of_opening(const fs::path& path,
+                     File::Mode mode = File::Mode::kRead) {
+  return failure_of([&] { File::open(path, mode); }).error;
+}
+
 struct stat status_of(int fd) {
   struct stat status = {};
   EXPECT_EQ(fstat(fd, &status), 0);
@@ -64,11 +69,6 @@ class FileTest : public testing::Test {
   fs::path with_text(std::string_view name, std::string_view text) const {
     std::ofstream(path(name)) << text;
     return path(name);
-  }
-
-  int error_of_opening(const fs::path& path,
-                       File::Mode mode = File::Mode::kRead) const {
-    return failure_of([&] { File::open(path, mode); }).error;
   }
 
   const test::TempDir directory_;
@@ -290,14 +290,15 @@ TEST_F(FileTest, WithoutProcANamedFileIsDirectAndScratchSaysWhyItIsNot) {
 }
 
 TEST_F(FileTest, RunningOutOfDescriptorsIsAnErrorAndLeaksNone) {
-  expect_well_in_child([this]() -> std::string {
+  // UBSan needs descriptors to look at `this`.
+  expect_well_in_child([name = path("x")]() -> std::string {
     const int next = dup(0);
     close(next);
     const rlimit one_more = {static_cast<rlim_t>(next) + 1,
                              static_cast<rlim_t>(next) + 1};
     if (setrlimit(RLIMIT_NOFILE, &one_more) != 0) return "setrlimit";
     for (int i = 0; i < 3; ++i) {
-      const int error = error_of_opening(path("x"), File::Mode::kReadWrite);
+      const int error = error_of_opening(name, File::Mode::kReadWrite);
       if (error != EMFILE) return errno_name(error);
     }
     const int again = dup(0);

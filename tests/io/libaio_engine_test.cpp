@@ -133,6 +133,25 @@ TEST_F(LibaioEngineTest, AKernelThatTakesNothingIsNotAskedForEver) {
   EXPECT_EQ(poll(16), 0u);
 }
 
+TEST_F(LibaioEngineTest, WakesThatCameTooLateDoNotKeepTheRingFull) {
+  writes_[0].fd = file_.buffered_fd();  // Complete when submit returns.
+  ASSERT_EQ(engine_->submit(std::span(writes_).first(1)), 1u);
+  {
+    const AioRulesInForce woken({.getevents = [this] {
+      engine_->wake();
+      return -EINTR;
+    }});
+    EXPECT_EQ(poll(1), 0u);
+  }
+  EXPECT_EQ(calls().wakes, 1u);
+  EXPECT_EQ(engine_->poll(std::span(done_).first(1), 1, kLong), 1u);
+  int call = 0;
+  const AioRulesInForce full(
+      {.submit = [&](long count) { return ++call == 1 ? -EAGAIN : count; }});
+  EXPECT_EQ(engine_->submit(std::span(writes_).first(1)), 1u);
+  EXPECT_EQ(poll(1), 1u);
+}
+
 TEST_F(LibaioEngineTest, AnInterruptedSubmitIsMadeAgain) {
   int call = 0;
   const AioRulesInForce interrupted({.submit = [&](long count) -> long {

@@ -141,7 +141,7 @@ def test_cuda_without_a_gpu_says_so_and_ends_well(bench, monkeypatch, capsys):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench("cuda") is None
-    assert "no GPU" in capsys.readouterr().out
+    assert "no GPU" in capsys.readouterr().err
 
 
 def test_optimizer_moves_the_bytes_of_its_state_within_its_memory(bench, disk, fake_fio):

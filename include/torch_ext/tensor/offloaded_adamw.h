@@ -1,0 +1,230 @@
+#pragma once
+
+#include <torch/optim/optimizer.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "torch_ext/base/error.h"
+#include "torch_ext/config/aio_config.h"
+#include "torch_ext/tensor/adamw_engine.h"
+
+namespace torch_ext {
+
+/// Of a parameter group: as torch::optim::AdamWOptions, which would cost each
+/// consumer 20 s of compilation.
+struct OffloadedAdamWOptions
+    : torch::optim::OptimizerCloneableOptions<OffloadedAdamWOptions> {
+  explicit OffloadedAdamWOptions(double lr = 1e-3) : lr_(lr) {}
+
+  using betas_t = std::tuple<double, double>;
+  TORCH_ARG(double, lr);
+  TORCH_ARG(betas_t, betas) = std::make_tuple(0.9, 0.999);
+  TORCH_ARG(double, eps) = 1e-8;
+  TORCH_ARG(double, weight_decay) = 1e-2;
+  TORCH_ARG(bool, maximize) = false;
+
+ public:
+  double get_lr() const override { return lr(); }
+  void set_lr(const double lr) override { this->lr(lr); }
+};
+
+/// Where and in how much memory the state is kept.
+struct OffloadOptions {
+  std::filesystem::path nvme_path = {};
+  std::uint64_t host_memory = std::uint64_t{512} << 20;  ///< Bytes, at most.
+  AioConfig aio = {};
+  std::string engine = "auto";  ///< Or one of engine_names().
+  bool verify = true;           ///< Checksums are compared on reading.
+};
+
+/// What OffloadedAdamW shows in state(): no tensors.
+struct OffloadedAdamWParamState
+    : torch::optim::OptimizerCloneableParamState<OffloadedAdamWParamState> {
+  std::uint64_t step = 0;
+};
+
+/// AdamW whose state lives in a file on an NVMe drive, for LibTorch: the same
+/// engine, result and errors as Python's torch_ext.OffloadedAdamW. For
+/// float32 parameters on the CPU a step equals at::_fused_adamw_ bit for bit.
+///
+/// The archive format of torch::optim is not supported: save() and load()
+/// throw. state_dict() and load_state_dict() take their place.
+/// Threads: one call at a time. Forked children: StateError.
+class OffloadedAdamW : public torch::optim::Optimizer {
+ public:
+  using Optimizer = torch::optim::Optimizer;
+
+  /// Errors: std::invalid_argument and TypeError for options and parameters,
+  /// IoError for the directory.
+  OffloadedAdamW(const std::vector<torch::optim::OptimizerParamGroup>& groups,
+                 OffloadedAdamWOptions defaults, const OffloadOptions& offload)
+      : Optimizer(groups,
+                  std::make_unique<OffloadedAdamWOptions>(std::move(defaults))),
+        engine_({.store = {.directory = offload.nvme_path,
+                           .aio = offload.aio,
+                           .engine = offload.engine,
+                           .verify = offload.verify},
+                 .host_memory = offload.host_memory}) {
+    add_new_parameters();
+    for (const auto& group : param_groups_) hyper_of(group);
+  }
+
+  OffloadedAdamW(std::vector<at::Tensor> parameters,
+                 OffloadedAdamWOptions defaults, const OffloadOptions& offload)
+      : OffloadedAdamW(
+            {torch::optim::OptimizerParamGroup(std::move(parameters))},
+            std::move(defaults), offload) {}
+
+  /// Updates the parameters that have a gradient; returns what the closure,
+  /// if given, returned. The last tiles of the state may still be on their
+  /// way to the drive. Errors: IoError, now or of an earlier call's writes;
+  /// TypeError, std::invalid_argument, StateError before anything has changed.
+  at::Tensor step(LossClosure closure = nullptr) override {
+    at::Tensor loss;
+    if (closure != nullptr) {
+      const c10::AutoGradMode with_grad(true);
+      loss = closure();
+    }
+    const c10::NoGradGuard no_grad;
+    add_new_parameters();
+    std::vector<AdamWEngine::Group> groups;
+    for (const auto& group : param_groups_) {
+      groups.push_back({hyper_of(group), {}});
+      for (const at::Tensor& parameter : group.params()) {
+        if (!parameter.grad().defined()) continue;
+        groups.back().trained.push_back(
+            {entry_of(parameter), parameter.grad()});
+      }
+    }
+    engine_.step(groups);
+    for (const auto& group : groups) {
+      for (const auto& trained : group.trained) show(trained.parameter);
+    }
+    return loss;
+  }
+
+  /// The state of parameter `i` of all groups, counted in their order. Its
+  /// tensors are private memory over an unnamed file in nvme_path, which
+  /// later steps do not change.
+  struct ParameterState {
+    std::size_t parameter = 0;
+    AdamWState state;
+  };
+
+  /// Of the parameters that have state. Errors: IoError.
+  std::vector<ParameterState> state_dict() {
+    add_new_parameters();
+    const std::vector<AdamWEngine::Parameter> all = entries();
+    std::vector<ParameterState> states;
+    for (auto& saved : engine_.save(all)) {
+      std::size_t i = 0;
+      while (all[i].slot != saved.parameter.slot) ++i;
+      states.push_back({i, std::move(saved.state)});
+    }
+    return states;
+  }
+
+  /// Forgets all state and takes this, part after part; also after an error.
+  /// Errors: std::invalid_argument, TypeError before anything has changed;
+  /// IoError.
+  void load_state_dict(const std::vector<ParameterState>& states) {
+    add_new_parameters();
+    const std::vector<AdamWEngine::Parameter> all = entries();
+    std::vector<AdamWEngine::Saved> saved;
+    for (const ParameterState& state : states) {
+      if (state.parameter >= all.size()) {
+        throw std::invalid_argument(
+            "OffloadedAdamW: the loaded state has parameter " +
+            std::to_string(state.parameter) + " of " +
+            std::to_string(all.size()));
+      }
+      saved.push_back({all[state.parameter], state.state});
+    }
+    engine_.load(saved);
+    state_.clear();
+    for (const auto& entry : saved) show(entry.parameter);
+  }
+
+  void save(torch::serialize::OutputArchive&) const override {
+    throw StateError(kNoArchive);
+  }
+  void load(torch::serialize::InputArchive&) override {
+    throw StateError(kNoArchive);
+  }
+
+  OptimizerOffloadStats stats() { return engine_.offload().stats(); }
+  /// What a log should hold, e.g. why direct I/O is not used.
+  const std::vector<std::string>& notes() { return engine_.offload().notes(); }
+  /// See OptimizerOffload::close.
+  void close() { engine_.offload().close(); }
+
+ private:
+  static constexpr const char* kNoArchive =
+      "OffloadedAdamW has no archive format: save the tensors of state_dict()";
+
+  // The base class's add_param_group is not virtual: new ones are found here.
+  void add_new_parameters() {
+    for (const auto& group : param_groups_) {
+      for (const at::Tensor& parameter : group.params()) {
+        const void* key = parameter.unsafeGetTensorImpl();
+        if (slots_.contains(key)) continue;
+        slots_.emplace(key, engine_.add(parameter));
+      }
+    }
+  }
+
+  AdamWEngine::Parameter entry_of(const at::Tensor& parameter) const {
+    return {slots_.at(parameter.unsafeGetTensorImpl()), parameter};
+  }
+
+  std::vector<AdamWEngine::Parameter> entries() const {
+    std::vector<AdamWEngine::Parameter> all;
+    for (const auto& group : param_groups_) {
+      for (const at::Tensor& parameter : group.params()) {
+        all.push_back(entry_of(parameter));
+      }
+    }
+    return all;
+  }
+
+  void show(const AdamWEngine::Parameter& parameter) {
+    auto shown = std::make_unique<OffloadedAdamWParamState>();
+    shown->step = engine_.step_of(parameter.slot);
+    state_[parameter.tensor.unsafeGetTensorImpl()] = std::move(shown);
+  }
+
+  static AdamWHyper hyper_of(const torch::optim::OptimizerParamGroup& group) {
+    const auto& options =
+        static_cast<const OffloadedAdamWOptions&>(group.options());
+    const auto [beta1, beta2] = options.betas();
+    const auto check = [](bool good, const char* name, double value) {
+      if (good) return;
+      throw std::invalid_argument(std::string("OffloadedAdamW: ") + name +
+                                  " is " + std::to_string(value));
+    };
+    check(options.lr() >= 0, "lr", options.lr());
+    check(options.eps() >= 0, "eps", options.eps());
+    check(options.weight_decay() >= 0, "weight_decay", options.weight_decay());
+    check(beta1 >= 0 && beta1 < 1, "beta1", beta1);
+    check(beta2 >= 0 && beta2 < 1, "beta2", beta2);
+    return {.lr = options.lr(),
+            .beta1 = beta1,
+            .beta2 = beta2,
+            .eps = options.eps(),
+            .weight_decay = options.weight_decay(),
+            .maximize = options.maximize()};
+  }
+
+  AdamWEngine engine_;
+  std::unordered_map<const void*, std::size_t> slots_;
+};
+
+}  // namespace torch_ext
