@@ -116,6 +116,8 @@ def table(figures: Run) -> str:
     """Text for a reader."""
     memory, nvme, io = figures["in_memory"], figures["offloaded"], figures["io"]
     state = size(figures["state_bytes"])
+    device = figures["job"]["device"]
+    on_cpu = device.startswith("cpu")
     rows = [
         ("", "AdamW in memory", "OffloadedAdamW"),
         *[
@@ -136,12 +138,16 @@ def table(figures: Run) -> str:
                 ("  of it in the optimizer", "optimizer_seconds"),
             )
         ],
-        ("optimizer state", f"{state} in memory", f"{state} on disk"),
-        ("host memory for state", state, f"{size(io['host_bytes_peak'])} at most"),
+        ("optimizer state", f"{state} {'in memory' if on_cpu else device}", f"{state} on disk"),
+        (
+            "host memory for state",
+            state if on_cpu else size(0),
+            f"{size(io['host_bytes_peak'])} at most",
+        ),
         ("peak memory of the process", size(memory["memory_peak"]), size(nvme["memory_peak"])),
         ("  growth while training", growth(memory), growth(nvme)),
-        ("state read", "", transfer(io["bytes_read"], io["read_seconds"])),
-        ("state written", "", transfer(io["bytes_written"], io["write_seconds"])),
+        ("state read", size(0), transfer(io["bytes_read"], io["read_seconds"])),
+        ("state written", size(0), transfer(io["bytes_written"], io["write_seconds"])),
         ("I/O hidden behind compute", "", percent(io["hidden_share"])),
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
@@ -150,10 +156,10 @@ def table(figures: Run) -> str:
     title = (
         f"{figures['model_parameters'] / 1e6:.1f} M parameters, "
         f"{figures['text']['bytes'] / 1e6:.1f} MB of text in {figures['text']['files']} files, "
-        f"{figures['job']['steps']} steps on {figures['job']['device']}, "
+        f"{figures['job']['steps']} steps on {device}, "
         f"{figures['seconds']:.0f} s"
     )
-    sample = "\n".join(f"  | {line}" for line in figures["sample"].splitlines())
+    sample = "\n".join(f"  | {printable(line)}" for line in figures["sample"].split("\n"))
     return "\n".join([title, "", *lines, "", verdict(figures), "", "what it writes:", sample])
 
 
@@ -182,6 +188,11 @@ def verdict(figures: Run) -> str:
     return f"equal to the bit: NO ({losses}; {len(names)} parameters differ{promise})"
 
 
+def printable(text: str) -> str:
+    """What a model writes may hold a terminal's control codes."""
+    return "".join(c if c.isprintable() else "." for c in text)
+
+
 def growth(run: Run) -> str:
     return size(run["memory_peak"] - run["memory_before"])
 
@@ -192,7 +203,8 @@ def size(count: int) -> str:
 
 def transfer(count: int, seconds: float) -> str:
     rate = f", {count / seconds / 1e9:.2f} GB/s" if seconds > 0 else ""
-    return f"{count / 1e9:.2f} GB{rate}"
+    amount = size(count) if count < 1e9 else f"{count / 1e9:.2f} GB"
+    return f"{amount}{rate}"
 
 
 def percent(share: float | None) -> str:

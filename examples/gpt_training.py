@@ -219,6 +219,7 @@ class Recorder:
 
 def train(job: Job) -> dict[str, Any]:
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # For finding bugs; slow.
     torch.manual_seed(job.seed)
     text, source = read_text()
     if len(text) < 20 * (job.context + 1):

@@ -127,9 +127,12 @@ def make_job(options: argparse.Namespace) -> dict[str, Any]:
             f"--width {options.width} is not a multiple of --heads {options.heads}"
         )
     # Slow to import: not before what needs no torch has been checked.
-    import torch
+    try:
+        import torch
 
-    import torch_ext
+        import torch_ext
+    except ImportError as error:
+        raise RuntimeError(f"{error}; `make demo` sets up all that is needed") from None
 
     try:
         host_memory = torch_ext.parse_size(options.host_memory)
@@ -141,6 +144,8 @@ def make_job(options: argparse.Namespace) -> dict[str, Any]:
         first_line = str(error).partition("\n")[0]
         raise ValueError(f"--device {options.device}: {first_line}") from None
     options.output.mkdir(parents=True, exist_ok=True)
+    if not os.access(options.output, os.W_OK):
+        raise ValueError(f"--output {options.output} is not writable")
     nvme_path = choose_directory(getattr(options, "nvme_path", None), options.output)
     check_space(options, nvme_path)
     with torch_ext.OffloadedAdamW(
@@ -294,7 +299,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         job = make_job(options)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         parser.error(str(error))
     place = describe(job["nvme_path"])
     way = "direct I/O" if place["direct"] else place["buffered_reason"]
@@ -309,8 +314,6 @@ def main(arguments: list[str] | None = None) -> int:
     except RunError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
 
     import gpt_report
 
@@ -326,4 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -109,9 +109,20 @@ class Copy:
 
     def test(self, mutant: Mutant) -> bool:
         if mutant.test.startswith("tests/"):
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", mutant.test]
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                mutant.test,
+            ]
         else:
-            command = [self.build / "tests/torch_ext_core_tests", f"--gtest_filter={mutant.test}"]
+            command = [
+                self.build / "tests/torch_ext_core_tests",
+                f"--gtest_filter={mutant.test}",
+            ]
         return self.run(*command, timeout=TEST_TIMEOUT)
 
     def patch(self, mutant: Mutant, *, undo: bool = False) -> bool:
@@ -156,7 +167,10 @@ def main() -> int:
         for mutant in sorted(mutants, key=lambda m: m.build):
             wrong = judge(copy, mutant)
             missed += bool(wrong)
-            print(f"{'MISSED ' if wrong else 'noticed'} {mutant.name}: {wrong or mutant.test}", flush=True)
+            print(
+                f"{'MISSED ' if wrong else 'noticed'} {mutant.name}: {wrong or mutant.test}",
+                flush=True,
+            )
             if wrong:
                 print(copy.last_words())
     print(f"{len(mutants) - missed} passed, {missed} failed")

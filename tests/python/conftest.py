@@ -46,6 +46,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(call: pytest.CallInfo):
+    # The report of a failure shows tensors, and so waits for streams that the
+    # test may have held.
+    if call.excinfo is not None and "sim" in sys.modules:
+        sys.modules["sim"].reset()
+    return (yield)
+
+
 @pytest.fixture(scope="session")
 def sim_machine(pytestconfig: pytest.Config):
     """The module ``sim``, its device known to torch. Tests take ``sim`` instead."""

@@ -195,7 +195,8 @@ def test_wheel_serves_cpp_programs_through_find_package(installed, room):
     (app / "CMakeLists.txt").write_text(CONSUMER)
     (app / "main.cpp").write_text(CONSUMER_MAIN)
     prefix = run(
-        *[installed.python, "-c", "import torch_ext; print(torch_ext.cmake_prefix_path)"], cwd=room
+        *[installed.python, "-c", "import torch_ext; print(torch_ext.cmake_prefix_path)"],
+        cwd=room,
     )
     run("cmake", "-S", app, "-B", app / "build", f"-DCMAKE_PREFIX_PATH={prefix}", cwd=room)
     run("cmake", "--build", app / "build", cwd=room)

@@ -35,7 +35,8 @@ def test_file_includes_only_its_layer_and_those_below(file):
             assert LAYERS.index(name.split("/")[1]) <= layer, name
         elif quote == '"':
             private = (tree.ROOT / file.parent / name).is_file()
-            assert "/" not in name and private, f"{name}: not a header of this folder"
+            assert "/" not in name, f"{name}: not a header of this folder"
+            assert private, f"{name}: not a header of this folder"
 
 
 @pytest.mark.parametrize("file", tree.cpp_files("include/", "csrc/"), ids=str)

@@ -47,6 +47,8 @@ def test_the_cpp_example_is_taken_from_the_one_that_the_tests_build():
     app = tree.ROOT / "examples/libtorch_app"
     sources = "".join(file.read_text() for file in sorted(app.iterdir()) if file.is_file())
     built = {line.strip() for line in sources.splitlines()}
-    lines = [line.strip() for code in blocks("cpp") + blocks("cmake") for line in code.splitlines()]
+    lines = [
+        line.strip() for code in blocks("cpp") + blocks("cmake") for line in code.splitlines()
+    ]
     assert lines
     assert [line for line in lines if line and line not in built] == []

@@ -13,7 +13,9 @@ def listed():
 
 def test_every_source_is_listed_once_and_exists():
     sources = listed()["core"] + listed()["bindings"]
-    there = [f.relative_to("csrc").as_posix() for f in tree.cpp_files("csrc/") if f.suffix == ".cpp"]
+    there = [
+        f.relative_to("csrc").as_posix() for f in tree.cpp_files("csrc/") if f.suffix == ".cpp"
+    ]
     assert sorted(sources) == sorted(there)
 
 

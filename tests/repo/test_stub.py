@@ -6,6 +6,7 @@ import re
 
 import pytest
 import tree
+
 from torch_ext._native import _C
 
 STUB = ast.parse((tree.ROOT / "torch_ext/_C.pyi").read_text())
@@ -32,7 +33,10 @@ def stub_parameters(node):
     plain = [*a.posonlyargs, *a.args]
     without = len(plain) - len(a.defaults)
     found = [(arg.arg, i >= without, False) for i, arg in enumerate(plain)]
-    found += [(arg.arg, d is not None, True) for arg, d in zip(a.kwonlyargs, a.kw_defaults, strict=True)]
+    found += [
+        (arg.arg, d is not None, True)
+        for arg, d in zip(a.kwonlyargs, a.kw_defaults, strict=True)
+    ]
     return found
 
 
@@ -100,7 +104,12 @@ def test_methods_take_the_same_parameters(cls):
     (node,) = members(STUB.body)[cls.__name__]
     for name, nodes in members(node.body).items():
         value = vars(cls).get(name)
-        kinds = {ast.unparse(d) for n in nodes if isinstance(n, ast.FunctionDef) for d in n.decorator_list}
+        kinds = {
+            ast.unparse(d)
+            for n in nodes
+            if isinstance(n, ast.FunctionDef)
+            for d in n.decorator_list
+        }
         if isinstance(value, property):
             assert "property" in kinds or isinstance(nodes[0], ast.AnnAssign), name
         elif isinstance(nodes[0], ast.FunctionDef) and value is not None:

@@ -2,8 +2,8 @@
 
 ``install()`` takes the library that the environment variable
 ``TORCH_EXT_SIM_LIBRARY`` names, else builds it (once, in torch's folder for
-extensions), and makes it known to torch. From then on ``torch.device("sim")`` works, and the functions below
-control the machine. A process cannot have both it and a real accelerator.
+extensions), and makes it known to torch. From then on ``torch.device("sim")``
+works, and the functions below control the machine. A process cannot have both it and a real accelerator.
 """
 
 from __future__ import annotations
@@ -103,8 +103,9 @@ def counts() -> dict[str, int]:
 
 def reset() -> None:
     """Releases and finishes everything, drops errors and faults, zeroes the counts."""
-    _library.sim_reset()
-    torch.accelerator.set_device_index(0)
+    if _library is not None:
+        _library.sim_reset()
+        torch.accelerator.set_device_index(0)
 
 
 def _build() -> str:

@@ -1,0 +1,266 @@
+"""What OffloadedAdamW refuses, and what it does when the disk does."""
+
+import errno
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from optim_support import SMALL, Pair, equal, parameters, set_gradients, twins
+
+from torch_ext import OffloadedAdamW
+
+
+@pytest.fixture
+def make(nvme_dir):
+    def make(params, **options):
+        return OffloadedAdamW(params, **{"nvme_path": nvme_dir, "host_memory": SMALL} | options)
+
+    return make
+
+
+@pytest.fixture
+def small_disk(nvme_dir):
+    """A file system of 1 MiB."""
+    size = "size=1m"
+    mount = ["mount", "-t", "tmpfs", "-o", size, "none", str(nvme_dir)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("cannot mount a small file system here")
+    yield nvme_dir
+    gc.collect()
+    subprocess.run(["umount", "-l", str(nvme_dir)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"lr": -1.0}, "Invalid learning rate: -1.0"),
+        ({"lr": float("nan")}, "Invalid learning rate"),
+        ({"lr": torch.zeros(2)}, "Tensor lr must be 1-element"),
+        ({"eps": -1.0}, "Invalid epsilon value"),
+        ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0"),
+        ({"betas": (0.9, -0.1)}, "Invalid beta parameter at index 1"),
+        ({"betas": (0.9,)}, "betas must be two numbers"),
+        ({"weight_decay": -0.1}, "Invalid weight_decay value"),
+        ({"amsgrad": True}, "amsgrad=True is not supported"),
+        ({"host_memory": "200KiB"}, r"host_memory must be at least 245760 bytes \(240 KiB\)"),
+        ({"host_memory": 0}, "host_memory must be at least"),
+        ({"host_memory": "much"}, "much"),
+        ({"engine": "steam"}, "steam"),
+        ({"aio": {"queue_depth": 0}}, "queue_depth"),
+        ({"params": []}, "empty parameter list"),
+    ],
+)
+def test_a_wrong_value_is_named(make, options, text):
+    with pytest.raises(ValueError, match=text):
+        make(options.pop("params", parameters(10)), **options)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "error", "text"),
+    [
+        (torch.zeros(3, dtype=torch.float64), TypeError, "dtype Double"),
+        (torch.zeros(3, dtype=torch.complex64), TypeError, "dtype ComplexFloat"),
+        (torch.zeros(3, dtype=torch.int32), TypeError, "dtype Int"),
+        (torch.zeros(3, dtype=torch.float8_e4m3fn), TypeError, "dtype Float8"),
+        (torch.zeros(3, device="meta"), TypeError, "meta"),
+        (torch.zeros(3).to_sparse(), TypeError, "Sparse"),
+        (torch.zeros(6, 4)[:, ::2], ValueError, "not dense"),
+        (torch.zeros(1).expand(5), ValueError, "not dense"),
+        ("text", TypeError, "optimizer can only optimize Tensors"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_parameter_that_cannot_be_optimized_is_refused(make, tensor, error, text):
+    with pytest.raises(error, match=text):
+        make([tensor])
+    good = parameters(10)
+    optimizer = make(good)
+    with pytest.raises(error, match=text):
+        optimizer.add_param_group({"params": [tensor]})
+    assert len(optimizer.param_groups) == 1
+    set_gradients(good, seed=0)
+    optimizer.step()
+    assert optimizer.state[good[0]]["step"] == 1
+
+
+def test_a_group_that_repeats_a_parameter_is_refused(make):
+    first, second = parameters(3, 4)
+    optimizer = make([first])
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": [first]})
+    with pytest.warns(UserWarning, match="duplicate"), pytest.raises(ValueError, match="twice"):
+        optimizer.add_param_group({"params": [second, second]})
+    with pytest.raises(ValueError, match="amsgrad"):
+        optimizer.add_param_group({"params": [second], "amsgrad": True})
+    optimizer.add_param_group({"params": [second]})
+
+
+def test_sparse_gradients_are_refused_before_anything_changes(nvme_dir, make):
+    plain, sparse = parameters(100, (10, 4))
+    before = plain.detach().clone()
+    optimizer = make([plain, sparse])
+    plain.grad = torch.ones(100)
+    sparse.grad = torch.ones(10, 4).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse gradients are not supported"):
+        optimizer.step()
+    assert torch.equal(plain.detach(), before)
+    assert optimizer.state == {}
+    sparse.grad = torch.ones(10, 4)
+    optimizer.step()
+    assert optimizer.state[plain]["step"] == 1
+
+
+def test_a_changed_option_is_checked_by_the_step(make):
+    ours = parameters(10)
+    optimizer = make(ours)
+    set_gradients(ours, seed=0)
+    for key, value in (("amsgrad", True), ("lr", -1.0), ("betas", (0.9, 1.0))):
+        good = optimizer.param_groups[0][key]
+        optimizer.param_groups[0][key] = value
+        with pytest.raises(ValueError, match="amsgrad|learning rate|beta"):
+            optimizer.step()
+        optimizer.param_groups[0][key] = good
+    optimizer.step()
+    assert optimizer.stats()["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: p.to(torch.bfloat16),
+        lambda p: p.reshape(20, 10),
+        lambda p: p.t().contiguous().t(),
+        lambda p: p[:5].clone(),
+    ],
+    ids=["dtype", "shape", "strides", "size"],
+)
+def test_a_parameter_whose_kind_has_changed_needs_a_state(nvme_dir, make, change):
+    ours = parameters((10, 20))
+    optimizer = make(ours)
+    set_gradients(ours, seed=0)
+    optimizer.step()
+    state = optimizer.state_dict()
+    ours[0].grad = None
+    ours[0].data = change(ours[0].data)
+    set_gradients(ours, seed=1)
+    before = ours[0].detach().clone()
+    for attempt in (optimizer.step, optimizer.state_dict):
+        with pytest.raises(RuntimeError, match="the state was made for a parameter with"):
+            attempt()
+    assert torch.equal(ours[0].detach(), before)
+    for name in ("exp_avg", "exp_avg_sq"):
+        state["state"][0][name] = torch.zeros(ours[0].shape)
+    optimizer.load_state_dict(state)
+    optimizer.step()
+    assert optimizer.state[ours[0]]["step"] == 2
+
+
+def test_before_the_first_step_a_parameter_may_change(make):
+    ours = parameters((10, 20))
+    optimizer = make(ours)
+    ours[0].data = ours[0].data.bfloat16().t().contiguous()
+    set_gradients(ours, seed=0)
+    optimizer.step()
+    assert optimizer.state_dict()["state"][0]["master_param"].shape == (20, 10)
+
+
+def test_a_directory_that_cannot_be_used_is_an_oserror_with_its_name(make, nvme_dir):
+    with pytest.raises(FileNotFoundError) as missing:
+        make(parameters(10), nvme_path=nvme_dir / "missing")
+    assert str(nvme_dir / "missing") in str(missing.value)
+    (nvme_dir / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        make(parameters(10), nvme_path=nvme_dir / "file")
+
+
+def test_a_full_disk_refuses_new_state_and_keeps_the_old(small_disk):
+    pair = Pair(parameters(60_000, 100_000), small_disk, engine="threads")
+    pair.step(0, [0])
+    set_gradients(pair.ours, seed=1)
+    with pytest.raises(OSError, match="No space left on device") as full:
+        pair.a.step()
+    assert full.value.errno == errno.ENOSPC
+    assert str(small_disk) in str(full.value)
+    for seed in range(2, 4):
+        pair.step(seed, [0])
+    assert pair.equal()
+    with pytest.raises(OSError, match="No space left on device"):
+        pair.a.state_dict()  # No room for a copy.
+    pair.step(5, [0])
+    assert pair.equal()
+
+
+def test_a_closed_optimizer_refuses_steps_and_keeps_its_counters(make):
+    ours = parameters(100)
+    with make(ours) as optimizer:
+        set_gradients(ours, seed=0)
+        optimizer.step()
+    optimizer.close()
+    for attempt in (optimizer.step, optimizer.state_dict):
+        with pytest.raises(RuntimeError, match="closed"):
+            attempt()
+    assert optimizer.stats()["steps"] == 1
+
+
+def test_a_forked_child_is_told_whose_optimizer_it_is(make):
+    ours = parameters(100_000)
+    theirs = twins(ours)
+    optimizer = make(ours)
+    other = torch.optim.AdamW(theirs, fused=True)
+    set_gradients(ours, theirs, seed=0)
+    optimizer.step()
+    other.step()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            status = 0 if f"process {os.getppid()}" in str(error) else 2
+        del optimizer
+        gc.collect()
+        os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    optimizer.step()
+    other.step()
+    assert equal(ours, theirs)
+
+
+def test_a_process_may_end_with_transfers_in_flight(nvme_dir):
+    program = f"""
+        import torch
+        from torch_ext import OffloadedAdamW
+        weight = torch.zeros(1_000_000, requires_grad=True)
+        weight.grad = torch.ones_like(weight)
+        optimizer = OffloadedAdamW([weight], nvme_path={str(nvme_dir)!r}, host_memory="2MiB")
+        optimizer.step()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(nvme_dir.iterdir()) == []
+
+
+def test_an_error_while_it_is_dropped_is_logged(make, caplog, monkeypatch):
+    ours = parameters(10)
+    optimizer = make(ours)
+    finalizer = optimizer._finalizer
+
+    class Broken:
+        def close(self):
+            raise OSError(errno.EIO, "broken")
+
+    finalizer.detach()
+    from torch_ext import optim
+
+    optim._close_quietly(Broken(), os.getpid())
+    assert "broken" in caplog.text
+    caplog.clear()
+    optim._close_quietly(Broken(), os.getpid() + 1)
+    assert caplog.text == ""

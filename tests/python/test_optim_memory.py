@@ -1,0 +1,72 @@
+"""The host memory that a step takes, by the process's own account."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+MIB = 2**20
+
+PROGRAM = """
+    import sys, torch
+    from torch_ext import OffloadedAdamW
+
+    def status(key):
+        with open("/proc/self/status") as file:
+            return next(int(l.split()[1]) * 1024 for l in file if l.startswith(key))
+
+    def run(parameters, host_memory):
+        optimizer = OffloadedAdamW(
+            parameters, nvme_path=sys.argv[1], host_memory=host_memory
+        )
+        for _ in range(2):
+            optimizer.step()
+        optimizer.state_dict()
+        optimizer.close()
+        return optimizer.stats()
+
+    dtype = getattr(torch, sys.argv[2])
+    elements = int(sys.argv[3])
+    small = [torch.ones(100, dtype=dtype, requires_grad=True)]
+    large = [torch.ones(elements // 4, dtype=dtype, requires_grad=True) for _ in range(4)]
+    for p in (*small, *large):
+        p.grad = torch.ones_like(p)
+    run(small, 2**20)  # All imports, threads and libraries.
+    torch.optim.AdamW(small).step()
+    for host_memory in map(int, sys.argv[4:]):
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # VmHWM starts anew.
+        before = status("VmRSS")
+        stats = run(large, host_memory)
+        print(host_memory, status("VmHWM") - before, stats["host_bytes_peak"])
+"""
+
+
+def measure(nvme_dir, dtype, elements, budgets):
+    arguments = [str(nvme_dir), dtype, str(elements), *map(str, budgets)]
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "elements", "budgets"),
+    [
+        ("float32", 280_000_000, [512 * MIB, 2048 * MIB]),
+        ("bfloat16", 60_000_000, [64 * MIB, 512 * MIB]),
+    ],
+)
+def test_a_step_takes_no_more_than_host_memory(nvme_dir, dtype, elements, budgets):
+    measured = measure(nvme_dir, dtype, elements, budgets)
+    assert [budget for budget, *_ in measured] == budgets
+    for budget, grown, peak in measured:
+        assert peak <= budget
+        assert grown <= budget * 1.05 + 16 * MIB
+        assert grown > budget / 2  # Else the measurement is wrong.
