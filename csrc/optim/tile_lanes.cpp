@@ -25,6 +25,10 @@ void TileLanes::BusyClock::stop(double now) {
   if (--running == 0) total += now - since;
 }
 
+double TileLanes::BusyClock::read(double now) const {
+  return running > 0 ? total + now - since : total;
+}
+
 TileLanes::TileLanes(Store& store, BufferPool& pool)
     : store_(store), pool_(pool) {}
 
@@ -253,7 +257,9 @@ std::exception_ptr TileLanes::failure() const {
 
 TileLanes::Seconds TileLanes::seconds() const {
   Lock lock(mutex_);
-  return {reading_.total, update_seconds_, writing_.total, wait_seconds_};
+  const double time = now();
+  return {reading_.read(time), update_seconds_, writing_.read(time),
+          wait_seconds_};
 }
 
 std::vector<LaneEvent> TileLanes::timeline() const {

@@ -65,6 +65,7 @@ class TileLanes {
     double total = 0;
     void start(double now);
     void stop(double now);
+    double read(double now) const;
   };
 
   void begin(Round round);

@@ -141,12 +141,14 @@ Ticket Store::Impl::submit(IoRequest::Op op, std::shared_ptr<Extent> extent,
   operation.offset = extent->offset_ + offset;
   operation.bytes = bytes;
   operation.checksums = checksums_of(*extent, offset, bytes.size());
-  operation.on_done = [this, op, length = bytes.size(),
-                       extent = std::move(extent),
-                       done = std::move(done)](std::exception_ptr error) {
-    ended(op, *extent, length, error);
-    if (done) done(error);
-  };
+  operation.on_done =
+      [this, op, length = bytes.size(), extent = std::move(extent),
+       done = std::move(done)](std::exception_ptr error) mutable {
+        ended(op, *extent, length, error);
+        // Whoever hears of the end may count on the space.
+        extent.reset();
+        if (done) done(error);
+      };
   return queue->submit(std::move(operation));
 }
 

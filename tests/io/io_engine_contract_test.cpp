@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -277,6 +278,21 @@ TEST_P(IoEngineContract, TheFileSizeLimitMakesAShortWriteThenAnError) {
     const auto rest =
         run(*engine, write(file.fd(), 8192, bytes.bytes(8192, 8192)));
     return rest == -EFBIG ? "" : "rest: " + std::to_string(rest);
+  });
+}
+
+TEST_P(IoEngineContract, WithoutNewThreadsAllRequestsAreStillCarriedOut) {
+  test::expect_well_in_child([this]() -> std::string {
+    const File file = filled(8 * kPage, 17);
+    AlignedBuffer in(8 * kPage);
+    const auto engine = make(8);
+    if (!test::refuse_syscall(SYS_clone3, EAGAIN) ||
+        !test::refuse_syscall(SYS_clone, EAGAIN)) {
+      return test::skip("no seccomp");
+    }
+    const auto results = run_all(*engine, page_reads(file.fd(), in));
+    if (results.size() != 8) return std::to_string(results.size());
+    return holds_pattern(in.bytes(), 17) ? "" : "wrong bytes";
   });
 }
 

@@ -19,7 +19,7 @@ using test::kPage;
 
 constexpr std::size_t kFilePages = 128;
 constexpr std::size_t kMaxPages = 9;
-constexpr std::size_t kRequests = 600;
+constexpr std::size_t kRequests = 1000;
 
 /// One request in flight and what it will have done.
 struct Flight {
@@ -111,7 +111,7 @@ INSTANTIATE_TEST_SUITE_P(Engines, IoEngineStress, test::kEngineCases,
                          test::engine_case_name);
 
 TEST_P(IoEngineStress, RandomRequestsAgreeWithAModel) {
-  for (std::uint64_t seed = 0; seed < 10; ++seed) {
+  for (std::uint64_t seed = 0; seed < 6; ++seed) {
     SCOPED_TRACE("seed " + std::to_string(seed));
     run_seed(seed);
     if (HasFailure()) return;

@@ -153,9 +153,9 @@ class AdamWEngine {
   };
 
   static OptimizerOffloadOptions with_scratch(OptimizerOffloadOptions options) {
-    // Large enough to keep PyTorch's threads busy, and to stay in the cache.
-    constexpr std::uint64_t kLeast = 4096 * AdamWScratch::kBytesPerElement;
-    constexpr std::uint64_t kMost = 128 * kLeast;
+    // At the most, the gradients of a tile of 16-bit parameters in one go.
+    constexpr std::uint64_t kLeast = std::uint64_t{48} << 10;
+    constexpr std::uint64_t kMost = std::uint64_t{12} << 20;
     options.scratch_bytes =
         std::clamp(align_down(options.host_memory / 16, 4096), kLeast, kMost);
     return options;

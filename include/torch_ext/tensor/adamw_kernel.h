@@ -34,59 +34,71 @@ struct AdamWHyper {
   bool operator==(const AdamWHyper&) const = default;
 };
 
-/// Host memory for one chunk of elements on its way.
+/// Host memory for a chunk of elements on their way.
 class AdamWScratch {
  public:
-  static constexpr std::uint64_t kBytesPerElement = 12;
-
   explicit AdamWScratch(std::span<std::byte> memory)
-      : chunk_(
-            align_down(memory.size() / kBytesPerElement, StateSegment::kCut)),
-        memory_(memory.data()) {}
+      : small_(
+            memory.first(align_down(std::min(memory.size() / 3, kSmall), 64))),
+        large_(memory.subspan(small_.size())) {}
 
-  std::uint64_t chunk() const { return chunk_; }  ///< Elements.
-  float* gradient() const { return reinterpret_cast<float*>(memory_); }
-  /// The parameter: as float, or twice in 16 bits.
-  std::byte* parameter() const { return memory_ + 4 * chunk_; }
-  std::byte* rounded() const { return memory_ + 6 * chunk_; }
-  std::byte* raw() const { return memory_ + 8 * chunk_; }
-  std::byte* all() const { return memory_; }  ///< In place of the others.
+  /// For what is needed for a moment only.
+  std::span<std::byte> small() const { return small_; }
+
+  /// Elements of a chunk, whose gradients take half of the rest if the
+  /// parameter is on another device, else all of it.
+  std::uint64_t chunk(bool on_host) const {
+    return align_down(large_.size() / (on_host ? 4 : 8), StateSegment::kCut);
+  }
+  float* gradient() const { return reinterpret_cast<float*>(large_.data()); }
+  /// The other half: parameters from a device.
+  std::span<std::byte> staging() const {
+    return large_.subspan(chunk(/*on_host=*/false) * 4);
+  }
 
  private:
-  std::uint64_t chunk_;
-  std::byte* memory_;
+  static constexpr std::size_t kSmall = std::size_t{128} << 10;
+  std::span<std::byte> small_;
+  std::span<std::byte> large_;
 };
 
 /// Makes `master`, `count` floats, agree with a bfloat16 or float16 parameter
 /// in host memory, whose word is final: an element that does not round to the
 /// parameter's takes its value. So whatever writes to the parameter between
 /// steps (model.load_state_dict, zero_, clamp_) counts.
-/// `rounded` is host memory for `count` such elements.
+/// `memory` is host memory for some such elements.
 inline void adopt_parameter(float* master, const void* parameter,
-                            std::byte* rounded, std::uint64_t count,
+                            std::span<std::byte> memory, std::uint64_t count,
                             c10::ScalarType dtype) {
-  host_view(rounded, count, dtype).copy_(host_view(master, count, at::kFloat));
-  if (std::memcmp(rounded, parameter, 2 * count) == 0) return;
-  const auto* ours = reinterpret_cast<const std::uint16_t*>(rounded);
+  const auto* ours = reinterpret_cast<const std::uint16_t*>(memory.data());
   const auto* theirs = static_cast<const std::uint16_t*>(parameter);
-  for (std::uint64_t i = 0; i < count; ++i) {
-    if (ours[i] == theirs[i]) continue;
-    master[i] =
-        dtype == at::kHalf
-            ? static_cast<float>(c10::Half(theirs[i], c10::Half::from_bits()))
-            : static_cast<float>(
-                  c10::BFloat16(theirs[i], c10::BFloat16::from_bits()));
+  for (std::uint64_t done = 0; done < count;) {
+    const std::uint64_t piece =
+        std::min<std::uint64_t>(memory.size() / 2, count - done);
+    convert(memory.data(), dtype, master + done, at::kFloat, piece);
+    if (std::memcmp(memory.data(), theirs + done, 2 * piece) != 0) {
+      for (std::uint64_t i = 0; i < piece; ++i) {
+        const std::uint16_t bits = theirs[done + i];
+        if (ours[i] == bits) continue;
+        master[done + i] =
+            dtype == at::kHalf
+                ? static_cast<float>(c10::Half(bits, c10::Half::from_bits()))
+                : static_cast<float>(
+                      c10::BFloat16(bits, c10::BFloat16::from_bits()));
+      }
+    }
+    done += piece;
   }
 }
 
 /// Elements of a dense parameter as a tensor in host memory: in place on the
-/// CPU, else copied to scratch.parameter().
+/// CPU, else copied to `staging`.
 inline at::Tensor host_part(const at::Tensor& parameter, std::uint64_t first,
-                            std::uint64_t count, const AdamWScratch& scratch) {
+                            std::uint64_t count, std::span<std::byte> staging) {
   const at::Tensor there = storage_view(parameter, first, count);
   if (parameter.is_cpu()) return there;
   const at::Tensor here =
-      host_view(scratch.parameter(), count, parameter.scalar_type());
+      host_view(staging.data(), count, parameter.scalar_type());
   return here.copy_(there);
 }
 
@@ -147,50 +159,38 @@ class AdamWKernel final : public UpdateKernel {
     flush();
     batch_hyper_ = target.hyper;
     const AdamWScratch scratch(make_scratch_());
-    for (std::uint64_t done = 0; done < segment.count;) {
-      const std::uint64_t count =
-          std::min(scratch.chunk(), segment.count - done);
-      const std::uint64_t first = segment.first + done;
-      target.gradient.copy_as_float(scratch.gradient(), scratch.raw(), first,
-                                    count);
-      if (target.parameter.scalar_type() == at::kFloat) {
-        update_float(segment, done, count, target, scratch);
-      } else {
-        update_half(segment, done, count, target, scratch);
-      }
-      done += count;
+    const std::uint64_t chunk = scratch.chunk(target.parameter.is_cpu());
+    for (std::uint64_t done = 0; done < segment.count; done += chunk) {
+      update_chunk(segment, done, std::min(chunk, segment.count - done), target,
+                   scratch);
     }
   }
 
-  void update_float(const StateSegment& segment, std::uint64_t done,
+  void update_chunk(const StateSegment& segment, std::uint64_t done,
                     std::uint64_t count, const Target& target,
                     const AdamWScratch& scratch) {
     const std::uint64_t first = segment.first + done;
-    const at::Tensor here = host_part(target.parameter, first, count, scratch);
-    push(segment, done, count, here.mutable_data_ptr<float>(),
-         scratch.gradient());
-    flush();
-    put_back(here, target.parameter, first, count);
-  }
-
-  void update_half(const StateSegment& segment, std::uint64_t done,
-                   std::uint64_t count, const Target& target,
-                   const AdamWScratch& scratch) {
-    const std::uint64_t first = segment.first + done;
-    const at::Tensor here = host_part(target.parameter, first, count, scratch);
-    float* master = segment.fields[2] + done;
-    adopt_parameter(master, here.const_data_ptr(), scratch.rounded(), count,
-                    here.scalar_type());
-    push(segment, done, count, master, scratch.gradient());
-    flush();
-    here.copy_(host_view(master, count, at::kFloat));
-    put_back(here, target.parameter, first, count);
-  }
-
-  static void put_back(const at::Tensor& here, const at::Tensor& parameter,
-                       std::uint64_t first, std::uint64_t count) {
-    if (parameter.is_cpu()) return;
-    storage_view(parameter, first, count).copy_(here);
+    const at::Tensor& parameter = target.parameter;
+    // Gradients from a device pass through where the parameter comes next.
+    target.gradient.copy_as_float(
+        scratch.gradient(),
+        parameter.is_cpu() ? scratch.small() : scratch.staging(), first, count);
+    const at::Tensor here =
+        host_part(parameter, first, count, scratch.staging());
+    const c10::ScalarType dtype = here.scalar_type();
+    if (dtype == at::kFloat) {
+      push(segment, done, count, here.mutable_data_ptr<float>(),
+           scratch.gradient());
+      flush();
+    } else {
+      float* master = segment.fields[2] + done;
+      adopt_parameter(master, here.const_data_ptr(), scratch.small(), count,
+                      dtype);
+      push(segment, done, count, master, scratch.gradient());
+      flush();
+      convert(here.mutable_data_ptr(), dtype, master, at::kFloat, count);
+    }
+    if (!parameter.is_cpu()) storage_view(parameter, first, count).copy_(here);
   }
 
   /// Adds a tensor to the next call of the fused kernel.

@@ -88,14 +88,13 @@ class AdamWSnapshot final : public UpdateKernel {
 
   void adopt(const StateSegment& segment, const at::Tensor& parameter) {
     const AdamWScratch scratch(make_scratch_());
-    for (std::uint64_t done = 0; done < segment.count;) {
-      const std::uint64_t count =
-          std::min(scratch.chunk(), segment.count - done);
-      adopt_parameter(segment.fields[2] + done,
-                      host_part(parameter, segment.first + done, count, scratch)
-                          .const_data_ptr(),
-                      scratch.rounded(), count, parameter.scalar_type());
-      done += count;
+    const std::uint64_t chunk = scratch.chunk(/*on_host=*/false);
+    for (std::uint64_t done = 0; done < segment.count; done += chunk) {
+      const std::uint64_t count = std::min(chunk, segment.count - done);
+      const at::Tensor here =
+          host_part(parameter, segment.first + done, count, scratch.staging());
+      adopt_parameter(segment.fields[2] + done, here.const_data_ptr(),
+                      scratch.small(), count, here.scalar_type());
     }
   }
 
@@ -142,24 +141,14 @@ class AdamWLoader final : public UpdateKernel {
       const Sources& sources = sources_.at(segment.parameter);
       for (std::size_t field = 0; field < sources.size(); ++field) {
         if (segment.fields[field] == nullptr) continue;
-        fill(segment, field, sources[field], scratch);
+        sources[field].copy_as_float(segment.fields[field], scratch.staging(),
+                                     segment.first, segment.count);
       }
     }
   }
 
  private:
   using Sources = std::array<OrderedReader, 3>;
-
-  static void fill(const StateSegment& segment, std::size_t field,
-                   const OrderedReader& source, const AdamWScratch& scratch) {
-    for (std::uint64_t done = 0; done < segment.count;) {
-      const std::uint64_t count =
-          std::min(scratch.chunk(), segment.count - done);
-      source.copy_as_float(segment.fields[field] + done, scratch.all(),
-                           segment.first + done, count);
-      done += count;
-    }
-  }
 
   const AdamWKernel::MakeScratch make_scratch_;
   std::unordered_map<std::size_t, Sources> sources_;

@@ -4,6 +4,7 @@
 #include <ATen/ops/as_strided.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/from_blob.h>
+#include <c10/core/ScalarType.h>
 
 #include <algorithm>
 #include <cstddef>
@@ -20,6 +21,23 @@ inline at::Tensor host_view(void* data, std::uint64_t count,
                             c10::ScalarType dtype) {
   return at::from_blob(data, {static_cast<std::int64_t>(count)},
                        at::TensorOptions().dtype(dtype));
+}
+
+/// Converts elements in host memory. In pieces for which PyTorch does not wake
+/// its other threads: where these compete with I/O and data loaders, waiting
+/// for them takes longer than the work.
+inline void convert(void* to, c10::ScalarType to_dtype, const void* from,
+                    c10::ScalarType from_dtype, std::uint64_t count) {
+  constexpr std::uint64_t kPiece = 16384;
+  auto* out = static_cast<std::byte*>(to);
+  auto* in = static_cast<std::byte*>(const_cast<void*>(from));
+  while (count > 0) {
+    const std::uint64_t piece = std::min(count, kPiece);
+    host_view(out, piece, to_dtype).copy_(host_view(in, piece, from_dtype));
+    out += piece * c10::elementSize(to_dtype);
+    in += piece * c10::elementSize(from_dtype);
+    count -= piece;
+  }
 }
 
 /// Whether elements of the same index come in the same order in memory. Both
@@ -97,22 +115,26 @@ class OrderedReader {
     }
   }
 
-  /// As copy_to(), but as float. `raw` is host memory for `count` elements of
-  /// the source, which nobody else uses.
-  void copy_as_float(float* out, std::byte* raw, std::uint64_t first,
+  /// As copy_to(), but as float. `raw` is host memory for some elements of
+  /// the source, for the time of the call.
+  void copy_as_float(float* out, std::span<std::byte> raw, std::uint64_t first,
                      std::uint64_t count) const {
-    if (source_.scalar_type() == at::kFloat) {
+    const c10::ScalarType dtype = source_.scalar_type();
+    if (dtype == at::kFloat) {
       copy_to(reinterpret_cast<std::byte*>(out), first, count);
-      return;
-    }
-    void* from = raw;
-    if (direct()) {
-      from = pointer(first);
+    } else if (direct()) {
+      convert(out, at::kFloat, pointer(first), dtype, count);
     } else {
-      copy_to(raw, first, count);
+      while (count > 0) {
+        const std::uint64_t piece =
+            std::min<std::uint64_t>(count, raw.size() / item_size());
+        copy_to(raw.data(), first, piece);
+        convert(out, at::kFloat, raw.data(), dtype, piece);
+        out += piece;
+        first += piece;
+        count -= piece;
+      }
     }
-    host_view(out, count, at::kFloat)
-        .copy_(host_view(from, count, source_.scalar_type()));
   }
 
  private:

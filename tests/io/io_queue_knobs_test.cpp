@@ -1,0 +1,148 @@
+// The five knobs do what their names say.
+
+#include <gtest/gtest.h>
+
+#include <cstddef>
+#include <memory>
+#include <string_view>
+#include <thread>
+#include <vector>
+
+#include "support/aio_call_counter.h"
+#include "support/aligned_buffer.h"
+#include "support/faulty_engine.h"
+#include "support/temp_dir.h"
+#include "torch_ext/io/io_queue.h"
+
+namespace torch_ext {
+namespace {
+
+using test::AlignedBuffer;
+using test::Fault;
+using test::FaultScript;
+using test::TempDir;
+
+constexpr std::size_t kBlock = 64 << 10;
+
+AioConfig small_blocks() {
+  AioConfig config;
+  config.block_size = kBlock;
+  return config;
+}
+
+class IoQueueKnobsTest : public testing::Test {
+ protected:
+  std::shared_ptr<File> scratch(std::uint64_t bytes) {
+    auto file = std::make_shared<File>(File::scratch(dir_.path()));
+    file->reserve(0, bytes);
+    return file;
+  }
+  IoQueue queue(AioConfig config) {
+    return IoQueue(config, test::faulty_factory("memory", script_));
+  }
+  static IoOperation write(std::shared_ptr<const File> file,
+                           std::span<std::byte> bytes) {
+    return {
+        .op = IoRequest::Op::kWrite, .file = std::move(file), .bytes = bytes};
+  }
+
+  TempDir dir_;
+  std::shared_ptr<FaultScript> script_ = std::make_shared<FaultScript>();
+};
+
+TEST_F(IoQueueKnobsTest, QueueDepthBoundsTheRequestsInFlightPerThread) {
+  auto config = small_blocks();
+  config.queue_depth = 3;
+  config.thread_count = 2;
+  auto file = scratch(4 << 20);
+  AlignedBuffer memory(64 * kBlock);
+  script_->set_plan(
+      [](std::size_t, const IoRequest&) { return Fault::held(); });
+  auto io = queue(config);
+  const Ticket ticket = io.submit(write(file, memory.bytes()));
+  while (script_->held() < 6) std::this_thread::yield();
+  script_->release_all();
+  ticket.wait();
+  EXPECT_EQ(script_->max_in_flight(), 3u);
+  EXPECT_EQ(script_->max_total_in_flight(), 6u);
+}
+
+TEST_F(IoQueueKnobsTest, SingleSubmitMakesOneCallPerRequest) {
+  auto config = small_blocks();
+  config.single_submit = true;
+  auto file = scratch(4 << 20);
+  AlignedBuffer memory(32 * kBlock);
+  auto io = queue(config);
+  io.submit(write(file, memory.bytes())).wait();
+  const auto batches = script_->batches();
+  EXPECT_EQ(batches, std::vector<std::size_t>(32, 1));
+}
+
+TEST_F(IoQueueKnobsTest, WithoutSingleSubmitABatchIsOneCall) {
+  auto config = small_blocks();
+  config.overlap_events = false;
+  auto file = scratch(4 << 20);
+  AlignedBuffer memory(32 * kBlock);
+  auto io = queue(config);
+  io.submit(write(file, memory.bytes())).wait();
+  EXPECT_EQ(script_->batches(), std::vector<std::size_t>(4, 8));
+}
+
+// Requests submitted before the first one is released, of 16 at depth 4.
+std::size_t started_while_first_is_held(bool overlap_events) {
+  TempDir dir;
+  auto file = std::make_shared<File>(File::scratch(dir.path()));
+  file->reserve(0, 16 * kBlock);
+  AlignedBuffer memory(16 * kBlock);
+  auto script = std::make_shared<FaultScript>(test::only(0, Fault::held()));
+  AioConfig config = small_blocks();
+  config.queue_depth = 4;
+  config.overlap_events = overlap_events;
+  IoQueue io(config, test::faulty_factory("memory", script));
+  const Ticket ticket = io.submit({.op = IoRequest::Op::kWrite,
+                                   .file = file,
+                                   .offset = 0,
+                                   .bytes = memory.bytes()});
+  const std::size_t expected = overlap_events ? 16 : 4;
+  while (script->requests() < expected) std::this_thread::yield();
+  const std::size_t started = script->requests();
+  script->release_all();
+  ticket.wait();
+  return started;
+}
+
+TEST_F(IoQueueKnobsTest, OverlapEventsRefillsWhileARequestIsStillOut) {
+  EXPECT_EQ(started_while_first_is_held(true), 16u);
+}
+
+TEST_F(IoQueueKnobsTest, WithoutOverlapEventsABatchIsDrainedBeforeTheNext) {
+  EXPECT_EQ(started_while_first_is_held(false), 4u);
+}
+
+// io_submit calls for one write of 32 blocks at depth 8.
+std::size_t kernel_calls(bool single_submit) {
+  TempDir dir;
+  auto file = std::make_shared<File>(File::scratch(dir.path()));
+  file->reserve(0, 32 * kBlock);
+  AlignedBuffer memory(32 * kBlock);
+  AioConfig config = small_blocks();
+  config.single_submit = single_submit;
+  config.overlap_events = false;
+  IoQueue io(config, make_engine_factory("libaio"));
+  const test::AioCalls before = test::aio_calls();
+  io.submit(
+        {.op = IoRequest::Op::kWrite, .file = file, .bytes = memory.bytes()})
+      .wait();
+  const test::AioCalls calls = test::aio_calls() - before;
+  EXPECT_EQ(calls.requests, 32u);
+  return calls.submits;
+}
+
+TEST_F(IoQueueKnobsTest, TheKernelIsCalledOncePerRequestOrOncePerBatch) {
+  if (!test::aio_calls_available()) GTEST_SKIP() << "libaio is not linked";
+  EXPECT_EQ(kernel_calls(true), 32u);
+  EXPECT_EQ(kernel_calls(false), 4u);
+}
+
+}  // namespace
+}  // namespace torch_ext

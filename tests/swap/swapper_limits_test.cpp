@@ -1,0 +1,184 @@
+// Bounded memory and space, wrong calls, other processes, many threads.
+
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
+#include <map>
+#include <random>
+#include <stdexcept>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "support/swapper_test.h"
+
+namespace torch_ext {
+namespace {
+
+using namespace test;  // NOLINT(google-build-using-namespace)
+
+TEST_F(SwapperTest, SpaceOfRewrittenAndRemovedKeysIsUsedAgain) {
+  Swapper swapper(options());
+  for (int i = 0; i < 50; ++i) {
+    swapper.swap_out("k", on_device(kMiB, 1)).wait();
+    swapper.swap_out("x" + std::to_string(i), on_device(kMiB, 1)).wait();
+    swapper.remove("x" + std::to_string(i));
+  }
+  // The last operation's own reference goes with its thread.
+  while (swapper.stats().store.allocated > kMiB) std::this_thread::yield();
+  EXPECT_EQ(swapper.stats().store.allocated, kMiB);
+  EXPECT_LE(swapper.stats().store.file_size, 16 * kMiB);
+}
+
+TEST_F(SwapperTest, ManySmallOperationsShareFewBuffers) {
+  SwapperOptions small = scripted();
+  small.host_memory = 8 * kMiB;  // Two buffers of 4 MiB.
+  script_->set_plan(test::from(0, Fault::held()));
+  Swapper swapper(small);
+  std::vector<SwapTicket> tickets;
+  for (std::uint64_t i = 0; i < 100; ++i) {
+    tickets.push_back(swapper.swap_out(std::to_string(i), on_device(20000, i)));
+    tickets.back().wait_source();
+  }
+  script_->release_all();
+  for (const SwapTicket& ticket : tickets) ticket.wait();
+  for (std::uint64_t i = 0; i < 100; ++i) {
+    EXPECT_TRUE(stored(swapper, std::to_string(i), i));
+  }
+}
+
+TEST_F(SwapperTest, OneBufferIsEnoughForAnyMixOfOperations) {
+  SwapperOptions least = options();
+  least.host_memory = least.store.aio.block_size;
+  Swapper swapper(least);
+  std::vector<SwapTicket> tickets;
+  std::vector<DeviceBytes> back;
+  for (std::uint64_t i = 0; i < 12; ++i) {
+    const std::size_t size = i % 2 == 0 ? 300 : 300000;
+    const std::string key = std::to_string(i);
+    tickets.push_back(swapper.swap_out(key, on_device(size, i)));
+    back.push_back(on_device(size, 99));
+    tickets.push_back(swapper.swap_in(key, back.back()));
+  }
+  for (const SwapTicket& ticket : tickets) ticket.wait();
+  device_->synchronize();
+  for (std::uint64_t i = 0; i < 12; ++i) EXPECT_TRUE(holds(back[i], i));
+  EXPECT_LE(swapper.stats().host_bytes_peak, least.host_memory);
+}
+
+TEST_F(SwapperTest, WrongCallsAreRefusedAndChangeNothing) {
+  Swapper swapper(options());
+  AlignedBuffer memory(4096);
+  EXPECT_THROW(swapper.swap_in("none", on_host(memory.bytes())), KeyError);
+  EXPECT_THROW(swapper.remove("none"), KeyError);
+  swapper.swap_out("k", on_host(memory.bytes())).wait();
+  EXPECT_THROW(swapper.swap_in("k", on_host(memory.bytes(0, 4095))),
+               std::invalid_argument);
+  device_->set_capturing(true);
+  EXPECT_THROW(swapper.swap_out("g", on_device(4096, 1)), StateError);
+  EXPECT_THROW(swapper.swap_in("k", on_device(4096, 1)), StateError);
+  device_->set_capturing(false);
+  EXPECT_EQ(swapper.keys(), std::vector<std::string>{"k"});
+  swapper.close();
+  EXPECT_THROW(swapper.swap_out("k", on_host(memory.bytes())), StateError);
+  EXPECT_THROW(swapper.remove("k"), StateError);
+}
+
+TEST_F(SwapperTest, TooLittleHostMemoryIsRefusedWithTheLeast) {
+  SwapperOptions bad = options();
+  bad.host_memory = bad.store.aio.block_size - 1;
+  EXPECT_THROW(Swapper{bad}, std::invalid_argument);
+}
+
+TEST_F(SwapperTest, APoolThatCannotBePinnedIsNotedAndWorks) {
+  device_->refuse_pin("no room");
+  Swapper swapper(options());
+  swapper.swap_out("k", on_device(4096, 1)).wait();
+  EXPECT_TRUE(stored(swapper, "k", 1));
+  std::string notes;
+  for (const std::string& note : swapper.notes()) notes += note;
+  EXPECT_NE(notes.find("no room"), std::string::npos);
+}
+
+TEST_F(SwapperTest, BuffersArePinnedForTheDeviceAndUnpinnedAtClose) {
+  Swapper swapper(options());
+  swapper.swap_out("k", on_device(4096, 1)).wait();
+  EXPECT_EQ(device_->counts().pinned_bytes, 16 * kMiB);
+  swapper.close();
+  EXPECT_EQ(device_->counts().pinned_bytes, 0u);
+  device_->synchronize();
+}
+
+TEST_F(SwapperTest, AForkedChildIsRefusedWithTheMakersProcess) {
+  auto swapper = std::make_unique<Swapper>(options());
+  AlignedBuffer memory(4096);
+  swapper->swap_out("k", on_host(memory.bytes())).wait();
+  const pid_t child = fork();
+  if (child == 0) {
+    int result = 1;
+    try {
+      swapper->swap_out("k", on_host(memory.bytes()));
+    } catch (const StateError& error) {
+      const std::string text = error.what();
+      result = text.find(std::to_string(getppid())) == std::string::npos;
+    }
+    swapper.reset();
+    _exit(result);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status));
+  EXPECT_EQ(WEXITSTATUS(status), 0);
+  swapper->swap_out("k", on_host(memory.bytes())).wait();
+}
+
+TEST_F(SwapperTest, ThreadsWithRandomOperationsAndFaultsMatchAModel) {
+  SwapperOptions mixed = scripted();
+  mixed.store.aio.thread_count = 2;
+  mixed.host_memory = 1 * kMiB;
+  script_->set_plan([](std::size_t index, const IoRequest& request) {
+    if (index % 5 == 0) return Fault::cut(request.length / 2);
+    if (index % 37 == 0) return Fault::fail(EIO);
+    return Fault();
+  });
+  script_->shuffle(3);
+  Swapper swapper(mixed);
+  std::atomic<int> wrong = 0;
+  const auto work = [&](std::uint64_t seed) {
+    std::mt19937_64 random(seed);
+    std::map<std::string, std::pair<std::size_t, std::uint64_t>> model;
+    for (int i = 0; i < 150; ++i) {
+      const std::string key =
+          std::to_string(seed) + "." + std::to_string(random() % 5);
+      try {
+        if (random() % 2 == 0 || !model.contains(key)) {
+          const std::size_t size = random() % 300000;
+          AlignedBuffer memory(size);
+          const std::uint64_t fill = random();
+          test::fill_pattern(memory.bytes(), fill);
+          swapper.swap_out(key, on_host(memory.bytes())).wait();
+          model[key] = {size, fill};
+        } else {
+          AlignedBuffer memory(model[key].first);
+          swapper.swap_in(key, on_host(memory.bytes())).wait();
+          if (!test::holds_pattern(memory.bytes(), model[key].second)) ++wrong;
+        }
+      } catch (const IoError& error) {
+        if (error.error() != EIO) ++wrong;
+      }
+    }
+  };
+  std::vector<std::thread> threads;
+  for (std::uint64_t seed = 1; seed <= 4; ++seed) {
+    threads.emplace_back(work, seed);
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(wrong, 0);
+  EXPECT_GT(swapper.stats().failures, 0u);
+}
+
+}  // namespace
+}  // namespace torch_ext
