@@ -121,7 +121,7 @@ setup_build() {
   [ "$goal" = package ] || arguments+=(-DTORCH_EXT_TESTS=ON)
   [ "$goal" != benchmarks ] || arguments+=(-DTORCH_EXT_BENCHMARKS=ON)
   local stamp
-  stamp=$build/.installed-$({ cat setup.py pyproject.toml; echo "${arguments[@]}"; ls .venv/.ready-*; } | sha256sum | cut -c1-16)
+  stamp=$build/.installed-$({ cat setup.py pyproject.toml; echo "${arguments[@]}"; readlink -f .venv/bin/python; } | sha256sum | cut -c1-16)
   if [ -e "$stamp" ] && [ -e torch_ext/lib ]; then
     cmake --build "$build" --parallel "$(nproc)" >"$build/log" 2>&1 || { cat "$build/log" >&2; exit 1; }
     cmake --install "$build" --prefix "$PWD/torch_ext" >"$build/log"

@@ -92,7 +92,7 @@ py::tuple to_tuple(const torch_ext::ParsedAioConfig& parsed) {
 }
 
 void bind_config(py::module_& m) {
-  py::class_<AioConfig>(m, "AioConfig")
+  py::class_<AioConfig>(m, "AioConfig", py::module_local())
       .def(py::init<>())
       .def_readonly("block_size", &AioConfig::block_size)
       .def_readonly("queue_depth", &AioConfig::queue_depth)

@@ -108,7 +108,7 @@ void load(AdamWEngine& engine, const std::vector<SavedArgs>& from) {
 
 void bind_optimizer(py::module_& m) {
   py::class_<AdamWEngine, std::unique_ptr<AdamWEngine, DeleteWithoutGil>>(
-      m, "AdamWEngine")
+      m, "AdamWEngine", py::module_local())
       .def(py::init([](std::filesystem::path directory, const AioConfig& aio,
                        std::uint64_t host_memory, std::string engine,
                        bool verify) {

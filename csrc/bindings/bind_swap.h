@@ -60,7 +60,7 @@ TensorTicket::Timeout rest_of(bool done, Seconds timeout) {
 }
 
 void bind_ticket(py::module_& m) {
-  py::class_<TensorTicket>(m, "SwapTicket")
+  py::class_<TensorTicket>(m, "SwapTicket", py::module_local())
       .def(
           "wait",
           [](const TensorTicket& ticket, Seconds timeout) {
@@ -111,7 +111,7 @@ py::dict to_dict(const torch_ext::SwapperStats& stats) {
 void bind_swap(py::module_& m) {
   bind_ticket(m);
   py::class_<TensorSwapper, std::unique_ptr<TensorSwapper, DeleteWithoutGil>>(
-      m, "TensorSwapper")
+      m, "TensorSwapper", py::module_local())
       .def(py::init([](std::filesystem::path directory, const AioConfig& aio,
                        std::uint64_t host_memory, std::string engine,
                        bool verify) {

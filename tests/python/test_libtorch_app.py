@@ -1,0 +1,53 @@
+"""The example program, built against the installed package, as a user would."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import torch_ext
+
+APP = Path(__file__).resolve().parents[2] / "examples/libtorch_app"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    if not Path(torch_ext.cmake_prefix_path).is_dir():
+        pytest.skip("the package is not installed here")
+    build = tmp_path_factory.mktemp("libtorch_app")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    cmake = shutil.which("cmake", path=path)
+    for command in [
+        [cmake, "-S", APP, "-B", build, "-DCMAKE_BUILD_TYPE=Debug",
+         f"-DCMAKE_PREFIX_PATH={torch_ext.cmake_prefix_path}",
+         f"-DTORCH_ROOT={Path(torch.__file__).parent}"],
+        [cmake, "--build", build],
+    ]:  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return build / "libtorch_app"
+
+
+def run(program, *arguments):
+    return subprocess.run(
+        [program, *arguments], capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_the_program_swaps_and_trains_to_the_bit(program, nvme_dir):
+    done = run(program, nvme_dir)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "equal to the bit" in done.stdout
+    assert "no such key: 'nothing'" in done.stdout
+    assert os.listdir(nvme_dir) == []
+
+
+def test_a_missing_directory_is_named(program, nvme_dir):
+    done = run(program, nvme_dir / "none")
+    assert done.returncode == 2
+    assert "none" in done.stderr
+    assert "ENOENT" in done.stderr
