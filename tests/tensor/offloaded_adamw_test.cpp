@@ -1,0 +1,221 @@
+#include "torch_ext/tensor/offloaded_adamw.h"
+
+#include <ATen/ops/equal.h>
+#include <ATen/ops/randn.h>
+#include <ATen/ops/randn_like.h>
+#include <ATen/ops/zeros.h>
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "support/temp_dir.h"
+
+namespace torch_ext {
+namespace {
+
+using torch::optim::OptimizerParamGroup;
+
+constexpr std::uint64_t kBudget = std::uint64_t{256} << 10;
+
+/// Parameters that are also trained by PyTorch's kernel, in memory.
+class OffloadedAdamWTest : public testing::Test {
+ protected:
+  struct InMemory {
+    at::Tensor parameter, exp_avg, exp_avg_sq, step;
+  };
+
+  static OffloadedAdamWOptions options(double lr = 1e-3) {
+    return OffloadedAdamWOptions(lr);
+  }
+
+  OffloadOptions offload() const {
+    return {.nvme_path = temp_.path(), .host_memory = kBudget};
+  }
+
+  std::vector<at::Tensor> make(const std::vector<std::int64_t>& sizes) {
+    std::vector<at::Tensor> made;
+    for (const std::int64_t size : sizes) {
+      made.push_back(at::randn({size}));
+      in_memory_.push_back({made.back().clone(), at::zeros({size}),
+                            at::zeros({size}), at::zeros({})});
+      made.back().requires_grad_(true);
+      parameters_.push_back(made.back());
+    }
+    return made;
+  }
+
+  /// New gradients, and a step in memory with `options`.
+  void step_in_memory(std::size_t first, std::size_t last,
+                      const OffloadedAdamWOptions& options) {
+    for (std::size_t i = first; i < last; ++i) {
+      InMemory& p = in_memory_[i];
+      const at::Tensor gradient = at::randn_like(p.parameter);
+      parameters_[i].mutable_grad() = gradient;
+      p.step.add_(1);
+      const auto [beta1, beta2] = options.betas();
+      at::_fused_adamw_({p.parameter}, {gradient}, {p.exp_avg}, {p.exp_avg_sq},
+                        {}, {p.step}, options.lr(), beta1, beta2,
+                        options.weight_decay(), options.eps(),
+                        /*amsgrad=*/false, options.maximize());
+    }
+  }
+
+  bool equal() const {
+    for (std::size_t i = 0; i < parameters_.size(); ++i) {
+      if (!at::equal(parameters_[i], in_memory_[i].parameter)) return false;
+    }
+    return true;
+  }
+
+  test::TempDir temp_;
+  std::vector<at::Tensor> parameters_;
+  std::vector<InMemory> in_memory_;
+};
+
+TEST_F(OffloadedAdamWTest, StepsEqualThoseInMemoryBitForBit) {
+  OffloadedAdamWOptions second = options(0.02)
+                                     .betas({0.8, 0.9})
+                                     .eps(1e-6)
+                                     .weight_decay(0.3)
+                                     .maximize(true);
+  const std::vector<at::Tensor> one = make({1, 65, 60000});
+  const std::vector<at::Tensor> two = make({30001, 64});
+  OffloadedAdamW optimizer(
+      {OptimizerParamGroup(one),
+       OptimizerParamGroup(two,
+                           std::make_unique<OffloadedAdamWOptions>(second))},
+      options(), offload());
+  for (int step = 0; step < 10; ++step) {
+    auto& first = static_cast<OffloadedAdamWOptions&>(
+        optimizer.param_groups()[0].options());
+    first.lr(1e-3 * (step + 1));  // A schedule.
+    step_in_memory(0, 3, first);
+    step_in_memory(3, 5, second);
+    optimizer.step();
+  }
+  EXPECT_TRUE(equal());
+  EXPECT_GT(optimizer.stats().tiles, 10u);
+  EXPECT_LE(optimizer.stats().host_bytes_peak, kBudget);
+}
+
+TEST_F(OffloadedAdamWTest, AGroupMayJoinLateAndParametersGoWithoutGradient) {
+  OffloadedAdamW optimizer(make({100, 200}), options(), offload());
+  step_in_memory(0, 1, options());
+  optimizer.step();
+  optimizer.add_param_group(OptimizerParamGroup(make({300})));
+  optimizer.zero_grad();
+  step_in_memory(1, 3, options());
+  optimizer.step();
+  EXPECT_TRUE(equal());
+}
+
+TEST_F(OffloadedAdamWTest, TheClosuresLossIsReturned) {
+  const std::vector<at::Tensor> parameters = make({100});
+  OffloadedAdamW optimizer(parameters, options(), offload());
+  const auto closure = [&] {
+    EXPECT_TRUE(c10::GradMode::is_enabled());
+    optimizer.zero_grad();
+    at::Tensor loss = parameters[0].square().sum();
+    loss.backward();
+    return loss;
+  };
+  const double before = optimizer.step(closure).item<double>();
+  const double after = optimizer.step(closure).item<double>();
+  EXPECT_LT(after, before);
+}
+
+TEST_F(OffloadedAdamWTest, WrongArgumentsAreRefused) {
+  const std::vector<at::Tensor> parameters = make({10});
+  const std::vector<OffloadedAdamWOptions> wrong = {
+      options(-1), options().eps(-1), options().betas({1, 0.9}),
+      options().betas({0.9, -1}), options().weight_decay(-1)};
+  for (const OffloadedAdamWOptions& bad : wrong) {
+    EXPECT_THROW(OffloadedAdamW(parameters, bad, offload()),
+                 std::invalid_argument);
+  }
+  OffloadOptions small = offload();
+  small.host_memory = 1000;
+  EXPECT_THROW(OffloadedAdamW(parameters, options(), small),
+               std::invalid_argument);
+  OffloadOptions nowhere = offload();
+  nowhere.nvme_path = temp_ / "missing";
+  EXPECT_THROW(OffloadedAdamW(parameters, options(), nowhere), IoError);
+  EXPECT_THROW(
+      OffloadedAdamW({at::zeros({3}, at::kDouble)}, options(), offload()),
+      TypeError);
+}
+
+TEST_F(OffloadedAdamWTest, AStateDictBringsTheStateBack) {
+  OffloadedAdamW optimizer(make({30001, 5, 7}), options(), offload());
+  for (int step = 0; step < 3; ++step) {
+    step_in_memory(0, 2, options());
+    optimizer.step();
+  }
+  const auto state = optimizer.state_dict();
+  ASSERT_EQ(state.size(), 2u);
+  for (std::size_t i = 0; i < 2; ++i) {
+    EXPECT_EQ(state[i].parameter, i);
+    EXPECT_EQ(state[i].state.step, 3u);
+    EXPECT_TRUE(at::equal(state[i].state.exp_avg, in_memory_[i].exp_avg));
+  }
+  std::vector<at::Tensor> others;
+  for (const at::Tensor& parameter : parameters_) {
+    others.push_back(parameter.detach().clone().requires_grad_(true));
+  }
+  OffloadedAdamW other(others, options(), offload());
+  other.load_state_dict(state);
+  for (int step = 0; step < 3; ++step) {
+    step_in_memory(0, 3, options());
+    for (std::size_t i = 0; i < 3; ++i) {
+      others[i].mutable_grad() = parameters_[i].grad();
+    }
+    optimizer.step();
+    other.step();
+  }
+  EXPECT_TRUE(equal());
+  for (std::size_t i = 0; i < 3; ++i) {
+    EXPECT_TRUE(at::equal(others[i], parameters_[i]));
+  }
+}
+
+TEST_F(OffloadedAdamWTest, AStateThatDoesNotFitIsRefused) {
+  OffloadedAdamW optimizer(make({5}), options(), offload());
+  step_in_memory(0, 1, options());
+  optimizer.step();
+  auto state = optimizer.state_dict();
+  state[0].parameter = 1;
+  EXPECT_THROW(optimizer.load_state_dict(state), std::invalid_argument);
+  state[0].parameter = 0;
+  state[0].state.exp_avg = at::zeros({6});
+  EXPECT_THROW(optimizer.load_state_dict(state), std::invalid_argument);
+  step_in_memory(0, 1, options());
+  optimizer.step();
+  EXPECT_TRUE(equal());
+}
+
+TEST_F(OffloadedAdamWTest, TheStateOfTheBaseClassHasStepsAndNoTensors) {
+  OffloadedAdamW optimizer(make({5, 6}), options(), offload());
+  EXPECT_TRUE(optimizer.state().empty());
+  step_in_memory(1, 2, options());
+  optimizer.step();
+  optimizer.step();
+  ASSERT_EQ(optimizer.state().size(), 1u);
+  const auto& shown = static_cast<const OffloadedAdamWParamState&>(
+      *optimizer.state().at(parameters_[1].unsafeGetTensorImpl()));
+  EXPECT_EQ(shown.step, 2u);
+}
+
+TEST_F(OffloadedAdamWTest, AClosedOptimizerRefusesSteps) {
+  OffloadedAdamW optimizer(make({5}), options(), offload());
+  step_in_memory(0, 1, options());
+  optimizer.step();
+  optimizer.close();
+  EXPECT_THROW(optimizer.step(), StateError);
+  EXPECT_EQ(optimizer.stats().steps, 1u);
+}
+
+}  // namespace
+}  // namespace torch_ext
