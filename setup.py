@@ -34,6 +34,7 @@ class CMakeBuild(build_ext):
             f"-DPython3_EXECUTABLE={sys.executable}",
             "-DCMAKE_INSTALL_LIBDIR=lib",
             "-DTORCH_EXT_INSTALL_CMAKEDIR=share/cmake/torch_ext",
+            "-DTORCH_EXT_INSTALL_PYTHONDIR=.",
             f"-DTORCH_EXT_WHEEL={'OFF' if in_place else 'ON'}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]

@@ -1,6 +1,7 @@
-# Target torch_ext_libtorch: the LibTorch inside Python's torch, without
-# find_package(Torch), which is fatal where there is no CUDA toolkit. Sets
-# TORCH_EXT_NO_TORCH to the reason when there is none.
+# Targets torch_ext_libtorch and torch_ext_libtorch_python: the LibTorch inside
+# Python's torch and its Python side, without find_package(Torch), which is
+# fatal where there is no CUDA toolkit. Sets TORCH_EXT_NO_TORCH to the reason
+# when there is none.
 
 find_package(Python3 COMPONENTS Interpreter Development.Module)
 if(NOT Python3_Development.Module_FOUND)
@@ -24,9 +25,10 @@ add_library(torch_ext_libtorch INTERFACE)
 target_include_directories(torch_ext_libtorch SYSTEM INTERFACE
   ${TORCH_EXT_TORCH_ROOT}/include
   ${TORCH_EXT_TORCH_ROOT}/include/torch/csrc/api/include)
-foreach(name c10 torch_cpu torch torch_python)
+foreach(name torch torch_cpu c10)
   target_link_libraries(torch_ext_libtorch INTERFACE
-    ${TORCH_EXT_TORCH_ROOT}/lib/${CMAKE_SHARED_LIBRARY_PREFIX}${name}${CMAKE_SHARED_LIBRARY_SUFFIX})
+    ${TORCH_EXT_TORCH_ROOT}/lib/lib${name}.so)
 endforeach()
-# Python's process has these libraries open already.
-target_link_options(torch_ext_libtorch INTERFACE -Wl,--as-needed)
+add_library(torch_ext_libtorch_python INTERFACE)
+target_link_libraries(torch_ext_libtorch_python INTERFACE
+  ${TORCH_EXT_TORCH_ROOT}/lib/libtorch_python.so)
