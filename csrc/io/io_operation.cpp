@@ -77,11 +77,11 @@ void RunningOperation::finish() {
 }
 
 void IoBacklog::push(std::unique_ptr<RunningOperation> operation) {
-  std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
   operations_.push_back(operation.get());
   // From here on the worker that ends the operation deletes it.
   static_cast<void>(operation.release());
-  call_worker();
+  call_worker(lock);
 }
 
 bool IoBacklog::take(std::size_t room, bool block,
@@ -110,8 +110,8 @@ bool IoBacklog::take(std::size_t room, bool block,
       --room;
       if (operation->all_cut()) operations_.pop_front();
     }
-    if (!operations_.empty()) call_worker();
     open = !closed_ || !operations_.empty();
+    if (!operations_.empty()) call_worker(lock);
   }
   for (RunningOperation* operation : ended) {
     operation->finish();
@@ -133,12 +133,15 @@ void IoBacklog::end_poll(IoWorker& worker) {
                  polling_.end());
 }
 
-void IoBacklog::call_worker() {
+// Unlocks first: who wakes would wait for the lock at once.
+void IoBacklog::call_worker(std::unique_lock<std::mutex>& lock) {
   if (idle_ > 0) {
+    lock.unlock();
     changed_.notify_one();
   } else if (!polling_.empty()) {
     IoWorker* worker = polling_.back();
     polling_.pop_back();
+    lock.unlock();
     worker->wake();
   }
 }

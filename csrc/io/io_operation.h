@@ -76,7 +76,8 @@ class IoBacklog {
   void close();
 
  private:
-  void call_worker();
+  /// Unlocks before it calls one.
+  void call_worker(std::unique_lock<std::mutex>& lock);
 
   std::mutex mutex_;
   std::condition_variable changed_;

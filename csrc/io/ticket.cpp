@@ -57,12 +57,15 @@ TicketSource::TicketSource() {
 }
 
 void TicketSource::finish(std::exception_ptr error) {
-  // Notified under the lock: a waiter that wakes may drop the last reference
-  // of its own, and this side's copy keeps the state until it returns.
-  std::lock_guard lock(ticket_.state_->mutex);
-  ticket_.state_->done = true;
-  ticket_.state_->error = std::move(error);
-  ticket_.state_->changed.notify_all();
+  // Who learns of the end may drop this source at once: the copy keeps the
+  // state until the waiters are notified.
+  const std::shared_ptr<Ticket::State> state = ticket_.state_;
+  {
+    std::lock_guard lock(state->mutex);
+    state->done = true;
+    state->error = std::move(error);
+  }
+  state->changed.notify_all();
 }
 
 }  // namespace torch_ext

@@ -49,12 +49,50 @@ CopyThread::CopyThread(Store& store, BufferPool& pool, KeyTable& keys,
 CopyThread::~CopyThread() { stop(); }
 
 void CopyThread::submit(OperationPtr operation) {
-  std::lock_guard lock(mutex_);
-  if (operation->out() || !keys_.park(operation)) {
-    new_operations_.push_back(std::move(operation));
-    changed_.notify_one();
+  operation->direct =
+      operation->on_host && operation->bytes.size > 0 &&
+      is_aligned(operation->bytes.size, store_.granule()) &&
+      is_aligned(operation->bytes.data, store_.memory_alignment());
+  {
+    std::lock_guard lock(mutex_);
+    const bool parked = !operation->out() && keys_.park(operation);
+    ++unfinished_;
+    if (parked) return;
+    if (!operation->direct) {
+      new_operations_.push_back(std::move(operation));
+      changed_.notify_one();
+      return;
+    }
   }
-  ++unfinished_;
+  start_direct(operation);
+}
+
+// Nothing to copy, so the caller submits the I/O and an I/O thread ends the
+// operation: a hand-over between threads costs more than 64 KiB of copying.
+void CopyThread::start_direct(const OperationPtr& operation) {
+  std::unique_ptr<Chunk> chunk;
+  try {
+    make_room(*operation);
+    chunk = std::make_unique<Chunk>();
+  } catch (...) {
+    operation->error = std::current_exception();
+    finish(operation);
+    return;
+  }
+  chunk->operation = operation;
+  chunk->length = operation->bytes.size;
+  chunk->host = {operation->bytes.data, operation->bytes.size};
+  operation->in_place = true;
+  operation->next = operation->bytes.size;
+  operation->open_chunks = 1;
+  queue_io(chunk.release());
+}
+
+void CopyThread::make_room(const SwapOperation& operation) {
+  auto& extent = operation.version->extent;
+  if (operation.out() && extent == nullptr) {
+    extent = store_.allocate(operation.bytes.size);
+  }
 }
 
 void CopyThread::stop() {
@@ -118,6 +156,12 @@ bool CopyThread::start_chunks() {
   bool progress = false;
   while (!active_.empty()) {
     const OperationPtr operation = active_.front();
+    if (operation->direct && operation->error == nullptr) {
+      active_.pop_front();
+      start_direct(operation);
+      progress = true;
+      continue;
+    }
     while (!operation->all_started()) {
       try {
         if (!start_chunk(operation)) return progress;
@@ -142,9 +186,7 @@ void CopyThread::prepare(SwapOperation& operation) {
       if (!why_not.empty()) note_(std::move(why_not));
     }
   }
-  if (operation.out() && operation.version->extent == nullptr) {
-    operation.version->extent = store_.allocate(operation.bytes.size);
-  }
+  make_room(operation);
 }
 
 // False if all buffers are out.
@@ -278,6 +320,10 @@ void CopyThread::queue_io(Chunk* chunk) {
   const SwapOperation& operation = *chunk->operation;
   const auto done = [this, chunk](std::exception_ptr error) {
     chunk->error = std::move(error);
+    if (chunk->operation->direct) {
+      release(chunk);
+      return;
+    }
     std::lock_guard lock(mutex_);
     chunk->next = std::exchange(ended_io_, chunk);
     changed_.notify_one();
@@ -294,7 +340,7 @@ void CopyThread::queue_io(Chunk* chunk) {
     }
   } catch (...) {
     chunk->error = std::current_exception();
-    io_ended(chunk);
+    operation.direct ? release(chunk) : io_ended(chunk);
   }
 }
 
@@ -334,11 +380,16 @@ void CopyThread::finish(const OperationPtr& operation) {
   auto version = std::exchange(operation->version, nullptr);
   if (error != nullptr) keys_.add_failure(operation);
   if (operation->out()) {
-    for (const OperationPtr& reader : keys_.resolve(version, error)) {
-      // It asked for the value that was not written: an older one would be
-      // stale data in silence.
-      reader->error = error;
-      active_.push_back(reader);
+    const auto readers = keys_.resolve(version, error);
+    if (!readers.empty()) {
+      std::lock_guard lock(mutex_);
+      for (const OperationPtr& reader : readers) {
+        // It asked for the value that was not written: an older one would be
+        // stale data in silence.
+        reader->error = error;
+        new_operations_.push_back(reader);
+      }
+      changed_.notify_one();
     }
   }
   finished_(*operation);
@@ -349,7 +400,7 @@ void CopyThread::finish(const OperationPtr& operation) {
   if (!operation->is_staged) operation->staged.finish(error);
   operation->ended.finish(error);
   std::lock_guard lock(mutex_);
-  --unfinished_;
+  if (--unfinished_ == 0 && stopping_) changed_.notify_one();
 }
 
 }  // namespace torch_ext

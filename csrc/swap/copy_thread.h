@@ -32,7 +32,8 @@ struct Chunk {
 };
 
 /// The thread that moves a Swapper's chunks between devices, buffers and the
-/// Store. It is what waits when all buffers are out.
+/// Store. It is what waits when all buffers are out. Aligned host memory needs
+/// no copy: it goes from the calling thread to the Store and past this one.
 class CopyThread {
  public:
   /// `finished` is called by the thread for each operation, before its
@@ -47,6 +48,8 @@ class CopyThread {
   void stop();
 
  private:
+  void start_direct(const OperationPtr& operation);
+  void make_room(const SwapOperation& operation);
   void run();
   void take_inbox();
   bool start_chunks();

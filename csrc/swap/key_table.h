@@ -17,7 +17,7 @@ struct Versions;
 struct Version {
   std::uint64_t size = 0;
   std::shared_ptr<const void> tag;
-  std::shared_ptr<Extent> extent;  ///< Set by the copy thread.
+  std::shared_ptr<Extent> extent;  ///< Set before the first write.
   std::weak_ptr<Versions> of;
 
   // Under the table's lock.

@@ -54,7 +54,9 @@ class SwapOperation {
   std::atomic<bool> error_seen = false;
   EventPtr last_copy;  ///< Written before `staged` is done.
 
-  // The copy thread's own.
+  bool direct = false;  ///< Goes past the copy thread, in one chunk.
+
+  // The copy thread's own; of a direct one, whoever has its chunk.
   std::uint64_t next = 0;  ///< First byte without a chunk.
   std::uint64_t open_chunks = 0;
   std::uint64_t open_reads = 0;  ///< Chunks whose read has not ended.

@@ -92,6 +92,32 @@ TEST_F(SwapperTest, AReadCalledAfterAWriteThatFailsFailsWithItsError) {
   script_->release_all();
 }
 
+TEST_F(SwapperTest, AHostReadCalledDuringItsWriteEndsAsTheWriteDoes) {
+  for (const int error : {0, EIO}) {
+    script_ = std::make_shared<FaultScript>(
+        [error](std::size_t, const IoRequest& request) {
+          return request.op == IoRequest::Op::kWrite
+                     ? Fault{.error = error, .hold = true}
+                     : Fault();
+        });
+    Swapper swapper(scripted());
+    AlignedBuffer source(kMiB);
+    AlignedBuffer back(kMiB);
+    test::fill_pattern(source.bytes(), 1);
+    const SwapTicket write = swapper.swap_out("k", on_host(source.bytes()));
+    const SwapTicket read = swapper.swap_in("k", on_host(back.bytes()));
+    EXPECT_FALSE(read.wait_for(milliseconds(20)));
+    script_->release_all();
+    if (error == 0) {
+      read.wait();
+      EXPECT_TRUE(test::holds_pattern(back.bytes(), 1));
+    } else {
+      EXPECT_THROW(read.wait(), IoError);
+      EXPECT_THROW(write.wait(), IoError);
+    }
+  }
+}
+
 TEST_F(SwapperTest, AReadThatBringsWrongBytesFails) {
   SwapperOptions wrong = scripted();
   Swapper swapper(wrong);

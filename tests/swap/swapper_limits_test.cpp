@@ -155,7 +155,9 @@ TEST_F(SwapperTest, ThreadsWithRandomOperationsAndFaultsMatchAModel) {
           std::to_string(seed) + "." + std::to_string(random() % 5);
       try {
         if (random() % 2 == 0 || !model.contains(key)) {
-          const std::size_t size = random() % 300000;
+          // Every other one is aligned, and goes without a buffer.
+          const std::size_t size =
+              random() % 2 == 0 ? random() % 300000 : random() % 75 * 4096;
           AlignedBuffer memory(size);
           const std::uint64_t fill = random();
           test::fill_pattern(memory.bytes(), fill);

@@ -197,6 +197,23 @@ TEST_F(SwapperTest, ABufferIsNotUsedAgainWhileItsCopyIsInFlight) {
   EXPECT_TRUE(holds(b, 2));
 }
 
+TEST_F(SwapperTest, AlignedHostBytesGoPastCopiesThatHoldAllBuffers) {
+  SwapperOptions small = options();
+  small.host_memory = small.store.aio.block_size;
+  Swapper swapper(small);
+  device_->hold(Stream::kCopy);
+  const SwapTicket waiting = swapper.swap_out("a", on_device(kMiB, 1));
+  ASSERT_TRUE(device_->await_copies(1));
+  AlignedBuffer memory(kMiB);
+  test::fill_pattern(memory.bytes(), 2);
+  swapper.swap_out("b", on_host(memory.bytes())).wait();
+  EXPECT_TRUE(stored(swapper, "b", 2));
+  EXPECT_FALSE(waiting.done());
+  device_->release(Stream::kCopy);
+  waiting.wait();
+  EXPECT_TRUE(stored(swapper, "a", 1));
+}
+
 TEST_F(SwapperTest, SourceAndDestinationMayBeDroppedAtOnce) {
   Swapper swapper(options());
   device_->hold(Stream::kCopy);
