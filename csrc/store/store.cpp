@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cerrno>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <utility>
 
@@ -61,7 +62,7 @@ struct Store::Impl {
     queue = std::make_unique<IoQueue>(config, chosen.factory);
   }
 
-  std::uint64_t take_space(std::uint64_t bytes);
+  std::optional<std::uint64_t> take_space(std::uint64_t bytes, bool may_grow);
   std::span<std::uint64_t> checksums_of(Extent& extent, std::uint64_t offset,
                                         std::uint64_t length) const;
   void check(const Extent* extent, std::uint64_t offset,
@@ -83,8 +84,10 @@ struct Store::Impl {
   StoreStats stats;
 };
 
-std::uint64_t Store::Impl::take_space(std::uint64_t bytes) {
-  if (auto offset = space.take(bytes)) return *offset;
+std::optional<std::uint64_t> Store::Impl::take_space(std::uint64_t bytes,
+                                                     bool may_grow) {
+  const auto free = space.take(bytes);
+  if (free || !may_grow) return free;
   const std::uint64_t old_size = stats.file_size;
   const std::uint64_t missing = bytes - space.tail(old_size);
   std::uint64_t growth = align_up(missing, kGrowth);
@@ -97,7 +100,7 @@ std::uint64_t Store::Impl::take_space(std::uint64_t bytes) {
   }
   stats.file_size += growth;
   space.give(old_size, growth);
-  return *space.take(bytes);
+  return space.take(bytes);
 }
 
 void Store::Impl::check(const Extent* extent, std::uint64_t offset,
@@ -181,6 +184,14 @@ Store::~Store() {
 }
 
 std::shared_ptr<Extent> Store::allocate(std::uint64_t bytes) {
+  return allocate(bytes, true);
+}
+
+std::shared_ptr<Extent> Store::try_allocate(std::uint64_t bytes) {
+  return allocate(bytes, false);
+}
+
+std::shared_ptr<Extent> Store::allocate(std::uint64_t bytes, bool may_grow) {
   if (bytes > std::uint64_t{1} << 62) {
     throw std::invalid_argument("store: an extent of " + std::to_string(bytes) +
                                 " bytes");
@@ -193,7 +204,9 @@ std::shared_ptr<Extent> Store::allocate(std::uint64_t bytes) {
   }
   if (padded > 0) {
     std::lock_guard lock(impl_->mutex);
-    extent->offset_ = impl_->take_space(padded);
+    const auto offset = impl_->take_space(padded, may_grow);
+    if (!offset) return nullptr;
+    extent->offset_ = *offset;
     impl_->stats.allocated += padded;
   }
   extent->size_ = bytes;

@@ -90,6 +90,31 @@ TEST_F(StoreTest, DroppedSpaceIsUsedAgainBeforeTheFileGrows) {
   EXPECT_EQ(store.stats().file_size, size);
 }
 
+TEST_F(StoreTest, TryAllocateTakesFreeSpaceAndNeverGrowsTheFile) {
+  Store store(options());
+  EXPECT_EQ(store.try_allocate(kBlock), nullptr);
+  EXPECT_EQ(store.stats().file_size, 0u);
+  EXPECT_EQ(store.stats().allocated, 0u);
+  EXPECT_EQ(store.try_allocate(0)->padded_size(), 0u);
+
+  const auto first = store.allocate(kBlock);
+  const std::uint64_t size = store.stats().file_size;
+  auto second = store.try_allocate(kBlock + 1);
+  ASSERT_NE(second, nullptr);
+  EXPECT_EQ(second->size(), kBlock + 1);
+  EXPECT_EQ(store.stats().allocated,
+            first->padded_size() + second->padded_size());
+  EXPECT_EQ(store.try_allocate(size), nullptr);
+  EXPECT_EQ(store.stats().file_size, size);
+
+  const std::uint64_t offset = second->offset();
+  AlignedBuffer memory(second->padded_size());
+  store.write(second, 0, memory.bytes()).wait();
+  store.read(second, 0, memory.bytes()).wait();
+  second.reset();
+  EXPECT_EQ(store.try_allocate(kBlock)->offset(), offset);
+}
+
 TEST_F(StoreTest, AnOperationInFlightKeepsItsExtentsSpace) {
   script_->set_plan(test::from(0, Fault::held()));
   Store store(scripted());

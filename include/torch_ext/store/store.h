@@ -59,6 +59,10 @@ class Store {
   /// Errors: IoError (ENOSPC, ...), before anything has changed.
   std::shared_ptr<Extent> allocate(std::uint64_t bytes);
 
+  /// The same from space that the file has already; null where it would have
+  /// to grow. Makes no system call.
+  std::shared_ptr<Extent> try_allocate(std::uint64_t bytes);
+
   /// Writes `bytes` at `offset` of the extent. `offset` is a multiple of
   /// block_size, the length too unless it reaches the end of padded_size();
   /// the address is a multiple of memory_alignment(). `bytes` is borrowed
@@ -87,6 +91,8 @@ class Store {
  private:
   friend class Extent;
   struct Impl;
+  std::shared_ptr<Extent> allocate(std::uint64_t bytes, bool may_grow);
+
   std::shared_ptr<Impl> impl_;
 };
 
