@@ -1,6 +1,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <exception>
@@ -54,6 +55,8 @@ struct RunningPiece {
   Piece piece;
   std::size_t moved = 0;  ///< Bytes of it that are done for good.
   int attempts = 0;       ///< In a row without progress.
+  std::chrono::steady_clock::time_point not_before = {};  ///< Of the next.
+  std::chrono::steady_clock::time_point not_after = {};   ///< Likewise.
 };
 
 class IoWorker;

@@ -18,24 +18,32 @@ namespace torch_ext {
 namespace {
 
 using std::chrono::microseconds;
-
-// With the pauses below, about six seconds of a kernel that says "not now".
-constexpr int kMaxAttempts = 70;
+using Clock = std::chrono::steady_clock;
 
 // Transfers in a row that end without a byte and without an error.
 constexpr int kMaxIdleTransfers = 8;
+
+// Polls in a row that throw before the engine is given up: with the pauses
+// below, after about a second.
+constexpr int kMaxFailedPolls = 100;
 
 // Bytes hashed before what is hashed is submitted: the device should not wait
 // for the checksums of a whole batch.
 constexpr std::size_t kHashAhead = std::size_t{1} << 20;
 
-void pause(int attempt) {
-  std::this_thread::sleep_for(std::min(
-      microseconds(50) * (1 << std::min(attempt, 11)), microseconds(100000)));
+/// Before the attempt after so many. Short: new pieces may wait for its end.
+std::chrono::nanoseconds pause_after(int attempts) {
+  if (attempts <= 1) return {};
+  return std::min(microseconds(50) * (1 << std::min(attempts, 8)),
+                  microseconds(10000));
 }
 
 bool is_transient(int error) {
   return error == EINTR || error == EAGAIN || error == ENOMEM;
+}
+
+bool is_hashed_write(const IoOperation& io) {
+  return io.op == IoRequest::Op::kWrite && !io.checksums.empty();
 }
 
 const char* name_of(IoRequest::Op op) {
@@ -53,11 +61,15 @@ const char* name_of(IoRequest::Op op) {
 }  // namespace
 
 IoWorker::IoWorker(IoBacklog& backlog, const AioConfig& config,
-                   std::unique_ptr<IoEngine> engine)
-    : backlog_(backlog), config_(config), engine_(std::move(engine)) {
+                   std::unique_ptr<IoEngine> engine,
+                   std::chrono::nanoseconds patience)
+    : backlog_(backlog),
+      config_(config),
+      patience_(patience),
+      engine_(std::move(engine)) {
   const std::size_t depth = engine_->depth();
   slots_.resize(depth);
-  for (auto* list : {&free_, &ready_}) list->reserve(depth);
+  for (auto* list : {&free_, &ready_, &later_}) list->reserve(depth);
   taken_.reserve(depth);
   batch_.reserve(depth);
   completions_.resize(depth);
@@ -85,8 +97,18 @@ void IoWorker::join() {
   if (thread_.joinable()) thread_.join();
 }
 
+void IoWorker::wake() noexcept {
+  std::lock_guard lock(engine_mutex_);
+  if (engine_ != nullptr) engine_->wake();
+}
+
 void IoWorker::run() {
   while (take_pieces()) {
+    if (engine_ == nullptr) {
+      refuse_pieces();
+      continue;
+    }
+    take_due();
     submit_ready();
     reap();
   }
@@ -103,6 +125,23 @@ bool IoWorker::take_pieces() {
     ready_.push_back(slot);
   }
   return open || busy() > 0;
+}
+
+/// Adds to the ready pieces those whose pause is over, and ends the pieces of
+/// operations that have failed meanwhile.
+void IoWorker::take_due() {
+  if (later_.empty()) return;
+  const Clock::time_point now = Clock::now();
+  std::erase_if(later_, [&](std::size_t slot) {
+    const RunningPiece& running = slots_[slot];
+    if (running.operation->failed()) {
+      end(slot);
+      return true;
+    }
+    if (running.not_before > now) return false;
+    ready_.push_back(slot);
+    return true;
+  });
 }
 
 void IoWorker::submit_ready() {
@@ -123,16 +162,21 @@ void IoWorker::submit_ready() {
     submitted += accepted;
     if (accepted < batch_.size()) break;
   }
-  if (submitted > 0) refusals_ = 0;
   ready_.erase(ready_.begin(),
                ready_.begin() + static_cast<std::ptrdiff_t>(submitted));
+  if (in_flight_ > 0) return;
+  // Somebody else has used up what the kernel has for all.
+  for (const std::size_t slot : ready_) {
+    try_again(slot, EAGAIN, "the kernel took no request for seconds");
+  }
+  ready_.clear();
 }
 
 IoRequest IoWorker::request_of(std::size_t slot) {
   const RunningPiece& running = slots_[slot];
   const IoOperation& io = running.operation->io();
   const Piece& piece = running.piece;
-  if (io.op == IoRequest::Op::kWrite && !io.checksums.empty()) {
+  if (is_hashed_write(io)) {
     // Again after a refusal too: the checksum is of what the kernel is given.
     io.checksums[piece.block] = checksum({piece.data, piece.length});
   }
@@ -146,35 +190,85 @@ IoRequest IoWorker::request_of(std::size_t slot) {
 
 void IoWorker::reap() {
   if (in_flight_ == 0) {
-    if (ready_.empty()) return;
-    // Somebody else has used up what the kernel has for all.
-    if (++refusals_ > kMaxAttempts) {
-      const std::size_t slot = ready_.front();
-      ready_.erase(ready_.begin());
-      fail(slot, EAGAIN, "the kernel took no request for seconds");
-      refusals_ = 0;
-    } else {
-      pause(refusals_);
-    }
+    if (!later_.empty()) std::this_thread::sleep_for(until_due());
     return;
   }
   std::size_t at_least = config_.overlap_events ? 1 : in_flight_;
   const bool room = config_.overlap_events && !free_.empty() && ready_.empty();
   const bool announced = room && backlog_.announce_poll(*this);
   if (room && !announced) at_least = 0;
-  const std::size_t count =
-      engine_->poll(completions_, at_least, std::chrono::nanoseconds::max());
+  const std::size_t count = poll(at_least);
   if (announced) backlog_.end_poll(*this);
   for (std::size_t i = 0; i < count; ++i) complete(completions_[i]);
+}
+
+/// Until the next piece is due to be tried again, at the latest.
+std::size_t IoWorker::poll(std::size_t at_least) {
+  try {
+    const std::size_t count =
+        engine_->poll(completions_, at_least, until_due());
+    failed_polls_ = 0;
+    return count;
+  } catch (...) {
+    // Nothing is lost if the kernel comes to its senses.
+    if (++failed_polls_ < kMaxFailedPolls) {
+      std::this_thread::sleep_for(pause_after(failed_polls_));
+    } else {
+      give_up_engine(std::current_exception());
+    }
+    return 0;
+  }
+}
+
+/// No completion can be had any more: without the engine, this worker ends
+/// what it has and whatever comes with an error.
+void IoWorker::give_up_engine(std::exception_ptr error) {
+  std::unique_ptr<IoEngine> lost;
+  {
+    std::lock_guard lock(engine_mutex_);
+    lost = std::move(engine_);
+  }
+  // Waits until the kernel has done with the requests in flight. Only then
+  // may their memory go back to its owners.
+  lost.reset();
+  engine_error_ = std::move(error);
+  in_flight_ = 0;
+  later_.clear();
+  refuse_pieces();
+}
+
+/// Ends all pieces with the error that ended the engine.
+void IoWorker::refuse_pieces() {
+  int error = EIO;
+  std::string why = "the I/O engine is lost";
+  try {
+    std::rethrow_exception(engine_error_);
+  } catch (const IoError& failed) {
+    error = failed.error();
+    why += std::string(": ") + failed.what();
+  } catch (...) {
+  }
+  ready_.clear();
+  for (std::size_t slot = 0; slot < slots_.size(); ++slot) {
+    if (slots_[slot].operation != nullptr) fail(slot, error, why);
+  }
 }
 
 void IoWorker::complete(const IoCompletion& completion) {
   const std::size_t slot = completion.cookie;
   if (slot >= slots_.size() || slots_[slot].operation == nullptr) return;
   --in_flight_;
+  const bool sync = slots_[slot].operation->io().op == IoRequest::Op::kSync;
   if (completion.result < 0) {
-    try_again(slot, static_cast<int>(-completion.result), "");
-  } else if (slots_[slot].operation->io().op == IoRequest::Op::kSync) {
+    const auto error = static_cast<int>(-completion.result);
+    // A sync that has failed is final: the kernel has dropped the pages, and
+    // the next one would succeed without them.
+    if (is_transient(error) && !sync) {
+      try_again(slot, error, "");
+    } else {
+      fail(slot, error, "");
+    }
+  } else if (sync) {
     end(slot);
   } else {
     advance(slot, static_cast<std::size_t>(completion.result));
@@ -210,8 +304,10 @@ void IoWorker::advance(std::size_t slot, std::size_t bytes) {
   const std::uint64_t end_of_data = running.piece.offset + reached;
   if (io.op == IoRequest::Op::kRead && size <= end_of_data) {
     fail(slot, EIO, "the file ends at byte " + std::to_string(size));
+  } else if (running.attempts >= kMaxIdleTransfers) {
+    fail(slot, EIO, "short transfers without progress");
   } else {
-    try_again(slot, 0, "short transfers without progress");
+    try_again(slot, EIO, "short transfers without progress");
   }
 }
 
@@ -222,17 +318,28 @@ bool IoWorker::matches_checksum(const RunningPiece& running) const {
   return io.checksums[piece.block] == checksum({piece.data, piece.length});
 }
 
+/// After a pause, in which others go on; or fails, out of patience, with what
+/// is given.
 void IoWorker::try_again(std::size_t slot, int error, const char* detail) {
   RunningPiece& running = slots_[slot];
-  const int limit = error == 0            ? kMaxIdleTransfers
-                    : is_transient(error) ? kMaxAttempts
-                                          : 0;
-  if (++running.attempts <= limit) {
-    if (running.attempts > 1) pause(running.attempts);
-    ready_.push_back(slot);
+  const Clock::time_point now = Clock::now();
+  if (running.attempts++ == 0) running.not_after = now + patience_;
+  if (now > running.not_after) {
+    fail(slot, error, detail);
     return;
   }
-  fail(slot, error == 0 ? EIO : error, detail);
+  running.not_before = now + pause_after(running.attempts);
+  later_.push_back(slot);
+}
+
+/// The longest time there is if no piece is to be tried again.
+std::chrono::nanoseconds IoWorker::until_due() const {
+  if (later_.empty()) return std::chrono::nanoseconds::max();
+  Clock::time_point first = Clock::time_point::max();
+  for (const std::size_t slot : later_) {
+    first = std::min(first, slots_[slot].not_before);
+  }
+  return std::max(first - Clock::now(), Clock::duration(0));
 }
 
 void IoWorker::fail(std::size_t slot, int error, const std::string& detail) {

@@ -1,7 +1,11 @@
 #pragma once
 
+#include <chrono>
 #include <cstddef>
+#include <exception>
 #include <memory>
+#include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -13,23 +17,32 @@ namespace torch_ext {
 /// reaps from.
 class IoWorker {
  public:
+  /// For so long a piece is tried again that the kernel says "not now" to.
+  static constexpr std::chrono::nanoseconds kPatience = std::chrono::seconds(6);
+
   IoWorker(IoBacklog& backlog, const AioConfig& config,
-           std::unique_ptr<IoEngine> engine);
+           std::unique_ptr<IoEngine> engine,
+           std::chrono::nanoseconds patience = kPatience);
 
   /// Errors: IoError when the system has no thread left.
   void start();
   /// Waits for the thread, which ends once the backlog is closed and empty.
   void join();
-  void wake() noexcept { engine_->wake(); }
+  void wake() noexcept;
 
  private:
   void run();
   bool take_pieces();
+  void take_due();
   void submit_ready();
   void reap();
+  std::size_t poll(std::size_t at_least);
+  void give_up_engine(std::exception_ptr error);
+  void refuse_pieces();
   void complete(const IoCompletion& completion);
   void advance(std::size_t slot, std::size_t bytes);
   void try_again(std::size_t slot, int error, const char* detail);
+  std::chrono::nanoseconds until_due() const;
   void end(std::size_t slot);
   void fail(std::size_t slot, int error, const std::string& detail);
   IoRequest request_of(std::size_t slot);
@@ -38,12 +51,16 @@ class IoWorker {
 
   IoBacklog& backlog_;
   const AioConfig config_;
-  std::unique_ptr<IoEngine> engine_;
+  const std::chrono::nanoseconds patience_;
+  std::mutex engine_mutex_;  ///< Between wake() and the end of the engine.
+  std::unique_ptr<IoEngine> engine_;  ///< Null once it is given up.
+  std::exception_ptr engine_error_;   ///< Why it was.
   std::vector<RunningPiece> slots_;
   std::vector<std::size_t> free_;   ///< Slots without a piece.
   std::vector<std::size_t> ready_;  ///< Slots to submit, oldest first.
+  std::vector<std::size_t> later_;  ///< Slots to submit again in a while.
   std::size_t in_flight_ = 0;
-  int refusals_ = 0;  ///< Submits in a row refused with nothing in flight.
+  int failed_polls_ = 0;  ///< In a row.
   std::vector<RunningPiece> taken_;
   std::vector<IoRequest> batch_;
   std::vector<IoCompletion> completions_;

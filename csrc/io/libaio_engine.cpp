@@ -103,7 +103,6 @@ class LibaioEngine final : public IoEngine {
 
   std::string_view name() const noexcept override { return "libaio"; }
   std::size_t depth() const noexcept override { return depth_; }
-  void add_buffers(std::span<std::byte>) override {}
 
   std::size_t submit(std::span<const IoRequest> batch) override {
     // The kernel's ring has more room than it was asked for.
@@ -132,19 +131,13 @@ class LibaioEngine final : public IoEngine {
 
   std::size_t poll(std::span<IoCompletion> out, std::size_t at_least,
                    nanoseconds timeout) override {
-    std::size_t count = take_refused(out);
-    out = out.first(std::min(out.size(), count + in_kernel_));
-    at_least = std::min(at_least, out.size());
-    if (at_least <= count) {
-      if (count < out.size()) count += reap(out.subspan(count), 0, {});
-      return count;
-    }
-    const Deadline deadline(timeout);
-    bool over = false;
-    while (count < at_least && !over) {
-      const nanoseconds left = deadline.left();
-      over = left.count() == 0;
-      over |= wait(out, count, at_least, left);
+    std::size_t count = 0;
+    try {
+      collect(out, count, at_least, timeout);
+    } catch (const IoError&) {
+      wanted_ = 0;
+      // What was reaped before is not lost; the next call meets the error.
+      if (count == 0) throw;
     }
     return count;
   }
@@ -158,6 +151,24 @@ class LibaioEngine final : public IoEngine {
   }
 
  private:
+  void collect(std::span<IoCompletion> out, std::size_t& count,
+               std::size_t at_least, nanoseconds timeout) {
+    count = take_refused(out);
+    out = out.first(std::min(out.size(), count + in_kernel_));
+    at_least = std::min(at_least, out.size());
+    if (at_least <= count) {
+      if (count < out.size()) count += reap(out.subspan(count), 0, {});
+      return;
+    }
+    const Deadline deadline(timeout);
+    bool over = false;
+    while (count < at_least && !over) {
+      const nanoseconds left = deadline.left();
+      over = left.count() == 0;
+      over |= wait(out, count, at_least, left);
+    }
+  }
+
   /// One blocking call of the kernel; true if it, or the next, was woken.
   bool wait(std::span<IoCompletion> out, std::size_t& count,
             std::size_t at_least, nanoseconds left) {

@@ -15,7 +15,6 @@ class NullEngine final : public IoEngine {
 
   std::string_view name() const noexcept override { return "null"; }
   std::size_t depth() const noexcept override { return depth_; }
-  void add_buffers(std::span<std::byte>) override {}
 
   std::size_t submit(std::span<const IoRequest> batch) override {
     batch = batch.first(std::min(batch.size(), depth_ - done_.size()));

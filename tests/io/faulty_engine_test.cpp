@@ -13,6 +13,7 @@
 #include "support/aligned_buffer.h"
 #include "support/pattern.h"
 #include "support/temp_dir.h"
+#include "torch_ext/base/error.h"
 #include "torch_ext/io/file.h"
 
 namespace torch_ext {
@@ -126,6 +127,15 @@ TEST_F(FaultyEngineTest, AWakeEndsAPollOfHeldRequestsOnce) {
   EXPECT_EQ(poll(1, 20ms).size(), 0u);
   EXPECT_GE(std::chrono::steady_clock::now() - start, 20ms);
   script_->release_all();
+}
+
+TEST_F(FaultyEngineTest, AFailingPollLosesNothing) {
+  ASSERT_EQ(engine_->submit(writes(3)), 3u);
+  script_->fail_polls(2);
+  EXPECT_THROW(poll(3), IoError);
+  EXPECT_THROW(poll(3), IoError);
+  EXPECT_EQ(poll(3).size(), 3u);
+  EXPECT_EQ(script_->engines(), 1u);
 }
 
 TEST_F(FaultyEngineTest, ShufflingChangesTheOrderButLosesNothing) {

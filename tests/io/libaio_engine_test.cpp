@@ -213,6 +213,20 @@ TEST_F(LibaioEngineTest, AKernelThatDisownsTheEngineMakesPollThrow) {
   EXPECT_EQ(poll(16), 16u);
 }
 
+TEST_F(LibaioEngineTest, WhatWasReapedBeforeAnErrorIsNotLost) {
+  {
+    int call = 0;
+    const AioRulesInForce rules({.submit = [&](long count) -> long {
+                                   return ++call == 1 ? -EBADF : count;
+                                 },
+                                 .getevents = [] { return -EINVAL; }});
+    EXPECT_EQ(engine_->submit(writes_), 16u);
+    EXPECT_EQ(poll(16), 1u);
+    EXPECT_THROW(poll(16), IoError);
+  }
+  EXPECT_EQ(poll(16), 15u);
+}
+
 TEST_F(LibaioEngineTest, AFullMachineIsAnErrorThatNamesTheLimit) {
   const AioRulesInForce full({.setup = [] { return -EAGAIN; }});
   try {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
@@ -18,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include "torch_ext/base/error.h"
 #include "torch_ext/io/io_engine.h"
 
 namespace torch_ext::test {
@@ -79,6 +81,17 @@ class FaultScript {
   /// Lets all held requests go on, and holds none from now on.
   void release_all();
 
+  /// The next `times` calls of poll() throw.
+  void fail_polls(std::size_t times) {
+    std::lock_guard lock(mutex_);
+    failing_polls_ = times;
+  }
+  /// Engines that exist.
+  std::size_t engines() const {
+    std::lock_guard lock(mutex_);
+    return engines_.size();
+  }
+
   /// Calls of submit() with a batch that is not empty.
   std::size_t submits() const { return read(&FaultScript::submits_); }
   /// Requests accepted.
@@ -121,6 +134,7 @@ class FaultScript {
   std::map<std::size_t, std::size_t> refused_;
   std::set<std::size_t> released_;
   bool all_released_ = false;
+  std::size_t failing_polls_ = 0;
   std::size_t submits_ = 0;
   std::size_t requests_ = 0;
   std::size_t held_ = 0;
@@ -144,16 +158,13 @@ class FaultyEngine final : public IoEngine {
 
   ~FaultyEngine() override {
     IoCompletion ignored;
-    while (in_flight_ > 0) poll({&ignored, 1}, 1, std::chrono::hours(1));
+    while (in_flight_ > 0) collect({&ignored, 1}, 1, std::chrono::hours(1));
     std::lock_guard lock(script_->mutex_);
     script_->engines_.erase(this);
   }
 
   std::string_view name() const noexcept override { return inner_->name(); }
   std::size_t depth() const noexcept override { return inner_->depth(); }
-  void add_buffers(std::span<std::byte> memory) override {
-    inner_->add_buffers(memory);
-  }
 
   std::size_t submit(std::span<const IoRequest> batch) override {
     const std::size_t accepted = accept(batch);
@@ -163,6 +174,33 @@ class FaultyEngine final : public IoEngine {
 
   std::size_t poll(std::span<IoCompletion> out, std::size_t at_least,
                    std::chrono::nanoseconds timeout) override {
+    {
+      std::lock_guard lock(script_->mutex_);
+      if (script_->failing_polls_ > 0) {
+        --script_->failing_polls_;
+        throw IoError({.op = "io_getevents", .error = EINVAL});
+      }
+    }
+    return collect(out, at_least, timeout);
+  }
+
+  void wake() noexcept override {
+    std::lock_guard lock(script_->mutex_);
+    woken_ = true;
+    nudge();
+  }
+
+ private:
+  friend class FaultScript;
+
+  struct Entry {
+    std::size_t index;
+    IoRequest request;
+    int error;
+  };
+
+  std::size_t collect(std::span<IoCompletion> out, std::size_t at_least,
+                      std::chrono::nanoseconds timeout) {
     using Clock = std::chrono::steady_clock;
     const auto start = Clock::now();
     at_least = std::min(at_least, out.size());
@@ -182,21 +220,6 @@ class FaultyEngine final : public IoEngine {
       }
     }
   }
-
-  void wake() noexcept override {
-    std::lock_guard lock(script_->mutex_);
-    woken_ = true;
-    nudge();
-  }
-
- private:
-  friend class FaultScript;
-
-  struct Entry {
-    std::size_t index;
-    IoRequest request;
-    int error;
-  };
 
   std::size_t accept(std::span<const IoRequest> batch) {
     if (batch.empty()) return 0;

@@ -46,10 +46,6 @@ class IoEngine {
   /// Most requests in flight.
   virtual std::size_t depth() const noexcept = 0;
 
-  /// Tells the engine of memory that requests will use, so that it may be
-  /// registered with the kernel. A hint; must outlive the engine.
-  virtual void add_buffers(std::span<std::byte> memory) = 0;
-
   /// Starts a prefix of `batch` and returns its length; fewer than asked
   /// means "no room now": poll and try the rest again. A request that the
   /// kernel refuses for its own sake counts as accepted and completes with
@@ -59,7 +55,8 @@ class IoEngine {
   /// Reaps up to out.size() completions, in any order. Blocks until
   /// `at_least` are there (0: never blocks), `timeout` is over, wake() is
   /// called, or nothing is in flight any more. Signals do not end it. Returns
-  /// the number reaped. Errors: IoError if the kernel disowns the engine.
+  /// the number reaped. Errors: IoError if the kernel disowns the engine, with
+  /// nothing reaped: the call can be made again.
   virtual std::size_t poll(std::span<IoCompletion> out, std::size_t at_least,
                            std::chrono::nanoseconds timeout) = 0;
 
@@ -75,7 +72,8 @@ std::span<const std::string_view> engine_names() noexcept;
 
 /// An engine's factory, by name. Engines of one "memory" factory share one
 /// disk in RAM, keyed by device and inode of the descriptor; "null" moves no
-/// bytes and reports that it did.
+/// bytes and reports that it did; "threads" makes at most 16 calls at a time,
+/// one per thread, whatever its depth.
 /// Errors: std::invalid_argument for an unknown name; the factory itself
 /// throws std::invalid_argument for a depth below 1, and IoError where the
 /// kernel refuses (its detail names fs.aio-max-nr where that is the cause).

@@ -1,0 +1,249 @@
+// What an I/O thread does when the kernel says "not now", or disowns its
+// engine.
+
+#include "io/io_worker.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <exception>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "support/aio_call_counter.h"
+#include "support/aligned_buffer.h"
+#include "support/faulty_engine.h"
+#include "support/pattern.h"
+#include "support/temp_dir.h"
+#include "torch_ext/base/error.h"
+#include "torch_ext/io/io_queue.h"
+
+namespace torch_ext {
+namespace {
+
+using namespace std::chrono_literals;
+using test::AlignedBuffer;
+using test::Fault;
+using test::FaultScript;
+
+constexpr std::size_t kBlock = 64 << 10;
+constexpr std::size_t kForEver = std::numeric_limits<std::size_t>::max();
+
+IoFailure failure_of(const Ticket& ticket) {
+  if (!ticket.wait_for(60s)) {
+    ADD_FAILURE() << "a hang";
+    return {};
+  }
+  try {
+    ticket.wait();
+  } catch (const IoError& error) {
+    return error.failure();
+  }
+  ADD_FAILURE() << "no IoError";
+  return {};
+}
+
+class IoWorkerTest : public testing::Test {
+ protected:
+  static AioConfig config() {
+    AioConfig config;
+    config.block_size = kBlock;
+    return config;
+  }
+
+  IoOperation write(std::size_t first_block, std::size_t blocks) {
+    return {.op = IoRequest::Op::kWrite,
+            .file = file_,
+            .offset = first_block * kBlock,
+            .bytes = memory_.bytes(first_block * kBlock, blocks * kBlock)};
+  }
+
+  bool file_holds_pattern(std::uint64_t seed) {
+    AlignedBuffer back(memory_.size());
+    return pread(file_->buffered_fd(), back.data(), back.size(), 0) ==
+               static_cast<ssize_t>(back.size()) &&
+           test::holds_pattern(back.bytes(), seed);
+  }
+
+  static constexpr std::size_t kBlocks = 64;
+
+  test::TempDir dir_;
+  std::shared_ptr<File> file_ =
+      std::make_shared<File>(File::scratch(dir_.path()));
+  AlignedBuffer memory_{kBlocks * kBlock};
+  std::shared_ptr<FaultScript> script_ = std::make_shared<FaultScript>();
+};
+
+/// A worker with as much patience as a test has.
+class PatientWorker {
+ public:
+  PatientWorker(const AioConfig& config, std::shared_ptr<FaultScript> script,
+                std::chrono::nanoseconds patience)
+      : block_size_(config.block_size),
+        worker_(backlog_, config,
+                test::faulty_factory("memory", script)(config.queue_depth),
+                patience) {
+    worker_.start();
+  }
+  ~PatientWorker() {
+    backlog_.close();
+    worker_.join();
+  }
+
+  Ticket submit(IoOperation operation) {
+    auto started =
+        std::make_unique<RunningOperation>(std::move(operation), block_size_);
+    Ticket ticket = started->ticket();
+    backlog_.push(std::move(started));
+    return ticket;
+  }
+
+ private:
+  const std::uint64_t block_size_;
+  IoBacklog backlog_;
+  IoWorker worker_;
+};
+
+TEST_F(IoWorkerTest, OutOfPatienceAllPiecesOfTheOperationStopAtOnce) {
+  for (const int error : {EINTR, EAGAIN, ENOMEM}) {
+    script_ = std::make_shared<FaultScript>(test::from(0, Fault::fail(error)));
+    PatientWorker worker(config(), script_, 50ms);
+    const IoFailure failure = failure_of(worker.submit(write(0, kBlocks)));
+    EXPECT_EQ(failure.op, "pwrite");
+    EXPECT_EQ(failure.error, error);
+    // 50 ms have room for 12 attempts. One piece's patience is all there is.
+    EXPECT_LE(script_->requests(), 8u * 15);
+    std::set<std::uint64_t> offsets;
+    for (const IoRequest& request : script_->log()) {
+      offsets.insert(request.offset);
+    }
+    EXPECT_EQ(offsets.size(), 8u);
+  }
+}
+
+TEST_F(IoWorkerTest, OutOfPatienceWithRefusedSubmitsAllOperationsStop) {
+  script_->set_plan(test::from(0, Fault::refuse(kForEver)));
+  PatientWorker worker(config(), script_, 50ms);
+  std::vector<Ticket> tickets;
+  for (std::size_t i = 0; i < 4; ++i) {
+    tickets.push_back(worker.submit(write(i, 1)));
+  }
+  for (const Ticket& ticket : tickets) {
+    const IoFailure failure = failure_of(ticket);
+    EXPECT_EQ(failure.error, EAGAIN);
+    EXPECT_EQ(failure.detail, "the kernel took no request for seconds");
+  }
+  EXPECT_EQ(script_->requests(), 0u);
+}
+
+TEST_F(IoWorkerTest, OthersGoOnWhilePiecesWaitToBeTriedAgain) {
+  script_->set_plan([](std::size_t, const IoRequest& request) {
+    return request.offset < 7 * kBlock ? Fault::fail(EAGAIN) : Fault();
+  });
+  PatientWorker worker(config(), script_, 1h);
+  const Ticket stuck = worker.submit(write(0, 7));
+  while (script_->requests() < 7 * 8) std::this_thread::yield();
+  // One slot is left for 57 * 4 pieces. With a pause in each of their turns
+  // they would take minutes.
+  std::vector<Ticket> others;
+  for (int i = 0; i < 4; ++i) {
+    others.push_back(worker.submit(write(7, kBlocks - 7)));
+  }
+  EXPECT_TRUE(others.back().wait_for(60s));
+  EXPECT_FALSE(stuck.done());
+  script_->set_plan(nullptr);
+  stuck.wait();
+}
+
+TEST_F(IoWorkerTest, AFailedSyncIsFinal) {
+  for (const int error : {EIO, EAGAIN, ENOMEM, EINTR}) {
+    script_ = std::make_shared<FaultScript>(test::only(0, Fault::fail(error)));
+    IoQueue io(config(), test::faulty_factory("memory", script_));
+    const IoFailure failure =
+        failure_of(io.submit({.op = IoRequest::Op::kSync, .file = file_}));
+    EXPECT_EQ(failure.op, "fsync");
+    EXPECT_EQ(failure.error, error);
+    EXPECT_EQ(script_->requests(), 1u);
+  }
+}
+
+TEST_F(IoWorkerTest, AnEngineThatFailsForAWhileLosesNothing) {
+  for (const bool overlap_events : {true, false}) {
+    test::fill_pattern(memory_.bytes(), overlap_events);
+    AioConfig aio = config();
+    aio.overlap_events = overlap_events;
+    IoQueue io(aio, test::faulty_factory("threads", script_));
+    for (std::size_t i = 0; i < kBlocks; ++i) {
+      if (i % 8 == 0) script_->fail_polls(1 + i % 3);
+      io.submit(write(i, 1)).wait();
+    }
+    EXPECT_TRUE(file_holds_pattern(overlap_events));
+  }
+}
+
+TEST_F(IoWorkerTest, ALostEngineEndsOperationsWithItsErrorNowAndLater) {
+  script_->set_plan(test::from(0, Fault::held()));
+  std::optional<IoQueue> io(std::in_place, config(),
+                            test::faulty_factory("memory", script_));
+  std::size_t engines_at_the_end = 99;
+  IoOperation operation = write(0, kBlocks);
+  operation.on_done = [&](std::exception_ptr) {
+    engines_at_the_end = script_->engines();
+  };
+  script_->fail_polls(kForEver);
+  const Ticket first = io->submit(operation);
+  while (script_->held() < 8) std::this_thread::yield();
+  const Ticket second = io->submit(write(0, 1));
+  script_->release_all();
+
+  const IoFailure failure = failure_of(first);
+  EXPECT_EQ(failure.op, "pwrite");
+  EXPECT_EQ(failure.path, file_->path());
+  EXPECT_EQ(failure.error, EINVAL);
+  EXPECT_EQ(failure.detail,
+            "the I/O engine is lost: io_getevents: Invalid argument (EINVAL)");
+  // Until its engine was gone, the kernel could write to the memory.
+  EXPECT_EQ(engines_at_the_end, 0u);
+  EXPECT_EQ(failure_of(second).error, EINVAL);
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_EQ(failure_of(io->submit(write(0, kBlocks))).error, EINVAL);
+  }
+  EXPECT_EQ(script_->requests(), 8u);
+  io.reset();
+}
+
+TEST_F(IoWorkerTest, ALostEngineKeepsMemoryUntilTheKernelHasDoneWithIt) {
+  script_->set_plan(test::from(0, Fault::held()));
+  script_->fail_polls(kForEver);
+  IoQueue io(config(), test::faulty_factory("memory", script_));
+  const Ticket ticket = io.submit(write(0, 8));
+  EXPECT_FALSE(ticket.wait_for(2s));
+  script_->release_all();
+  EXPECT_EQ(failure_of(ticket).error, EINVAL);
+}
+
+TEST_F(IoWorkerTest, TheKernelMayDisownAnAioContextOnceOrForGood) {
+  if (!test::aio_calls_available()) GTEST_SKIP() << "libaio is not linked";
+  test::fill_pattern(memory_.bytes(), 5);
+  IoQueue io(config(), make_engine_factory("libaio"));
+  {
+    int call = 0;
+    const test::AioRulesInForce sometimes(
+        {.getevents = [&] { return ++call % 3 == 1 ? -EINVAL : 0; }});
+    ASSERT_TRUE(io.submit(write(0, kBlocks)).wait_for(60s));
+    EXPECT_TRUE(file_holds_pattern(5));
+  }
+  const test::AioRulesInForce never({.getevents = [] { return -EINVAL; }});
+  EXPECT_EQ(failure_of(io.submit(write(0, kBlocks))).error, EINVAL);
+  EXPECT_EQ(failure_of(io.submit(write(0, 1))).error, EINVAL);
+}
+
+}  // namespace
+}  // namespace torch_ext
