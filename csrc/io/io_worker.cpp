@@ -27,8 +27,8 @@ constexpr int kMaxIdleTransfers = 8;
 // below, after about a second.
 constexpr int kMaxFailedPolls = 100;
 
-// Bytes hashed before what is hashed is submitted: the device should not wait
-// for the checksums of a whole batch.
+// Bytes of writes hashed before they are submitted while the device has less
+// than that to do.
 constexpr std::size_t kHashAhead = std::size_t{1} << 20;
 
 /// Before the attempt after so many. Short: new pieces may wait for its end.
@@ -148,14 +148,18 @@ void IoWorker::submit_ready() {
   std::size_t submitted = 0;
   while (submitted < ready_.size()) {
     batch_.clear();
+    // Hashing is about as quick as drives write: while one batch is hashed, as
+    // much in flight keeps the device busy.
+    const std::size_t hash_ahead = std::max<std::size_t>(
+        kHashAhead, in_flight_ * static_cast<std::size_t>(config_.block_size));
     std::size_t hashed = 0;
     while (submitted + batch_.size() < ready_.size()) {
       const std::size_t slot = ready_[submitted + batch_.size()];
       batch_.push_back(request_of(slot));
-      if (!slots_[slot].operation->io().checksums.empty()) {
+      if (is_hashed_write(slots_[slot].operation->io())) {
         hashed += batch_.back().length;
       }
-      if (config_.single_submit || hashed >= kHashAhead) break;
+      if (config_.single_submit || hashed >= hash_ahead) break;
     }
     const std::size_t accepted = engine_->submit(batch_);
     in_flight_ += accepted;

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <string_view>
 #include <thread>
@@ -12,6 +13,7 @@
 #include "support/aligned_buffer.h"
 #include "support/faulty_engine.h"
 #include "support/temp_dir.h"
+#include "torch_ext/base/checksum.h"
 #include "torch_ext/io/io_queue.h"
 
 namespace torch_ext {
@@ -119,19 +121,25 @@ TEST_F(IoQueueKnobsTest, WithoutOverlapEventsABatchIsDrainedBeforeTheNext) {
   EXPECT_EQ(started_while_first_is_held(false), 4u);
 }
 
-// io_submit calls for one write of 32 blocks at depth 8.
-std::size_t kernel_calls(bool single_submit) {
+// io_submit calls for 32 blocks at depth 8, with checksums.
+std::size_t kernel_calls(IoRequest::Op op, std::size_t block_size,
+                         bool single_submit) {
   TempDir dir;
   auto file = std::make_shared<File>(File::scratch(dir.path()));
-  file->reserve(0, 32 * kBlock);
-  AlignedBuffer memory(32 * kBlock);
-  AioConfig config = small_blocks();
+  file->reserve(0, 32 * block_size);
+  AlignedBuffer memory(32 * block_size);
+  std::vector<std::uint64_t> checksums(32,
+                                       checksum(memory.bytes(0, block_size)));
+  AioConfig config;
+  config.block_size = block_size;
   config.single_submit = single_submit;
   config.overlap_events = false;
   IoQueue io(config, make_engine_factory("libaio"));
   const test::AioCalls before = test::aio_calls();
-  io.submit(
-        {.op = IoRequest::Op::kWrite, .file = file, .bytes = memory.bytes()})
+  io.submit({.op = op,
+             .file = file,
+             .bytes = memory.bytes(),
+             .checksums = checksums})
       .wait();
   const test::AioCalls calls = test::aio_calls() - before;
   EXPECT_EQ(calls.requests, 32u);
@@ -140,8 +148,18 @@ std::size_t kernel_calls(bool single_submit) {
 
 TEST_F(IoQueueKnobsTest, TheKernelIsCalledOncePerRequestOrOncePerBatch) {
   if (!test::aio_calls_available()) GTEST_SKIP() << "libaio is not linked";
-  EXPECT_EQ(kernel_calls(true), 32u);
-  EXPECT_EQ(kernel_calls(false), 4u);
+  constexpr auto kRead = IoRequest::Op::kRead;
+  constexpr auto kWrite = IoRequest::Op::kWrite;
+  constexpr std::size_t kMiB = 1 << 20;  // The default.
+  for (const std::size_t block_size : {kBlock, kMiB}) {
+    EXPECT_EQ(kernel_calls(kRead, block_size, true), 32u);
+    EXPECT_EQ(kernel_calls(kWrite, block_size, true), 32u);
+    EXPECT_EQ(kernel_calls(kRead, block_size, false), 4u);
+  }
+  EXPECT_EQ(kernel_calls(kWrite, kBlock, false), 4u);
+  // The device starts after 1 MiB is hashed, then has as much to do as is
+  // hashed meanwhile: batches of 1, 1, 2 and 4.
+  EXPECT_EQ(kernel_calls(kWrite, kMiB, false), 16u);
 }
 
 }  // namespace
