@@ -15,7 +15,9 @@
 #include <system_error>
 #include <utility>
 
+#include "file_size_signal.h"
 #include "torch_ext/base/error.h"
+#include "torch_ext/io/io_engine.h"
 
 namespace torch_ext {
 namespace {
@@ -281,6 +283,7 @@ void File::reserve(std::uint64_t offset, std::uint64_t length) const {
   }
   const auto end = static_cast<off_t>(offset + length);
   const auto old_size = static_cast<off_t>(size());
+  const FileSizeSignalBlocked signal_blocked;
   int error = 0;
   do {
     error = fallocate(buffered_fd_, 0, static_cast<off_t>(offset),
@@ -300,6 +303,25 @@ void File::reserve(std::uint64_t offset, std::uint64_t length) const {
     static_cast<void>(ftruncate(buffered_fd_, old_size) == 0);
   }
   throw failed("fallocate", error);
+}
+
+void File::write(std::uint64_t offset, std::span<const std::byte> bytes) const {
+  const FileSizeSignalBlocked signal_blocked;
+  while (!bytes.empty()) {
+    const std::size_t length = std::min(bytes.size(), IoRequest::kMaxTransfer);
+    const ssize_t moved =
+        pwrite(buffered_fd_, bytes.data(), length, static_cast<off_t>(offset));
+    if (moved < 0 && errno == EINTR) continue;
+    if (moved <= 0) {
+      throw IoError({.op = "pwrite",
+                     .path = path_,
+                     .offset = offset,
+                     .length = length,
+                     .error = moved < 0 ? errno : EIO});
+    }
+    offset += static_cast<std::uint64_t>(moved);
+    bytes = bytes.subspan(static_cast<std::size_t>(moved));
+  }
 }
 
 }  // namespace torch_ext

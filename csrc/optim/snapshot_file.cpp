@@ -1,13 +1,10 @@
 #include "torch_ext/optim/snapshot_file.h"
 
 #include <sys/mman.h>
-#include <unistd.h>
 
-#include <algorithm>
 #include <cerrno>
 
 #include "torch_ext/base/error.h"
-#include "torch_ext/io/io_engine.h"
 
 namespace torch_ext {
 
@@ -19,21 +16,7 @@ SnapshotFile::SnapshotFile(const std::filesystem::path& directory,
 
 void SnapshotFile::write(std::uint64_t offset,
                          std::span<const std::byte> bytes) {
-  while (!bytes.empty()) {
-    const std::size_t length = std::min(bytes.size(), IoRequest::kMaxTransfer);
-    const ssize_t moved = pwrite(file_.buffered_fd(), bytes.data(), length,
-                                 static_cast<off_t>(offset));
-    if (moved < 0 && errno == EINTR) continue;
-    if (moved <= 0) {
-      throw IoError({.op = "pwrite",
-                     .path = file_.path(),
-                     .offset = offset,
-                     .length = length,
-                     .error = moved < 0 ? errno : EIO});
-    }
-    offset += static_cast<std::uint64_t>(moved);
-    bytes = bytes.subspan(static_cast<std::size_t>(moved));
-  }
+  file_.write(offset, bytes);
 }
 
 std::shared_ptr<std::byte> SnapshotFile::map() const {

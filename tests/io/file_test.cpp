@@ -11,6 +11,8 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <csignal>
+#include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
@@ -18,6 +20,7 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "support/aligned_buffer.h"
 #include "support/child.h"
@@ -352,6 +355,51 @@ TEST_F(FileTest, WithoutFallocateReserveSetsTheSizeAndNeverShrinks) {
       return file.size() == 12288 ? "" : std::to_string(file.size());
     });
   }
+}
+
+/// A child's process whose files may have 1 MiB, and which dies of more.
+bool limit_file_size() {
+  signal(SIGXFSZ, SIG_DFL);
+  const rlimit limit = {1 << 20, 1 << 20};
+  return setrlimit(RLIMIT_FSIZE, &limit) == 0;
+}
+
+TEST_F(FileTest, TheFileSizeLimitIsAnErrorNotTheEndOfTheProcess) {
+  expect_well_in_child([this]() -> std::string {
+    const File file = File::scratch(directory_.path());
+    if (!limit_file_size()) return "setrlimit";
+    const std::vector<std::byte> bytes(8192);
+    for (int i = 0; i < 2; ++i) {
+      IoFailure failure = failure_of([&] { file.reserve(0, 2 << 20); });
+      if (failure.error != EFBIG) return "reserve " + errno_name(failure.error);
+      failure = failure_of([&] { file.write((1 << 20) - 4096, bytes); });
+      if (failure.error != EFBIG) return "write " + errno_name(failure.error);
+      if (failure.offset != 1u << 20) return "offset";
+    }
+    sigset_t pending;
+    sigpending(&pending);
+    if (sigismember(&pending, SIGXFSZ) != 0) return "a signal is left";
+    sigset_t blocked;
+    pthread_sigmask(SIG_BLOCK, nullptr, &blocked);
+    return sigismember(&blocked, SIGXFSZ) == 0 ? "" : "it stays blocked";
+  });
+}
+
+TEST_F(FileTest, AFileSizeSignalThatWasPendingBeforeStaysSo) {
+  expect_well_in_child([this]() -> std::string {
+    const File file = File::scratch(directory_.path());
+    if (!limit_file_size()) return "setrlimit";
+    sigset_t one;
+    sigemptyset(&one);
+    sigaddset(&one, SIGXFSZ);
+    pthread_sigmask(SIG_BLOCK, &one, nullptr);
+    raise(SIGXFSZ);
+    const IoFailure failure = failure_of([&] { file.reserve(0, 2 << 20); });
+    if (failure.error != EFBIG) return errno_name(failure.error);
+    sigset_t pending;
+    sigpending(&pending);
+    return sigismember(&pending, SIGXFSZ) == 1 ? "" : "the signal is lost";
+  });
 }
 
 /// What reserve() does on a full file system with 1 MiB reserved before.

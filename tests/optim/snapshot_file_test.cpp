@@ -1,9 +1,11 @@
 #include "torch_ext/optim/snapshot_file.h"
 
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 
 #include <cerrno>
+#include <csignal>
 #include <filesystem>
 
 #include "support/aligned_buffer.h"
@@ -56,6 +58,23 @@ TEST(SnapshotFileTest, NoSpaceIsAnErrorBeforeAnythingIsWritten) {
               return "no error";
             }),
             "");
+}
+
+TEST(SnapshotFileTest, TheFileSizeLimitIsAnErrorNotTheEndOfTheProcess) {
+  test::expect_well_in_child([]() -> std::string {
+    test::TempDir temp;
+    test::AlignedBuffer bytes(8192);
+    SnapshotFile file(temp.path(), 4096);
+    signal(SIGXFSZ, SIG_DFL);
+    const rlimit limit = {4096, 4096};
+    if (setrlimit(RLIMIT_FSIZE, &limit) != 0) return "setrlimit";
+    try {
+      file.write(0, bytes.bytes());
+      return "no error";
+    } catch (const IoError& error) {
+      return error.error() == EFBIG ? "" : error.what();
+    }
+  });
 }
 
 TEST(SnapshotFileTest, ADiskThatFillsUpIsAnErrorWithPathAndOffset) {

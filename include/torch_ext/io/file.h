@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <span>
 #include <string>
 
 namespace torch_ext {
@@ -60,6 +61,9 @@ class File {
   /// Errors: IoError, with the size as it was: so nobody else may grow the
   /// file meanwhile.
   void reserve(std::uint64_t offset, std::uint64_t length) const;
+  /// Writes all of `bytes` at `offset`, in this thread and through the page
+  /// cache. Errors: IoError, with a prefix written.
+  void write(std::uint64_t offset, std::span<const std::byte> bytes) const;
 
  private:
   File(std::string path, int fd);
