@@ -30,15 +30,17 @@ struct Parameter {
 // An error as later calls shall see it.
 std::exception_ptr with_remedy(const std::exception_ptr& error) {
   const std::string remedy =
-      "; the optimizer state may be half updated: load it anew";
+      "the optimizer state may be half updated: load it anew";
   try {
     std::rethrow_exception(error);
   } catch (const IoError& e) {
     IoFailure failure = e.failure();
+    if (!failure.detail.empty()) failure.detail += "; ";
     failure.detail += remedy;
     return std::make_exception_ptr(IoError(std::move(failure)));
   } catch (const std::exception& e) {
-    return std::make_exception_ptr(StateError(e.what() + remedy));
+    return std::make_exception_ptr(
+        StateError(std::string(e.what()) + "; " + remedy));
   } catch (...) {
     return error;
   }

@@ -116,6 +116,31 @@ TEST_F(OptimizerFaultsTest, EveryFailedTransferIsReportedAndRefusesMoreSteps) {
   }
 }
 
+TEST_F(OptimizerFaultsTest, ARefusedStepSaysWhatFailedAndWhatToDo) {
+  struct Case {
+    Fault fault;
+    std::string text;
+  };
+  for (const Case& c :
+       {Case{Fault::fail(EIO),
+             ": Input/output error (EIO); the optimizer state may be half "
+             "updated: load it anew"},
+        Case{Fault::cut(0),
+             ": Input/output error (EIO); short transfers without progress; "
+             "the optimizer state may be half updated: load it anew"}}) {
+    script_ = std::make_shared<FaultScript>(test::from(0, c.fault));
+    OptimizerOffload offload(options());
+    ScalarAdamW adamw(offload);
+    adamw.add(4 * kPerTile);
+    EXPECT_NE(error_of<IoError>([&] {
+                for (int step = 0; step < 3; ++step) adamw.step_all();
+              }),
+              "");
+    const std::string text = error_of<IoError>([&] { adamw.step_all(); });
+    EXPECT_TRUE(text.ends_with(c.text)) << text;
+  }
+}
+
 TEST_F(OptimizerFaultsTest, AnErrorOfTheLastWritesIsTheNextCallsOrClosesOwn) {
   for (const bool close : {false, true}) {
     script_ = std::make_shared<FaultScript>(
