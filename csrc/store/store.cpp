@@ -26,6 +26,11 @@ struct ChosenEngine {
   std::string note;
 };
 
+ChosenEngine threads_instead(const std::string& why_not) {
+  return {"threads", make_engine_factory("threads"),
+          "I/O engine threads instead of libaio: " + why_not};
+}
+
 ChosenEngine choose_engine(const StoreOptions& options, const File& file) {
   if (options.engine_factory) return {"custom", options.engine_factory, ""};
   if (options.engine != "auto") {
@@ -36,8 +41,7 @@ ChosenEngine choose_engine(const StoreOptions& options, const File& file) {
     why_not = "libaio is synchronous on files without direct I/O";
   }
   if (why_not.empty()) return {"libaio", make_engine_factory("libaio"), ""};
-  return {"threads", make_engine_factory("threads"),
-          "I/O engine threads instead of libaio: " + why_not};
+  return threads_instead(why_not);
 }
 
 }  // namespace
@@ -56,10 +60,17 @@ struct Store::Impl {
                                   std::to_string(config.block_size));
     }
     ChosenEngine chosen = choose_engine(options, *file);
+    try {
+      queue = std::make_unique<IoQueue>(config, chosen.factory);
+    } catch (const IoError& error) {
+      if (options.engine != "auto" || chosen.name != "libaio") throw;
+      // The kernel has AIO, but not enough for this depth and thread count.
+      chosen = threads_instead(error.what());
+      queue = std::make_unique<IoQueue>(config, chosen.factory);
+    }
     engine = std::move(chosen.name);
     if (!chosen.note.empty()) notes.push_back(std::move(chosen.note));
     if (!file->direct()) notes.push_back(file->buffered_reason());
-    queue = std::make_unique<IoQueue>(config, chosen.factory);
   }
 
   std::optional<std::uint64_t> take_space(std::uint64_t bytes, bool may_grow);
@@ -94,7 +105,9 @@ std::optional<std::uint64_t> Store::Impl::take_space(std::uint64_t bytes,
   try {
     file->reserve(old_size, growth);
   } catch (const IoError& error) {
-    if (error.error() != ENOSPC || growth == missing) throw;
+    const bool limit = error.error() == ENOSPC || error.error() == EFBIG ||
+                       error.error() == EDQUOT;
+    if (!limit || growth == missing) throw;
     growth = missing;
     file->reserve(old_size, growth);
   }

@@ -2,20 +2,26 @@
 
 #include <gtest/gtest.h>
 #include <sys/mount.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
 
 #include <cerrno>
+#include <csignal>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "support/aio_call_counter.h"
 #include "support/aligned_buffer.h"
+#include "support/child.h"
 #include "support/faulty_engine.h"
 #include "support/pattern.h"
 #include "support/temp_dir.h"
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/error.h"
+#include "torch_ext/io/file.h"
 
 namespace torch_ext {
 namespace {
@@ -225,6 +231,75 @@ TEST_F(StoreTest, AnExtentMayOutliveItsStore) {
     extent = store.allocate(kBlock);
   }
   EXPECT_EQ(extent->size(), kBlock);
+}
+
+TEST_F(StoreTest, WhereTheGrowthIsRefusedTheFileGrowsByWhatIsMissing) {
+  for (const int error : {ENOSPC, EFBIG, EDQUOT}) {
+    test::expect_well_in_child([this, error]() -> std::string {
+      Store store(options());
+      constexpr std::uint32_t kGrowth = 16 << 20;
+      if (!test::refuse_syscall(SYS_fallocate, error, 3, kGrowth)) {
+        return test::skip("no seccomp");
+      }
+      const auto extent = store.allocate(kBlock);
+      const std::uint64_t size = store.stats().file_size;
+      return size == kBlock ? "" : std::to_string(size);
+    });
+  }
+}
+
+TEST_F(StoreTest, TheFileSizeLimitIsAnErrorAndWhatFitsIsStillGiven) {
+  test::expect_well_in_child([this]() -> std::string {
+    signal(SIGXFSZ, SIG_DFL);
+    const rlimit limit = {1 << 20, 1 << 20};
+    if (setrlimit(RLIMIT_FSIZE, &limit) != 0) return "setrlimit";
+    Store store(options());
+    AlignedBuffer memory(kBlock);
+    store.write(store.allocate(kBlock), 0, memory.bytes()).wait();
+    try {
+      store.allocate(2 << 20);
+      return "no error";
+    } catch (const IoError& error) {
+      return error.error() == EFBIG ? "" : error.what();
+    }
+  });
+}
+
+TEST_F(StoreTest, WithoutKernelSlotsForTheQueueTheThreadsEngineIsUsed) {
+  if (!test::aio_calls_available()) GTEST_SKIP() << "libaio is not linked";
+  if (!File::scratch(dir_.path()).direct()) GTEST_SKIP() << "no direct I/O";
+  for (const int error : {EAGAIN, ENOMEM}) {
+    StoreOptions queue = options();
+    queue.aio.thread_count = 3;
+    int call = 0;
+    // The first asks whether there is AIO, the second makes one engine.
+    const test::AioRulesInForce rules(
+        {.setup = [&] { return ++call % 3 == 0 ? -error : 0; }});
+    Store store(queue);
+    EXPECT_EQ(store.engine(), "threads");
+    ASSERT_EQ(store.notes().size(), 1u);
+    EXPECT_TRUE(store.notes()[0].starts_with(
+        "I/O engine threads instead of libaio: io_setup: "))
+        << store.notes()[0];
+    EXPECT_NE(store.notes()[0].find(errno_name(error)), std::string::npos);
+    AlignedBuffer memory(kBlock);
+    auto extent = store.allocate(kBlock);
+    store.write(extent, 0, memory.bytes()).wait();
+    store.read(extent, 0, memory.bytes()).wait();
+
+    call = 0;
+    queue.engine = "libaio";
+    EXPECT_THROW(Store{queue}, IoError);
+  }
+}
+
+TEST_F(StoreTest, ADepthThatTheRealKernelRefusesIsTheThreadsEnginesToo) {
+  StoreOptions deep = options();
+  deep.aio.queue_depth = 65536;
+  Store store(deep);
+  AlignedBuffer memory(kBlock);
+  auto extent = store.allocate(kBlock);
+  store.write(extent, 0, memory.bytes()).wait();
 }
 
 TEST_F(StoreTest, AFullDiskRefusesTheExtentAndKeepsTheRest) {
