@@ -56,13 +56,8 @@ struct BufferPool::State {
   std::span<std::byte> memory() const { return {base, buffer_size * count}; }
 
   void give_back(std::byte* data) {
-    std::function<void()> callback;
-    {
-      std::lock_guard lock(mutex);
-      free.push_back(data);
-      callback = returned;
-    }
-    if (callback) callback();
+    std::lock_guard lock(mutex);
+    free.push_back(data);
   }
 
   const std::size_t buffer_size;
@@ -75,7 +70,6 @@ struct BufferPool::State {
   std::mutex mutex;
   std::vector<std::byte*> free;
   std::size_t peak = 0;
-  std::function<void()> returned;
   std::vector<std::shared_ptr<Device>> pinned;
   std::map<std::string, std::string> pin_result;
 };
@@ -110,11 +104,6 @@ BufferPool::BufferPool(std::size_t buffer_size, std::size_t count) {
   state_ = std::make_shared<State>(buffer_size, count);
 }
 
-BufferPool::~BufferPool() {
-  // Leases may outlive the pool; whoever wanted the callback does not.
-  on_return(nullptr);
-}
-
 Buffer BufferPool::try_take() {
   Buffer buffer;
   std::lock_guard lock(state_->mutex);
@@ -125,11 +114,6 @@ Buffer BufferPool::try_take() {
   state_->free.pop_back();
   state_->peak = std::max(state_->peak, state_->count - state_->free.size());
   return buffer;
-}
-
-void BufferPool::on_return(std::function<void()> callback) {
-  std::lock_guard lock(state_->mutex);
-  state_->returned = std::move(callback);
 }
 
 std::string BufferPool::pin(std::shared_ptr<Device> device) {

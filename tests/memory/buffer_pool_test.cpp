@@ -89,15 +89,6 @@ TEST(BufferPoolTest, AssigningALeaseGivesTheOldOneBackOnce) {
   EXPECT_EQ(pool.in_use(), 1u);
 }
 
-TEST(BufferPoolTest, CallsBackAfterEachReturn) {
-  int calls = 0;
-  BufferPool pool(4096, 1);
-  pool.on_return([&] { calls += pool.in_use() == 0 ? 1 : 100; });
-  pool.try_take();
-  pool.try_take();
-  EXPECT_EQ(calls, 2);
-}
-
 TEST(BufferPoolTest, ALeaseKeepsTheMemoryWhenThePoolIsGone) {
   auto pool = std::make_unique<BufferPool>(4096, 1);
   Buffer lease = pool->try_take();

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <cstddef>
-#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -41,16 +40,11 @@ class BufferPool {
   /// `buffer_size` must be a multiple of 4096 (the page size).
   /// Errors: std::invalid_argument; IoError ("mmap") when memory is refused.
   BufferPool(std::size_t buffer_size, std::size_t count);
-  ~BufferPool();
   BufferPool(const BufferPool&) = delete;
   BufferPool& operator=(const BufferPool&) = delete;
 
   /// A buffer with undefined content, or an empty lease if all are out.
   Buffer try_take();
-
-  /// Called after each return of a buffer, by the thread that returned it,
-  /// with no lock held. Set it before the first try_take().
-  void on_return(std::function<void()> callback);
 
   /// Page-locks the memory for `device` and all others of its type (the part
   /// of its name before ':'), once; unlocked with the memory. Returns an
