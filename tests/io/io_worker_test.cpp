@@ -128,6 +128,16 @@ TEST_F(IoWorkerTest, OutOfPatienceAllPiecesOfTheOperationStopAtOnce) {
   }
 }
 
+TEST_F(IoWorkerTest, APieceIsNotTriedAgainForAnOperationThatHasFailed) {
+  script_->set_plan([](std::size_t index, const IoRequest& request) {
+    if (request.offset > 0) return Fault::fail(EAGAIN);
+    return index < 20 ? Fault::fail(EINTR) : Fault::fail(EIO);
+  });
+  PatientWorker worker(config(), script_, 1h);
+  EXPECT_EQ(failure_of(worker.submit(write(0, kBlocks))).error, EIO);
+  script_->set_plan(nullptr);  // Lets a worker that still tries end.
+}
+
 TEST_F(IoWorkerTest, OutOfPatienceWithRefusedSubmitsAllOperationsStop) {
   script_->set_plan(test::from(0, Fault::refuse(kForEver)));
   PatientWorker worker(config(), script_, 50ms);
@@ -193,7 +203,7 @@ TEST_F(IoWorkerTest, ALostEngineEndsOperationsWithItsErrorNowAndLater) {
   std::optional<IoQueue> io(std::in_place, config(),
                             test::faulty_factory("memory", script_));
   std::size_t engines_at_the_end = 99;
-  IoOperation operation = write(0, kBlocks);
+  IoOperation operation = write(0, 8);
   operation.on_done = [&](std::exception_ptr) {
     engines_at_the_end = script_->engines();
   };
