@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -128,6 +129,7 @@ std::size_t kernel_calls(IoRequest::Op op, std::size_t block_size,
   auto file = std::make_shared<File>(File::scratch(dir.path()));
   file->reserve(0, 32 * block_size);
   AlignedBuffer memory(32 * block_size);
+  std::ranges::fill(memory.bytes(), std::byte{0});  // As the file reads.
   std::vector<std::uint64_t> checksums(32,
                                        checksum(memory.bytes(0, block_size)));
   AioConfig config;
