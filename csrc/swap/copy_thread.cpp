@@ -49,10 +49,16 @@ CopyThread::CopyThread(Store& store, BufferPool& pool, KeyTable& keys,
 CopyThread::~CopyThread() { stop(); }
 
 void CopyThread::submit(OperationPtr operation) {
-  operation->direct =
-      operation->on_host && operation->bytes.size > 0 &&
-      is_aligned(operation->bytes.size, store_.granule()) &&
-      is_aligned(operation->bytes.data, store_.memory_alignment());
+  const DeviceBytes& bytes = operation->bytes;
+  operation->direct = operation->on_host && bytes.size > 0 &&
+                      bytes.on_arrival == nullptr &&
+                      is_aligned(bytes.size, store_.granule()) &&
+                      is_aligned(bytes.data, store_.memory_alignment());
+  if (operation->direct && operation->out()) {
+    // The caller does not wait for the file to grow.
+    operation->version->extent = store_.try_allocate(bytes.size);
+    operation->direct = operation->version->extent != nullptr;
+  }
   {
     std::lock_guard lock(mutex_);
     const bool parked = !operation->out() && keys_.park(operation);
@@ -72,7 +78,6 @@ void CopyThread::submit(OperationPtr operation) {
 void CopyThread::start_direct(const OperationPtr& operation) {
   std::unique_ptr<Chunk> chunk;
   try {
-    make_room(*operation);
     chunk = std::make_unique<Chunk>();
   } catch (...) {
     operation->error = std::current_exception();
@@ -86,13 +91,6 @@ void CopyThread::start_direct(const OperationPtr& operation) {
   operation->next = operation->bytes.size;
   operation->open_chunks = 1;
   queue_io(chunk.release());
-}
-
-void CopyThread::make_room(const SwapOperation& operation) {
-  auto& extent = operation.version->extent;
-  if (operation.out() && extent == nullptr) {
-    extent = store_.allocate(operation.bytes.size);
-  }
 }
 
 void CopyThread::stop() {
@@ -186,7 +184,9 @@ void CopyThread::prepare(SwapOperation& operation) {
       if (!why_not.empty()) note_(std::move(why_not));
     }
   }
-  make_room(operation);
+  if (operation.out() && operation.version->extent == nullptr) {
+    operation.version->extent = store_.allocate(operation.bytes.size);
+  }
 }
 
 // False if all buffers are out.
@@ -255,6 +255,11 @@ void CopyThread::queue_copy(Chunk* chunk) {
   SwapOperation& operation = *chunk->operation;
   Device& device = *operation.bytes.device;
   std::byte* data = operation.bytes.data + chunk->offset;
+  // A later event of the stream covers every earlier copy, so the last one
+  // queued stands for all, whichever chunk it belongs to.
+  const bool last = operation.error == nullptr &&
+                    operation.next == operation.bytes.size &&
+                    operation.open_reads == 0;
   try {
     if (!operation.joined) {
       device.wait(Device::Stream::kCopy, operation.start);
@@ -264,6 +269,7 @@ void CopyThread::queue_copy(Chunk* chunk) {
       device.copy(chunk->host.data(), data, chunk->length, true);
     } else {
       device.copy(data, chunk->host.data(), chunk->length, false);
+      if (last && !operation.on_host) arrive(operation);
     }
     chunk->copied = device.record(Device::Stream::kCopy);
   } catch (...) {
@@ -277,14 +283,19 @@ void CopyThread::queue_copy(Chunk* chunk) {
     }
   }
   copying_.push_back(chunk);
-  // A later event of the stream covers every earlier copy, so the last one
-  // queued stands for all, whichever chunk it belongs to.
-  const bool last = chunk->error == nullptr && operation.error == nullptr &&
-                    operation.next == operation.bytes.size &&
-                    operation.open_reads == 0;
-  if (last && !(operation.out() && operation.in_place)) {
+  // Host memory that is read or written in place is staged when it is done.
+  const bool later =
+      operation.on_host && (!operation.out() || operation.in_place);
+  if (last && chunk->error == nullptr && !later) {
     stage(operation, chunk->copied);
   }
+}
+
+void CopyThread::arrive(SwapOperation& operation) {
+  const auto& on_arrival = operation.bytes.on_arrival;
+  if (on_arrival == nullptr || operation.has_arrived) return;
+  operation.has_arrived = true;
+  on_arrival(*operation.bytes.device);
 }
 
 bool CopyThread::poll_copies() {
@@ -376,6 +387,13 @@ void CopyThread::finish_if_done(const OperationPtr& operation) {
 
 void CopyThread::finish(const OperationPtr& operation) {
   operation->finished = true;
+  if (!operation->out() && operation->error == nullptr) {
+    try {
+      arrive(*operation);
+    } catch (...) {
+      operation->error = std::current_exception();
+    }
+  }
   const std::exception_ptr error = operation->error;
   auto version = std::exchange(operation->version, nullptr);
   if (error != nullptr) keys_.add_failure(operation);

@@ -49,7 +49,6 @@ class CopyThread {
 
  private:
   void start_direct(const OperationPtr& operation);
-  void make_room(const SwapOperation& operation);
   void run();
   void take_inbox();
   bool start_chunks();
@@ -57,6 +56,7 @@ class CopyThread {
   void prepare(SwapOperation& operation);
   void queue_copy(Chunk* chunk);
   void queue_io(Chunk* chunk);
+  void arrive(SwapOperation& operation);
   void io_ended(Chunk* chunk);
   bool poll_copies();
   void stage(SwapOperation& operation, EventPtr last_copy);

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <sys/types.h>
+
 #include <atomic>
 #include <cstdint>
 #include <exception>
@@ -48,6 +50,7 @@ class SwapOperation {
   EventPtr start;  ///< What the copy stream waits for before it touches bytes.
   std::shared_ptr<Version> version;
   std::shared_ptr<RetireList> retired;
+  pid_t owner = 0;
 
   TicketSource staged;  ///< The last copy is queued.
   TicketSource ended;   ///< The last byte is in place.
@@ -63,6 +66,7 @@ class SwapOperation {
   bool in_place = false;         ///< Some of it moves without a host buffer.
   bool joined = false;           ///< The copy stream waits for `start`.
   bool is_staged = false;
+  bool has_arrived = false;  ///< on_arrival was called.
   bool finished = false;
   std::exception_ptr error;
 

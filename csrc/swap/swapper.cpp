@@ -33,6 +33,14 @@ std::uint64_t buffer_size(const SwapperOptions& options) {
   return options.host_memory >= 2 * wanted ? wanted : block;
 }
 
+void check_process(pid_t owner, const char* what) {
+  if (getpid() == owner) return;
+  throw StateError(std::string("this ") + what + " was created in process " +
+                   std::to_string(owner) +
+                   " and cannot be used in a forked child; create one in the "
+                   "child");
+}
+
 // Throws the operation's own error and remembers that somebody has seen it.
 void check(SwapOperation& operation, const Ticket& ticket) {
   if (std::exception_ptr error = ticket.error()) {
@@ -66,12 +74,14 @@ SwapTicket::SwapTicket(std::shared_ptr<SwapOperation> operation)
     : operation_(std::move(operation)) {}
 
 void SwapTicket::wait_source(Timeout timeout) const {
+  check_process(operation_->owner, "ticket");
   if (!operation_->out()) return;
   wait_for_ticket(*operation_, operation_->staged.ticket(), timeout);
   join_current_stream(*operation_);
 }
 
 void SwapTicket::wait(Timeout timeout) const {
+  check_process(operation_->owner, "ticket");
   if (operation_->out()) {
     wait_for_ticket(*operation_, operation_->ended.ticket(), timeout);
     return;
@@ -82,16 +92,21 @@ void SwapTicket::wait(Timeout timeout) const {
 }
 
 bool SwapTicket::wait_for(std::chrono::nanoseconds timeout) const {
+  check_process(operation_->owner, "ticket");
   const TicketSource& what =
       operation_->out() ? operation_->ended : operation_->staged;
   return what.ticket().wait_for(timeout);
 }
 
 bool SwapTicket::wait_source_for(std::chrono::nanoseconds timeout) const {
+  check_process(operation_->owner, "ticket");
   return !operation_->out() || operation_->staged.ticket().wait_for(timeout);
 }
 
-bool SwapTicket::done() const { return operation_->ended.ticket().done(); }
+bool SwapTicket::done() const {
+  check_process(operation_->owner, "ticket");
+  return operation_->ended.ticket().done();
+}
 
 class Swapper::Impl {
  public:
@@ -109,19 +124,16 @@ class Swapper::Impl {
         notes(store->notes()),
         engine(store->engine()) {}
 
-  void check_process() const {
-    if (getpid() != owner) {
-      throw StateError("this swapper was created in process " +
-                       std::to_string(owner) +
-                       " and cannot be used in a forked child; create one "
-                       "in the child");
-    }
-  }
+  // Before any lock: in a forked child its holder may not exist.
+  void check_process() const { torch_ext::check_process(owner, "swapper"); }
 
-  void enter() {
+  // Holds the lock of the calls, whose order is the keys'.
+  [[nodiscard]] std::unique_lock<std::mutex> enter() {
     check_process();
+    std::unique_lock lock(calls);
     if (closed) throw StateError("this swapper is closed");
     retired->clear();
+    return lock;
   }
 
   void count(const SwapOperation& operation) {
@@ -144,6 +156,7 @@ class Swapper::Impl {
     operation->on_host = bytes.device->name() == "cpu";
     operation->bytes = std::move(bytes);
     operation->retired = retired;
+    operation->owner = owner;
     operation->start =
         operation->bytes.device->record(Device::Stream::kCurrent);
     return operation;
@@ -185,7 +198,7 @@ class Swapper::Impl {
   std::unique_ptr<CopyThread> copy_thread;
   std::vector<std::string> notes;
   const std::string engine;
-  std::mutex calls;  // One call at a time: the calls' order is the keys'.
+  std::mutex calls;
   bool closed = false;
 };
 
@@ -207,8 +220,7 @@ Swapper::~Swapper() {
 
 SwapTicket Swapper::swap_out(const std::string& key, DeviceBytes source,
                              std::shared_ptr<const void> tag) {
-  std::lock_guard lock(impl_->calls);
-  impl_->enter();
+  const auto lock = impl_->enter();
   impl_->keys.throw_unseen(key);
   auto operation =
       impl_->make_operation(SwapOperation::Kind::kOut, key, std::move(source));
@@ -224,19 +236,22 @@ SwapTicket Swapper::swap_out(const std::string& key, DeviceBytes source,
 }
 
 SwapTicket Swapper::swap_in(const std::string& key, DeviceBytes destination) {
-  std::lock_guard lock(impl_->calls);
-  impl_->enter();
+  return swap_in(entry(key), std::move(destination));
+}
+
+SwapTicket Swapper::swap_in(const Entry& entry, DeviceBytes destination) {
+  const auto lock = impl_->enter();
+  const std::string& key = entry.key_;
   impl_->keys.throw_unseen(key);
-  auto version = impl_->keys.find(key);
-  if (version->size != destination.size) {
+  if (entry.size() != destination.size) {
     throw std::invalid_argument("swap_in of '" + key +
-                                "': " + std::to_string(version->size) +
+                                "': " + std::to_string(entry.size()) +
                                 " bytes are stored, the destination has " +
                                 std::to_string(destination.size));
   }
   auto operation = impl_->make_operation(SwapOperation::Kind::kIn, key,
                                          std::move(destination));
-  operation->version = std::move(version);
+  operation->version = entry.version_;
   try {
     return impl_->start(std::move(operation));
   } catch (...) {
@@ -246,17 +261,23 @@ SwapTicket Swapper::swap_in(const std::string& key, DeviceBytes destination) {
   }
 }
 
+std::uint64_t Swapper::Entry::size() const { return version_->size; }
+
+const std::shared_ptr<const void>& Swapper::Entry::tag() const {
+  return version_->tag;
+}
+
 Swapper::Entry Swapper::entry(const std::string& key) {
-  std::lock_guard lock(impl_->calls);
-  impl_->enter();
+  const auto lock = impl_->enter();
   impl_->keys.throw_unseen(key);
-  const auto version = impl_->keys.find(key);
-  return {version->size, version->tag};
+  Entry entry;
+  entry.key_ = key;
+  entry.version_ = impl_->keys.find(key);
+  return entry;
 }
 
 void Swapper::remove(const std::string& key) {
-  std::lock_guard lock(impl_->calls);
-  impl_->enter();
+  const auto lock = impl_->enter();
   try {
     impl_->keys.throw_unseen(key);
   } catch (...) {
@@ -271,14 +292,17 @@ void Swapper::remove(const std::string& key) {
 }
 
 std::vector<std::string> Swapper::keys() {
-  std::lock_guard lock(impl_->calls);
-  impl_->enter();
+  const auto lock = impl_->enter();
   return impl_->keys.keys();
 }
 
-SwapperStats Swapper::stats() const { return impl_->snapshot(); }
+SwapperStats Swapper::stats() const {
+  impl_->check_process();
+  return impl_->snapshot();
+}
 
 std::vector<std::string> Swapper::notes() const {
+  impl_->check_process();
   std::lock_guard lock(impl_->mutex);
   return impl_->notes;
 }
@@ -286,8 +310,8 @@ std::vector<std::string> Swapper::notes() const {
 const std::string& Swapper::engine() const noexcept { return impl_->engine; }
 
 void Swapper::close() {
-  std::lock_guard lock(impl_->calls);
   impl_->check_process();
+  std::lock_guard lock(impl_->calls);
   if (impl_->closed) return;
   impl_->closed = true;
   impl_->copy_thread->stop();

@@ -56,7 +56,7 @@ class SwapperTest : public testing::Test {
   // What the key holds, brought to fresh host memory.
   static bool stored(Swapper& swapper, const std::string& key,
                      std::uint64_t seed) {
-    AlignedBuffer memory(swapper.entry(key).size);
+    AlignedBuffer memory(swapper.entry(key).size());
     swapper.swap_in(key, on_host(memory.bytes())).wait();
     return test::holds_pattern(memory.bytes(), seed);
   }

@@ -51,6 +51,21 @@ TEST_F(SwapperTest, ALaterWriteThatEndsFirstIsNotUndoneByAnEarlierOne) {
   EXPECT_TRUE(stored(swapper, "k", 2));
 }
 
+TEST_F(SwapperTest, AnEntryIsReadThoughItsKeyIsRewrittenAndRemoved) {
+  Swapper swapper(options());
+  const auto tag = std::make_shared<const int>(7);
+  swapper.swap_out("k", on_device(4096, 1), tag).wait();
+  const Swapper::Entry entry = swapper.entry("k");
+  swapper.swap_out("k", on_device(8192, 2)).wait();
+  swapper.remove("k");
+  swapper.swap_out("other", on_device(4096, 3)).wait();
+  EXPECT_EQ(entry.size(), 4096u);
+  EXPECT_EQ(entry.tag(), tag);
+  AlignedBuffer back(4096);
+  swapper.swap_in(entry, on_host(back.bytes())).wait();
+  EXPECT_TRUE(test::holds_pattern(back.bytes(), 1));
+}
+
 TEST_F(SwapperTest, AFailedRewriteThrowsAndLeavesTheOldValue) {
   Swapper swapper(scripted());
   swapper.swap_out("k", on_device(kMiB, 1)).wait();

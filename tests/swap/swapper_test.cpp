@@ -214,6 +214,46 @@ TEST_F(SwapperTest, AlignedHostBytesGoPastCopiesThatHoldAllBuffers) {
   EXPECT_TRUE(stored(swapper, "a", 1));
 }
 
+TEST_F(SwapperTest, OnArrivalIsCalledOnceBeforeAnybodyHearsOfTheEnd) {
+  Swapper swapper(options());
+  const std::size_t size = 9 * kMiB + 100;
+  swapper.swap_out("k", on_device(size, 1)).wait();
+  AlignedBuffer memory(size + 64);
+  for (DeviceBytes out : {on_device(size, 2), on_host(memory.bytes(0, size)),
+                          on_host(memory.bytes(64, size))}) {
+    std::atomic<int> calls = 0;
+    device_->hold(Stream::kCopy);
+    out.on_arrival = [&](Device& device) {
+      EXPECT_EQ(&device, out.device.get());
+      if (&device == device_.get()) {
+        // Queued behind the copies, and waited for with them.
+        device.copy(out.data, out.data + 1, 1, false);
+      } else {
+        EXPECT_TRUE(holds(out, 1));
+      }
+      ++calls;
+    };
+    const SwapTicket ticket = swapper.swap_in("k", out);
+    ticket.wait();
+    EXPECT_EQ(calls, 1);
+    device_->release(Stream::kCopy);
+    device_->synchronize();
+    while (!ticket.done()) std::this_thread::yield();
+    EXPECT_EQ(calls, 1);
+  }
+}
+
+TEST_F(SwapperTest, WhatOnArrivalThrowsIsTheOperationsError) {
+  Swapper swapper(options());
+  swapper.swap_out("k", on_device(kMiB, 1)).wait();
+  AlignedBuffer memory(kMiB);
+  for (DeviceBytes out : {on_device(kMiB, 2), on_host(memory.bytes())}) {
+    out.on_arrival = [](Device&) { throw std::domain_error("arrival"); };
+    EXPECT_THROW(swapper.swap_in("k", out).wait(), std::domain_error);
+  }
+  EXPECT_TRUE(stored(swapper, "k", 1));
+}
+
 TEST_F(SwapperTest, SourceAndDestinationMayBeDroppedAtOnce) {
   Swapper swapper(options());
   device_->hold(Stream::kCopy);

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -30,6 +31,10 @@ struct DeviceBytes {
   /// Whatever keeps `data` valid; dropped by the owner's threads only, in
   /// the Swapper's next call, a ticket's wait or close().
   std::shared_ptr<void> keep_alive = nullptr;
+  /// swap_in only: called once, by a thread of the Swapper, when the last
+  /// copy to `data` is queued, before anybody hears of it. What it queues on
+  /// the copy stream is part of the operation, what it throws its error.
+  std::function<void(Device& device)> on_arrival = nullptr;
 };
 
 /// Counters since the swapper was made.
@@ -45,9 +50,10 @@ struct SwapperStats {
 };
 
 class SwapOperation;
+struct Version;
 
 /// An operation of a Swapper. Copies share it; dropping it is always safe.
-/// Threads: any.
+/// Threads: any. Forked children: StateError.
 class SwapTicket {
  public:
   using Timeout = Ticket::Timeout;
@@ -65,7 +71,7 @@ class SwapTicket {
   void wait(Timeout timeout = std::nullopt) const;
 
   /// As wait() and wait_source(), but only tells whether it would return or
-  /// throw now; never throws, never touches a stream.
+  /// throw now; throws no error of the operation, never touches a stream.
   bool wait_for(std::chrono::nanoseconds timeout) const;
   bool wait_source_for(std::chrono::nanoseconds timeout) const;
 
@@ -96,10 +102,17 @@ class SwapTicket {
 /// Threads: any. Forked children: StateError.
 class Swapper {
  public:
-  /// What is stored under a key.
-  struct Entry {
-    std::uint64_t size = 0;
-    std::shared_ptr<const void> tag;  ///< As given to swap_out.
+  /// A value of a key. Its disk space is in use while there is an Entry.
+  class Entry {
+   public:
+    std::uint64_t size() const;
+    const std::shared_ptr<const void>& tag() const;  ///< swap_out's.
+
+   private:
+    friend class Swapper;
+    Entry() = default;
+    std::string key_;
+    std::shared_ptr<Version> version_;
   };
 
   /// Errors: those of Store; std::invalid_argument if host_memory is below
@@ -119,6 +132,9 @@ class Swapper {
   /// the destination belongs to the swapper.
   /// Errors here: KeyError, std::invalid_argument (size), as swap_out.
   SwapTicket swap_in(const std::string& key, DeviceBytes destination);
+  /// The same for the value that entry() found, though the key may have been
+  /// rewritten or removed since.
+  SwapTicket swap_in(const Entry& entry, DeviceBytes destination);
 
   /// What a swap_in called now would bring. Errors: KeyError; an unreported
   /// error of the key.

@@ -87,6 +87,12 @@ class C10Device final : public Device {
                /*non_blocking=*/true);
   }
 
+  /// Queues `to.copy_(from)`, both on this device, on the copy stream.
+  void copy(const at::Tensor& to, const at::Tensor& from) {
+    const c10::StreamGuard on_copy_stream(copy_stream_);
+    to.copy_(from, /*non_blocking=*/true);
+  }
+
  private:
   struct Event final : DeviceEvent {
     explicit Event(c10::DeviceType type) : event(type) {}

@@ -23,12 +23,29 @@ inline at::Tensor host_view(void* data, std::uint64_t count,
                        at::TensorOptions().dtype(dtype));
 }
 
-/// Converts elements in host memory. In pieces for which PyTorch does not wake
-/// its other threads: where these compete with I/O and data loaders, waiting
-/// for them takes longer than the work.
+/// Elements of one call for which PyTorch does not wake its other threads:
+/// where these compete with I/O and data loaders, waiting for them takes
+/// longer than the work.
+constexpr std::int64_t kQuietPiece = 16384;
+
+/// `to.copy_(from)` for tensors of the same shape on the CPU, in such pieces.
+inline void copy_in_pieces(const at::Tensor& to, const at::Tensor& from) {
+  if (to.numel() <= kQuietPiece) {
+    to.copy_(from);
+    return;
+  }
+  std::int64_t dim = 0;
+  while (to.size(dim) == 1) ++dim;
+  const std::int64_t half = to.size(dim) / 2;
+  const std::int64_t rest = to.size(dim) - half;
+  copy_in_pieces(to.narrow(dim, 0, half), from.narrow(dim, 0, half));
+  copy_in_pieces(to.narrow(dim, half, rest), from.narrow(dim, half, rest));
+}
+
+/// Converts elements in host memory, in such pieces.
 inline void convert(void* to, c10::ScalarType to_dtype, const void* from,
                     c10::ScalarType from_dtype, std::uint64_t count) {
-  constexpr std::uint64_t kPiece = 16384;
+  constexpr std::uint64_t kPiece = kQuietPiece;
   auto* out = static_cast<std::byte*>(to);
   auto* in = static_cast<std::byte*>(const_cast<void*>(from));
   while (count > 0) {

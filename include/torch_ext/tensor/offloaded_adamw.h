@@ -202,8 +202,15 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   }
 
   static AdamWHyper hyper_of(const torch::optim::OptimizerParamGroup& group) {
-    const auto& options =
-        static_cast<const OffloadedAdamWOptions&>(group.options());
+    // Other options, such as torch's own, are not laid out as these are.
+    const auto* given =
+        dynamic_cast<const OffloadedAdamWOptions*>(&group.options());
+    if (given == nullptr) {
+      throw TypeError(
+          "OffloadedAdamW: a parameter group's options are not "
+          "OffloadedAdamWOptions");
+    }
+    const OffloadedAdamWOptions& options = *given;
     const auto [beta1, beta2] = options.betas();
     const auto check = [](bool good, const char* name, double value) {
       if (good) return;

@@ -4,15 +4,29 @@
 #include <c10/core/DispatchKey.h>
 #include <c10/core/Layout.h>
 
+#include <cstdint>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 
 #include "torch_ext/base/error.h"
 
 namespace torch_ext {
 
+/// Bytes of storage, from its beginning, that the elements of a strided tensor
+/// reach to.
+inline std::uint64_t end_in_storage(const at::Tensor& tensor) {
+  if (tensor.numel() == 0) return 0;
+  std::int64_t last = tensor.storage_offset();
+  for (std::int64_t i = 0; i < tensor.dim(); ++i) {
+    last += (tensor.size(i) - 1) * tensor.stride(i);
+  }
+  return static_cast<std::uint64_t>(last + 1) * tensor.itemsize();
+}
+
 /// Throws TypeError unless the tensor's elements lie in memory of its own
 /// device: dense and strided, with a data pointer that C++ may use.
+/// std::invalid_argument if its storage has been made too small for it.
 inline void check_has_plain_memory(const at::Tensor& tensor,
                                    const std::string& operation) {
   const auto refuse = [&](const std::string& what) {
@@ -35,8 +49,16 @@ inline void check_has_plain_memory(const at::Tensor& tensor,
       keys.has(c10::DispatchKey::Functionalize) ||
       keys.has(c10::DispatchKey::FuncTorchBatched) ||
       keys.has(c10::DispatchKey::FuncTorchGradWrapper) ||
-      !tensor.has_storage()) {
+      keys.has(c10::DispatchKey::ZeroTensor) || !tensor.has_storage()) {
     refuse("subclass or wrapper");
+  }
+  const std::uint64_t end = end_in_storage(tensor);
+  const std::uint64_t size = tensor.storage().nbytes();
+  if (end > size || (end > 0 && tensor.const_data_ptr() == nullptr)) {
+    throw std::invalid_argument(
+        operation + ": the tensor's elements reach to byte " +
+        std::to_string(end) + " of its storage, which has " +
+        std::to_string(size) + " (was it resized?)");
   }
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ATen/MemoryOverlap.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/Device.h>
@@ -24,6 +25,7 @@
 #include "torch_ext/base/error.h"
 #include "torch_ext/swap/swapper.h"
 #include "torch_ext/tensor/c10_device.h"
+#include "torch_ext/tensor/dense_tensor.h"
 #include "torch_ext/tensor/tensor_check.h"
 
 namespace torch_ext {
@@ -44,11 +46,15 @@ class TensorTicket {
   /// the stream current now sees the bytes.
   void wait(Timeout timeout = std::nullopt) const {
     ticket_.wait(timeout);
-    if (state_ != nullptr) state_->publish();
+    if (!result_.defined() || result_.is_cpu()) return;
+    // The current stream need not be the one that the memory was allocated
+    // on: it may not be given away before that is through.
+    const c10::impl::VirtualGuardImpl guard(result_.device().type());
+    result_.record_stream(guard.getStream(result_.device()));
   }
 
   /// Whether wait() and wait_source() would return or throw now, after
-  /// waiting for at most `timeout`. Throws nothing.
+  /// waiting for at most `timeout`.
   bool wait_for(std::chrono::nanoseconds timeout) const {
     return ticket_.wait_for(timeout);
   }
@@ -62,43 +68,17 @@ class TensorTicket {
   /// wait(), then the tensor of a swap_in; undefined for a swap_out.
   at::Tensor result(Timeout timeout = std::nullopt) const {
     wait(timeout);
-    return state_ != nullptr ? state_->result : at::Tensor();
+    return result_;
   }
 
  private:
   friend class TensorSwapper;
 
-  struct Incoming {
-    at::Tensor result;
-    at::Tensor packed;  ///< Where the bytes arrive, if not in `result`.
-    std::mutex mutex;
-    bool published = false;
-
-    void publish() {
-      std::lock_guard lock(mutex);
-      if (published) return;
-      const bool on_device = !result.is_cpu();
-      if (packed.defined()) {
-        c10::NoGradGuard no_grad;
-        result.detach().copy_(packed, /*non_blocking=*/true);
-      }
-      if (on_device) {
-        // The current stream need not be the one that the memory was
-        // allocated on: it may not be given away before that is through.
-        const c10::impl::VirtualGuardImpl guard(result.device().type());
-        const c10::Stream current = guard.getStream(result.device());
-        (packed.defined() ? packed : result).record_stream(current);
-      }
-      published = true;
-    }
-  };
-
-  explicit TensorTicket(SwapTicket ticket,
-                        std::shared_ptr<Incoming> state = nullptr)
-      : ticket_(std::move(ticket)), state_(std::move(state)) {}
+  explicit TensorTicket(SwapTicket ticket, at::Tensor result = {})
+      : ticket_(std::move(ticket)), result_(std::move(result)) {}
 
   SwapTicket ticket_;
-  std::shared_ptr<Incoming> state_;
+  at::Tensor result_;
 };
 
 /// A Swapper for tensors: any dense strided tensor on the CPU or an
@@ -134,24 +114,33 @@ class TensorSwapper {
   TensorTicket swap_in(const std::string& key,
                        const std::optional<at::Tensor>& out = std::nullopt,
                        std::optional<c10::Device> device = std::nullopt) {
-    const auto tag = swapper_.entry(key).tag;
-    const Meta& meta = *static_cast<const Meta*>(tag.get());
+    const Swapper::Entry entry = swapper_.entry(key);
+    const Meta& meta = *static_cast<const Meta*>(entry.tag().get());
     c10::NoGradGuard no_grad;
-    auto state = std::make_shared<TensorTicket::Incoming>();
+    at::Tensor result;
     if (out) {
       check_destination(key, *out, meta, device);
-      state->result = *out;
+      result = *out;
       if (!out->is_inference()) out->unsafeGetTensorImpl()->bump_version();
     } else {
-      state->result = empty(meta, device.value_or(meta.device));
+      result = empty(meta, device.value_or(meta.device));
+      check_has_plain_memory(result, "swap_in");
     }
-    at::Tensor arrival = state->result.detach();
-    if (!arrival.is_contiguous() || arrival.is_conj() || arrival.is_neg()) {
-      arrival = state->packed = empty(meta, arrival.device());
+    const at::Tensor plain = result.detach();
+    if (plain.is_contiguous() && !plain.is_conj() && !plain.is_neg()) {
+      return TensorTicket(
+          swapper_.swap_in(entry, bytes_of(plain, Direction::kIn)), result);
     }
-    return TensorTicket(
-        swapper_.swap_in(key, bytes_of(arrival, Direction::kIn)),
-        std::move(state));
+    const at::Tensor packed = empty(meta, plain.device());
+    check_has_plain_memory(packed, "swap_in");
+    DeviceBytes bytes = bytes_of(packed, Direction::kIn);
+    auto kept =
+        std::make_shared<std::pair<at::Tensor, at::Tensor>>(plain, packed);
+    bytes.on_arrival = [pair = kept.get()](Device& on) {
+      unpack(pair->first, pair->second, on);
+    };
+    bytes.keep_alive = std::move(kept);
+    return TensorTicket(swapper_.swap_in(entry, std::move(bytes)), result);
   }
 
   /// Forgets the key. Errors: KeyError; an unreported error of the key.
@@ -174,6 +163,18 @@ class TensorSwapper {
   static at::Tensor empty(const Meta& meta, c10::Device device) {
     return at::empty(meta.sizes,
                      at::TensorOptions().dtype(meta.dtype).device(device));
+  }
+
+  static void unpack(const at::Tensor& to, const at::Tensor& packed,
+                     Device& device) {
+    const c10::NoGradGuard no_grad;
+    // The destination was checked by the caller, in whose mode it was allowed.
+    const at::AutoDispatchBelowADInplaceOrView plain;
+    if (to.is_cpu()) {
+      copy_in_pieces(to, packed);
+    } else {
+      static_cast<C10Device&>(device).copy(to, packed);
+    }
   }
 
   static void check_destination(const std::string& key, const at::Tensor& out,
