@@ -1,10 +1,12 @@
 #include "torch_ext/tensor/offloaded_adamw.h"
 
 #include <ATen/ops/equal.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/randn_like.h>
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
+#include <torch/optim/adamw.h>
 
 #include <cstdint>
 #include <memory>
@@ -146,6 +148,16 @@ TEST_F(OffloadedAdamWTest, WrongArgumentsAreRefused) {
   EXPECT_THROW(
       OffloadedAdamW({at::zeros({3}, at::kDouble)}, options(), offload()),
       TypeError);
+}
+
+TEST_F(OffloadedAdamWTest, AGroupWithOptionsOfAnotherOptimizerIsRefused) {
+  OffloadedAdamW optimizer(make({10}), options(), offload());
+  const at::Tensor other = at::ones({10}).requires_grad_();
+  other.mutable_grad() = at::ones({10});
+  optimizer.add_param_group(OptimizerParamGroup(
+      {other}, std::make_unique<torch::optim::AdamWOptions>()));
+  EXPECT_THROW(optimizer.step(), TypeError);
+  EXPECT_TRUE(at::equal(other, at::ones({10})));
 }
 
 TEST_F(OffloadedAdamWTest, AStateDictBringsTheStateBack) {
