@@ -6,7 +6,7 @@ import operator
 import os
 import reprlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch_ext._native import _C
@@ -16,6 +16,7 @@ AioConfig = _C.AioConfig
 _KNOBS = ("block_size", "queue_depth", "thread_count", "single_submit", "overlap_events")
 
 _Config = Mapping[str, Any] | str | os.PathLike[str]
+_Parse = Callable[[bytes], tuple[AioConfig, list[str]]]
 
 
 def _as_dict(config: AioConfig) -> dict[str, int | bool]:
@@ -56,7 +57,9 @@ def resolve_aio_config(config: AioConfig | _Config | None, stacklevel: int = 2) 
     """Returns the AioConfig that ``config`` means.
 
     Beside what get_aio_config() takes: None (the defaults), an AioConfig, and
-    a dict that holds the knobs themselves, as get_aio_config() returns it.
+    the knobs themselves, as get_aio_config() returns them, without ``aio``
+    around them; also these as dict, JSON text or file. A configuration that
+    has keys, but neither ``aio`` nor a knob, gives a UserWarning.
 
     Args:
         config: What the user gave.
@@ -70,13 +73,14 @@ def resolve_aio_config(config: AioConfig | _Config | None, stacklevel: int = 2) 
         if any(key in config for key in _C.aio_keys()):
             return _read_section(config, stacklevel + 1)
         if config:
+            # The words of parse_aio_settings().
             warnings.warn(
-                f"the configuration {reprlib.repr(config)} has neither an aio section nor "
-                f"a key of one; the defaults are used",
+                "the configuration has neither an aio section nor a key of one; "
+                "the defaults are used",
                 UserWarning,
                 stacklevel,
             )
-    return _read(config, stacklevel + 1)
+    return _read(config, stacklevel + 1, _C.parse_aio_settings)
 
 
 def parse_size(value: int | str) -> int:
@@ -98,15 +102,15 @@ def parse_size(value: int | str) -> int:
     return size
 
 
-def _read(config: _Config, stacklevel: int) -> AioConfig:
+def _read(config: _Config, stacklevel: int, parse: _Parse = _C.parse_aio_config) -> AioConfig:
     if isinstance(config, Mapping):
         return _read_section(get_scalar_param(config, "aio", None), stacklevel + 1)
     if isinstance(config, str) and config.lstrip("\ufeff \t\r\n").startswith("{"):
         # A lone surrogate becomes bytes that the parser refuses, with their place.
         text = config.encode("utf-8", "surrogatepass")
-        return _warned(_C.parse_aio_config(text), stacklevel + 1)
+        return _warned(parse(text), stacklevel + 1)
     if isinstance(config, (str, os.PathLike)):
-        return _read_file(config, stacklevel + 1)
+        return _read_file(config, stacklevel + 1, parse)
     raise TypeError(
         f"a configuration is a dict, JSON text or the path of a JSON file, "
         f"not {reprlib.repr(config)}"
@@ -121,11 +125,11 @@ def _read_section(section: Any, stacklevel: int) -> AioConfig:
     return _warned(_C.read_aio_section(dict(section)), stacklevel + 1)
 
 
-def _read_file(path: str | os.PathLike[str], stacklevel: int) -> AioConfig:
+def _read_file(path: str | os.PathLike[str], stacklevel: int, parse: _Parse) -> AioConfig:
     with open(path, "rb") as file:
         text = file.read()
     try:
-        parsed = _C.parse_aio_config(text)
+        parsed = parse(text)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from None
     return _warned(parsed, stacklevel + 1)

@@ -91,9 +91,44 @@ py::tuple to_tuple(const torch_ext::ParsedAioConfig& parsed) {
   return py::make_tuple(parsed.config, warnings);
 }
 
+// None is the default; values are those of an `aio` section.
+AioConfig make_config(const py::object& block_size,
+                      const py::object& queue_depth,
+                      const py::object& thread_count,
+                      const py::object& single_submit,
+                      const py::object& overlap_events) {
+  return torch_ext::read_aio_section(
+             {{"block_size", to_config_value(block_size)},
+              {"queue_depth", to_config_value(queue_depth)},
+              {"thread_count", to_config_value(thread_count)},
+              {"single_submit", to_config_value(single_submit)},
+              {"overlap_events", to_config_value(overlap_events)}})
+      .config;
+}
+
+using Parse = torch_ext::ParsedAioConfig (*)(std::string_view);
+
+void bind_parser(py::module_& m, const char* name, Parse parse) {
+  m.def(
+      name,
+      [parse](std::string_view json) {
+        const auto parsed = [json, parse] {
+          py::gil_scoped_release released;
+          return parse(json);
+        }();
+        return to_tuple(parsed);
+      },
+      py::arg("json"));
+}
+
 void bind_config(py::module_& m) {
   py::class_<AioConfig>(m, "AioConfig", py::module_local())
-      .def(py::init<>())
+      .def(py::init(&make_config), py::kw_only(),
+           py::arg("block_size") = py::none(),
+           py::arg("queue_depth") = py::none(),
+           py::arg("thread_count") = py::none(),
+           py::arg("single_submit") = py::none(),
+           py::arg("overlap_events") = py::none())
       .def_readonly("block_size", &AioConfig::block_size)
       .def_readonly("queue_depth", &AioConfig::queue_depth)
       .def_readonly("thread_count", &AioConfig::thread_count)
@@ -117,16 +152,8 @@ void bind_config(py::module_& m) {
         return to_tuple(torch_ext::read_aio_section(to_config_items(section)));
       },
       py::arg("section"));
-  m.def(
-      "parse_aio_config",
-      [](std::string_view json) {
-        const auto parsed = [json] {
-          py::gil_scoped_release released;
-          return torch_ext::parse_aio_config(json);
-        }();
-        return to_tuple(parsed);
-      },
-      py::arg("json"));
+  bind_parser(m, "parse_aio_config", &torch_ext::parse_aio_config);
+  bind_parser(m, "parse_aio_settings", &torch_ext::parse_aio_settings);
   m.def("parse_size", &torch_ext::parse_size, py::arg("text"));
   m.def("format_size", &torch_ext::format_size, py::arg("bytes"));
 }

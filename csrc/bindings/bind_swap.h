@@ -9,12 +9,15 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <array>
+#include <charconv>
 #include <chrono>
 #include <filesystem>
 #include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "bind_config.h"
@@ -29,14 +32,34 @@ using Seconds = std::optional<double>;
 using torch_ext::TensorSwapper;
 using torch_ext::TensorTicket;
 
+// 2 as "2", 0.05 as "0.05".
+std::string to_shortest(double number) {
+  std::array<char, 32> text{};
+  const auto [end, error] =
+      std::to_chars(text.data(), text.data() + text.size(), number,
+                    std::chars_format::general, 15);
+  return {text.data(), end};
+}
+
+Seconds to_seconds(const py::object& timeout) {
+  if (timeout.is_none()) return std::nullopt;
+  const double seconds = PyFloat_AsDouble(timeout.ptr());
+  if (PyErr_Occurred() != nullptr) {
+    PyErr_Clear();
+    throw torch_ext::TypeError("timeout must be None or a number, not " +
+                               to_other_value(timeout).text);
+  }
+  if (!(seconds >= 0)) {
+    throw std::invalid_argument("timeout must be None or >= 0, got " +
+                                to_shortest(seconds));
+  }
+  return seconds;
+}
+
 // Waits without the GIL, in slices that let Ctrl-C through.
 template <typename WaitFor>
 bool wait_interruptibly(Seconds timeout, WaitFor wait_for) {
   using Clock = std::chrono::steady_clock;
-  if (timeout && !(*timeout >= 0)) {
-    throw std::invalid_argument("timeout must be None or >= 0, got " +
-                                std::to_string(*timeout));
-  }
   const auto start = Clock::now();
   while (true) {
     const double waited =
@@ -53,45 +76,54 @@ bool wait_interruptibly(Seconds timeout, WaitFor wait_for) {
   }
 }
 
-// The error text of a wait names the time that the caller gave.
-TensorTicket::Timeout rest_of(bool done, Seconds timeout) {
-  if (done || !timeout) return std::nullopt;
-  return std::chrono::nanoseconds(0);
+// The last look, which does not wait, knows what was waited for, but not how
+// long: its error gets the time that the caller gave.
+template <typename Look>
+void look(bool done, Seconds timeout, Look look_once) {
+  if (done || !timeout) return look_once(TensorTicket::Timeout());
+  try {
+    look_once(TensorTicket::Timeout(0));
+  } catch (const torch_ext::TimeoutError& error) {
+    constexpr std::string_view kWords = " did not end within ";
+    std::string text = error.what();
+    if (const auto words = text.rfind(kWords); words != text.npos) {
+      text.resize(words + kWords.size());
+      text += to_shortest(*timeout) + " s; it goes on";
+    }
+    throw torch_ext::TimeoutError(text);
+  }
+}
+
+void wait_for_bytes(const TensorTicket& ticket, const py::object& timeout) {
+  const Seconds seconds = to_seconds(timeout);
+  const bool done = wait_interruptibly(
+      seconds, [&](auto slice) { return ticket.wait_for(slice); });
+  py::gil_scoped_release released;
+  look(done, seconds, [&](auto rest) { ticket.wait(rest); });
+}
+
+void wait_for_source(const TensorTicket& ticket, const py::object& timeout) {
+  const Seconds seconds = to_seconds(timeout);
+  const bool done = wait_interruptibly(
+      seconds, [&](auto slice) { return ticket.wait_source_for(slice); });
+  py::gil_scoped_release released;
+  look(done, seconds, [&](auto rest) { ticket.wait_source(rest); });
+}
+
+py::object result_of(const TensorTicket& ticket, const py::object& timeout) {
+  wait_for_bytes(ticket, timeout);
+  const at::Tensor tensor = [&ticket] {
+    py::gil_scoped_release released;
+    return ticket.result();
+  }();
+  return tensor.defined() ? py::cast(tensor) : py::none();
 }
 
 void bind_ticket(py::module_& m) {
   py::class_<TensorTicket>(m, "SwapTicket", py::module_local())
-      .def(
-          "wait",
-          [](const TensorTicket& ticket, Seconds timeout) {
-            const bool done = wait_interruptibly(
-                timeout, [&](auto slice) { return ticket.wait_for(slice); });
-            py::gil_scoped_release released;
-            ticket.wait(rest_of(done, timeout));
-          },
-          py::arg("timeout") = py::none())
-      .def(
-          "wait_source",
-          [](const TensorTicket& ticket, Seconds timeout) {
-            const bool done = wait_interruptibly(timeout, [&](auto slice) {
-              return ticket.wait_source_for(slice);
-            });
-            py::gil_scoped_release released;
-            ticket.wait_source(rest_of(done, timeout));
-          },
-          py::arg("timeout") = py::none())
-      .def(
-          "result",
-          [](const TensorTicket& ticket, Seconds timeout) -> py::object {
-            const bool done = wait_interruptibly(
-                timeout, [&](auto slice) { return ticket.wait_for(slice); });
-            const at::Tensor tensor = [&] {
-              py::gil_scoped_release released;
-              return ticket.result(rest_of(done, timeout));
-            }();
-            return tensor.defined() ? py::cast(tensor) : py::none();
-          },
-          py::arg("timeout") = py::none())
+      .def("wait", &wait_for_bytes, py::arg("timeout") = py::none())
+      .def("wait_source", &wait_for_source, py::arg("timeout") = py::none())
+      .def("result", &result_of, py::arg("timeout") = py::none())
       .def("done", &TensorTicket::done, release_gil());
 }
 

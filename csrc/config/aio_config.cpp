@@ -284,10 +284,12 @@ ParsedAioConfig read_aio_section(const ConfigItems& section) {
 namespace {
 
 // Listens to the parser, which keeps no document and does not recurse, and
-// notes the items of the top-level object's "aio".
+// notes the items of the top-level object's "aio" and of that object itself.
 class SectionReader {
  public:
   ConfigItems take_items() { return std::move(items_); }
+  ConfigItems take_top_items() { return std::move(top_items_); }
+  bool has_section() const { return top_level_.contains("aio"); }
 
   bool null() { return scalar(nullptr); }
   bool boolean(bool value) { return scalar(value); }
@@ -313,7 +315,7 @@ class SectionReader {
       }
       at_section_ = name == "aio";
     }
-    if (in_section_ && depth_ == 2) key_ = std::move(name);
+    if (depth_ == 1 || (in_section_ && depth_ == 2)) key_ = std::move(name);
     return true;
   }
 
@@ -344,9 +346,7 @@ class SectionReader {
         !std::holds_alternative<std::nullptr_t>(value)) {
       refuse_section(to_text(value));
     }
-    if (in_section_ && depth_ == 2) {
-      items_.emplace_back(std::move(key_), std::move(value));
-    }
+    note(std::move(value));
     return true;
   }
 
@@ -355,12 +355,19 @@ class SectionReader {
     if (depth_ == 1 && at_section_) {
       if (!object) refuse_section("a list");
       in_section_ = true;
-    } else if (in_section_ && depth_ == 2) {
-      items_.emplace_back(std::move(key_),
-                          OtherValue{object ? "an object" : "a list"});
+    } else {
+      note(OtherValue{object ? "an object" : "a list"});
     }
     ++depth_;
     return true;
+  }
+
+  void note(ConfigValue value) {
+    if (depth_ == 1) {
+      top_items_.emplace_back(std::move(key_), std::move(value));
+    } else if (in_section_ && depth_ == 2) {
+      items_.emplace_back(std::move(key_), std::move(value));
+    }
   }
 
   bool close() {
@@ -382,12 +389,11 @@ class SectionReader {
   bool in_section_ = false;
   std::string key_;
   std::unordered_set<std::string> top_level_;
+  ConfigItems top_items_;
   ConfigItems items_;
 };
 
-}  // namespace
-
-ParsedAioConfig parse_aio_config(std::string_view json) {
+SectionReader read_json(std::string_view json) {
   // The parser takes a NUL for the end and would not look behind it.
   if (const auto nul = json.find('\0'); nul != json.npos) {
     throw std::invalid_argument("bad JSON at byte " + std::to_string(nul + 1) +
@@ -395,7 +401,30 @@ ParsedAioConfig parse_aio_config(std::string_view json) {
   }
   SectionReader reader;
   nlohmann::json::sax_parse(json.begin(), json.end(), &reader);
-  return read_aio_section(reader.take_items());
+  return reader;
+}
+
+}  // namespace
+
+ParsedAioConfig parse_aio_config(std::string_view json) {
+  return read_aio_section(read_json(json).take_items());
+}
+
+ParsedAioConfig parse_aio_settings(std::string_view json) {
+  SectionReader reader = read_json(json);
+  if (reader.has_section()) return read_aio_section(reader.take_items());
+  const ConfigItems items = reader.take_top_items();
+  const auto known = [](const auto& item) {
+    return find_knob(item.first) != nullptr;
+  };
+  if (std::ranges::any_of(items, known)) return read_aio_section(items);
+  ParsedAioConfig parsed;
+  if (!items.empty()) {
+    parsed.warnings.emplace_back(
+        "the configuration has neither an aio section nor a key of one; the "
+        "defaults are used");
+  }
+  return parsed;
 }
 
 }  // namespace torch_ext

@@ -52,6 +52,27 @@ def test_swap_out_sees_the_work_queued_before_it(sim, swapper):
     assert is_all(swapper.swap_in("x", device="cpu").result(), 7.0)
 
 
+@pytest.mark.parametrize("timeout", [0, 0.05, 0.001])
+def test_a_timeout_names_operation_key_and_the_time_given(sim, swapper, timeout):
+    key = "a did not end within b"
+    tensor = filled(1)
+    sim.hold()
+    out, back = swapper.swap_out(key, tensor), swapper.swap_in(key)
+    for wait, name in [
+        (out.wait, "swap_out"),
+        (out.wait_source, "swap_out"),
+        (back.wait, "swap_in"),
+        (back.result, "swap_in"),
+    ]:
+        with pytest.raises(TimeoutError) as info:
+            wait(timeout=timeout)
+        assert str(info.value) == (
+            f"{name} of '{key}' did not end within {timeout} s; it goes on"
+        )
+    sim.release()
+    assert is_all(back.result(timeout=60), 1.0)
+
+
 def test_swap_in_waits_for_the_readers_of_out(sim, swapper):
     swapper.swap_out("x", filled(7)).wait()
     out = filled(1)

@@ -62,9 +62,13 @@ ParsedAioConfig read_aio_section(const ConfigItems& section);
 
 /// Reads the `aio` section of a whole configuration in JSON (UTF-8, no
 /// comments). No section, or null: the defaults. Text of any length and
-/// nesting: nothing but the section is kept.
+/// nesting: nothing but the section and the top level's scalars is kept.
 /// Errors: std::invalid_argument as above, for bad JSON with the byte's
 /// position, for a key of the top level given twice.
 ParsedAioConfig parse_aio_config(std::string_view json);
+
+/// As parse_aio_config(), but the object may also be a section itself: one
+/// without `aio` and with a key of aio_keys(). One with keys but neither warns.
+ParsedAioConfig parse_aio_settings(std::string_view json);
 
 }  // namespace torch_ext

@@ -10,6 +10,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -50,7 +51,7 @@ class AdamWEngine {
 
   /// `options.scratch_bytes` is chosen here.
   explicit AdamWEngine(const OptimizerOffloadOptions& options)
-      : directory_(std::filesystem::absolute(options.store.directory)),
+      : directory_(absolute(options.store.directory)),
         offload_(with_scratch(options)) {}
 
   /// Checks a parameter and gives it a slot; takes no space yet.
@@ -151,6 +152,20 @@ class AdamWEngine {
     std::vector<std::int64_t> strides;
     c10::ScalarType dtype = at::kFloat;
   };
+
+  /// The store, which is made next, refuses an empty path.
+  static std::filesystem::path absolute(const std::filesystem::path& path) {
+    if (path.empty()) return path;
+    std::error_code error;
+    std::filesystem::path result = std::filesystem::absolute(path, error);
+    if (error) {
+      throw IoError({.op = "getcwd",
+                     .path = path.string(),
+                     .error = error.value(),
+                     .detail = "the current directory cannot be found"});
+    }
+    return result;
+  }
 
   static OptimizerOffloadOptions with_scratch(OptimizerOffloadOptions options) {
     // At the most, the gradients of a tile of 16-bit parameters in one go.
