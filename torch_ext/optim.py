@@ -7,7 +7,6 @@ import os
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
 from itertools import chain
 from types import TracebackType
 from typing import Any
@@ -15,6 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_ext._adamw_groups import (
+    check_group,
+    check_state_dict,
+    hyper,
+    labelled_parameters,
+    merged,
+    paired,
+    read_entry,
+)
+from torch_ext._checks import Life, directory_of, engine_of
 from torch_ext._native import _C
 from torch_ext.config import AioConfig, parse_size, resolve_aio_config
 
@@ -104,13 +113,14 @@ class OffloadedAdamW(torch.optim.Optimizer):
             "fused": True,
             "decoupled_weight_decay": True,
         }
-        _check_group(defaults)
+        check_group(defaults)
         self._slots: dict[Tensor, int] = {}
+        self._life = Life("optimizer")
         self._engine = _C.AdamWEngine(
-            os.fspath(nvme_path),
+            directory_of(nvme_path, "nvme_path"),
             resolve_aio_config(aio, stacklevel=3),
             parse_size(host_memory),
-            engine,
+            engine_of(engine),
             bool(verify),
         )
         for note in self._engine.notes():
@@ -124,11 +134,13 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
         Raises:
             ValueError, TypeError: As at construction; nothing is added then.
+            RuntimeError: The optimizer is closed or belongs to another process.
         """
+        self._life.check()
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_group(group)
+            check_group(group)
             if len(set(group["params"])) < len(group["params"]):
                 raise ValueError("a parameter group has the same parameter twice")
             slots = {p: self._engine.add(p) for p in group["params"]}
@@ -149,8 +161,9 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
         Raises:
             OSError: Reading or writing failed, now or since the last call.
-            RuntimeError: A gradient is sparse; the optimizer is closed or
-                belongs to another process.
+            RuntimeError: A gradient is sparse; a parameter was put into
+                ``param_groups`` by hand; the optimizer is closed or belongs to
+                another process.
             ValueError, TypeError: A parameter or gradient cannot be used;
                 nothing has changed then.
         """
@@ -161,11 +174,11 @@ class OffloadedAdamW(torch.optim.Optimizer):
         trained = [(group, _with_gradient(group)) for group in self.param_groups]
         if not self.state and _asks_for_state_only(trained):
             parameters = [p for _, group in trained for p in group]
-            self._engine.init([(self._slots[p], p) for p in parameters])
+            self._engine.init([(self._slot_of(p), p) for p in parameters])
         else:
             self._engine.step(
                 [
-                    (*_hyper(group), [(self._slots[p], p, p.grad) for p in parameters])
+                    (*hyper(group), [(self._slot_of(p), p, p.grad) for p in parameters])
                     for group, parameters in trained
                 ]
             )
@@ -182,6 +195,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
         Raises:
             OSError: Reading failed, or ``nvme_path`` has no space for a copy.
+            RuntimeError: As for ``step``.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -191,7 +205,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
             packed = {key: value for key, value in group.items() if key != "params"}
             packed["params"] = [number_of[p] for p in group["params"]]
             groups.append(packed)
-        by_slot = {self._slots[p]: number for p, number in number_of.items()}
+        by_slot = {self._slot_of(p): number for p, number in number_of.items()}
         state = {}
         for slot, step, exp_avg, exp_avg_sq, master in self._engine.save(
             [(self._slots[p], p) for p in number_of]
@@ -222,21 +236,26 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
         Raises:
             ValueError, TypeError: The state does not fit; nothing has changed.
+                The text names the parameter.
+            RuntimeError: As for ``step``.
             OSError: Writing failed; the old state is gone.
         """
-        state_dict = state_dict.copy()
+        self._life.check()
+        check_state_dict(state_dict)
+        state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             if changed is not None:
                 state_dict = changed
+        check_state_dict(state_dict)
         groups = [
-            _merged(group, saved, self.defaults)
-            for group, saved in _paired(self.param_groups, state_dict["param_groups"])
+            merged(group, saved, self.defaults)
+            for group, saved in paired(self.param_groups, state_dict["param_groups"])
         ]
         ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         entries = [
-            (self._slots[p], p, *_read_entry(key, entry))
-            for key, p in zip(ids, self._parameters(), strict=True)
+            (self._slot_of(p), p, *read_entry(f"parameter {key!r}, {label}", p, entry))
+            for key, (label, p) in zip(ids, labelled_parameters(self.param_groups), strict=True)
             if (entry := state_dict["state"].get(key))
         ]
         self._engine.load(entries)
@@ -254,8 +273,12 @@ class OffloadedAdamW(torch.optim.Optimizer):
         ``read_seconds``, ``update_seconds``, ``write_seconds`` (while a lane was
         busy) and ``wait_seconds`` (that steps waited for I/O);
         ``host_memory``, ``host_bytes_peak`` (bytes in use at most); ``tiles``,
-        ``tile_bytes`` (of a buffer) and ``buffers``.
+        ``tile_bytes`` (of a buffer) and ``buffers``. Also of a closed optimizer.
+
+        Raises:
+            RuntimeError: The optimizer belongs to another process.
         """
+        self._life.check_process()
         return self._engine.stats()
 
     def timeline(self) -> list[tuple[str, int, float, float]]:
@@ -263,12 +286,17 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
         The lane is "read", "update" or "write"; times are seconds since the step
         began, negative for what was read ahead.
+
+        Raises:
+            RuntimeError: The optimizer is closed or belongs to another process.
         """
+        self._life.check()
         return self._engine.timeline()
 
     @property
     def engine(self) -> str:
-        """The I/O engine in use."""
+        """The I/O engine in use. Raises RuntimeError as ``timeline`` does."""
+        self._life.check()
         return self._engine.engine
 
     def close(self) -> None:
@@ -278,7 +306,10 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
         Raises:
             OSError: An error that no call has raised; all is closed then.
+            RuntimeError: The optimizer belongs to another process.
         """
+        self._life.check_process()
+        self._life.closed = True
         self._engine.close()
 
     def __enter__(self) -> OffloadedAdamW:
@@ -307,6 +338,19 @@ class OffloadedAdamW(torch.optim.Optimizer):
     def _parameters(self) -> Iterable[Tensor]:
         return chain.from_iterable(group["params"] for group in self.param_groups)
 
+    def _slot_of(self, parameter: Tensor) -> int:
+        try:
+            return self._slots[parameter]
+        except KeyError:
+            label = next(
+                label for label, p in labelled_parameters(self.param_groups) if p is parameter
+            )
+        raise RuntimeError(
+            f"{label} is a tensor that this optimizer was not given. Change a parameter in "
+            f"place (parameter.data = ...), add new ones with add_param_group(), or make a "
+            f"new optimizer"
+        )
+
     def _shown_state(self, parameter: Tensor) -> dict[str, int | None]:
         """An entry of ``state``.
 
@@ -318,38 +362,6 @@ class OffloadedAdamW(torch.optim.Optimizer):
         if parameter.dtype != torch.float32:
             shown["master_param"] = None
         return shown
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    """Raises ValueError, in torch.optim.AdamW's words where it has some."""
-    lr, betas = group["lr"], group["betas"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    if not float(lr) >= 0.0:
-        raise ValueError(f"Invalid learning rate: {lr}")
-    if not group["eps"] >= 0.0:
-        raise ValueError(f"Invalid epsilon value: {group['eps']}")
-    if len(betas) != 2:
-        raise ValueError(f"betas must be two numbers, got {betas}")
-    for i, beta in enumerate(betas):
-        if not 0.0 <= float(beta) < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-    if not group["weight_decay"] >= 0.0:
-        raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
-    if group["amsgrad"]:
-        raise ValueError("amsgrad=True is not supported by OffloadedAdamW")
-    if not group["decoupled_weight_decay"]:
-        raise ValueError(
-            "OffloadedAdamW has decoupled weight decay only; this is the state of a "
-            "torch.optim.Adam without it"
-        )
-
-
-def _hyper(group: dict[str, Any]) -> tuple[float, float, float, float, float, bool]:
-    _check_group(group)
-    beta1, beta2 = group["betas"]
-    numbers = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
-    return (*map(float, numbers), bool(group["maximize"]))
 
 
 def _with_gradient(group: dict[str, Any]) -> list[Tensor]:
@@ -364,48 +376,6 @@ def _asks_for_state_only(trained: list[tuple[dict[str, Any], list[Tensor]]]) -> 
         and all(float(group["lr"]) == 0.0 for group, _ in trained)
         and not any(g.is_sparse or bool(g.any()) for g in gradients)
     )
-
-
-def _paired(
-    groups: list[dict[str, Any]], saved: list[dict[str, Any]]
-) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    if len(groups) != len(saved):
-        raise ValueError("loaded state dict has a different number of parameter groups")
-    for group, other in zip(groups, saved, strict=True):
-        if len(group["params"]) != len(other["params"]):
-            raise ValueError(
-                "loaded state dict contains a parameter group "
-                "that doesn't match the size of optimizer's group"
-            )
-    return list(zip(groups, saved, strict=True))
-
-
-def _merged(
-    group: dict[str, Any], saved: dict[str, Any], defaults: dict[str, Any]
-) -> dict[str, Any]:
-    """The saved group with this optimizer's parameters and way of computing."""
-    merged = defaults | {
-        key: deepcopy(value) for key, value in saved.items() if key != "params"
-    }
-    for key in ("foreach", "capturable", "differentiable", "fused"):
-        merged[key] = defaults[key]
-    _check_group(merged)
-    if "param_names" in group:
-        merged.setdefault("param_names", group["param_names"])
-    merged["params"] = group["params"]
-    return merged
-
-
-def _read_entry(
-    key: Any, entry: Mapping[str, Any]
-) -> tuple[int, Tensor, Tensor, Tensor | None]:
-    for name in ("exp_avg", "exp_avg_sq"):
-        if not isinstance(entry.get(name), Tensor):
-            raise ValueError(f"the loaded state of parameter {key!r} has no tensor {name!r}")
-    step = float(entry.get("step", -1))
-    if not (step >= 0 and step.is_integer()):
-        raise ValueError(f"the loaded state of parameter {key!r} has the step {step}")
-    return int(step), entry["exp_avg"], entry["exp_avg_sq"], entry.get("master_param")
 
 
 def _close_quietly(engine: Any, pid: int) -> None:

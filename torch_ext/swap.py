@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from torch_ext._checks import Life, directory_of, engine_of
 from torch_ext._native import _C
 from torch_ext.config import AioConfig, parse_size, resolve_aio_config
 
@@ -72,11 +73,12 @@ class TensorSwapper:
         engine: str = "auto",
         verify: bool = True,
     ) -> None:
+        self._life = Life("swapper")
         self._swapper = _C.TensorSwapper(
-            os.fspath(directory),
+            directory_of(directory, "directory"),
             resolve_aio_config(config, stacklevel=3),
             parse_size(host_memory),
-            engine,
+            engine_of(engine),
             bool(verify),
         )
         self._notes_logged = 0
@@ -97,7 +99,11 @@ class TensorSwapper:
             RuntimeError: The swapper is closed, or belongs to another process,
                 or the current stream is being captured into a graph.
         """
-        return self._swapper.swap_out(key, tensor)
+        try:
+            return self._swapper.swap_out(key, tensor)
+        except TypeError:
+            _check_arguments(key, "tensor", tensor)
+            raise
 
     def swap_in(
         self,
@@ -124,11 +130,19 @@ class TensorSwapper:
             device = torch.device(device)
             if device.index is None and device.type != "cpu":
                 device = torch.empty(0, device=device).device
-        return self._swapper.swap_in(key, out, device)
+        try:
+            return self._swapper.swap_in(key, out, device)
+        except TypeError:
+            _check_arguments(key, "out", out)
+            raise
 
     def delete(self, key: str) -> None:
         """Forgets the key; its space is used again. Raises KeyError."""
-        self._swapper.delete(key)
+        try:
+            self._swapper.delete(key)
+        except TypeError:
+            _check_arguments(key)
+            raise
 
     def keys(self) -> list[str]:
         """The keys that have a value, or will have once their write ends."""
@@ -147,14 +161,19 @@ class TensorSwapper:
         ``operations``, ``failures``, ``in_flight`` (counts), ``host_bytes`` (of
         buffers), ``host_bytes_peak`` (most in use at once),
         ``disk_bytes_written``, ``disk_bytes_read`` (padded),
-        ``disk_bytes_allocated``, ``disk_file_size``.
+        ``disk_bytes_allocated``, ``disk_file_size``. Also of a closed swapper.
+
+        Raises:
+            RuntimeError: The swapper belongs to another process.
         """
+        self._life.check_process()
         self._log_notes()
         return self._swapper.stats()
 
     @property
     def engine(self) -> str:
-        """The I/O engine in use."""
+        """The I/O engine in use. RuntimeError as for ``swap_out``."""
+        self._life.check()
         return self._swapper.engine
 
     def close(self) -> None:
@@ -164,7 +183,10 @@ class TensorSwapper:
 
         Raises:
             OSError: The first error that nobody has seen; all is closed then.
+            RuntimeError: The swapper belongs to another process.
         """
+        self._life.check_process()
+        self._life.closed = True
         self._log_notes()
         self._swapper.close()
 
@@ -195,6 +217,18 @@ class TensorSwapper:
         for note in notes[self._notes_logged :]:
             _logger.warning("%s", note)
         self._notes_logged = len(notes)
+
+
+def _check_arguments(key: Any, name: str = "", tensor: Any = None) -> None:
+    """Says in plain words what the compiled module has refused."""
+    if not isinstance(key, str):
+        raise TypeError(f"a key must be a str, not {type(key).__name__}") from None
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the key {key!r} cannot be written in UTF-8") from None
+    if not isinstance(tensor, torch.Tensor) and (tensor is not None or name == "tensor"):
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}") from None
 
 
 def _close_quietly(swapper: Any, pid: int) -> None:

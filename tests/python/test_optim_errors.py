@@ -177,6 +177,66 @@ def test_a_directory_that_cannot_be_used_is_an_oserror_with_its_name(make, nvme_
         make(parameters(10), nvme_path=nvme_dir / "file")
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"nvme_path": ""}, ValueError, "^nvme_path is empty"),
+        ({"nvme_path": "a\0b"}, ValueError, "^nvme_path has a NUL character"),
+        ({"nvme_path": None}, TypeError, "^nvme_path must be a str or os.PathLike, not NoneT"),
+        ({"engine": None}, TypeError, "^engine must be a str such as 'auto'.*not NoneType$"),
+    ],
+)
+def test_what_is_no_path_or_no_engine_is_refused_in_plain_words(make, options, error, text):
+    with pytest.raises(error, match=text):
+        make(parameters(10), **options)
+
+
+@pytest.mark.parametrize("path", [".", "below"])
+def test_a_deleted_current_directory_is_an_oserror_that_names_the_path(tmp_path, path):
+    program = f"""
+        import os, sys, torch, torch_ext
+        os.mkdir("gone")
+        os.chdir("gone")
+        os.rmdir("../gone")
+        try:
+            torch_ext.OffloadedAdamW([torch.zeros(3, requires_grad=True)], nvme_path={path!r})
+        except FileNotFoundError as error:
+            assert error.filename == {path!r}, error
+            print("current directory" in str(error))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_a_parameter_put_in_place_of_another_is_named_with_the_way_out(make):
+    ours = parameters(10, 20)
+    optimizer = make([("first", ours[0]), ("second", ours[1])])
+    set_gradients(ours, seed=0)
+    optimizer.step()
+    (stranger,) = parameters(20)
+    set_gradients([stranger], seed=0)
+    optimizer.param_groups[0]["params"][1] = stranger
+    text = r"^param_groups\[0\]\['params'\]\[1\] \('second'\) is a tensor.*add_param_group\(\)"
+    state = {"state": {}, "param_groups": [{"params": [0, 1]}]}
+    state["state"] = {1: {"step": 1, "exp_avg": torch.ones(20), "exp_avg_sq": torch.ones(20)}}
+    for attempt in (
+        optimizer.step,
+        optimizer.state_dict,
+        lambda: optimizer.load_state_dict(state),
+    ):
+        with pytest.raises(RuntimeError, match=text) as info:
+            attempt()
+        assert len(str(info.value)) < 300  # No tensor is printed.
+    optimizer.param_groups[0]["params"][1] = ours[1]
+    optimizer.step()
+    assert optimizer.state[ours[0]]["step"] == 2
+
+
 def test_a_full_disk_refuses_new_state_and_keeps_the_old(small_disk):
     pair = Pair(parameters(60_000, 100_000), small_disk, engine="threads")
     pair.step(0, [0])
@@ -200,9 +260,17 @@ def test_a_closed_optimizer_refuses_steps_and_keeps_its_counters(make):
         set_gradients(ours, seed=0)
         optimizer.step()
     optimizer.close()
-    for attempt in (optimizer.step, optimizer.state_dict):
-        with pytest.raises(RuntimeError, match="closed"):
+    for attempt in (
+        optimizer.step,
+        optimizer.state_dict,
+        lambda: optimizer.load_state_dict({"state": {}, "param_groups": []}),
+        lambda: optimizer.add_param_group({"params": parameters(3)}),
+        optimizer.timeline,
+        lambda: optimizer.engine,
+    ):
+        with pytest.raises(RuntimeError, match="this optimizer is closed"):
             attempt()
+    assert len(optimizer.param_groups) == 1
     assert optimizer.stats()["steps"] == 1
 
 
@@ -214,17 +282,27 @@ def test_a_forked_child_is_told_whose_optimizer_it_is(make):
     set_gradients(ours, theirs, seed=0)
     optimizer.step()
     other.step()
+    calls = [
+        optimizer.step,
+        optimizer.state_dict,
+        lambda: optimizer.add_param_group({"params": parameters(3)}),
+        optimizer.stats,
+        optimizer.timeline,
+        lambda: optimizer.engine,
+        optimizer.close,
+    ]
     child = os.fork()
     if child == 0:
-        status = 1
-        try:
-            optimizer.step()
-        except RuntimeError as error:
-            status = 0 if f"process {os.getppid()}" in str(error) else 2
-        del optimizer
+        refused = 0
+        for call in calls:
+            try:
+                call()
+            except RuntimeError as error:
+                refused += f"created in process {os.getppid()}" in str(error)
+        del optimizer, calls, call
         gc.collect()
-        os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        os._exit(refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == len(calls)
     optimizer.step()
     other.step()
     assert equal(ours, theirs)

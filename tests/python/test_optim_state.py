@@ -249,11 +249,22 @@ BAD_STATES = {
     "missing": (lambda s: without(s, "exp_avg_sq"), "no tensor 'exp_avg_sq'"),
     "none": (lambda s: bad(s, exp_avg=None), "no tensor 'exp_avg'"),
     "no step": (lambda s: without(s, "step"), "the step"),
+    "huge step": (lambda s: bad(s, step=torch.tensor(1e30)), r"the step 1e\+30;"),
+    "text as step": (lambda s: bad(s, step="many"), "the step 'many', which is no number"),
+    "two steps": (lambda s: bad(s, step=torch.ones(2)), "which is no number"),
     "half a step": (lambda s: bad(s, step=torch.tensor(0.5)), "the step 0.5"),
     "nan step": (lambda s: bad(s, step=torch.tensor(float("nan"))), "the step nan"),
-    "integers": (lambda s: bad(s, exp_avg=torch.zeros(100, dtype=torch.int)), "dtype Int"),
+    "integers": (
+        lambda s: bad(s, exp_avg=torch.zeros(100, dtype=torch.int)),
+        "dtype torch.int32; allowed: float64",
+    ),
     "meta": (lambda s: bad(s, exp_avg=torch.zeros(100, device="meta")), "meta"),
-    "sparse": (lambda s: bad(s, exp_avg=torch.zeros(100).to_sparse()), "Sparse"),
+    "sparse": (lambda s: bad(s, exp_avg=torch.zeros(100).to_sparse()), "sparse_coo"),
+    "no dict": (lambda s: {**s, "state": {0: 5}}, "must be a dict, not int"),
+    "number": (lambda s: 3, "a state_dict must be a dict.*not int"),
+    "no state": (lambda s: {"param_groups": s["param_groups"]}, "no 'state'"),
+    "no groups": (lambda s: {"state": s["state"]}, "no 'param_groups'"),
+    "no params": (lambda s: {**s, "param_groups": [{"lr": 1.0}]}, r"param_groups\[0\] has no"),
     "amsgrad": (lambda s: with_group(s, amsgrad=True), "amsgrad"),
     "adam": (lambda s: with_group(s, decoupled_weight_decay=False), "decoupled"),
     "lr": (lambda s: with_group(s, lr=-1.0), "Invalid learning rate"),
@@ -272,6 +283,17 @@ def test_a_state_that_does_not_fit_changes_nothing(nvme_dir, name):
     pair.steps(2, first=5)
     assert pair.equal()
     assert equal_states(pair.a.state_dict(), pair.b.state_dict())
+
+
+def test_a_state_that_does_not_fit_names_the_parameter(make):
+    a = make([("weight", parameters(10)[0]), ("bias", parameters(3)[0])])
+    zeros = torch.zeros(3)
+    for wrong in ({"exp_avg": torch.zeros(4)}, {"exp_avg_sq": zeros.int()}, {"step": -1.0}):
+        entry = {"step": 1, "exp_avg": zeros, "exp_avg_sq": zeros} | wrong
+        state = {"state": {"b": entry}, "param_groups": [{"params": ["w", "b"]}]}
+        with pytest.raises((ValueError, TypeError)) as info:
+            a.load_state_dict(state)
+        assert "parameter 'b', param_groups[0]['params'][1] ('bias')" in str(info.value)
 
 
 def test_loaded_weights_win_over_the_master(make):

@@ -206,13 +206,27 @@ def test_wrong_arguments_get_clear_errors(swapper):
     with pytest.raises(ValueError, match="device"):
         swapper.swap_in("x", out=torch.zeros(4, 3), device="meta")
     for bad in [[1, 2], None, np.zeros(3)]:
-        with pytest.raises(TypeError):
+        name = type(bad).__name__
+        with pytest.raises(TypeError, match=f"^tensor must be a torch.Tensor, not {name}$"):
             swapper.swap_out("y", bad)
-    with pytest.raises(TypeError):
-        swapper.swap_out(3, torch.zeros(1))
-    for bad in [-1, float("nan")]:
-        with pytest.raises(ValueError, match="timeout"):
-            swapper.swap_in("x").wait(timeout=bad)
+    with pytest.raises(TypeError, match=r"^out must be a torch.Tensor, not list$"):
+        swapper.swap_in("x", out=[1])
+    for call in [
+        lambda: swapper.swap_out(3, torch.zeros(1)),
+        lambda: swapper.swap_in(3),
+        lambda: swapper.delete(3),
+    ]:
+        with pytest.raises(TypeError, match="^a key must be a str, not int$"):
+            call()
+    with pytest.raises(ValueError, match=r"key '\\udc80' cannot be written in UTF-8"):
+        swapper.swap_out("\udc80", torch.zeros(1))
+    ticket = swapper.swap_in("x")
+    for wait in (ticket.wait, ticket.wait_source, ticket.result):
+        for bad in [-1, float("nan")]:
+            with pytest.raises(ValueError, match=f"timeout must be None or >= 0, got {bad}"):
+                wait(timeout=bad)
+        with pytest.raises(TypeError, match="^timeout must be None or a number, not 'soon'$"):
+            wait(timeout="soon")
     assert swapper.keys() == ["x"]
 
 
@@ -223,13 +237,19 @@ def test_wrong_arguments_get_clear_errors(swapper):
         ({"host_memory": "lots"}, ValueError, "lots"),
         ({"host_memory": 1.5}, TypeError, "1.5"),
         ({"engine": "warp"}, ValueError, "warp"),
+        ({"engine": None}, TypeError, "^engine must be a str such as 'auto'.*not NoneType$"),
+        ({"directory": ""}, ValueError, "^directory is empty"),
+        ({"directory": b""}, ValueError, "^directory is empty"),
+        ({"directory": "a\0b"}, ValueError, r"^directory has a NUL character: 'a\\x00b'$"),
+        ({"directory": "\ud800"}, ValueError, r"^directory has a character .*'\\ud800'$"),
+        ({"directory": 3}, TypeError, "^directory must be a str or os.PathLike, not int$"),
         ({"config": {"aio": {"block_size": 1000}}}, ValueError, "4096"),
         ({"config": {"aio": {"queue_depth": 0}}}, ValueError, "queue_depth"),
     ],
 )
 def test_construction_says_what_is_wrong(nvme_dir, kwargs, error, match):
     with pytest.raises(error, match=match):
-        TensorSwapper(nvme_dir, **kwargs)
+        TensorSwapper(**{"directory": nvme_dir} | kwargs)
 
 
 def test_directories_that_cannot_be_used_give_oserrors(nvme_dir):
@@ -285,8 +305,9 @@ def test_close_is_idempotent_frees_and_ends_all_use(nvme_dir):
         lambda: swapper.swap_in("x"),
         lambda: swapper.delete("x"),
         swapper.keys,
+        lambda: swapper.engine,
     ]:
-        with pytest.raises(RuntimeError, match="closed"):
+        with pytest.raises(RuntimeError, match="this swapper is closed"):
             call()
     assert swapper.stats()["bytes_out"] == 4000
     assert os.listdir(nvme_dir) == []

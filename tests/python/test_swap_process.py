@@ -93,6 +93,28 @@ def test_a_wait_lets_other_threads_run(nvme_dir):
         assert ran.is_set()
 
 
+def test_a_forked_child_may_ask_a_swapper_nothing(swapper):
+    calls = [
+        swapper.stats,
+        swapper.keys,
+        swapper.close,
+        lambda: swapper.engine,
+        lambda: swapper.delete("x"),
+        lambda: swapper.swap_out("x", torch.zeros(1)),
+    ]
+    child = os.fork()
+    if child == 0:
+        refused = 0
+        for call in calls:
+            try:
+                call()
+            except RuntimeError as error:
+                refused += f"created in process {os.getppid()}" in str(error)
+        os._exit(refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == len(calls)
+    assert swapper.stats()["operations"] == 0
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     mount = tmp_path / "disk"

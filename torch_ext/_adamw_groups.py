@@ -1,0 +1,146 @@
+"""The groups of OffloadedAdamW's parameters, and loaded states of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raises ValueError, in torch.optim.AdamW's words where it has some."""
+    lr, betas = group["lr"], group["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not float(lr) >= 0.0:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if not group["eps"] >= 0.0:
+        raise ValueError(f"Invalid epsilon value: {group['eps']}")
+    if len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, got {betas}")
+    for i, beta in enumerate(betas):
+        if not 0.0 <= float(beta) < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+    if not group["weight_decay"] >= 0.0:
+        raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+    if group["amsgrad"]:
+        raise ValueError("amsgrad=True is not supported by OffloadedAdamW")
+    if not group["decoupled_weight_decay"]:
+        raise ValueError(
+            "OffloadedAdamW has decoupled weight decay only; this is the state of a "
+            "torch.optim.Adam without it"
+        )
+
+
+def hyper(group: dict[str, Any]) -> tuple[float, float, float, float, float, bool]:
+    """The numbers of a group as the engine takes them."""
+    check_group(group)
+    beta1, beta2 = group["betas"]
+    numbers = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
+    return (*map(float, numbers), bool(group["maximize"]))
+
+
+def check_state_dict(state_dict: Any) -> None:
+    """Raises TypeError or ValueError for what is no optimizer's state at all."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"a state_dict must be a dict, as state_dict() returns it, "
+            f"not {type(state_dict).__name__}"
+        )
+    for key, kind in (("state", Mapping), ("param_groups", Sequence)):
+        if not isinstance(state_dict.get(key), kind):
+            raise ValueError(f"the loaded state_dict has no {key!r} of an optimizer")
+    for i, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), Sequence):
+            raise ValueError(f"the loaded param_groups[{i}] has no list 'params'")
+
+
+def paired(
+    groups: list[dict[str, Any]], saved: list[dict[str, Any]]
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each group with the saved one; ValueError where there are more or fewer."""
+    if len(groups) != len(saved):
+        raise ValueError("loaded state dict has a different number of parameter groups")
+    for group, other in zip(groups, saved, strict=True):
+        if len(group["params"]) != len(other["params"]):
+            raise ValueError(
+                "loaded state dict contains a parameter group "
+                "that doesn't match the size of optimizer's group"
+            )
+    return list(zip(groups, saved, strict=True))
+
+
+def merged(
+    group: dict[str, Any], saved: dict[str, Any], defaults: dict[str, Any]
+) -> dict[str, Any]:
+    """The saved group with this optimizer's parameters and way of computing."""
+    merged = defaults | {
+        key: deepcopy(value) for key, value in saved.items() if key != "params"
+    }
+    for key in ("foreach", "capturable", "differentiable", "fused"):
+        merged[key] = defaults[key]
+    check_group(merged)
+    if "param_names" in group:
+        merged.setdefault("param_names", group["param_names"])
+    merged["params"] = group["params"]
+    return merged
+
+
+def labelled_parameters(groups: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter with words that find it again, for messages."""
+    for i, group in enumerate(groups):
+        names = group.get("param_names")
+        for j, parameter in enumerate(group["params"]):
+            name = f" ({names[j]!r})" if names and j < len(names) else ""
+            yield f"param_groups[{i}]['params'][{j}]{name}", parameter
+
+
+def read_entry(
+    label: str, parameter: Tensor, entry: Any
+) -> tuple[int, Tensor, Tensor, Tensor | None]:
+    """The step, exp_avg, exp_avg_sq and master of a parameter's loaded state.
+
+    Raises:
+        ValueError, TypeError: It does not fit; the text has ``label``.
+    """
+    state = f"the loaded state of {label}"
+    if not isinstance(entry, Mapping):
+        raise TypeError(f"{state} must be a dict, not {type(entry).__name__}")
+    for name in ("exp_avg", "exp_avg_sq", "master_param"):
+        tensor = entry.get(name)
+        if tensor is None and name == "master_param":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{state} has no tensor {name!r}")
+        _check_saved_tensor(f"{state}: {name}", tensor, parameter)
+    step = _read_step(state, entry.get("step"))
+    return step, entry["exp_avg"], entry["exp_avg_sq"], entry.get("master_param")
+
+
+def _check_saved_tensor(what: str, tensor: Tensor, parameter: Tensor) -> None:
+    if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
+        kind = "meta" if tensor.is_meta else f"{tensor.layout} of dtype {tensor.dtype}"
+        raise TypeError(f"{what} is {kind}; allowed: dense strided tensors that have memory")
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(
+            f"{what} has dtype {tensor.dtype}; allowed: float64, float32, bfloat16, float16 "
+            f"and the float8 ones"
+        )
+    if tensor.shape != parameter.shape:
+        raise ValueError(
+            f"{what} has sizes {list(tensor.shape)}, its parameter {list(parameter.shape)}"
+        )
+
+
+def _read_step(state: str, value: Any) -> int:
+    try:
+        step = float(-1 if value is None else value)
+    except (TypeError, ValueError, RuntimeError):  # The last: of several elements.
+        raise ValueError(f"{state} has the step {value!r}, which is no number") from None
+    # float32, as torch keeps it, counts to 2^24; the library counts to 2^64.
+    if not (0 <= step < 2**63 and step.is_integer()):
+        raise ValueError(f"{state} has the step {step:g}; allowed: whole, from 0 to 2^63 - 1")
+    return int(step)
