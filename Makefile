@@ -21,7 +21,7 @@ test-mutants: ## Break the code in known ways; each named test must notice
 	@tools/setup.sh tests
 	@$(PY) tests/mutants/run.py $(ARGS)
 
-bench: ## Micro-benchmarks; see benchmarks/README.md for the others
+bench: ## All benchmarks, a quarter of an hour; see benchmarks/README.md
 	@tools/setup.sh benchmarks
 	@tools/bench.sh $(ARGS)
 

@@ -23,12 +23,30 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 
 
+def find(program):
+    """The program on PATH, or beside Python, which need not be on PATH."""
+    beside = Path(sys.executable).parent / program
+    return shutil.which(program) or (str(beside) if beside.exists() else None)
+
+
+def generator(build, arguments):
+    """Ninja where it is found, unless a generator has been chosen already."""
+    chosen = (build / "CMakeCache.txt").exists() or "CMAKE_GENERATOR" in os.environ
+    ninja = find("ninja")
+    if chosen or not ninja or any(a.startswith("-G") for a in arguments):
+        return []
+    return ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+
+
 class CMakeBuild(build_ext):
     def run(self):
         in_place = self.inplace or self.editable_mode
         prefix = (ROOT if in_place else Path(self.build_lib).resolve()) / "torch_ext"
         build = Path(os.environ.get("TORCH_EXT_BUILD_DIR") or self.build_temp).resolve()
-        cmake = shutil.which("cmake") or str(Path(sys.executable).parent / "cmake")
+        cmake = find("cmake")
+        if cmake is None:
+            raise SystemExit("cmake is missing: type `pip install 'cmake>=3.25'`")
+        arguments = shlex.split(os.environ.get("CMAKE_ARGS", ""))
         configure = [
             *[cmake, "-S", str(ROOT), "-B", str(build)],
             f"-DPython3_EXECUTABLE={sys.executable}",
@@ -36,7 +54,8 @@ class CMakeBuild(build_ext):
             "-DTORCH_EXT_INSTALL_CMAKEDIR=share/cmake/torch_ext",
             "-DTORCH_EXT_INSTALL_PYTHONDIR=.",
             f"-DTORCH_EXT_WHEEL={'OFF' if in_place else 'ON'}",
-            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+            *generator(build, arguments),
+            *arguments,
         ]
         jobs = str(self.parallel or os.cpu_count() or 1)
         for built in ("lib", "include", "share", "csrc", "third_party"):

@@ -26,14 +26,18 @@ torch_ext_find_header(TORCH_EXT_XXHASH_DIR xxhash.h libxxhash-dev)
 torch_ext_find_header(TORCH_EXT_NLOHMANN_DIR nlohmann/json.hpp
                       nlohmann-json3-dev ${torch_ext_pypi})
 
-# libaio, else raw system calls. A wheel makes raw calls, for it cannot count
-# on libaio.so where it is installed.
-if(NOT TORCH_EXT_RAW_AIO AND NOT TORCH_EXT_WHEEL)
+# libaio, else raw system calls. A wheel and a static library make raw calls,
+# for they cannot count on libaio.so where they are installed or linked.
+set(torch_ext_raw_aio ON)
+if(BUILD_SHARED_LIBS AND NOT TORCH_EXT_RAW_AIO AND NOT TORCH_EXT_WHEEL)
   find_path(TORCH_EXT_LIBAIO_DIR libaio.h)
   find_library(TORCH_EXT_LIBAIO aio)
   mark_as_advanced(TORCH_EXT_LIBAIO_DIR TORCH_EXT_LIBAIO)
+  if(TORCH_EXT_LIBAIO_DIR AND TORCH_EXT_LIBAIO)
+    set(torch_ext_raw_aio OFF)
+  endif()
 endif()
-if(TORCH_EXT_LIBAIO_DIR AND TORCH_EXT_LIBAIO)
+if(NOT torch_ext_raw_aio)
   target_include_directories(torch_ext_third_party SYSTEM INTERFACE
                              ${TORCH_EXT_LIBAIO_DIR})
   target_link_libraries(torch_ext_third_party INTERFACE ${TORCH_EXT_LIBAIO})

@@ -26,6 +26,13 @@ if [ ${#missing[@]} -eq 0 ]; then
   exit 0
 fi
 
+# libbenchmark-dev holds a link to the library of another package.
+for package in "${missing[@]}"; do
+  [ "$package" = libbenchmark-dev ] || continue
+  mapfile -t -O "${#missing[@]}" missing < <(apt-cache depends libbenchmark-dev 2>/dev/null |
+    sed -n 's/.*Depends: \(libbenchmark[^ ]*\)$/\1/p')
+done
+
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 if ! command -v apt-get >/dev/null || ! (cd "$scratch" && apt-get -qq download "${missing[@]}" >&2); then

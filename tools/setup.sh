@@ -25,13 +25,17 @@ has_python_header() {
   folder=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))') && [ -f "$folder/Python.h" ]
 }
 
+uses_uv() { [ -z "${PYTHON:-}" ] && command -v uv >/dev/null; }
+
 # Prints the Debian packages that are missing; with "hard", only those that
 # cannot be unpacked into .deps.
 missing_packages() {
   command -v "${CXX:-c++}" >/dev/null && compiles '#include <span>' || echo g++
   command -v make >/dev/null || echo make
+  # The tests of the repository ask a checkout for its files.
+  [ "$goal" != tests ] || [ ! -e .git ] || command -v git >/dev/null || echo git
   if command -v "$python" >/dev/null; then
-    command -v uv >/dev/null || "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
+    uses_uv || "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
     has_python_header || echo python3-dev
   else
     echo python3 python3-venv python3-dev
@@ -73,7 +77,7 @@ setup_packages() {
 }
 
 pip_install() {
-  if [ -z "${PYTHON:-}" ] && command -v uv >/dev/null; then
+  if uses_uv; then
     uv pip install --quiet --python .venv/bin/python "$@"
   else
     .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"
@@ -91,21 +95,33 @@ setup_python() {
   newer_cmake || wanted+=("cmake>=$cmake_minimum")
   local stamp
   stamp=.venv/.ready-$(printf '%s\n' "$("$python" -c 'import sys; print(sys.executable, sys.version)')" "$parent" "${wanted[@]}" | sha256sum | cut -c1-16)
+  if is_of_another_python; then
+    say ".venv was made by another Python than $python: making it again"
+    rm -rf .venv
+  fi
   [ ! -e "$stamp" ] || return 0
   if ! .venv/bin/python -c '' 2>/dev/null; then
     say "making .venv with $python"
-    if [ -z "${PYTHON:-}" ] && command -v uv >/dev/null; then
+    if uses_uv; then
       uv venv --quiet --seed --python "$python" .venv
     else
       "$python" -m venv .venv
     fi
   fi
-  if [ -n "$parent" ]; then
-    printf '%s\n' "$parent" >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_ext_parent.pth"
-  fi
+  local link
+  link=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_ext_parent.pth
+  rm -f "$link"
+  [ -z "$parent" ] || printf '%s\n' "$parent" >"$link"
   say "installing ${wanted[*]} (torch is large: minutes the first time)"
   pip_install "${wanted[@]}" || fail "pip could not install ${wanted[*]}: see above"
   touch "$stamp"
+}
+
+# Whether PYTHON asks for another interpreter than the one .venv came from.
+is_of_another_python() {
+  local identity='import sys; print(sys.base_prefix, sys.version)' there
+  [ -n "${PYTHON:-}" ] && there=$(.venv/bin/python -c "$identity" 2>/dev/null) || return 1
+  [ "$there" != "$("$python" -c "$identity")" ]
 }
 
 newer_cmake() {

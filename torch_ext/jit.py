@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ def load(
 
     All of the C++ core and the binding are compiled with the torch and the
     compiler at hand (about a minute, once for each version of torch_ext and
-    torch); no CUDA toolkit is needed. Without libaio: the extension makes raw
+    torch), which a UserWarning says first; no CUDA toolkit is needed. Without libaio: the extension makes raw
     system calls.
 
     Args:
@@ -65,6 +66,14 @@ def load(
     _check_compiler()
     with _ninja_on_path():
         _wait_for(directory / "lock", lock_timeout)
+        if not (directory / f"{name}.so").exists():
+            # Shown on stderr unless the user has chosen otherwise, unlike a log.
+            warnings.warn(
+                f"torch_ext: compiling the C++ extension in {directory}; this takes about "
+                f"a minute, once",
+                UserWarning,
+                stacklevel=2,
+            )
         return cpp_extension.load(
             name,
             [str(root / "csrc" / file) for file in sources["core"] + sources["bindings"]],

@@ -55,7 +55,7 @@ def test_swap_out_sees_the_work_queued_before_it(sim, swapper):
 @pytest.mark.parametrize("timeout", [0, 0.05, 0.001])
 def test_a_timeout_names_operation_key_and_the_time_given(sim, swapper, timeout):
     key = "a did not end within b"
-    tensor = filled(1)
+    tensor = filled(1, size=2 * CHUNK)  # More than the buffers hold.
     sim.hold()
     out, back = swapper.swap_out(key, tensor), swapper.swap_in(key)
     for wait, name in [

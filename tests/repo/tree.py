@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -9,27 +10,41 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
+# What a walk leaves out where git does not say what is ignored.
+_BUILT_FOLDERS = {".git", ".venv", ".deps", "build", "dist", "__pycache__"}
+_BUILT_FOLDERS |= {".pytest_cache", ".ruff_cache", ".hypothesis"}
+_BUILT = ("torch_ext/lib/", "torch_ext/include/", "torch_ext/share/", "torch_ext/csrc/")
+
+
 @cache
 def files() -> list[Path]:
     """All files of the project, relative to its root; no built or ignored ones."""
-    listing = subprocess.run(
-        [
-            "git",
-            "-c",
-            "safe.directory=*",
-            "ls-files",
-            "-z",
-            "--cached",
-            "--others",
-            "--exclude-standard",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    names = _names_of_git() if (ROOT / ".git").exists() else None
+    if names is None:  # A source distribution, or no git here.
+        names = walked(ROOT)
+    return [Path(name) for name in sorted(names) if (ROOT / name).is_file()]
+
+
+def _names_of_git() -> list[str] | None:
+    command = ["git", "-c", "safe.directory=*", "ls-files", "-z"]
+    command += ["--cached", "--others", "--exclude-standard"]
+    try:
+        listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return [name for name in listing.stdout.split("\0") if name]
+
+
+def walked(root: Path) -> list[str]:
+    """The files below ``root``, relative to it, without what builds leave there."""
+    names = []
+    for folder, below, here in os.walk(root):
+        below[:] = [f for f in below if f not in _BUILT_FOLDERS and ".egg-info" not in f]
+        names += [(Path(folder) / name).relative_to(root).as_posix() for name in here]
     return [
-        Path(name) for name in sorted(listing.split("\0")) if name and (ROOT / name).is_file()
+        name
+        for name in names
+        if not name.startswith(_BUILT) and not name.endswith((".so", ".pyc"))
     ]
 
 
