@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,24 +34,6 @@ def train(make):
 ours = train(lambda p: torch_ext.OffloadedAdamW(p, lr=1e-2, nvme_path={nvme!r}))
 assert torch.equal(ours, train(lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True)))
 print(_C.__file__)
-"""
-
-CONSUMER = """
-cmake_minimum_required(VERSION 3.25)
-project(consumer LANGUAGES CXX)
-find_package(torch_ext 0.1 REQUIRED)
-add_executable(consumer main.cpp)
-target_link_libraries(consumer PRIVATE torch_ext::core)
-"""
-
-CONSUMER_MAIN = """
-#include <iostream>
-#include "torch_ext/base/size.h"
-#include "torch_ext/io/io_engine.h"
-int main() {
-  std::cout << torch_ext::parse_size("4KiB") << " "
-            << torch_ext::make_engine_factory("null")(1)->name();
-}
 """
 
 
@@ -188,18 +171,32 @@ def test_wheel_trains_outside_the_source_tree(installed, room):
 
 
 @pytest.mark.slow
-def test_wheel_serves_cpp_programs_through_find_package(installed, room):
-    app = room / "consumer"
-    app.mkdir()
-    (app / "CMakeLists.txt").write_text(CONSUMER)
-    (app / "main.cpp").write_text(CONSUMER_MAIN)
+def test_wheel_serves_the_example_of_a_libtorch_program(installed, source, room):
+    """From the sources of the sdist, with nothing of the checkout."""
+    app = shutil.copytree(source / "examples/libtorch_app", room / "app")
     prefix = run(
         *[installed.python, "-c", "import torch_ext; print(torch_ext.cmake_prefix_path)"],
         cwd=room,
     )
-    run("cmake", "-S", app, "-B", app / "build", f"-DCMAKE_PREFIX_PATH={prefix}", cwd=room)
-    run("cmake", "--build", app / "build", cwd=room)
-    assert run(app / "build/consumer", cwd=room) == "4096 null"
+    assert Path(prefix) == installed.package / "share/cmake"
+    torch_root = run(
+        *[installed.python, "-c", "import torch; print(torch.__path__[0])"], cwd=room
+    )
+    build = room / "app_build"
+    run(
+        *["cmake", "-S", app, "-B", build, "-DCMAKE_BUILD_TYPE=Debug"],
+        *[f"-DCMAKE_PREFIX_PATH={prefix}", f"-DTORCH_ROOT={torch_root}"],
+        cwd=room,
+    )
+    cache = (build / "CMakeCache.txt").read_text()
+    assert f"torch_ext_DIR:PATH={prefix}/torch_ext" in cache
+    run("cmake", "--build", build, cwd=room)
+    nvme = room / "app_nvme"
+    nvme.mkdir()
+    shown = run(build / "libtorch_app", nvme, cwd=room)
+    assert "equal to the bit" in shown
+    libraries = run("ldd", build / "libtorch_app", cwd=room)
+    assert str(installed.package / "lib/libtorch_ext_core.so") in libraries
 
 
 @pytest.mark.slow
@@ -234,6 +231,7 @@ print(loaded.AioConfig() is not None and built.AioConfig() is not None)
     assert shown.splitlines()[-1] == "True"
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
 def test_sdist_has_what_git_has(sdist):
     listing = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "csrc", "include", "tests", "cmake"],
@@ -255,6 +253,41 @@ def test_load_gives_up_on_a_lock_that_stays_and_names_it(tmp_path):
     (tmp_path / "lock").touch()
     with pytest.raises(TimeoutError, match=re.escape(str(tmp_path / "lock"))):
         torch_ext.load(build_directory=tmp_path, lock_timeout=0.2)
+
+
+def test_load_says_that_it_compiles_before_it_does(tmp_path, monkeypatch):
+    from torch.utils import cpp_extension
+
+    import torch_ext
+
+    calls = []
+    monkeypatch.setattr(cpp_extension, "load", lambda *a, **k: calls.append(a))
+    with pytest.warns(UserWarning, match="compiling.*about a minute") as caught:
+        torch_ext.load("some", build_directory=tmp_path)
+    assert str(tmp_path) in str(caught[0].message)
+    assert caught[0].filename == __file__
+    (tmp_path / "some.so").touch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch_ext.load("some", build_directory=tmp_path)  # Built before: quick.
+    assert len(calls) == 2
+
+
+def test_setup_chooses_ninja_unless_something_else_is_chosen(tmp_path, monkeypatch):
+    source = (ROOT / "setup.py").read_text().partition("\nsetup(")[0]
+    names = {"__file__": str(ROOT / "setup.py")}
+    exec(compile(source, "setup.py", "exec"), names)
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin/python"))
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    monkeypatch.delenv("CMAKE_GENERATOR", raising=False)
+    assert names["generator"](tmp_path, []) == []
+    ninja = tmp_path / "bin/ninja"
+    ninja.touch(mode=0o755)
+    assert names["generator"](tmp_path, []) == ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    assert names["generator"](tmp_path, ["-GUnix Makefiles"]) == []
+    (tmp_path / "CMakeCache.txt").touch()
+    assert names["generator"](tmp_path, []) == []
 
 
 def test_load_without_a_compiler_says_what_to_install(tmp_path, monkeypatch):

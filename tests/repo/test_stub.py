@@ -111,7 +111,9 @@ def test_methods_take_the_same_parameters(cls):
             for d in n.decorator_list
         }
         if isinstance(value, property):
-            assert "property" in kinds or isinstance(nodes[0], ast.AnnAssign), name
+            writable = isinstance(nodes[0], ast.AnnAssign) or f"{name}.setter" in kinds
+            assert writable or "property" in kinds, name
+            assert writable == (value.fset is not None), name
         elif isinstance(nodes[0], ast.FunctionDef) and value is not None:
             function = getattr(cls, name)
             if is_public(name) or name == "__init__":

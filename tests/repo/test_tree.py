@@ -67,6 +67,23 @@ def test_every_public_core_header_compiles_alone():
     )
 
 
+def test_without_git_the_files_are_found_by_a_walk(monkeypatch, tmp_path):
+    listed = {file.as_posix() for file in tree.files()}
+    assert listed <= set(tree.walked(tree.ROOT))
+    for name in ("csrc/a.cpp", "build/b.cpp", ".venv/c.py", "torch_ext/lib/d.so", "e.pyc"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(tree, "ROOT", tmp_path)
+    for git_fails in (False, True):
+        if git_fails:
+            (tmp_path / ".git").write_text("no repository")
+        tree.files.cache_clear()
+        try:
+            assert [f.as_posix() for f in tree.files() if f.name != ".git"] == ["csrc/a.cpp"]
+        finally:
+            tree.files.cache_clear()
+
+
 def test_there_is_one_version_number():
     import torch_ext
 
