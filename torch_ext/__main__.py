@@ -135,7 +135,14 @@ def _directory(native: ModuleType | None, path: str) -> _Report:
         "free_bytes": shutil.disk_usage(path).free,
     }
     if native is not None:
-        report |= native.probe_directory(path)
+        try:
+            report |= native.probe_directory(path)
+        except OSError as error:
+            why = (
+                f"no file can be made in this directory, which is on {file_system} "
+                f"({error.strerror})"
+            )
+            raise OSError(error.errno, why, path) from error
     return report
 
 

@@ -29,8 +29,8 @@ def load(
 
     All of the C++ core and the binding are compiled with the torch and the
     compiler at hand (about a minute, once for each version of torch_ext and
-    torch), which a UserWarning says first; no CUDA toolkit is needed. Without libaio: the extension makes raw
-    system calls.
+    torch; a UserWarning says so before it begins); no CUDA toolkit is needed.
+    Without libaio: the extension makes raw system calls.
 
     Args:
         name: Name of the extension module.

@@ -40,6 +40,13 @@ def info(capsys, *arguments):
     return status, json.loads(capsys.readouterr().out)
 
 
+def test_a_directory_that_takes_no_files_is_an_error_that_says_so(capsys):
+    assert command.main(["info", "/proc"]) == 1
+    text = capsys.readouterr().err
+    assert "no file can be made in this directory, which is on proc" in text
+    assert text.endswith(": '/proc'\n")
+
+
 # The package -------------------------------------------------------------------
 
 
