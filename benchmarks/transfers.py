@@ -60,11 +60,8 @@ class Transfer:
             else torch.accelerator.synchronize
         )
         self._swapper = self._open()
+        self.engine = self._swapper.engine
         self._filled = 0
-
-    @property
-    def engine(self) -> str:
-        return self._swapper.engine
 
     def fill(self) -> None:
         """Writes twice the space of the tensors, all that rewriting them needs."""
