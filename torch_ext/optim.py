@@ -288,21 +288,22 @@ class OffloadedAdamW(torch.optim.Optimizer):
         began, negative for what was read ahead.
 
         Raises:
-            RuntimeError: The optimizer is closed or belongs to another process.
+            RuntimeError: The optimizer belongs to another process.
         """
-        self._life.check()
+        self._life.check_process()
         return self._engine.timeline()
 
     @property
     def engine(self) -> str:
         """The I/O engine in use. Raises RuntimeError as ``timeline`` does."""
-        self._life.check()
+        self._life.check_process()
         return self._engine.engine
 
     def close(self) -> None:
         """Waits for writes in flight and frees memory and disk space.
 
-        Idempotent. Later calls of anything but ``stats`` raise RuntimeError.
+        Idempotent. Later calls of anything but ``stats``, ``timeline`` and ``engine``
+        raise RuntimeError.
 
         Raises:
             OSError: An error that no call has raised; all is closed then.

@@ -172,14 +172,15 @@ class TensorSwapper:
 
     @property
     def engine(self) -> str:
-        """The I/O engine in use. RuntimeError as for ``swap_out``."""
-        self._life.check()
+        """The I/O engine in use. RuntimeError as for ``stats``."""
+        self._life.check_process()
         return self._swapper.engine
 
     def close(self) -> None:
         """Waits for all operations and frees memory and disk space.
 
-        Idempotent. Later calls of anything but ``stats`` raise RuntimeError.
+        Idempotent. Later calls of anything but ``stats`` and ``engine`` raise
+        RuntimeError.
 
         Raises:
             OSError: The first error that nobody has seen; all is closed then.

@@ -17,7 +17,6 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <string_view>
 #include <utility>
 
 #include "bind_config.h"
@@ -56,58 +55,46 @@ Seconds to_seconds(const py::object& timeout) {
   return seconds;
 }
 
-// Waits without the GIL, in slices that let Ctrl-C through.
+// Waits without the GIL, in slices that let Ctrl-C through, until
+// `wait_for(slice)` is true; then, or without a timeout, wait() returns or
+// throws at once.
 template <typename WaitFor>
-bool wait_interruptibly(Seconds timeout, WaitFor wait_for) {
+void wait_interruptibly(const TensorTicket& ticket, const py::object& timeout,
+                        WaitFor wait_for) {
   using Clock = std::chrono::steady_clock;
+  using Duration = std::chrono::duration<double>;
+  const Seconds seconds = to_seconds(timeout);
   const auto start = Clock::now();
   while (true) {
-    const double waited =
-        std::chrono::duration<double>(Clock::now() - start).count();
-    const double left = timeout ? std::max(0.0, *timeout - waited) : 1.0;
-    const std::chrono::duration<double> slice(std::min(left, 0.05));
+    const double waited = Duration(Clock::now() - start).count();
+    const double left = seconds ? std::max(0.0, *seconds - waited) : 1.0;
+    const Duration slice(std::min(left, 0.05));
     bool done = false;
     {
       py::gil_scoped_release released;
       done = wait_for(std::chrono::ceil<std::chrono::nanoseconds>(slice));
     }
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-    if (done || (timeout && waited >= *timeout)) return done;
-  }
-}
-
-// The last look, which does not wait, knows what was waited for, but not how
-// long: its error gets the time that the caller gave.
-template <typename Look>
-void look(bool done, Seconds timeout, Look look_once) {
-  if (done || !timeout) return look_once(TensorTicket::Timeout());
-  try {
-    look_once(TensorTicket::Timeout(0));
-  } catch (const torch_ext::TimeoutError& error) {
-    constexpr std::string_view kWords = " did not end within ";
-    std::string text = error.what();
-    if (const auto words = text.rfind(kWords); words != text.npos) {
-      text.resize(words + kWords.size());
-      text += to_shortest(*timeout) + " s; it goes on";
+    if (done) return;
+    if (seconds && waited >= *seconds) {
+      throw ticket.timed_out(
+          std::chrono::round<std::chrono::nanoseconds>(Duration(*seconds)));
     }
-    throw torch_ext::TimeoutError(text);
   }
 }
 
 void wait_for_bytes(const TensorTicket& ticket, const py::object& timeout) {
-  const Seconds seconds = to_seconds(timeout);
-  const bool done = wait_interruptibly(
-      seconds, [&](auto slice) { return ticket.wait_for(slice); });
+  wait_interruptibly(ticket, timeout,
+                     [&](auto slice) { return ticket.wait_for(slice); });
   py::gil_scoped_release released;
-  look(done, seconds, [&](auto rest) { ticket.wait(rest); });
+  ticket.wait();
 }
 
 void wait_for_source(const TensorTicket& ticket, const py::object& timeout) {
-  const Seconds seconds = to_seconds(timeout);
-  const bool done = wait_interruptibly(
-      seconds, [&](auto slice) { return ticket.wait_source_for(slice); });
+  wait_interruptibly(ticket, timeout,
+                     [&](auto slice) { return ticket.wait_source_for(slice); });
   py::gil_scoped_release released;
-  look(done, seconds, [&](auto rest) { ticket.wait_source(rest); });
+  ticket.wait_source();
 }
 
 py::object result_of(const TensorTicket& ticket, const py::object& timeout) {

@@ -154,12 +154,6 @@ bool CopyThread::start_chunks() {
   bool progress = false;
   while (!active_.empty()) {
     const OperationPtr operation = active_.front();
-    if (operation->direct && operation->error == nullptr) {
-      active_.pop_front();
-      start_direct(operation);
-      progress = true;
-      continue;
-    }
     while (!operation->all_started()) {
       try {
         if (!start_chunk(operation)) return progress;
@@ -398,15 +392,16 @@ void CopyThread::finish(const OperationPtr& operation) {
   auto version = std::exchange(operation->version, nullptr);
   if (error != nullptr) keys_.add_failure(operation);
   if (operation->out()) {
-    const auto readers = keys_.resolve(version, error);
-    if (!readers.empty()) {
-      std::lock_guard lock(mutex_);
-      for (const OperationPtr& reader : readers) {
-        // It asked for the value that was not written: an older one would be
-        // stale data in silence.
-        reader->error = error;
-        new_operations_.push_back(reader);
+    for (const OperationPtr& reader : keys_.resolve(version, error)) {
+      if (reader->direct && error == nullptr) {
+        start_direct(reader);
+        continue;
       }
+      // If it asked for a value that was not written, it fails: an older one
+      // would be stale data in silence.
+      reader->error = error;
+      std::lock_guard lock(mutex_);
+      new_operations_.push_back(reader);
       changed_.notify_one();
     }
   }

@@ -3,8 +3,11 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <mutex>
+#include <sstream>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "copy_thread.h"
@@ -49,15 +52,20 @@ void check(SwapOperation& operation, const Ticket& ticket) {
   }
 }
 
+TimeoutError timed_out(const SwapOperation& operation,
+                       std::chrono::nanoseconds timeout) {
+  std::ostringstream text;
+  text << (operation.out() ? "swap_out" : "swap_in") << " of '" << operation.key
+       << "' did not end within "
+       << std::chrono::duration<double>(timeout).count() << " s; it goes on";
+  return TimeoutError(text.str());
+}
+
 void wait_for_ticket(SwapOperation& operation, const Ticket& ticket,
                      SwapTicket::Timeout timeout) {
   operation.retired->clear();
   if (!ticket.wait_for(timeout.value_or(std::chrono::nanoseconds::max()))) {
-    throw TimeoutError(
-        std::string(operation.out() ? "swap_out" : "swap_in") + " of '" +
-        operation.key + "' did not end within " +
-        std::to_string(static_cast<double>(timeout->count()) / 1e9) +
-        " s; it goes on");
+    throw timed_out(operation, *timeout);
   }
   operation.retired->clear();
   check(operation, ticket);
@@ -101,6 +109,10 @@ bool SwapTicket::wait_for(std::chrono::nanoseconds timeout) const {
 bool SwapTicket::wait_source_for(std::chrono::nanoseconds timeout) const {
   check_process(operation_->owner, "ticket");
   return !operation_->out() || operation_->staged.ticket().wait_for(timeout);
+}
+
+TimeoutError SwapTicket::timed_out(std::chrono::nanoseconds timeout) const {
+  return torch_ext::timed_out(*operation_, timeout);
 }
 
 bool SwapTicket::done() const {

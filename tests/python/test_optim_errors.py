@@ -265,13 +265,13 @@ def test_a_closed_optimizer_refuses_steps_and_keeps_its_counters(make):
         optimizer.state_dict,
         lambda: optimizer.load_state_dict({"state": {}, "param_groups": []}),
         lambda: optimizer.add_param_group({"params": parameters(3)}),
-        optimizer.timeline,
-        lambda: optimizer.engine,
     ):
         with pytest.raises(RuntimeError, match="this optimizer is closed"):
             attempt()
     assert len(optimizer.param_groups) == 1
     assert optimizer.stats()["steps"] == 1
+    assert len(optimizer.timeline()) > 0
+    assert optimizer.engine
 
 
 def test_a_forked_child_is_told_whose_optimizer_it_is(make):

@@ -69,10 +69,11 @@ def test_ctrl_c_ends_a_wait(nvme_dir):
     # A FIFO of operations that takes far longer than the test may.
     body = """
 swapper.swap_out("x", torch.zeros(200_000_000, dtype=torch.uint8))
-ticket = [swapper.swap_in("x") for _ in range(40)][-1]
+tickets = [swapper.swap_in("x") for _ in range(40)]
 threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 try:
-    ticket.wait()
+    for ticket in tickets:
+        ticket.wait()
     print("ended")
 except KeyboardInterrupt:
     print("interrupted")

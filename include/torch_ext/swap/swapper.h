@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "torch_ext/base/error.h"
 #include "torch_ext/device/device.h"
 #include "torch_ext/io/ticket.h"
 #include "torch_ext/store/store.h"
@@ -74,6 +75,8 @@ class SwapTicket {
   /// throw now; throws no error of the operation, never touches a stream.
   bool wait_for(std::chrono::nanoseconds timeout) const;
   bool wait_source_for(std::chrono::nanoseconds timeout) const;
+  /// What wait() throws after `timeout`, for callers of wait_for().
+  TimeoutError timed_out(std::chrono::nanoseconds timeout) const;
 
   /// True once the bytes are in place, on disk or in the destination, or the
   /// operation has failed. Never blocks.

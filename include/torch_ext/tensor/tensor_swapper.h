@@ -62,6 +62,11 @@ class TensorTicket {
     return ticket_.wait_source_for(timeout);
   }
 
+  /// See SwapTicket::timed_out.
+  TimeoutError timed_out(std::chrono::nanoseconds timeout) const {
+    return ticket_.timed_out(timeout);
+  }
+
   /// True once the bytes are on disk or in the destination, or it failed.
   bool done() const { return ticket_.done(); }
 
