@@ -92,7 +92,10 @@ def cut():
 @pytest.mark.parametrize("make", [resized, cut])
 def test_a_tensor_larger_than_its_storage_is_refused(swapper, make):
     swapper.swap_out("x", torch.randn(make().shape)).wait()
-    for call in (lambda: swapper.swap_out("y", make()), lambda: swapper.swap_in("x", out=make())):
+    for call in (
+        lambda: swapper.swap_out("y", make()),
+        lambda: swapper.swap_in("x", out=make()),
+    ):
         with pytest.raises(ValueError, match="resized"):
             call()
     assert swapper.keys() == ["x"]
