@@ -116,8 +116,9 @@ class TensorSwapper:
         Args:
             key: As given to ``swap_out``.
             out: Where the elements go, outside autograd; any view with the
-                stored shape and dtype. It belongs to the swapper until the
-                ticket's ``wait()``. None: a new tensor.
+                stored shape and dtype, but on a device no lazily conjugate or
+                negative one. It belongs to the swapper until the ticket's
+                ``wait()``. None: a new tensor.
             device: Where the new tensor is made; None: where the old one was.
 
         Raises:

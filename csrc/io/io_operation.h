@@ -53,8 +53,9 @@ class RunningOperation {
 struct RunningPiece {
   RunningOperation* operation = nullptr;
   Piece piece;
-  std::size_t moved = 0;  ///< Bytes of it that are done for good.
-  int attempts = 0;       ///< In a row without progress.
+  std::size_t moved = 0;   ///< Bytes of it that are done for good.
+  int attempts = 0;        ///< In a row without progress.
+  int idle_transfers = 0;  ///< Of these, transfers that moved too little.
   std::chrono::steady_clock::time_point not_before = {};  ///< Of the next.
   std::chrono::steady_clock::time_point not_after = {};   ///< Likewise.
 };

@@ -295,6 +295,7 @@ void IoWorker::advance(std::size_t slot, std::size_t bytes) {
   if (aligned > running.moved) {
     running.moved = aligned;
     running.attempts = 0;
+    running.idle_transfers = 0;
     ready_.push_back(slot);
     return;
   }
@@ -308,7 +309,7 @@ void IoWorker::advance(std::size_t slot, std::size_t bytes) {
   const std::uint64_t end_of_data = running.piece.offset + reached;
   if (io.op == IoRequest::Op::kRead && size <= end_of_data) {
     fail(slot, EIO, "the file ends at byte " + std::to_string(size));
-  } else if (running.attempts >= kMaxIdleTransfers) {
+  } else if (++running.idle_transfers > kMaxIdleTransfers) {
     fail(slot, EIO, "short transfers without progress");
   } else {
     try_again(slot, EIO, "short transfers without progress");

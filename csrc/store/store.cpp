@@ -73,7 +73,8 @@ struct Store::Impl {
     if (!file->direct()) notes.push_back(file->buffered_reason());
   }
 
-  std::optional<std::uint64_t> take_space(std::uint64_t bytes, bool may_grow);
+  std::optional<std::uint64_t> take_free(std::uint64_t bytes);
+  std::uint64_t take_space(std::uint64_t bytes);
   std::span<std::uint64_t> checksums_of(Extent& extent, std::uint64_t offset,
                                         std::uint64_t length) const;
   void check(const Extent* extent, std::uint64_t offset,
@@ -90,30 +91,44 @@ struct Store::Impl {
   std::vector<std::string> notes;
   std::unique_ptr<IoQueue> queue;
 
+  std::mutex growth_mutex;  // Before the other.
   mutable std::mutex mutex;
   SpaceMap space;
   StoreStats stats;
 };
 
-std::optional<std::uint64_t> Store::Impl::take_space(std::uint64_t bytes,
-                                                     bool may_grow) {
-  const auto free = space.take(bytes);
-  if (free || !may_grow) return free;
-  const std::uint64_t old_size = stats.file_size;
-  const std::uint64_t missing = bytes - space.tail(old_size);
-  std::uint64_t growth = align_up(missing, kGrowth);
-  try {
-    file->reserve(old_size, growth);
-  } catch (const IoError& error) {
-    const bool limit = error.error() == ENOSPC || error.error() == EFBIG ||
-                       error.error() == EDQUOT;
-    if (!limit || growth == missing) throw;
-    growth = missing;
-    file->reserve(old_size, growth);
+std::optional<std::uint64_t> Store::Impl::take_free(std::uint64_t bytes) {
+  std::lock_guard lock(mutex);
+  const auto offset = space.take(bytes);
+  if (offset) stats.allocated += bytes;
+  return offset;
+}
+
+std::uint64_t Store::Impl::take_space(std::uint64_t bytes) {
+  // Without the lock of the space map, which those who do not wait take.
+  std::lock_guard one_grows(growth_mutex);
+  for (;;) {
+    if (const auto offset = take_free(bytes)) return *offset;
+    std::unique_lock lock(mutex);
+    const std::uint64_t old_size = stats.file_size;
+    const std::uint64_t tail = space.tail(old_size);
+    lock.unlock();
+    if (tail >= bytes) continue;
+    const std::uint64_t missing = bytes - tail;
+    std::uint64_t growth = align_up(missing, kGrowth);
+    try {
+      file->reserve(old_size, growth);
+    } catch (const IoError& error) {
+      const bool limit = error.error() == ENOSPC || error.error() == EFBIG ||
+                         error.error() == EDQUOT;
+      if (!limit || growth == missing) throw;
+      growth = missing;
+      file->reserve(old_size, growth);
+    }
+    lock.lock();
+    stats.file_size += growth;
+    space.give(old_size, growth);
   }
-  stats.file_size += growth;
-  space.give(old_size, growth);
-  return space.take(bytes);
 }
 
 void Store::Impl::check(const Extent* extent, std::uint64_t offset,
@@ -216,11 +231,10 @@ std::shared_ptr<Extent> Store::allocate(std::uint64_t bytes, bool may_grow) {
     extent->checksums_.resize(align_up(padded, block) / block);
   }
   if (padded > 0) {
-    std::lock_guard lock(impl_->mutex);
-    const auto offset = impl_->take_space(padded, may_grow);
+    const auto offset =
+        may_grow ? impl_->take_space(padded) : impl_->take_free(padded);
     if (!offset) return nullptr;
     extent->offset_ = *offset;
-    impl_->stats.allocated += padded;
   }
   extent->size_ = bytes;
   extent->padded_size_ = padded;

@@ -270,6 +270,7 @@ void CopyThread::queue_copy(Chunk* chunk) {
     // What was queued before it failed is unknown: the buffer waits for an
     // event that covers it where the device can still give one.
     chunk->error = std::current_exception();
+    if (operation.error == nullptr) operation.error = chunk->error;
     try {
       chunk->copied = device.record(Device::Stream::kCopy);
     } catch (...) {

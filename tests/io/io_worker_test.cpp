@@ -172,6 +172,15 @@ TEST_F(IoWorkerTest, OthersGoOnWhilePiecesWaitToBeTriedAgain) {
   stuck.wait();
 }
 
+TEST_F(IoWorkerTest, RefusedSubmitsLeaveShortTransfersTheirTries) {
+  script_->set_plan([](std::size_t index, const IoRequest&) {
+    return index == 0 ? Fault{.transfer = 100, .refusals = 12} : Fault();
+  });
+  PatientWorker worker(config(), script_, 1h);
+  worker.submit(write(0, 1)).wait();
+  EXPECT_EQ(script_->requests(), 2u);
+}
+
 TEST_F(IoWorkerTest, AFailedSyncIsFinal) {
   for (const int error : {EIO, EAGAIN, ENOMEM, EINTR}) {
     script_ = std::make_shared<FaultScript>(test::only(0, Fault::fail(error)));

@@ -176,8 +176,9 @@ TEST_F(OptimizerFaultsTest, AChangedByteOnDiskIsAnErrorAndNeverUsed) {
   ScalarAdamW adamw(offload);
   adamw.add(5 * kPerTile);
   // Half of a write is lost, though the disk says that all is well.
-  script_->set_plan([](std::size_t index, const IoRequest& request) {
-    if (index == 4 && request.op == IoRequest::Op::kWrite) {
+  std::size_t writes = 0;
+  script_->set_plan([&writes](std::size_t, const IoRequest& request) {
+    if (request.op == IoRequest::Op::kWrite && ++writes == 3) {
       std::fill_n(request.data, 100, std::byte{7});
     }
     return Fault();

@@ -56,6 +56,15 @@ def test_each_stream_that_waits_sees_a_view_filled(sim, nvme_dir):
         assert bool((copy.cpu() == 7.0).all())
 
 
+def test_a_lazily_conjugate_view_on_a_device_is_refused(sim, nvme_dir):
+    base = torch.ones(30, 4, dtype=torch.complex64).to("sim")
+    with TensorSwapper(nvme_dir) as swapper:
+        swapper.swap_out("x", base).wait()
+        with pytest.raises(ValueError, match="out is lazily conjugate"):
+            swapper.swap_in("x", out=base.conj())
+        assert torch.equal(swapper.swap_in("x", out=base).result().cpu(), base.cpu())
+
+
 def test_a_value_comes_with_its_own_dtype_while_another_thread_rewrites_the_key(swapper):
     values = [torch.full((16,), 1.0), torch.full((32,), 2, dtype=torch.int16)]
     swapper.swap_out("x", values[0]).wait()

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cerrno>
 #include <exception>
 #include <thread>
@@ -194,6 +195,21 @@ TEST_F(SwapperTest, ACopyThatFailsIsTheOperationsErrorAndWritesNothing) {
   while (!in.done()) std::this_thread::yield();
   EXPECT_THROW(in.wait(), StateError);
   EXPECT_TRUE(stored(swapper, "k", 2));
+}
+
+TEST_F(SwapperTest, ACopyThatFailsIsNotHiddenByTheNextChunks) {
+  Swapper swapper(scripted());
+  swapper.swap_out("k", on_device(12 * kMiB, 1)).wait();
+  for (int i = 0; i < 20; ++i) {
+    std::atomic<int> arrivals = 0;
+    DeviceBytes out = on_device(12 * kMiB, 2);
+    out.on_arrival = [&](Device&) { ++arrivals; };
+    device_->fail_copy_call(std::make_exception_ptr(StateError("no copy")));
+    const SwapTicket ticket = swapper.swap_in("k", out);
+    EXPECT_THROW(ticket.wait(), StateError);
+    while (!ticket.done()) std::this_thread::yield();
+    EXPECT_EQ(arrivals, 0);
+  }
 }
 
 }  // namespace

@@ -112,8 +112,9 @@ class TensorSwapper {
 
   /// Brings the key's tensor back, into `out` or a new tensor on `device`
   /// (none: where it came from), and returns at once. `out` may be any view
-  /// with the stored shape and dtype whose elements do not overlap; it is
-  /// written in place, outside autograd.
+  /// with the stored shape and dtype whose elements do not overlap, but on a
+  /// device no lazily conjugate or negative one; it is written in place,
+  /// outside autograd.
   /// Errors here: KeyError; std::invalid_argument for another shape, dtype
   /// or device than asked for; TypeError as swap_out.
   TensorTicket swap_in(const std::string& key,
@@ -201,6 +202,12 @@ class TensorSwapper {
     }
     if (device && *device != out.device()) {
       fail("the device asked for is", *device, out.device());
+    }
+    if (!out.is_cpu() && (out.is_conj() || out.is_neg())) {
+      throw std::invalid_argument(
+          "swap_in of '" + key +
+          "': out is lazily conjugate or negative (as after .conj()), which "
+          "is supported on the CPU only");
     }
     if (at::has_internal_overlap(out) == at::MemOverlap::Yes) {
       throw std::invalid_argument(
