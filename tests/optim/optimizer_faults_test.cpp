@@ -172,11 +172,11 @@ TEST_F(OptimizerFaultsTest, AnErrorOfTheLastWritesIsTheNextCallsOrClosesOwn) {
 }
 
 TEST_F(OptimizerFaultsTest, AChangedByteOnDiskIsAnErrorAndNeverUsed) {
+  std::size_t writes = 0;
   OptimizerOffload offload(options());
   ScalarAdamW adamw(offload);
   adamw.add(5 * kPerTile);
   // Half of a write is lost, though the disk says that all is well.
-  std::size_t writes = 0;
   script_->set_plan([&writes](std::size_t, const IoRequest& request) {
     if (request.op == IoRequest::Op::kWrite && ++writes == 3) {
       std::fill_n(request.data, 100, std::byte{7});
