@@ -36,8 +36,8 @@ struct Chunk {
 /// no copy: it goes from the calling thread to the Store and past this one.
 class CopyThread {
  public:
-  /// `finished` is called by the thread for each operation, before its
-  /// tickets are done.
+  /// `finished` is called for each operation before its tickets are done, by
+  /// whichever thread ends it: this one, an I/O thread or the caller's.
   CopyThread(Store& store, BufferPool& pool, KeyTable& keys,
              std::function<void(const SwapOperation&)> finished,
              std::function<void(std::string)> note);

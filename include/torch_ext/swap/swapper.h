@@ -96,7 +96,7 @@ class SwapTicket {
 /// takes buffers, makes the device's copy stream wait for the event, copies
 /// in chunks, and overlaps the copy of one chunk with the I/O of others.
 /// Host memory at an address that direct I/O can take is written and read in
-/// place.
+/// place; where its length allows that too, it goes past the copy thread.
 ///
 /// Operations on one key take effect in the order of the calls. A rewrite goes
 /// to new space, and the key moves to it when its last byte is written; one
