@@ -78,7 +78,7 @@ try:
         ticket.wait()
     print("ended")
 except KeyboardInterrupt:
-    print("interrupted")
+    print("interrupted", flush=True)
     os._exit(0)
 """
     assert run_script(nvme_dir, body).stdout.strip() == "interrupted"
