@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bind_config.h"
+#include "bind_files.h"
 #include "bind_optimizer.h"
 #include "bind_swap.h"
 #include "errors.h"
@@ -14,5 +15,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_config(m);
   bind_info(m);
   bind_swap(m);
+  bind_files(m);
   bind_optimizer(m);
 }

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <sys/random.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -45,17 +46,6 @@ int open_retrying(const char* path, int flags, mode_t mode = 0) {
   return fd;
 }
 
-std::string absolute_path(const std::filesystem::path& path) {
-  if (path.empty() || path.native().find('\0') != std::string::npos) {
-    throw std::invalid_argument(
-        "a path must not be empty or contain a NUL character");
-  }
-  std::error_code error;
-  const std::filesystem::path full = std::filesystem::absolute(path, error);
-  if (error) fail("getcwd", path.native(), error.value());
-  return full.native();
-}
-
 /// Opens or makes a file that need not be a regular one yet. `created` tells
 /// which.
 int open_or_create(const std::string& path, int access, bool& created) {
@@ -73,23 +63,24 @@ int open_or_create(const std::string& path, int access, bool& created) {
   return -1;
 }
 
-void check_regular(int fd, const std::string& path) {
+struct stat status_of(int fd, const std::string& path) {
   struct stat status;
   if (fstat(fd, &status) != 0) fail("fstat", path, errno);
+  return status;
+}
+
+File::Identity identity_of(const struct stat& status) {
+  return {status.st_dev, status.st_ino};
+}
+
+void check_regular(const struct stat& status, const std::string& path) {
   if (S_ISDIR(status.st_mode)) fail("open", path, EISDIR);
   if (!S_ISREG(status.st_mode)) {
     fail("open", path, EINVAL, "not a regular file");
   }
 }
 
-bool same_file(int a, int b) {
-  struct stat first;
-  struct stat second;
-  return fstat(a, &first) == 0 && fstat(b, &second) == 0 &&
-         first.st_dev == second.st_dev && first.st_ino == second.st_ino;
-}
-
-/// What statx says about direct I/O; 0 and 0: the file has none.
+/// What direct I/O demands; 0 and 0: the file has none.
 struct DirectAlignment {
   std::size_t memory = kSafeAlignment;
   std::size_t offset = kSafeAlignment;
@@ -116,13 +107,12 @@ DirectAlignment direct_alignment(int fd) {
   return {status.memory, status.offset};
 }
 
-/// A second descriptor of the file behind `fd`, with O_DIRECT: through /proc,
-/// else by `name` if it has one. -1 and errno where there is none.
-int reopen_direct(int fd, int access, const std::string& name) {
-  const int flags = access | O_DIRECT;
+/// A second descriptor of the file behind `fd`: through /proc, else by `name`
+/// if it has one. -1 and errno where there is none.
+int reopen(int fd, int flags, const std::string& name) {
   const std::string link = "/proc/self/fd/" + std::to_string(fd);
-  const int direct = open_retrying(link.c_str(), flags);
-  if (direct >= 0 || errno != ENOENT || name.empty()) return direct;
+  const int second = open_retrying(link.c_str(), flags);
+  if (second >= 0 || errno != ENOENT || name.empty()) return second;
   return open_retrying(name.c_str(), flags | O_NOFOLLOW | O_NONBLOCK);
 }
 
@@ -146,6 +136,21 @@ std::string random_name() {
                 static_cast<unsigned long long>(words[0]),
                 static_cast<unsigned long long>(words[1]));
   return name;
+}
+
+/// ENOSPC where the file system clearly has no room for so many bytes more.
+/// fallocate() would say so too, but keep all that it could get.
+int space_error(int fd, const struct stat& status, std::uint64_t bytes) {
+  struct statvfs space;
+  if (fstatvfs(fd, &space) != 0 || space.f_blocks == 0) return 0;
+  const std::uint64_t free =
+      (geteuid() == 0 ? space.f_bfree : space.f_bavail) * space.f_frsize;
+  const auto allocated =
+      std::uint64_t{512} * static_cast<std::uint64_t>(status.st_blocks);
+  // Blocks beyond the end may be there already.
+  const auto size = static_cast<std::uint64_t>(status.st_size);
+  const std::uint64_t ahead = allocated > size ? allocated - size : 0;
+  return bytes > free && bytes - free > ahead ? ENOSPC : 0;
 }
 
 int open_unnamed(const std::string& directory) {
@@ -179,6 +184,17 @@ void close_if_open(int fd) {
 
 }  // namespace
 
+std::string absolute_path(const std::filesystem::path& path) {
+  if (path.empty() || path.native().find('\0') != std::string::npos) {
+    throw std::invalid_argument(
+        "a path must not be empty or contain a NUL character");
+  }
+  std::error_code error;
+  const std::filesystem::path full = std::filesystem::absolute(path, error);
+  if (error) fail("getcwd", path.native(), error.value());
+  return full.native();
+}
+
 File::File(std::string path, int fd)
     : path_(std::move(path)), buffered_fd_(fd) {}
 
@@ -189,14 +205,25 @@ File File::open(const std::filesystem::path& path, Mode mode) {
   const std::string name = absolute_path(path);
   bool created = false;
   File file(name, open_or_create(name, access, created));
-  if (file.buffered_fd_ < 0) {
-    fail("open", name, errno, errno == ELOOP ? "links are not followed" : "");
+  const int fd = file.buffered_fd_;
+  if (fd < 0) {
+    fail("open", file.path_, errno,
+         errno == ELOOP ? "links are not followed" : "");
   }
-  check_regular(file.buffered_fd_, name);
-  // Only the opening was not to block.
-  if (fcntl(file.buffered_fd_, F_SETFL, 0) != 0) fail("fcntl", name, errno);
+  file.take_regular(access);
   if (created) file.make_private();
-  file.add_direct(access, name);
+  return file;
+}
+
+File File::open(int fd) {
+  const std::string name = "[descriptor " + std::to_string(fd) + "]";
+  const int flags = fcntl(fd, F_GETFL);
+  if (flags < 0) fail("fcntl", name, errno);
+  check_regular(status_of(fd, name), name);
+  const int access = flags & O_ACCMODE;
+  File file(name, reopen(fd, access, ""));
+  if (file.buffered_fd_ < 0) fail("open", name, errno);
+  file.take_regular(access);
   return file;
 }
 
@@ -206,30 +233,81 @@ File File::scratch(const std::filesystem::path& directory) {
   if (fd < 0) fd = open_and_unlink(parent);
   File file((std::filesystem::path(parent) / "[scratch]").native(), fd);
   file.make_private();
-  file.add_direct(O_RDWR, "");
+  file.access_ = O_RDWR;
+  file.identity_ = identity_of(status_of(fd, file.path_));
+  file.add_direct();
   return file;
+}
+
+std::optional<File::Identity> File::identify(
+    const std::filesystem::path& path) {
+  struct stat status;
+  if (lstat(absolute_path(path).c_str(), &status) != 0) return std::nullopt;
+  return identity_of(status);
+}
+
+/// Turns the descriptor that a name gave into the direct one, if it can be.
+void File::take_regular(int access) {
+  const int fd = buffered_fd_;
+  const struct stat status = status_of(fd, path_);
+  check_regular(status, path_);
+  access_ = access;
+  identity_ = identity_of(status);
+  const DirectAlignment alignment = direct_alignment(fd);
+  const bool has_direct = alignment.memory != 0 && alignment.offset != 0;
+  if (!has_direct) reason_ = "the file system has no direct I/O for this file";
+  // Also ends O_NONBLOCK: only the opening was not to block.
+  if (has_direct && fcntl(fd, F_SETFL, O_DIRECT) == 0) {
+    direct_fd_ = fd;
+    buffered_fd_ = -1;
+    memory_alignment_ = alignment.memory;
+    offset_alignment_ = alignment.offset;
+    return;
+  }
+  if (has_direct) reason_ = refusal(errno);
+  if (fcntl(fd, F_SETFL, 0) != 0) fail("fcntl", path_, errno);
+}
+
+int File::buffered_fd() const {
+  int fd = buffered_fd_;
+  if (fd >= 0 || direct_fd_ < 0) return fd;
+  fd = reopen(direct_fd_, access_, path_);
+  if (fd < 0) fail("open", path_, errno, "again, without O_DIRECT");
+  struct stat status;
+  if (fstat(fd, &status) != 0 || identity_of(status) != identity_) {
+    close(fd);
+    fail("open", path_, ESTALE, "another file has taken its name");
+  }
+  if (fcntl(fd, F_SETFL, 0) != 0) {
+    const int error = errno;
+    close(fd);
+    fail("fcntl", path_, error);
+  }
+  int none = -1;
+  if (buffered_fd_.compare_exchange_strong(none, fd)) return fd;
+  close(fd);
+  return none;
+}
+
+int File::descriptors() const noexcept {
+  return (direct_fd_ >= 0 ? 1 : 0) + (buffered_fd_ >= 0 ? 1 : 0);
 }
 
 /// A umask can only have taken permissions away: 0600 needs all it has.
 void File::make_private() const {
-  if (fchmod(buffered_fd_, 0600) != 0) fail("fchmod", path_, errno);
+  if (fchmod(fd(), 0600) != 0) fail("fchmod", path_, errno);
 }
 
-void File::add_direct(int access, const std::string& name) {
+void File::add_direct() {
   const DirectAlignment alignment = direct_alignment(buffered_fd_);
   if (alignment.memory == 0 || alignment.offset == 0) {
     reason_ = "the file system has no direct I/O for this file";
     return;
   }
-  direct_fd_ = reopen_direct(buffered_fd_, access, name);
+  direct_fd_ = reopen(buffered_fd_, access_ | O_DIRECT, "");
   if (direct_fd_ < 0) {
     if (is_shortage(errno)) fail("open", path_, errno, "with O_DIRECT");
     reason_ = refusal(errno);
-    return;
-  }
-  if (!same_file(buffered_fd_, direct_fd_)) {
-    close(std::exchange(direct_fd_, -1));
-    reason_ = "another file took its name while it was opened";
     return;
   }
   memory_alignment_ = alignment.memory;
@@ -239,16 +317,20 @@ void File::add_direct(int access, const std::string& name) {
 File::File(File&& other) noexcept
     : path_(std::move(other.path_)),
       reason_(std::move(other.reason_)),
+      identity_(other.identity_),
+      access_(other.access_),
       direct_fd_(std::exchange(other.direct_fd_, -1)),
-      buffered_fd_(std::exchange(other.buffered_fd_, -1)),
+      buffered_fd_(other.buffered_fd_.exchange(-1)),
       memory_alignment_(other.memory_alignment_),
       offset_alignment_(other.offset_alignment_) {}
 
 File& File::operator=(File&& other) noexcept {
   std::swap(path_, other.path_);
   std::swap(reason_, other.reason_);
+  std::swap(identity_, other.identity_);
+  std::swap(access_, other.access_);
   std::swap(direct_fd_, other.direct_fd_);
-  std::swap(buffered_fd_, other.buffered_fd_);
+  buffered_fd_ = other.buffered_fd_.exchange(buffered_fd_);
   std::swap(memory_alignment_, other.memory_alignment_);
   std::swap(offset_alignment_, other.offset_alignment_);
   return *this;
@@ -264,9 +346,20 @@ std::size_t File::granule() const noexcept {
 }
 
 std::uint64_t File::size() const {
-  struct stat status;
-  if (fstat(buffered_fd_, &status) != 0) fail("fstat", path_, errno);
-  return static_cast<std::uint64_t>(status.st_size);
+  return static_cast<std::uint64_t>(status_of(fd(), path_).st_size);
+}
+
+int File::allocate(int mode, std::uint64_t offset, std::uint64_t length) const {
+  if (offset > kMaxFileSize || length > kMaxFileSize - offset) return EFBIG;
+  const FileSizeSignalBlocked signal_blocked;
+  int error = 0;
+  do {
+    error = fallocate(fd(), mode, static_cast<off_t>(offset),
+                      static_cast<off_t>(length)) == 0
+                ? 0
+                : errno;
+  } while (error == EINTR);
+  return error == ENOSYS ? EOPNOTSUPP : error;
 }
 
 void File::reserve(std::uint64_t offset, std::uint64_t length) const {
@@ -278,39 +371,50 @@ void File::reserve(std::uint64_t offset, std::uint64_t length) const {
                     .error = error});
   };
   if (length == 0) return;
-  if (offset > kMaxFileSize || length > kMaxFileSize - offset) {
-    throw failed("fallocate", EFBIG);
-  }
-  const auto end = static_cast<off_t>(offset + length);
-  const auto old_size = static_cast<off_t>(size());
-  const FileSizeSignalBlocked signal_blocked;
-  int error = 0;
-  do {
-    error = fallocate(buffered_fd_, 0, static_cast<off_t>(offset),
-                      static_cast<off_t>(length)) == 0
-                ? 0
-                : errno;
-  } while (error == EINTR);
+  const std::uint64_t old_size = size();
+  const int error = allocate(0, offset, length);
   if (error == 0) return;
-  if (error == EOPNOTSUPP || error == ENOSYS) {
-    if (end > old_size && ftruncate(buffered_fd_, end) != 0) {
+  const bool grows = offset + length > old_size;
+  const FileSizeSignalBlocked signal_blocked;
+  if (error == EOPNOTSUPP) {
+    if (grows && ftruncate(fd(), static_cast<off_t>(offset + length)) != 0) {
       throw failed("ftruncate", errno);
     }
     return;
   }
   // Gives back what was reserved before the failure; that is what counts.
-  if (end > old_size) {
-    static_cast<void>(ftruncate(buffered_fd_, old_size) == 0);
+  if (grows) {
+    static_cast<void>(ftruncate(fd(), static_cast<off_t>(old_size)) == 0);
   }
   throw failed("fallocate", error);
 }
 
+void File::grow(std::uint64_t size) const {
+  const struct stat status = status_of(fd(), path_);
+  const auto old_size = static_cast<std::uint64_t>(status.st_size);
+  if (size <= old_size) return;
+  const std::uint64_t length = size - old_size;
+  const auto check = [&](int error) {
+    if (error == 0 || error == EOPNOTSUPP) return;
+    throw IoError({.op = "fallocate",
+                   .path = path_,
+                   .offset = old_size,
+                   .length = length,
+                   .error = error});
+  };
+  check(space_error(fd(), status, length));
+  // The size last: a failure half way leaves it as it was.
+  check(allocate(FALLOC_FL_KEEP_SIZE, old_size, length));
+  check(allocate(0, old_size, length));
+}
+
 void File::write(std::uint64_t offset, std::span<const std::byte> bytes) const {
+  const int fd = buffered_fd();
   const FileSizeSignalBlocked signal_blocked;
   while (!bytes.empty()) {
     const std::size_t length = std::min(bytes.size(), IoRequest::kMaxTransfer);
     const ssize_t moved =
-        pwrite(buffered_fd_, bytes.data(), length, static_cast<off_t>(offset));
+        pwrite(fd, bytes.data(), length, static_cast<off_t>(offset));
     if (moved < 0 && errno == EINTR) continue;
     if (moved <= 0) {
       throw IoError({.op = "pwrite",

@@ -24,6 +24,7 @@ struct Piece {
 /// the file's granule, so that no page is written both ways.
 class PieceCutter {
  public:
+  /// Errors: IoError if the buffered descriptor is needed and cannot be had.
   PieceCutter(const IoOperation& operation, std::uint64_t block_size)
       : file_(*operation.file),
         begin_(operation.offset),
@@ -34,17 +35,17 @@ class PieceCutter {
         direct_end_(end_),
         buffered_block_(block_size),
         direct_block_(block_size) {
-    if (!file_.direct()) return;
     const std::uint64_t granule = file_.granule();
     const std::uint64_t first = align_up(begin_, granule);
     const std::uint64_t last = align_down(end_, granule);
-    if (first >= last ||
-        !is_aligned(data_ + (first - begin_), file_.memory_alignment())) {
-      return;
+    if (file_.direct() && first < last &&
+        is_aligned(data_ + (first - begin_), file_.memory_alignment())) {
+      direct_begin_ = first;
+      direct_end_ = last;
+      direct_block_ = std::max(align_down(block_size, granule), granule);
     }
-    direct_begin_ = first;
-    direct_end_ = last;
-    direct_block_ = std::max(align_down(block_size, granule), granule);
+    // While an error still has a caller to go to.
+    if (!uniform()) buffered_fd_ = file_.buffered_fd();
   }
 
   /// True if no byte needs the second descriptor.
@@ -71,7 +72,7 @@ class PieceCutter {
                                                          : end_;
     const std::uint64_t block = direct ? direct_block_ : buffered_block_;
     Piece piece;
-    piece.fd = direct ? file_.fd() : file_.buffered_fd();
+    piece.fd = direct || !file_.direct() ? file_.fd() : buffered_fd_;
     piece.offset = next_;
     piece.data = data_ + (next_ - begin_);
     piece.length = std::min(block, zone_end - next_);
@@ -85,6 +86,7 @@ class PieceCutter {
 
  private:
   const File& file_;
+  int buffered_fd_ = -1;
   std::uint64_t begin_;
   std::uint64_t end_;
   std::byte* data_;

@@ -12,6 +12,7 @@
 #include "torch_ext/base/error.h"
 #include "torch_ext/io/file.h"
 #include "torch_ext/io/io_queue.h"
+#include "torch_ext/io/make_queue.h"
 
 namespace torch_ext {
 namespace {
@@ -19,30 +20,6 @@ namespace {
 // The file grows in steps, so that small extents do not cost a system call
 // each.
 constexpr std::uint64_t kGrowth = std::uint64_t{16} << 20;
-
-struct ChosenEngine {
-  std::string name;
-  IoEngineFactory factory;
-  std::string note;
-};
-
-ChosenEngine threads_instead(const std::string& why_not) {
-  return {"threads", make_engine_factory("threads"),
-          "I/O engine threads instead of libaio: " + why_not};
-}
-
-ChosenEngine choose_engine(const StoreOptions& options, const File& file) {
-  if (options.engine_factory) return {"custom", options.engine_factory, ""};
-  if (options.engine != "auto") {
-    return {options.engine, make_engine_factory(options.engine), ""};
-  }
-  std::string why_not = engine_unavailable_reason("libaio");
-  if (why_not.empty() && !file.direct()) {
-    why_not = "libaio is synchronous on files without direct I/O";
-  }
-  if (why_not.empty()) return {"libaio", make_engine_factory("libaio"), ""};
-  return threads_instead(why_not);
-}
 
 }  // namespace
 
@@ -59,17 +36,11 @@ struct Store::Impl {
                                   options.directory.string() + ", got " +
                                   std::to_string(config.block_size));
     }
-    ChosenEngine chosen = choose_engine(options, *file);
-    try {
-      queue = std::make_unique<IoQueue>(config, chosen.factory);
-    } catch (const IoError& error) {
-      if (options.engine != "auto" || chosen.name != "libaio") throw;
-      // The kernel has AIO, but not enough for this depth and thread count.
-      chosen = threads_instead(error.what());
-      queue = std::make_unique<IoQueue>(config, chosen.factory);
-    }
-    engine = std::move(chosen.name);
-    if (!chosen.note.empty()) notes.push_back(std::move(chosen.note));
+    MadeQueue made = make_queue(config, options.engine, file->direct(),
+                                options.engine_factory);
+    queue = std::move(made.queue);
+    engine = std::move(made.engine);
+    if (!made.note.empty()) notes.push_back(std::move(made.note));
     if (!file->direct()) notes.push_back(file->buffered_reason());
   }
 

@@ -22,11 +22,10 @@ constexpr microseconds kLongestNap{200};
 
 }  // namespace
 
-CopyThread::CopyThread(Store& store, BufferPool& pool, KeyTable& keys,
+CopyThread::CopyThread(BufferPool& pool, KeyTable& keys,
                        std::function<void(const SwapOperation&)> finished,
                        std::function<void(std::string)> note)
-    : store_(store),
-      pool_(pool),
+    : pool_(pool),
       keys_(keys),
       finished_(std::move(finished)),
       note_(std::move(note)) {
@@ -50,18 +49,16 @@ CopyThread::~CopyThread() { stop(); }
 
 void CopyThread::submit(OperationPtr operation) {
   const DeviceBytes& bytes = operation->bytes;
+  SwapTarget& target = *operation->target;
+  // The caller does not wait: not for a file to grow, nor for a descriptor.
   operation->direct = operation->on_host && bytes.size > 0 &&
                       bytes.on_arrival == nullptr &&
-                      is_aligned(bytes.size, store_.granule()) &&
-                      is_aligned(bytes.data, store_.memory_alignment());
-  if (operation->direct && operation->out()) {
-    // The caller does not wait for the file to grow.
-    operation->version->extent = store_.try_allocate(bytes.size);
-    operation->direct = operation->version->extent != nullptr;
-  }
+                      target.prepare(operation->op(), false) &&
+                      target.in_place(bytes.data, 0, bytes.size) == bytes.size;
   {
     std::lock_guard lock(mutex_);
-    const bool parked = !operation->out() && keys_.park(operation);
+    const bool parked = operation->version != nullptr && !operation->out() &&
+                        keys_.park(operation);
     ++unfinished_;
     if (parked) return;
     if (!operation->direct) {
@@ -124,8 +121,10 @@ void CopyThread::sleep(bool progress) {
   if (unfinished_ == 0) shared_buffer_.reset();
   const auto called = [this] {
     return !new_operations_.empty() || ended_io_ != nullptr ||
+           (starved_ && finished_count_ != seen_finished_) ||
            (stopping_ && unfinished_ == 0);
   };
+  awaits_end_ = starved_;
   if (copying_.empty()) {
     changed_.wait(lock, called);
     nap_ = kShortestNap;
@@ -134,6 +133,7 @@ void CopyThread::sleep(bool progress) {
     changed_.wait_for(lock, nap_, called);
     nap_ = std::min(nap_ * 2, kLongestNap);
   }
+  awaits_end_ = false;
 }
 
 void CopyThread::take_inbox() {
@@ -141,6 +141,8 @@ void CopyThread::take_inbox() {
   {
     std::lock_guard lock(mutex_);
     taken_operations_.swap(new_operations_);
+    seen_finished_ = finished_count_;
+    starved_ = false;
     ended = std::exchange(ended_io_, nullptr);
   }
   while (ended != nullptr) io_ended(std::exchange(ended, ended->next));
@@ -168,7 +170,8 @@ bool CopyThread::start_chunks() {
   return progress;
 }
 
-void CopyThread::prepare(SwapOperation& operation) {
+/// False if the target needs what other operations have.
+bool CopyThread::prepare(SwapOperation& operation) {
   const auto& device = operation.bytes.device;
   if (!entered_.contains(device.get())) {
     device->enter_thread();
@@ -178,33 +181,33 @@ void CopyThread::prepare(SwapOperation& operation) {
       if (!why_not.empty()) note_(std::move(why_not));
     }
   }
-  if (operation.out() && operation.version->extent == nullptr) {
-    operation.version->extent = store_.allocate(operation.bytes.size);
-  }
+  starved_ = !operation.target->prepare(operation.op(), true);
+  return !starved_;
 }
 
-// False if all buffers are out.
+// False if all buffers are out, or what else there is not enough of.
 bool CopyThread::start_chunk(const OperationPtr& operation) {
-  if (operation->next == 0) prepare(*operation);
+  if (operation->next == 0 && !prepare(*operation)) return false;
+  const SwapTarget& target = *operation->target;
   const std::uint64_t rest = operation->bytes.size - operation->next;
   auto chunk = std::make_unique<Chunk>();
   chunk->operation = operation;
   chunk->offset = operation->next;
   std::byte* data = operation->bytes.data + operation->next;
   const std::uint64_t in_place =
-      is_aligned(rest, store_.granule())
-          ? rest
-          : align_down(rest, store_.config().block_size);
-  if (operation->on_host && in_place > 0 &&
-      is_aligned(data, store_.memory_alignment())) {
+      operation->on_host ? target.in_place(data, chunk->offset, rest) : 0;
+  if (in_place > 0) {
     operation->in_place = true;
     chunk->length = in_place;
     chunk->host = {data, in_place};
   } else {
-    chunk->length = std::min<std::uint64_t>(rest, pool_.buffer_size());
-    chunk->host =
-        take_staging(align_up(chunk->length, store_.granule()), chunk->buffer);
-    if (chunk->host.empty()) return false;
+    const std::size_t lead = target.lead(chunk->offset);
+    chunk->length = std::min<std::uint64_t>(rest, pool_.buffer_size() - lead);
+    const std::uint64_t padded = target.padded(chunk->length);
+    const auto staging =
+        take_staging(align_up(lead + padded, target.granule()), chunk->buffer);
+    if (staging.empty()) return false;
+    chunk->host = staging.subspan(lead, padded);
   }
   operation->next += chunk->length;
   ++operation->open_chunks;
@@ -335,15 +338,12 @@ void CopyThread::queue_io(Chunk* chunk) {
     changed_.notify_one();
   };
   try {
-    const auto& extent = operation.version->extent;
     if (operation.out()) {
       // The file holds no bytes that the user did not store.
       std::memset(chunk->host.data() + chunk->length, 0,
                   chunk->host.size() - chunk->length);
-      store_.write(extent, chunk->offset, chunk->host, done);
-    } else {
-      store_.read(extent, chunk->offset, chunk->host, done);
     }
+    operation.target->start(operation.op(), chunk->offset, chunk->host, done);
   } catch (...) {
     chunk->error = std::current_exception();
     operation.direct ? release(chunk) : io_ended(chunk);
@@ -392,7 +392,7 @@ void CopyThread::finish(const OperationPtr& operation) {
   const std::exception_ptr error = operation->error;
   auto version = std::exchange(operation->version, nullptr);
   if (error != nullptr) keys_.add_failure(operation);
-  if (operation->out()) {
+  if (operation->out() && version != nullptr) {
     for (const OperationPtr& reader : keys_.resolve(version, error)) {
       if (reader->direct && error == nullptr) {
         start_direct(reader);
@@ -409,12 +409,15 @@ void CopyThread::finish(const OperationPtr& operation) {
   finished_(*operation);
   // Space and tensor are free before anybody hears of the end.
   version.reset();
+  operation->target.reset();
   operation->start.reset();
   operation->retired->add(std::move(operation->bytes.keep_alive));
   if (!operation->is_staged) operation->staged.finish(error);
   operation->ended.finish(error);
   std::lock_guard lock(mutex_);
-  if (--unfinished_ == 0 && stopping_) changed_.notify_one();
+  ++finished_count_;
+  --unfinished_;
+  if (awaits_end_ || (unfinished_ == 0 && stopping_)) changed_.notify_one();
 }
 
 }  // namespace torch_ext

@@ -15,7 +15,6 @@
 #include "key_table.h"
 #include "swap_operation.h"
 #include "torch_ext/memory/buffer_pool.h"
-#include "torch_ext/store/store.h"
 
 namespace torch_ext {
 
@@ -31,18 +30,19 @@ struct Chunk {
   Chunk* next = nullptr;  ///< In the list of those whose I/O has ended.
 };
 
-/// The thread that moves a Swapper's chunks between devices, buffers and the
-/// Store. It is what waits when all buffers are out. Aligned host memory needs
-/// no copy: it goes from the calling thread to the Store and past this one.
+/// The thread that moves the chunks of operations between devices, buffers and
+/// the disk. It is what waits when all buffers are out. Aligned host memory
+/// needs no copy: its I/O is started by the calling thread, past this one.
 class CopyThread {
  public:
   /// `finished` is called for each operation before its tickets are done, by
   /// whichever thread ends it: this one, an I/O thread or the caller's.
-  CopyThread(Store& store, BufferPool& pool, KeyTable& keys,
+  CopyThread(BufferPool& pool, KeyTable& keys,
              std::function<void(const SwapOperation&)> finished,
              std::function<void(std::string)> note);
   ~CopyThread();  ///< As stop().
 
+  /// The operation has its target, and for a key's its version.
   void submit(OperationPtr operation);
   /// Returns when all operations have ended.
   void stop();
@@ -53,7 +53,7 @@ class CopyThread {
   void take_inbox();
   bool start_chunks();
   bool start_chunk(const OperationPtr& operation);
-  void prepare(SwapOperation& operation);
+  bool prepare(SwapOperation& operation);
   void queue_copy(Chunk* chunk);
   void queue_io(Chunk* chunk);
   void arrive(SwapOperation& operation);
@@ -67,7 +67,6 @@ class CopyThread {
                                     std::shared_ptr<Buffer>& buffer);
   void sleep(bool progress);
 
-  Store& store_;
   BufferPool& pool_;
   KeyTable& keys_;
   std::function<void(const SwapOperation&)> finished_;
@@ -78,6 +77,8 @@ class CopyThread {
   std::vector<OperationPtr> new_operations_;
   Chunk* ended_io_ = nullptr;
   std::size_t unfinished_ = 0;  ///< Operations, parked readers included.
+  std::uint64_t finished_count_ = 0;
+  bool awaits_end_ = false;  ///< The thread sleeps until one more ends.
   bool stopping_ = false;
 
   // The thread's own.
@@ -88,6 +89,8 @@ class CopyThread {
   std::size_t shared_used_ = 0;
   std::chrono::microseconds nap_{0};
   std::vector<OperationPtr> taken_operations_;
+  bool starved_ = false;  ///< The end of another operation would help.
+  std::uint64_t seen_finished_ = 0;
 
   std::thread thread_;
 };

@@ -3,9 +3,43 @@
 #include <algorithm>
 #include <utility>
 
+#include "torch_ext/base/align.h"
 #include "torch_ext/base/error.h"
 
 namespace torch_ext {
+
+bool Version::prepare(IoRequest::Op op, bool may_block) {
+  if (op == IoRequest::Op::kWrite && extent == nullptr) {
+    extent = may_block ? store.allocate(size) : store.try_allocate(size);
+  }
+  return extent != nullptr || op != IoRequest::Op::kWrite;
+}
+
+std::uint64_t Version::in_place(const std::byte* data, std::uint64_t,
+                                std::uint64_t rest) const {
+  if (!is_aligned(data, store.memory_alignment())) return 0;
+  // What does not fill the last granule has to be padded.
+  return is_aligned(rest, granule())
+             ? rest
+             : align_down(rest, store.config().block_size);
+}
+
+std::size_t Version::lead(std::uint64_t) const { return 0; }
+
+std::uint64_t Version::padded(std::uint64_t length) const {
+  return align_up(length, granule());
+}
+
+std::size_t Version::granule() const { return store.granule(); }
+
+void Version::start(IoRequest::Op op, std::uint64_t offset,
+                    std::span<std::byte> bytes, Done done) {
+  if (op == IoRequest::Op::kWrite) {
+    store.write(extent, offset, bytes, std::move(done));
+  } else {
+    store.read(extent, offset, bytes, std::move(done));
+  }
+}
 
 std::exception_ptr KeyTable::take_unseen(const std::string& key) {
   std::exception_ptr unseen;
@@ -40,12 +74,8 @@ void KeyTable::add_failure(OperationPtr operation) {
   failures_.push_back(std::move(operation));
 }
 
-std::shared_ptr<Version> KeyTable::add(const std::string& key,
-                                       std::uint64_t size,
-                                       std::shared_ptr<const void> tag) {
-  auto version = std::make_shared<Version>();
-  version->size = size;
-  version->tag = std::move(tag);
+void KeyTable::add(const std::string& key,
+                   const std::shared_ptr<Version>& version) {
   std::lock_guard lock(mutex_);
   auto& versions = keys_[key];
   if (versions == nullptr) {
@@ -54,7 +84,6 @@ std::shared_ptr<Version> KeyTable::add(const std::string& key,
   }
   version->of = versions;
   versions->list.push_back(version);
-  return version;
 }
 
 std::shared_ptr<Version> KeyTable::find_locked(const std::string& key) const {

@@ -4,19 +4,36 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "swap_operation.h"
+#include "swap_target.h"
 
 namespace torch_ext {
 
 struct Versions;
 
 /// One value of a key: being written, or complete.
-struct Version {
-  std::uint64_t size = 0;
-  std::shared_ptr<const void> tag;
+struct Version final : SwapTarget {
+  /// `on` outlives every operation, not every version.
+  Version(Store& on, std::uint64_t bytes, std::shared_ptr<const void> its_tag)
+      : store(on), size(bytes), tag(std::move(its_tag)) {}
+
+  bool prepare(IoRequest::Op op, bool may_block) override;
+  std::uint64_t in_place(const std::byte* data, std::uint64_t offset,
+                         std::uint64_t rest) const override;
+  std::size_t lead(std::uint64_t offset) const override;
+  std::uint64_t padded(std::uint64_t length) const override;
+  std::size_t granule() const override;
+  void start(IoRequest::Op op, std::uint64_t offset, std::span<std::byte> bytes,
+             Done done) override;
+
+  Store& store;
+  const std::uint64_t size;
+  const std::shared_ptr<const void> tag;
   std::shared_ptr<Extent> extent;  ///< Set before the first write.
   std::weak_ptr<Versions> of;
 
@@ -46,8 +63,7 @@ class KeyTable {
   std::exception_ptr take_unseen();
   void add_failure(OperationPtr operation);
 
-  std::shared_ptr<Version> add(const std::string& key, std::uint64_t size,
-                               std::shared_ptr<const void> tag);
+  void add(const std::string& key, const std::shared_ptr<Version>& version);
   /// The newest value. Errors: KeyError.
   std::shared_ptr<Version> find(const std::string& key) const;
   /// Errors: KeyError.

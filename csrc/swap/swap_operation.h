@@ -11,10 +11,12 @@
 #include <utility>
 #include <vector>
 
+#include "torch_ext/io/io_engine.h"
 #include "torch_ext/swap/swapper.h"
 
 namespace torch_ext {
 
+class SwapTarget;
 struct Version;
 
 /// Things that must not die on a copy or I/O thread, because dropping them
@@ -48,7 +50,8 @@ class SwapOperation {
   DeviceBytes bytes;
   bool on_host = false;
   EventPtr start;  ///< What the copy stream waits for before it touches bytes.
-  std::shared_ptr<Version> version;
+  std::shared_ptr<SwapTarget> target;
+  std::shared_ptr<Version> version;  ///< The target, if it is a key's.
   std::shared_ptr<RetireList> retired;
   pid_t owner = 0;
 
@@ -71,6 +74,9 @@ class SwapOperation {
   std::exception_ptr error;
 
   bool out() const { return kind == Kind::kOut; }
+  IoRequest::Op op() const {
+    return out() ? IoRequest::Op::kWrite : IoRequest::Op::kRead;
+  }
   bool all_started() const { return error != nullptr || next == bytes.size; }
 };
 using OperationPtr = std::shared_ptr<SwapOperation>;

@@ -1,8 +1,5 @@
 #include "torch_ext/swap/swapper.h"
 
-#include <unistd.h>
-
-#include <algorithm>
 #include <chrono>
 #include <mutex>
 #include <sstream>
@@ -10,39 +7,13 @@
 #include <string>
 #include <utility>
 
-#include "copy_thread.h"
 #include "key_table.h"
+#include "swap_core.h"
 #include "swap_operation.h"
-#include "torch_ext/base/align.h"
 #include "torch_ext/base/error.h"
-#include "torch_ext/base/size.h"
-#include "torch_ext/memory/buffer_pool.h"
 
 namespace torch_ext {
 namespace {
-
-constexpr std::uint64_t kBufferSize = std::uint64_t{4} << 20;
-
-// One buffer holds whole blocks, and there are at least two where the memory
-// allows it: a single one would take turns between copy and I/O.
-std::uint64_t buffer_size(const SwapperOptions& options) {
-  const std::uint64_t block = options.store.aio.block_size;
-  if (options.host_memory < block) {
-    throw std::invalid_argument(
-        "swapper: host_memory must be at least block_size (" +
-        format_size(block) + "), got " + format_size(options.host_memory));
-  }
-  const std::uint64_t wanted = align_up(std::max(block, kBufferSize), block);
-  return options.host_memory >= 2 * wanted ? wanted : block;
-}
-
-void check_process(pid_t owner, const char* what) {
-  if (getpid() == owner) return;
-  throw StateError(std::string("this ") + what + " was created in process " +
-                   std::to_string(owner) +
-                   " and cannot be used in a forked child; create one in the "
-                   "child");
-}
 
 // Throws the operation's own error and remembers that somebody has seen it.
 void check(SwapOperation& operation, const Ticket& ticket) {
@@ -124,101 +95,38 @@ class Swapper::Impl {
  public:
   explicit Impl(const SwapperOptions& options)
       : store(std::make_unique<Store>(options.store)),
-        pool(std::make_unique<BufferPool>(
-            buffer_size(options), options.host_memory / buffer_size(options))),
-        copy_thread(std::make_unique<CopyThread>(
-            *store, *pool, keys,
-            [this](const SwapOperation& operation) { count(operation); },
-            [this](std::string note) {
-              std::lock_guard lock(mutex);
-              notes.push_back(std::move(note));
-            })),
-        notes(store->notes()),
-        engine(store->engine()) {}
-
-  // Before any lock: in a forked child its holder may not exist.
-  void check_process() const { torch_ext::check_process(owner, "swapper"); }
-
-  // Holds the lock of the calls, whose order is the keys'.
-  [[nodiscard]] std::unique_lock<std::mutex> enter() {
-    check_process();
-    std::unique_lock lock(calls);
-    if (closed) throw StateError("this swapper is closed");
-    retired->clear();
-    return lock;
-  }
-
-  void count(const SwapOperation& operation) {
-    std::lock_guard lock(mutex);
-    stats.operations += 1;
-    stats.in_flight -= 1;
-    if (operation.error != nullptr) {
-      stats.failures += 1;
-    } else {
-      (operation.out() ? stats.bytes_out : stats.bytes_in) +=
-          operation.bytes.size;
-    }
-  }
-
-  OperationPtr make_operation(SwapOperation::Kind kind, const std::string& key,
-                              DeviceBytes bytes) {
-    auto operation = std::make_shared<SwapOperation>();
-    operation->kind = kind;
-    operation->key = key;
-    operation->on_host = bytes.device->name() == "cpu";
-    operation->bytes = std::move(bytes);
-    operation->retired = retired;
-    operation->owner = owner;
-    operation->start =
-        operation->bytes.device->record(Device::Stream::kCurrent);
-    return operation;
+        core("swapper", options.store.aio, options.host_memory),
+        engine(store->engine()) {
+    for (const std::string& note : store->notes()) core.add_note(note);
   }
 
   SwapTicket start(OperationPtr operation) {
-    {
-      std::lock_guard lock(mutex);
-      stats.in_flight += 1;
-    }
     SwapTicket ticket(operation);
-    try {
-      copy_thread->submit(std::move(operation));
-    } catch (...) {
-      std::lock_guard lock(mutex);
-      stats.in_flight -= 1;
-      throw;
-    }
+    core.start(std::move(operation));
     return ticket;
   }
 
-  SwapperStats snapshot() const {
-    std::lock_guard lock(mutex);
-    SwapperStats now = stats;
-    if (store == nullptr) return now;
-    now.host_bytes = pool->buffer_size() * pool->count();
-    now.host_bytes_peak = pool->buffer_size() * pool->peak_in_use();
-    now.store = store->stats();
-    return now;
+  OperationPtr make_operation(SwapOperation::Kind kind, const std::string& key,
+                              DeviceBytes bytes,
+                              const std::shared_ptr<Version>& version) {
+    OperationPtr operation =
+        core.make_operation(kind, key, std::move(bytes), version);
+    operation->version = version;
+    return operation;
   }
 
-  const pid_t owner = getpid();
-  KeyTable keys;
-  std::shared_ptr<RetireList> retired = std::make_shared<RetireList>();
-  mutable std::mutex mutex;  // Of stats, notes and the pointers' reset.
-  SwapperStats stats;
+  mutable std::mutex mutex;  // Of the two below.
   std::unique_ptr<Store> store;
-  std::unique_ptr<BufferPool> pool;
-  std::unique_ptr<CopyThread> copy_thread;
-  std::vector<std::string> notes;
+  StoreStats last_stats;  ///< Once the store is gone.
+  SwapCore core;          // Its threads use the store.
   const std::string engine;
-  std::mutex calls;
-  bool closed = false;
 };
 
 Swapper::Swapper(const SwapperOptions& options)
     : impl_(std::make_unique<Impl>(options)) {}
 
 Swapper::~Swapper() {
-  if (impl_->owner != getpid()) {
+  if (!impl_->core.in_own_process()) {
     // Threads, buffers and requests belong to the parent.
     static_cast<void>(impl_.release());
     return;
@@ -232,17 +140,18 @@ Swapper::~Swapper() {
 
 SwapTicket Swapper::swap_out(const std::string& key, DeviceBytes source,
                              std::shared_ptr<const void> tag) {
-  const auto lock = impl_->enter();
-  impl_->keys.throw_unseen(key);
-  auto operation =
-      impl_->make_operation(SwapOperation::Kind::kOut, key, std::move(source));
+  const auto lock = impl_->core.enter();
+  KeyTable& keys = impl_->core.keys();
+  keys.throw_unseen(key);
   const auto version =
-      impl_->keys.add(key, operation->bytes.size, std::move(tag));
-  operation->version = version;
+      std::make_shared<Version>(*impl_->store, source.size, std::move(tag));
+  auto operation = impl_->make_operation(SwapOperation::Kind::kOut, key,
+                                         std::move(source), version);
+  keys.add(key, version);
   try {
     return impl_->start(std::move(operation));
   } catch (...) {
-    impl_->keys.resolve(version, std::current_exception());
+    keys.resolve(version, std::current_exception());
     throw;
   }
 }
@@ -252,23 +161,23 @@ SwapTicket Swapper::swap_in(const std::string& key, DeviceBytes destination) {
 }
 
 SwapTicket Swapper::swap_in(const Entry& entry, DeviceBytes destination) {
-  const auto lock = impl_->enter();
+  const auto lock = impl_->core.enter();
+  KeyTable& keys = impl_->core.keys();
   const std::string& key = entry.key_;
-  impl_->keys.throw_unseen(key);
+  keys.throw_unseen(key);
   if (entry.size() != destination.size) {
     throw std::invalid_argument("swap_in of '" + key +
                                 "': " + std::to_string(entry.size()) +
                                 " bytes are stored, the destination has " +
                                 std::to_string(destination.size));
   }
-  auto operation = impl_->make_operation(SwapOperation::Kind::kIn, key,
-                                         std::move(destination));
-  operation->version = entry.version_;
+  auto operation = impl_->make_operation(
+      SwapOperation::Kind::kIn, key, std::move(destination), entry.version_);
   try {
     return impl_->start(std::move(operation));
   } catch (...) {
     // The write failed between the two looks; this call reports it.
-    static_cast<void>(impl_->keys.take_unseen(key));
+    static_cast<void>(keys.take_unseen(key));
     throw;
   }
 }
@@ -280,64 +189,60 @@ const std::shared_ptr<const void>& Swapper::Entry::tag() const {
 }
 
 Swapper::Entry Swapper::entry(const std::string& key) {
-  const auto lock = impl_->enter();
-  impl_->keys.throw_unseen(key);
+  const auto lock = impl_->core.enter();
+  impl_->core.keys().throw_unseen(key);
   Entry entry;
   entry.key_ = key;
-  entry.version_ = impl_->keys.find(key);
+  entry.version_ = impl_->core.keys().find(key);
   return entry;
 }
 
 void Swapper::remove(const std::string& key) {
-  const auto lock = impl_->enter();
+  const auto lock = impl_->core.enter();
+  KeyTable& keys = impl_->core.keys();
   try {
-    impl_->keys.throw_unseen(key);
+    keys.throw_unseen(key);
   } catch (...) {
     try {
-      impl_->keys.remove(key);
+      keys.remove(key);
     } catch (const KeyError&) {
       // The write that failed was the key's first.
     }
     throw;
   }
-  impl_->keys.remove(key);
+  keys.remove(key);
 }
 
 std::vector<std::string> Swapper::keys() {
-  const auto lock = impl_->enter();
-  return impl_->keys.keys();
+  const auto lock = impl_->core.enter();
+  return impl_->core.keys().keys();
 }
 
 SwapperStats Swapper::stats() const {
-  impl_->check_process();
-  return impl_->snapshot();
+  impl_->core.check_process();
+  std::lock_guard lock(impl_->mutex);
+  const SwapCore::Counts counts = impl_->core.counts();
+  return {.bytes_out = counts.bytes_out,
+          .bytes_in = counts.bytes_in,
+          .operations = counts.operations,
+          .failures = counts.failures,
+          .in_flight = counts.in_flight,
+          .host_bytes = counts.host_bytes,
+          .host_bytes_peak = counts.host_bytes_peak,
+          .store = impl_->store ? impl_->store->stats() : impl_->last_stats};
 }
 
-std::vector<std::string> Swapper::notes() const {
-  impl_->check_process();
-  std::lock_guard lock(impl_->mutex);
-  return impl_->notes;
-}
+std::vector<std::string> Swapper::notes() const { return impl_->core.notes(); }
 
 const std::string& Swapper::engine() const noexcept { return impl_->engine; }
 
 void Swapper::close() {
-  impl_->check_process();
-  std::lock_guard lock(impl_->calls);
-  if (impl_->closed) return;
-  impl_->closed = true;
-  impl_->copy_thread->stop();
-  impl_->keys.clear();
-  {
-    const SwapperStats last = impl_->snapshot();
-    std::lock_guard state(impl_->mutex);
-    impl_->stats = last;
-    impl_->copy_thread.reset();
-    impl_->pool.reset();
+  const auto error = impl_->core.close([this] {
+    std::lock_guard lock(impl_->mutex);
+    impl_->last_stats = impl_->store->stats();
     impl_->store.reset();
-  }
-  impl_->retired->clear();
-  if (auto error = impl_->keys.take_unseen()) std::rethrow_exception(error);
+  });
+  if (error != nullptr) std::rethrow_exception(error);
 }
 
 }  // namespace torch_ext

@@ -254,8 +254,10 @@ TEST_F(FileTest, ScratchWithoutTmpfileLeavesNoNameBehind) {
 
 TEST_F(FileTest, WithoutDirectIoTheFileIsBufferedAndSaysWhy) {
   expect_well_in_child([this]() -> std::string {
-    if (!refuse_syscall(SYS_openat, EINVAL, 2, O_DIRECT))
+    if (!refuse_syscall(SYS_openat, EINVAL, 2, O_DIRECT) ||
+        !refuse_syscall(SYS_fcntl, EINVAL, 2, O_DIRECT)) {
       return test::skip("no seccomp");
+    }
     for (const File& file : {File::open(path("x"), File::Mode::kReadWrite),
                              File::scratch(directory_.path())}) {
       if (file.direct()) return "direct";
@@ -297,155 +299,82 @@ TEST_F(FileTest, RunningOutOfDescriptorsIsAnErrorAndLeaksNone) {
   expect_well_in_child([name = path("x")]() -> std::string {
     const int next = dup(0);
     close(next);
-    const rlimit one_more = {static_cast<rlim_t>(next) + 1,
-                             static_cast<rlim_t>(next) + 1};
-    if (setrlimit(RLIMIT_NOFILE, &one_more) != 0) return "setrlimit";
+    const auto limit_to = [next](int more) {
+      rlimit limit;
+      getrlimit(RLIMIT_NOFILE, &limit);
+      limit.rlim_cur = static_cast<rlim_t>(next + more);
+      return setrlimit(RLIMIT_NOFILE, &limit) == 0;
+    };
     for (int i = 0; i < 3; ++i) {
+      if (!limit_to(0)) return "setrlimit";
       const int error = error_of_opening(name, File::Mode::kReadWrite);
       if (error != EMFILE) return errno_name(error);
+      if (!limit_to(1)) return "setrlimit";
+      const File file = File::open(name, File::Mode::kReadWrite);
+      if (!file.direct()) return file.buffered_reason();
+      const IoFailure second = failure_of([&] { file.buffered_fd(); });
+      if (second.error != EMFILE) return errno_name(second.error);
+      if (file.descriptors() != 1) return "descriptors";
     }
     const int again = dup(0);
     return again == next ? "" : "a descriptor leaked";
   });
 }
 
-TEST_F(FileTest, ReserveGrowsTheFileAndGivesItBlocks) {
-  const File file = File::scratch(directory_.path());
-  file.reserve(0, 0);
-  EXPECT_EQ(file.size(), 0u);
-  file.reserve(1 << 20, 3 << 20);
-  EXPECT_EQ(file.size(), 4u << 20);
-  EXPECT_GE(status_of(file.fd()).st_blocks * 512, 3 << 20);
-  file.reserve(0, 4096);
-  EXPECT_EQ(file.size(), 4u << 20);
+TEST_F(FileTest, TheBufferedDescriptorIsOpenedOnceAndOnlyWhenItIsNeeded) {
+  const File file = File::open(path("x"), File::Mode::kReadWrite);
+  ASSERT_TRUE(file.direct());
+  EXPECT_EQ(file.descriptors(), 1);
+  const int fd = file.buffered_fd();
+  EXPECT_EQ(file.descriptors(), 2);
+  EXPECT_EQ(file.buffered_fd(), fd);
 }
 
-TEST_F(FileTest, ReserveKeepsTheBytesThatAreThere) {
-  const fs::path name = with_text("old", "twelve bytes");
-  const File file = File::open(name, File::Mode::kReadWrite);
-  file.reserve(0, 100000);
-  char text[12];
-  ASSERT_EQ(pread(file.buffered_fd(), text, 12, 0), 12);
-  EXPECT_EQ(std::string(text, 12), "twelve bytes");
+TEST_F(FileTest, TheIdentityIsOfTheFileAndNotOfItsName) {
+  const File file = File::open(path("x"), File::Mode::kReadWrite);
+  EXPECT_EQ(File::identify(path("x")), file.identity());
+  fs::rename(path("x"), path("y"));
+  EXPECT_EQ(File::identify(path("y")), file.identity());
+  EXPECT_EQ(File::identify(path("x")), std::nullopt);
+  const File other = File::open(path("x"), File::Mode::kReadWrite);
+  EXPECT_NE(other.identity(), file.identity());
+  fs::create_symlink(path("y"), path("link"));
+  EXPECT_NE(File::identify(path("link")), file.identity());
 }
 
-TEST_F(FileTest, ReserveRefusesRangesThatNoFileCanHave) {
-  const File file = File::scratch(directory_.path());
-  const auto huge = std::uint64_t{1} << 63;
-  for (const auto& [offset, length] :
-       {std::pair(huge, std::uint64_t{1}), std::pair(std::uint64_t{1}, huge),
-        std::pair(huge - 4096, std::uint64_t{8192})}) {
-    const IoFailure failure = failure_of([&] { file.reserve(offset, length); });
-    EXPECT_EQ(failure.error, EFBIG);
-    EXPECT_EQ(failure.offset, offset);
-    EXPECT_EQ(failure.length, length);
-  }
-  EXPECT_EQ(file.size(), 0u);
-}
-
-TEST_F(FileTest, WithoutFallocateReserveSetsTheSizeAndNeverShrinks) {
-  for (const int error : {EOPNOTSUPP, ENOSYS}) {
-    expect_well_in_child([&]() -> std::string {
-      const File file = File::scratch(directory_.path());
-      if (!refuse_syscall(SYS_fallocate, error)) {
-        return test::skip("no seccomp");
-      }
-      file.reserve(4096, 8192);
-      file.reserve(0, 4096);
-      return file.size() == 12288 ? "" : std::to_string(file.size());
-    });
-  }
-}
-
-/// A child's process whose files may have 1 MiB, and which dies of more.
-bool limit_file_size() {
-  signal(SIGXFSZ, SIG_DFL);
-  const rlimit limit = {1 << 20, 1 << 20};
-  return setrlimit(RLIMIT_FSIZE, &limit) == 0;
-}
-
-TEST_F(FileTest, TheFileSizeLimitIsAnErrorNotTheEndOfTheProcess) {
+TEST_F(FileTest, AFileThatTookTheNameIsNotTakenForTheFileItself) {
   expect_well_in_child([this]() -> std::string {
-    const File file = File::scratch(directory_.path());
-    if (!limit_file_size()) return "setrlimit";
-    const std::vector<std::byte> bytes(8192);
-    for (int i = 0; i < 2; ++i) {
-      IoFailure failure = failure_of([&] { file.reserve(0, 2 << 20); });
-      if (failure.error != EFBIG) return "reserve " + errno_name(failure.error);
-      failure = failure_of([&] { file.write((1 << 20) - 4096, bytes); });
-      if (failure.error != EFBIG) return "write " + errno_name(failure.error);
-      if (failure.offset != 1u << 20) return "offset";
-    }
-    sigset_t pending;
-    sigpending(&pending);
-    if (sigismember(&pending, SIGXFSZ) != 0) return "a signal is left";
-    sigset_t blocked;
-    pthread_sigmask(SIG_BLOCK, nullptr, &blocked);
-    return sigismember(&blocked, SIGXFSZ) == 0 ? "" : "it stays blocked";
-  });
-}
-
-TEST_F(FileTest, AFileSizeSignalThatWasPendingBeforeStaysSo) {
-  expect_well_in_child([this]() -> std::string {
-    const File file = File::scratch(directory_.path());
-    if (!limit_file_size()) return "setrlimit";
-    sigset_t one;
-    sigemptyset(&one);
-    sigaddset(&one, SIGXFSZ);
-    pthread_sigmask(SIG_BLOCK, &one, nullptr);
-    raise(SIGXFSZ);
-    const IoFailure failure = failure_of([&] { file.reserve(0, 2 << 20); });
-    if (failure.error != EFBIG) return errno_name(failure.error);
-    sigset_t pending;
-    sigpending(&pending);
-    return sigismember(&pending, SIGXFSZ) == 1 ? "" : "the signal is lost";
-  });
-}
-
-/// What reserve() does on a full file system with 1 MiB reserved before.
-std::string reserve_too_much(const fs::path& place) {
-  const File file = File::scratch(place);
-  file.reserve(0, 1 << 20);
-  const IoFailure failure =
-      failure_of([&] { file.reserve(1 << 20, 64 << 20); });
-  if (failure.error != ENOSPC) return errno_name(failure.error);
-  if (failure.op != "fallocate") return failure.op;
-  if (failure.offset != 1u << 20) return "offset";
-  if (failure.length != 64u << 20) return "length";
-  if (file.size() != 1u << 20) return "size " + std::to_string(file.size());
-  const auto blocks = status_of(file.fd()).st_blocks;
-  // A few more than its bytes need hold the map of its blocks.
-  if (blocks > (1 << 20) / 512 + 64) return "blocks " + std::to_string(blocks);
-  file.reserve(1 << 20, 2 << 20);  // The rest of the disk is still there.
-  return "";
-}
-
-TEST_F(FileTest, AFullMemoryFileSystemLeavesTheSizeAsItWas) {
-  expect_well_in_child([this]() -> std::string {
-    const char* place = directory_.path().c_str();
-    if (!test::own_mounts() ||
-        mount("none", place, "tmpfs", 0, "size=4m") != 0) {
+    const File file = File::open(path("x"), File::Mode::kReadWrite);
+    fs::rename(path("x"), path("y"));
+    with_text("x", "a stranger's");
+    // Only the name is left to find it by.
+    if (!test::own_mounts() || mount("none", "/proc", "tmpfs", 0, "") != 0) {
       return test::skip("may not mount");
     }
-    return reserve_too_much(place);
+    const IoFailure failure = failure_of([&] { file.buffered_fd(); });
+    return failure.error == ESTALE ? "" : errno_name(failure.error);
   });
 }
 
-TEST_F(FileTest, AFullDiskLeavesTheSizeAsItWas) {
-  expect_well_in_child([this]() -> std::string {
-    const std::string place = directory_.path().string();
-    const std::string image = place + "/image";
-    const auto run = [](const std::string& command) {
-      return std::system((command + " >/dev/null 2>&1").c_str()) == 0;
-    };
-    // Unlike tmpfs, ext4 keeps what it had reserved when it ran full.
-    if (!test::own_mounts() || !run("truncate -s 16M " + image) ||
-        !run("PATH=$PATH:/sbin:/usr/sbin mkfs.ext4 -q " + image) ||
-        !run("mount -o loop " + image + " " + place)) {
-      return test::skip("may not mount a loop device");
-    }
-    return reserve_too_much(place);
-  });
+TEST_F(FileTest, ADescriptorOfTheCallerIsOpenedAgainAndStaysOpen) {
+  const fs::path name = with_text("x", "twelve bytes");
+  const int fd = ::open(name.c_str(), O_RDWR | O_APPEND);
+  {
+    const File file = File::open(fd);
+    EXPECT_EQ(file.identity(), File::identify(name));
+    EXPECT_NE(file.fd(), fd);
+    const std::byte letter{'T'};
+    file.write(0, {&letter, 1});
+    EXPECT_EQ(file.size(), 12u);
+  }
+  char text[13] = {};
+  EXPECT_EQ(pread(fd, text, 12, 0), 12);
+  EXPECT_STREQ(text, "Twelve bytes");
+  close(fd);
+  EXPECT_EQ(failure_of([&] { File::open(fd); }).error, EBADF);
+  const int null = ::open("/dev/null", O_RDWR);
+  EXPECT_EQ(failure_of([&] { File::open(null); }).error, EINVAL);
+  close(null);
 }
 
 }  // namespace

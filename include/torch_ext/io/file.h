@@ -1,18 +1,32 @@
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <span>
 #include <string>
 
 namespace torch_ext {
 
-/// Two descriptors of one regular file, one for direct and one for buffered
-/// I/O, and the alignment that direct I/O on this very file demands.
-/// Ownership: move-only; closes both. Threads: const members from any.
+/// The path from the root. Errors: std::invalid_argument for a path that is
+/// empty or contains NUL; IoError ("getcwd").
+std::string absolute_path(const std::filesystem::path& path);
+
+/// A regular file, open for direct I/O where it can be, and the alignment that
+/// this demands; a second descriptor, for buffered I/O, is opened when it is
+/// first needed. Ownership: move-only; closes both. Threads: const members
+/// from any.
 class File {
  public:
+  /// Which file it is, whatever its name: st_dev and st_ino.
+  struct Identity {
+    std::uint64_t device = 0;
+    std::uint64_t inode = 0;
+    bool operator==(const Identity&) const = default;
+  };
+
   enum class Mode {
     kRead,       ///< Must exist.
     kWrite,      ///< Created 0600 if missing, never truncated.
@@ -25,6 +39,15 @@ class File {
   /// is empty or contains NUL.
   static File open(const std::filesystem::path& path, Mode mode);
 
+  /// The file behind a descriptor, which stays the caller's: opened again with
+  /// the same access (offsets are honoured though it be O_APPEND).
+  /// Errors: IoError (EBADF; EINVAL if it is no regular file).
+  static File open(int fd);
+
+  /// The file that now has this name, if one has; links are not followed.
+  /// Errors: std::invalid_argument as open().
+  static std::optional<Identity> identify(const std::filesystem::path& path);
+
   /// A new file without a name in `directory`, gone when closed or when the
   /// process ends: O_TMPFILE, else a random O_EXCL name unlinked at once.
   /// Errors: as open().
@@ -36,11 +59,15 @@ class File {
 
   /// As given (made absolute), or "DIR/[scratch]".
   const std::string& path() const noexcept { return path_; }
+  const Identity& identity() const noexcept { return identity_; }
   /// O_DIRECT descriptor; the buffered one where direct() is false.
   int fd() const noexcept {
-    return direct_fd_ >= 0 ? direct_fd_ : buffered_fd_;
+    return direct_fd_ >= 0 ? direct_fd_ : buffered_fd_.load();
   }
-  int buffered_fd() const noexcept { return buffered_fd_; }
+  /// Errors: IoError if it cannot be opened now.
+  int buffered_fd() const;
+  /// How many are open: 1 or 2.
+  int descriptors() const noexcept;
   bool direct() const noexcept { return direct_fd_ >= 0; }
   /// Why direct() is false, in one sentence; empty if it is true.
   const std::string& buffered_reason() const noexcept { return reason_; }
@@ -61,6 +88,12 @@ class File {
   /// Errors: IoError, with the size as it was: so nobody else may grow the
   /// file meanwhile.
   void reserve(std::uint64_t offset, std::uint64_t length) const;
+  /// Makes the file at least `size` bytes long, with blocks for what is new, so
+  /// that ENOSPC comes before any byte is written. Never shrinks it, whoever
+  /// else changes its size meanwhile. Where the file system has no fallocate
+  /// nothing happens: a write grows the file then.
+  /// Errors: IoError, with the size as it was.
+  void grow(std::uint64_t size) const;
   /// Writes all of `bytes` at `offset`, in this thread and through the page
   /// cache. Errors: IoError, with a prefix written.
   void write(std::uint64_t offset, std::span<const std::byte> bytes) const;
@@ -68,13 +101,17 @@ class File {
  private:
   File(std::string path, int fd);
 
+  void take_regular(int access);
   void make_private() const;
-  void add_direct(int access, const std::string& name);
+  void add_direct();
+  int allocate(int mode, std::uint64_t offset, std::uint64_t length) const;
 
   std::string path_;
   std::string reason_;
+  Identity identity_;
+  int access_ = 0;  ///< O_RDONLY, O_WRONLY or O_RDWR.
   int direct_fd_ = -1;
-  int buffered_fd_ = -1;
+  mutable std::atomic<int> buffered_fd_ = -1;
   std::size_t memory_alignment_ = 1;
   std::size_t offset_alignment_ = 1;
 };

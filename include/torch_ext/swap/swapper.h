@@ -83,6 +83,7 @@ class SwapTicket {
   bool done() const;
 
  private:
+  friend class FileSwapper;
   friend class Swapper;
   explicit SwapTicket(std::shared_ptr<SwapOperation> operation);
   std::shared_ptr<SwapOperation> operation_;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/DispatchKey.h>
 #include <c10/core/Layout.h>
@@ -59,6 +60,23 @@ inline void check_has_plain_memory(const at::Tensor& tensor,
         operation + ": the tensor's elements reach to byte " +
         std::to_string(end) + " of its storage, which has " +
         std::to_string(size) + " (was it resized?)");
+  }
+}
+
+/// Throws std::invalid_argument unless each element of the tensor, which has
+/// plain memory, can be written on its own: not of an expanded one, nor on a
+/// device of a lazily conjugate or negative one.
+inline void check_is_destination(const at::Tensor& tensor,
+                                 const std::string& operation) {
+  if (!tensor.is_cpu() && (tensor.is_conj() || tensor.is_neg())) {
+    throw std::invalid_argument(
+        operation +
+        ": out is lazily conjugate or negative (as after .conj()), which is "
+        "supported on the CPU only");
+  }
+  if (at::has_internal_overlap(tensor) == at::MemOverlap::Yes) {
+    throw std::invalid_argument(
+        operation + ": elements of out share memory (an expanded tensor?)");
   }
 }
 

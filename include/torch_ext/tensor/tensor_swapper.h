@@ -1,7 +1,5 @@
 #pragma once
 
-#include <ATen/MemoryOverlap.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/Device.h>
@@ -11,21 +9,17 @@
 
 #include <chrono>
 #include <cstddef>
-#include <map>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "torch_ext/base/error.h"
 #include "torch_ext/swap/swapper.h"
-#include "torch_ext/tensor/c10_device.h"
-#include "torch_ext/tensor/dense_tensor.h"
+#include "torch_ext/tensor/tensor_bytes.h"
 #include "torch_ext/tensor/tensor_check.h"
 
 namespace torch_ext {
@@ -77,6 +71,7 @@ class TensorTicket {
   }
 
  private:
+  friend class TensorFileSwapper;
   friend class TensorSwapper;
 
   explicit TensorTicket(SwapTicket ticket, at::Tensor result = {})
@@ -98,16 +93,11 @@ class TensorSwapper {
   /// meta, quantized, nested, a Python subclass), and those of
   /// Swapper::swap_out.
   TensorTicket swap_out(const std::string& key, const at::Tensor& tensor) {
-    check_has_plain_memory(tensor, "swap_out");
-    c10::NoGradGuard no_grad;
-    // detach(): a tensor that Python knows could not be dropped without the
-    // GIL by whoever holds it last.
-    const at::Tensor packed =
-        tensor.detach().resolve_conj().resolve_neg().contiguous();
+    DeviceBytes bytes = bytes_.source(tensor, "swap_out");
     auto meta = std::make_shared<const Meta>(
         Meta{tensor.sizes().vec(), tensor.scalar_type(), tensor.device()});
-    return TensorTicket(swapper_.swap_out(
-        key, bytes_of(packed, Direction::kOut), std::move(meta)));
+    return TensorTicket(
+        swapper_.swap_out(key, std::move(bytes), std::move(meta)));
   }
 
   /// Brings the key's tensor back, into `out` or a new tensor on `device`
@@ -132,21 +122,8 @@ class TensorSwapper {
       result = empty(meta, device.value_or(meta.device));
       check_has_plain_memory(result, "swap_in");
     }
-    const at::Tensor plain = result.detach();
-    if (plain.is_contiguous() && !plain.is_conj() && !plain.is_neg()) {
-      return TensorTicket(
-          swapper_.swap_in(entry, bytes_of(plain, Direction::kIn)), result);
-    }
-    const at::Tensor packed = empty(meta, plain.device());
-    check_has_plain_memory(packed, "swap_in");
-    DeviceBytes bytes = bytes_of(packed, Direction::kIn);
-    auto kept =
-        std::make_shared<std::pair<at::Tensor, at::Tensor>>(plain, packed);
-    bytes.on_arrival = [pair = kept.get()](Device& on) {
-      unpack(pair->first, pair->second, on);
-    };
-    bytes.keep_alive = std::move(kept);
-    return TensorTicket(swapper_.swap_in(entry, std::move(bytes)), result);
+    return TensorTicket(
+        swapper_.swap_in(entry, bytes_.destination(result, "swap_in")), result);
   }
 
   /// Forgets the key. Errors: KeyError; an unreported error of the key.
@@ -164,23 +141,10 @@ class TensorSwapper {
     c10::ScalarType dtype;
     c10::Device device;
   };
-  enum class Direction { kOut, kIn };
 
   static at::Tensor empty(const Meta& meta, c10::Device device) {
     return at::empty(meta.sizes,
                      at::TensorOptions().dtype(meta.dtype).device(device));
-  }
-
-  static void unpack(const at::Tensor& to, const at::Tensor& packed,
-                     Device& device) {
-    const c10::NoGradGuard no_grad;
-    // The destination was checked by the caller, in whose mode it was allowed.
-    const at::AutoDispatchBelowADInplaceOrView plain;
-    if (to.is_cpu()) {
-      copy_in_pieces(to, packed);
-    } else {
-      static_cast<C10Device&>(device).copy(to, packed);
-    }
   }
 
   static void check_destination(const std::string& key, const at::Tensor& out,
@@ -203,50 +167,10 @@ class TensorSwapper {
     if (device && *device != out.device()) {
       fail("the device asked for is", *device, out.device());
     }
-    if (!out.is_cpu() && (out.is_conj() || out.is_neg())) {
-      throw std::invalid_argument(
-          "swap_in of '" + key +
-          "': out is lazily conjugate or negative (as after .conj()), which "
-          "is supported on the CPU only");
-    }
-    if (at::has_internal_overlap(out) == at::MemOverlap::Yes) {
-      throw std::invalid_argument(
-          "swap_in of '" + key +
-          "': elements of out share memory (an expanded tensor?)");
-    }
+    check_is_destination(out, "swap_in of '" + key + "'");
   }
 
-  // Two devices, so two copy streams: a swap-out that waits for a long kernel
-  // must not hold up the swap-ins behind it.
-  std::shared_ptr<Device> device_of(const at::Tensor& tensor,
-                                    Direction direction) {
-    if (tensor.is_cpu()) return host_device();
-    std::lock_guard lock(mutex_);
-    auto& device = devices_[{tensor.device(), direction}];
-    if (device == nullptr) device = device_for(tensor.device());
-    return device;
-  }
-
-  DeviceBytes bytes_of(const at::Tensor& contiguous, Direction direction) {
-    return {.device = device_of(contiguous, direction),
-            .data = static_cast<std::byte*>(
-                const_cast<void*>(contiguous.const_data_ptr())),
-            .size = static_cast<std::uint64_t>(contiguous.nbytes()),
-            .keep_alive = std::make_shared<at::Tensor>(contiguous)};
-  }
-
-  struct Less {
-    using Key = std::pair<c10::Device, Direction>;
-    bool operator()(const Key& a, const Key& b) const {
-      const auto order = [](const Key& key) {
-        return std::tuple(key.first.type(), key.first.index(), key.second);
-      };
-      return order(a) < order(b);
-    }
-  };
-
-  std::mutex mutex_;
-  std::map<Less::Key, std::shared_ptr<Device>, Less> devices_;
+  TensorBytes bytes_;
   Swapper swapper_;  // Last: its threads use what stands above.
 };
 

@@ -1,0 +1,86 @@
+#include "torch_ext/memory/pinned_memory.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdint>
+#include <functional>
+#include <iterator>
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include "torch_ext/base/align.h"
+#include "torch_ext/base/error.h"
+
+namespace torch_ext {
+namespace {
+
+constexpr std::size_t kPage = 4096;
+
+/// First byte and size of each allocation.
+struct Registry {
+  std::mutex mutex;
+  std::map<const std::byte*, std::size_t, std::less<>> sizes;
+};
+
+Registry& registry() {
+  // Never destroyed: tensors may die after everything static.
+  static auto* const all = new Registry;
+  return *all;
+}
+
+}  // namespace
+
+std::shared_ptr<std::byte> allocate_pinned(std::size_t bytes,
+                                           std::shared_ptr<CudaRuntime> cuda,
+                                           std::string* why_not) {
+  const std::size_t size = align_up(std::max<std::size_t>(bytes, 1), kPage);
+  void* memory = mmap(nullptr, size, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED || size < bytes) {
+    throw IoError({.op = "mmap",
+                   .length = bytes,
+                   .error = memory == MAP_FAILED ? errno : ENOMEM});
+  }
+  auto* data = static_cast<std::byte*>(memory);
+  // From here on the deleter frees what there is, whatever throws.
+  auto locked = std::make_shared<bool>(false);
+  std::shared_ptr<std::byte> allocation(
+      data, [size, cuda, locked, owner = getpid()](std::byte* freed) {
+        disown_pinned(freed);
+        // A forked child has the memory, but not the GPU.
+        if (*locked && getpid() == owner) cuda->host_unregister(freed);
+        munmap(freed, size);
+      });
+  if (cuda != nullptr) {
+    try {
+      cuda->host_register(data, size);
+      *locked = true;
+    } catch (const IoError& error) {
+      if (why_not != nullptr) *why_not = error.what();
+    }
+  }
+  std::lock_guard lock(registry().mutex);
+  registry().sizes[data] = size;
+  return allocation;
+}
+
+bool is_pinned(const void* data, std::size_t bytes) {
+  const auto* first = static_cast<const std::byte*>(data);
+  std::lock_guard lock(registry().mutex);
+  auto after = registry().sizes.upper_bound(first);
+  if (after == registry().sizes.begin()) return false;
+  const auto& [begin, size] = *std::prev(after);
+  const auto offset = static_cast<std::size_t>(first - begin);
+  return offset < size && bytes <= size - offset;
+}
+
+bool disown_pinned(const void* data) {
+  std::lock_guard lock(registry().mutex);
+  return registry().sizes.erase(static_cast<const std::byte*>(data)) > 0;
+}
+
+}  // namespace torch_ext

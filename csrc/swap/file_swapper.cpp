@@ -1,0 +1,267 @@
+#include "torch_ext/swap/file_swapper.h"
+
+#include <cerrno>
+#include <functional>
+#include <limits>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <variant>
+
+#include "file_cache.h"
+#include "swap_core.h"
+#include "swap_operation.h"
+#include "swap_target.h"
+#include "torch_ext/base/align.h"
+#include "torch_ext/base/error.h"
+#include "torch_ext/io/make_queue.h"
+
+namespace torch_ext {
+namespace {
+
+constexpr std::uint64_t kMaxOffset = std::numeric_limits<std::int64_t>::max();
+
+/// Queues of one FileSwapper: per device, and apart for files with and without
+/// direct I/O, which suit different engines. Threads: any.
+class QueueSet {
+ public:
+  QueueSet(const FileSwapperOptions& options,
+           std::function<void(std::string)> note)
+      : config_(options.aio),
+        engine_(options.engine),
+        factory_(options.engine_factory),
+        note_(std::move(note)) {}
+
+  IoQueue& queue_of(const File& file) {
+    std::lock_guard lock(mutex_);
+    auto& queue = queues_[{file.identity().device, file.direct()}];
+    if (queue == nullptr) {
+      MadeQueue made = make_queue(config_, engine_, file.direct(), factory_);
+      queue = std::move(made.queue);
+      if (!made.note.empty()) note_(std::move(made.note));
+      if (!file.direct()) note_(file.path() + ": " + file.buffered_reason());
+    }
+    return *queue;
+  }
+
+ private:
+  const AioConfig config_;
+  const std::string engine_;
+  const IoEngineFactory factory_;
+  const std::function<void(std::string)> note_;
+  std::mutex mutex_;
+  std::map<std::pair<std::uint64_t, bool>, std::unique_ptr<IoQueue>> queues_;
+};
+
+/// Bytes of a file of the caller's.
+class FileRange final : public SwapTarget {
+ public:
+  /// A path, or a descriptor.
+  using Name = std::variant<std::string, int>;
+
+  FileRange(FileCache& cache, QueueSet& queues, Name name, std::uint64_t begin,
+            std::uint64_t size)
+      : cache_(cache),
+        queues_(queues),
+        name_(std::move(name)),
+        begin_(begin),
+        size_(size) {}
+
+  bool prepare(IoRequest::Op op, bool may_block) override {
+    const bool write = op == IoRequest::Op::kWrite;
+    if (!lease_) {
+      FileCache::Lease lease = open(write);
+      if (!lease) return false;
+      queue_ = &queues_.queue_of(*lease.file);
+      if (!write) check_holds(*lease.file);
+      lease_ = std::move(lease);
+    }
+    if (grown_ || !write) return true;
+    if (begin_ + size_ > lease_.file->size()) {
+      if (!may_block) return false;
+      grow();
+    }
+    grown_ = true;
+    return true;
+  }
+
+  std::uint64_t in_place(const std::byte* data, std::uint64_t offset,
+                         std::uint64_t rest) const override {
+    if (!lease_.file->direct()) return rest;
+    const std::uint64_t begin = begin_ + offset;
+    const std::uint64_t first = align_up(begin, granule());
+    // Too little for direct I/O, which begins and ends at whole granules.
+    if (first >= align_down(begin + rest, granule())) return rest;
+    return is_aligned(data + (first - begin), lease_.file->memory_alignment())
+               ? rest
+               : 0;
+  }
+
+  std::size_t lead(std::uint64_t offset) const override {
+    return (begin_ + offset) % granule();
+  }
+  std::uint64_t padded(std::uint64_t length) const override { return length; }
+  std::size_t granule() const override { return lease_.file->granule(); }
+
+  void start(IoRequest::Op op, std::uint64_t offset, std::span<std::byte> bytes,
+             Done done) override {
+    queue_->submit({.op = op,
+                    .file = lease_.file,
+                    .offset = begin_ + offset,
+                    .bytes = bytes,
+                    .on_done = std::move(done)});
+  }
+
+ private:
+  FileCache::Lease open(bool write) {
+    if (const int* fd = std::get_if<int>(&name_)) return cache_.open(*fd);
+    return cache_.open(std::get<std::string>(name_),
+                       write ? File::Mode::kWrite : File::Mode::kRead);
+  }
+
+  void grow() const {
+    const std::uint64_t end = begin_ + size_;
+    try {
+      lease_.file->grow(end);
+    } catch (const IoError& error) {
+      // Deleted files take up space as long as they are kept open here.
+      if (error.error() != ENOSPC || !cache_.drop_stale()) throw;
+      lease_.file->grow(end);
+    }
+  }
+
+  void check_holds(const File& file) const {
+    const std::uint64_t end = file.size();
+    if (begin_ + size_ <= end) return;
+    throw IoError({.op = "pread",
+                   .path = file.path(),
+                   .offset = begin_,
+                   .length = size_,
+                   .error = EIO,
+                   .detail = "the file ends at byte " + std::to_string(end)});
+  }
+
+  FileCache& cache_;
+  QueueSet& queues_;
+  const Name name_;
+  const std::uint64_t begin_;
+  const std::uint64_t size_;
+  bool grown_ = false;
+  FileCache::Lease lease_;
+  IoQueue* queue_ = nullptr;
+};
+
+std::string text_of(const FileRange::Name& name) {
+  if (const int* fd = std::get_if<int>(&name)) {
+    return "descriptor " + std::to_string(*fd);
+  }
+  return std::get<std::string>(name);
+}
+
+}  // namespace
+
+class FileSwapper::Impl {
+ public:
+  explicit Impl(const FileSwapperOptions& options)
+      : queues(std::make_unique<QueueSet>(
+            checked(options),
+            [this](std::string text) { core.add_note(std::move(text)); })),
+        core("file swapper", options.aio, options.host_memory) {}
+
+  static const FileSwapperOptions& checked(const FileSwapperOptions& options) {
+    options.aio.validate();
+    // An unknown engine is an error of this call, not of the first transfer.
+    if (options.engine != "auto") make_engine_factory(options.engine);
+    return options;
+  }
+
+  SwapTicket start(SwapOperation::Kind kind, FileRange::Name name,
+                   std::uint64_t offset, DeviceBytes bytes) {
+    const auto lock = core.enter();
+    const std::string text = text_of(name);
+    if (offset > kMaxOffset || bytes.size > kMaxOffset - offset) {
+      throw std::invalid_argument(text + ": offset " + std::to_string(offset) +
+                                  " and length " + std::to_string(bytes.size) +
+                                  " reach beyond the largest file");
+    }
+    auto range = std::make_shared<FileRange>(*files, *queues, std::move(name),
+                                             offset, bytes.size);
+    OperationPtr operation =
+        core.make_operation(kind, text, std::move(bytes), range);
+    // What is wrong with the file is this call's error where it can be.
+    range->prepare(operation->op(), false);
+    SwapTicket ticket(operation);
+    core.start(std::move(operation));
+    return ticket;
+  }
+
+  mutable std::mutex mutex;  // Of the two below.
+  std::unique_ptr<FileCache> files = std::make_unique<FileCache>();
+  std::unique_ptr<QueueSet> queues;
+  SwapCore core;  // Its threads use both.
+};
+
+FileSwapper::FileSwapper(const FileSwapperOptions& options)
+    : impl_(std::make_unique<Impl>(options)) {}
+
+FileSwapper::~FileSwapper() {
+  if (!impl_->core.in_own_process()) {
+    // Threads, buffers and requests belong to the parent.
+    static_cast<void>(impl_.release());
+    return;
+  }
+  try {
+    close();
+  } catch (...) {
+    // A destructor has nobody to tell; close() does.
+  }
+}
+
+SwapTicket FileSwapper::write(const std::filesystem::path& path,
+                              std::uint64_t offset, DeviceBytes source) {
+  return impl_->start(SwapOperation::Kind::kOut, absolute_path(path), offset,
+                      std::move(source));
+}
+
+SwapTicket FileSwapper::write(int fd, std::uint64_t offset,
+                              DeviceBytes source) {
+  return impl_->start(SwapOperation::Kind::kOut, fd, offset, std::move(source));
+}
+
+SwapTicket FileSwapper::read(const std::filesystem::path& path,
+                             std::uint64_t offset, DeviceBytes destination) {
+  return impl_->start(SwapOperation::Kind::kIn, absolute_path(path), offset,
+                      std::move(destination));
+}
+
+FileSwapperStats FileSwapper::stats() const {
+  impl_->core.check_process();
+  std::lock_guard lock(impl_->mutex);
+  const SwapCore::Counts counts = impl_->core.counts();
+  return {.bytes_read = counts.bytes_in,
+          .bytes_written = counts.bytes_out,
+          .operations = counts.operations,
+          .failures = counts.failures,
+          .in_flight = counts.in_flight,
+          .host_bytes = counts.host_bytes,
+          .host_bytes_peak = counts.host_bytes_peak,
+          .descriptors = static_cast<std::uint64_t>(
+              impl_->files ? impl_->files->descriptors() : 0)};
+}
+
+std::vector<std::string> FileSwapper::notes() const {
+  return impl_->core.notes();
+}
+
+void FileSwapper::close() {
+  const auto error = impl_->core.close([this] {
+    std::lock_guard lock(impl_->mutex);
+    impl_->queues.reset();
+    impl_->files.reset();
+  });
+  if (error != nullptr) std::rethrow_exception(error);
+}
+
+}  // namespace torch_ext

@@ -1,0 +1,157 @@
+#include "swap_core.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+
+#include "torch_ext/base/align.h"
+#include "torch_ext/base/error.h"
+#include "torch_ext/base/size.h"
+
+namespace torch_ext {
+namespace {
+
+constexpr std::uint64_t kBufferSize = std::uint64_t{4} << 20;
+
+// One buffer holds whole blocks, and there are at least two where the memory
+// allows it: a single one would take turns between copy and I/O.
+std::uint64_t buffer_size(const char* what, const AioConfig& aio,
+                          std::uint64_t host_memory) {
+  const std::uint64_t block = aio.block_size;
+  if (host_memory < block) {
+    throw std::invalid_argument(
+        std::string(what) + ": host_memory must be at least block_size (" +
+        format_size(block) + "), got " + format_size(host_memory));
+  }
+  const std::uint64_t wanted = align_up(std::max(block, kBufferSize), block);
+  return host_memory >= 2 * wanted ? wanted : block;
+}
+
+std::unique_ptr<BufferPool> make_pool(const char* what, const AioConfig& aio,
+                                      std::uint64_t host_memory) {
+  const std::uint64_t size = buffer_size(what, aio, host_memory);
+  return std::make_unique<BufferPool>(size, host_memory / size);
+}
+
+}  // namespace
+
+void check_process(pid_t owner, const char* what) {
+  if (getpid() == owner) return;
+  throw StateError(std::string("this ") + what + " was created in process " +
+                   std::to_string(owner) +
+                   " and cannot be used in a forked child; create one in the "
+                   "child");
+}
+
+SwapCore::SwapCore(const char* what, const AioConfig& aio,
+                   std::uint64_t host_memory)
+    : what_(what),
+      owner_(getpid()),
+      pool_(make_pool(what, aio, host_memory)),
+      copy_thread_(std::make_unique<CopyThread>(
+          *pool_, keys_,
+          [this](const SwapOperation& operation) { count(operation); },
+          [this](std::string note) { add_note(std::move(note)); })) {}
+
+void SwapCore::check_process() const {
+  torch_ext::check_process(owner_, what_);
+}
+
+bool SwapCore::in_own_process() const { return owner_ == getpid(); }
+
+std::unique_lock<std::mutex> SwapCore::enter() {
+  check_process();
+  std::unique_lock lock(calls_);
+  if (closed_) throw StateError(std::string("this ") + what_ + " is closed");
+  retired_->clear();
+  return lock;
+}
+
+OperationPtr SwapCore::make_operation(
+    SwapOperation::Kind kind, std::string key, DeviceBytes bytes,
+    std::shared_ptr<SwapTarget> target) const {
+  auto operation = std::make_shared<SwapOperation>();
+  operation->kind = kind;
+  operation->key = std::move(key);
+  operation->on_host = bytes.device->name() == "cpu";
+  operation->bytes = std::move(bytes);
+  operation->target = std::move(target);
+  operation->retired = retired_;
+  operation->owner = owner_;
+  operation->start = operation->bytes.device->record(Device::Stream::kCurrent);
+  return operation;
+}
+
+void SwapCore::start(OperationPtr operation) {
+  {
+    std::lock_guard lock(mutex_);
+    counts_.in_flight += 1;
+  }
+  try {
+    copy_thread_->submit(std::move(operation));
+  } catch (...) {
+    std::lock_guard lock(mutex_);
+    counts_.in_flight -= 1;
+    throw;
+  }
+}
+
+void SwapCore::count(const SwapOperation& operation) {
+  std::lock_guard lock(mutex_);
+  counts_.operations += 1;
+  counts_.in_flight -= 1;
+  if (operation.error != nullptr) {
+    counts_.failures += 1;
+  } else {
+    (operation.out() ? counts_.bytes_out : counts_.bytes_in) +=
+        operation.bytes.size;
+  }
+}
+
+void SwapCore::add_note(std::string note) {
+  std::lock_guard lock(mutex_);
+  if (std::find(notes_.begin(), notes_.end(), note) == notes_.end()) {
+    notes_.push_back(std::move(note));
+  }
+}
+
+std::vector<std::string> SwapCore::notes() const {
+  check_process();
+  std::lock_guard lock(mutex_);
+  return notes_;
+}
+
+SwapCore::Counts SwapCore::counts() const {
+  std::lock_guard lock(mutex_);
+  return counts_locked();
+}
+
+SwapCore::Counts SwapCore::counts_locked() const {
+  Counts now = counts_;
+  if (pool_ == nullptr) return now;
+  now.host_bytes = pool_->buffer_size() * pool_->count();
+  now.host_bytes_peak = pool_->buffer_size() * pool_->peak_in_use();
+  return now;
+}
+
+std::exception_ptr SwapCore::close(const std::function<void()>& release) {
+  check_process();
+  std::lock_guard lock(calls_);
+  if (closed_) return nullptr;
+  closed_ = true;
+  copy_thread_->stop();
+  keys_.clear();
+  {
+    std::lock_guard state(mutex_);
+    counts_ = counts_locked();
+    copy_thread_.reset();
+    pool_.reset();
+  }
+  release();
+  retired_->clear();
+  return keys_.take_unseen();
+}
+
+}  // namespace torch_ext

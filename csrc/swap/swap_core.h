@@ -1,0 +1,86 @@
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "copy_thread.h"
+#include "key_table.h"
+#include "swap_operation.h"
+#include "torch_ext/config/aio_config.h"
+#include "torch_ext/memory/buffer_pool.h"
+
+namespace torch_ext {
+
+/// What all that moves bytes between devices and disk has: buffers, a copy
+/// thread, counters, notes for the log, and rules about processes and closing.
+/// Threads: any.
+class SwapCore {
+ public:
+  struct Counts {
+    std::uint64_t bytes_out = 0;  ///< Of operations that ended well.
+    std::uint64_t bytes_in = 0;
+    std::uint64_t operations = 0;  ///< That have ended.
+    std::uint64_t failures = 0;
+    std::uint64_t in_flight = 0;
+    std::uint64_t host_bytes = 0;
+    std::uint64_t host_bytes_peak = 0;
+  };
+
+  /// `what` names it in messages. Errors: std::invalid_argument if host_memory
+  /// is below block_size; IoError ("mmap", "pthread_create").
+  SwapCore(const char* what, const AioConfig& aio, std::uint64_t host_memory);
+  ~SwapCore() = default;  ///< Not before close(), nor in a forked child.
+  SwapCore(const SwapCore&) = delete;
+  SwapCore& operator=(const SwapCore&) = delete;
+
+  /// Before any lock: in a forked child its holder may not exist.
+  /// Errors: StateError.
+  void check_process() const;
+  bool in_own_process() const;
+  /// Holds the lock of the calls, whose order is that of the operations.
+  /// Errors: StateError (forked, closed).
+  [[nodiscard]] std::unique_lock<std::mutex> enter();
+
+  /// Records an event on the current stream. Errors: StateError (capture).
+  OperationPtr make_operation(SwapOperation::Kind kind, std::string key,
+                              DeviceBytes bytes,
+                              std::shared_ptr<SwapTarget> target) const;
+  void start(OperationPtr operation);
+
+  void add_note(std::string note);
+  std::vector<std::string> notes() const;
+  Counts counts() const;
+  KeyTable& keys() { return keys_; }
+
+  /// Ends all operations, calls `release`, frees the buffers. Once: later
+  /// calls return null at once. Returns the first error that nobody has seen.
+  std::exception_ptr close(const std::function<void()>& release);
+
+ private:
+  Counts counts_locked() const;
+  void count(const SwapOperation& operation);
+
+  const char* const what_;
+  const pid_t owner_;
+  KeyTable keys_;
+  std::shared_ptr<RetireList> retired_ = std::make_shared<RetireList>();
+  mutable std::mutex mutex_;  // Of the counters, the notes and the pointers.
+  Counts counts_;
+  std::vector<std::string> notes_;
+  std::unique_ptr<BufferPool> pool_;
+  std::unique_ptr<CopyThread> copy_thread_;
+  std::mutex calls_;
+  bool closed_ = false;
+};
+
+/// Errors: StateError unless the calling process is `owner`.
+void check_process(pid_t owner, const char* what);
+
+}  // namespace torch_ext

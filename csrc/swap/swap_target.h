@@ -1,0 +1,48 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <span>
+
+#include "torch_ext/io/io_engine.h"
+
+namespace torch_ext {
+
+/// Where the bytes of an operation lie on disk, and how they get there.
+/// Offsets count from the operation's first byte.
+class SwapTarget {
+ public:
+  using Done = std::function<void(std::exception_ptr)>;
+
+  virtual ~SwapTarget() = default;
+
+  /// Gets what the I/O needs: space, an open file. Once it has returned true
+  /// it does so at once. False: with `may_block`, only the end of another
+  /// operation can help; without, it would have to wait.
+  /// Errors: IoError. Threads: with `may_block`, the copy thread.
+  virtual bool prepare(IoRequest::Op op, bool may_block) = 0;
+
+  // Once it is prepared: ---------------------------------------------------
+
+  /// Whether `rest` bytes from `offset` on can move straight between the disk
+  /// and host memory at `data`: how many of them.
+  virtual std::uint64_t in_place(const std::byte* data, std::uint64_t offset,
+                                 std::uint64_t rest) const = 0;
+  /// Bytes to leave free at the beginning of a host buffer for those from
+  /// `offset` on, so that their addresses suit direct I/O.
+  virtual std::size_t lead(std::uint64_t offset) const = 0;
+  /// Bytes that move for the last `length` of the operation; zeros at their
+  /// end where that is more.
+  virtual std::uint64_t padded(std::uint64_t length) const = 0;
+  /// What host buffers are shared in multiples of.
+  virtual std::size_t granule() const = 0;
+
+  /// Starts the I/O. `bytes` is borrowed until `done` has been called, on an
+  /// I/O thread. Errors: what is known at once.
+  virtual void start(IoRequest::Op op, std::uint64_t offset,
+                     std::span<std::byte> bytes, Done done) = 0;
+};
+
+}  // namespace torch_ext

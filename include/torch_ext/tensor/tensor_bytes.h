@@ -1,0 +1,113 @@
+#pragma once
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/Device.h>
+#include <c10/core/GradMode.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "torch_ext/device/device.h"
+#include "torch_ext/swap/swapper.h"
+#include "torch_ext/tensor/c10_device.h"
+#include "torch_ext/tensor/dense_tensor.h"
+#include "torch_ext/tensor/tensor_check.h"
+
+namespace torch_ext {
+
+/// Tensors as the bytes that a Swapper or FileSwapper moves, and the devices
+/// that they are on. Outlives what it is given to. Threads: any.
+class TensorBytes {
+ public:
+  /// The elements of any dense strided tensor, packed.
+  /// Errors: TypeError, std::invalid_argument; see check_has_plain_memory().
+  DeviceBytes source(const at::Tensor& tensor, const std::string& operation) {
+    check_has_plain_memory(tensor, operation);
+    const c10::NoGradGuard no_grad;
+    // detach(): a tensor that Python knows could not be dropped without the
+    // GIL by whoever holds it last.
+    return of(tensor.detach().resolve_conj().resolve_neg().contiguous(),
+              Direction::kOut);
+  }
+
+  /// Where the packed elements of `tensor` come to; they are put in their
+  /// places when the last one is there. `tensor` has passed
+  /// check_is_destination().
+  DeviceBytes destination(const at::Tensor& tensor,
+                          const std::string& operation) {
+    const c10::NoGradGuard no_grad;
+    const at::Tensor plain = tensor.detach();
+    if (plain.is_contiguous() && !plain.is_conj() && !plain.is_neg()) {
+      return of(plain, Direction::kIn);
+    }
+    const at::Tensor packed = at::empty(
+        plain.sizes(),
+        at::TensorOptions().dtype(plain.scalar_type()).device(plain.device()));
+    check_has_plain_memory(packed, operation);
+    DeviceBytes bytes = of(packed, Direction::kIn);
+    auto kept =
+        std::make_shared<std::pair<at::Tensor, at::Tensor>>(plain, packed);
+    bytes.on_arrival = [pair = kept.get()](Device& on) {
+      unpack(pair->first, pair->second, on);
+    };
+    bytes.keep_alive = std::move(kept);
+    return bytes;
+  }
+
+ private:
+  enum class Direction { kOut, kIn };
+
+  static void unpack(const at::Tensor& to, const at::Tensor& packed,
+                     Device& device) {
+    const c10::NoGradGuard no_grad;
+    // The destination was checked by the caller, in whose mode it was allowed.
+    const at::AutoDispatchBelowADInplaceOrView plain;
+    if (to.is_cpu()) {
+      copy_in_pieces(to, packed);
+    } else {
+      static_cast<C10Device&>(device).copy(to, packed);
+    }
+  }
+
+  // Two devices, so two copy streams: a swap-out that waits for a long kernel
+  // must not hold up the swap-ins behind it.
+  std::shared_ptr<Device> device_of(const at::Tensor& tensor,
+                                    Direction direction) {
+    if (tensor.is_cpu()) return host_device();
+    std::lock_guard lock(mutex_);
+    auto& device = devices_[{tensor.device(), direction}];
+    if (device == nullptr) device = device_for(tensor.device());
+    return device;
+  }
+
+  DeviceBytes of(const at::Tensor& contiguous, Direction direction) {
+    return {.device = device_of(contiguous, direction),
+            .data = static_cast<std::byte*>(
+                const_cast<void*>(contiguous.const_data_ptr())),
+            .size = static_cast<std::uint64_t>(contiguous.nbytes()),
+            .keep_alive = std::make_shared<at::Tensor>(contiguous)};
+  }
+
+  struct Less {
+    using Key = std::pair<c10::Device, Direction>;
+    bool operator()(const Key& a, const Key& b) const {
+      const auto order = [](const Key& key) {
+        return std::tuple(key.first.type(), key.first.index(), key.second);
+      };
+      return order(a) < order(b);
+    }
+  };
+
+  std::mutex mutex_;
+  std::map<Less::Key, std::shared_ptr<Device>, Less> devices_;
+};
+
+}  // namespace torch_ext
