@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         get_scalar_param,
         parse_size,
     )
+    from torch_ext.handle import aio_handle, gds_handle
     from torch_ext.jit import load
     from torch_ext.optim import OffloadedAdamW
     from torch_ext.swap import SwapTicket, TensorSwapper
@@ -35,6 +36,8 @@ _MODULE_OF = {
     "OffloadedAdamW": "optim",
     "SwapTicket": "swap",
     "TensorSwapper": "swap",
+    "aio_handle": "handle",
+    "gds_handle": "handle",
     "get_aio_config": "config",
     "get_scalar_param": "config",
     "load": "jit",
@@ -48,7 +51,9 @@ __all__ = [
     "SwapTicket",
     "TensorSwapper",
     "__version__",
+    "aio_handle",
     "cmake_prefix_path",
+    "gds_handle",
     "get_aio_config",
     "get_scalar_param",
     "load",

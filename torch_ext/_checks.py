@@ -1,8 +1,12 @@
-"""Checks that the swapper and the optimizer have in common."""
+"""What the swapper, the handle and the optimizer have in common."""
 
 from __future__ import annotations
 
+import logging
 import os
+from typing import Any
+
+_logger = logging.getLogger("torch_ext")
 
 
 def directory_of(value: str | os.PathLike[str], name: str) -> str | bytes:
@@ -61,3 +65,13 @@ class Life:
         self.check_process()
         if self.closed:
             raise RuntimeError(f"this {self._what} is closed")
+
+
+def close_quietly(closable: Any, pid: int, what: str) -> None:
+    """Closes what was dropped or is left at exit; errors go to the log."""
+    if pid != os.getpid():
+        return
+    try:
+        closable.close()
+    except Exception:
+        _logger.exception("an error that nobody waited for, found when %s was dropped", what)

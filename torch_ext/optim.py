@@ -23,7 +23,7 @@ from torch_ext._adamw_groups import (
     paired,
     read_entry,
 )
-from torch_ext._checks import Life, directory_of, engine_of
+from torch_ext._checks import Life, close_quietly, directory_of, engine_of
 from torch_ext._native import _C
 from torch_ext.config import AioConfig, parse_size, resolve_aio_config
 
@@ -126,7 +126,9 @@ class OffloadedAdamW(torch.optim.Optimizer):
         for note in self._engine.notes():
             _logger.warning("%s", note)
         # At exit the I/O must have ended before the interpreter is taken down.
-        self._finalizer = weakref.finalize(self, _close_quietly, self._engine, os.getpid())
+        self._finalizer = weakref.finalize(
+            self, close_quietly, self._engine, os.getpid(), "an OffloadedAdamW"
+        )
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -377,12 +379,3 @@ def _asks_for_state_only(trained: list[tuple[dict[str, Any], list[Tensor]]]) -> 
         and all(float(group["lr"]) == 0.0 for group, _ in trained)
         and not any(g.is_sparse or bool(g.any()) for g in gradients)
     )
-
-
-def _close_quietly(engine: Any, pid: int) -> None:
-    if pid != os.getpid():
-        return
-    try:
-        engine.close()
-    except Exception:
-        _logger.exception("an error found when an OffloadedAdamW was dropped")

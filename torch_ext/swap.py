@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from torch_ext._checks import Life, directory_of, engine_of
+from torch_ext._checks import Life, close_quietly, directory_of, engine_of
 from torch_ext._native import _C
 from torch_ext.config import AioConfig, parse_size, resolve_aio_config
 
@@ -84,7 +84,9 @@ class TensorSwapper:
         self._notes_logged = 0
         self._log_notes()
         # At exit the I/O must have ended before the interpreter is taken down.
-        self._finalizer = weakref.finalize(self, _close_quietly, self._swapper, os.getpid())
+        self._finalizer = weakref.finalize(
+            self, close_quietly, self._swapper, os.getpid(), "a TensorSwapper"
+        )
 
     def swap_out(self, key: str, tensor: torch.Tensor) -> SwapTicket:
         """Stores the tensor's elements under ``key``; returns a ticket at once.
@@ -231,14 +233,3 @@ def _check_arguments(key: Any, name: str = "", tensor: Any = None) -> None:
         raise ValueError(f"the key {key!r} cannot be written in UTF-8") from None
     if not isinstance(tensor, torch.Tensor) and (tensor is not None or name == "tensor"):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}") from None
-
-
-def _close_quietly(swapper: Any, pid: int) -> None:
-    if pid != os.getpid():
-        return
-    try:
-        swapper.close()
-    except Exception:
-        _logger.exception(
-            "an error that nobody waited for, found when a TensorSwapper was dropped"
-        )

@@ -12,6 +12,7 @@ import torch
 from optim_support import SMALL, Pair, equal, parameters, set_gradients, twins
 
 from torch_ext import OffloadedAdamW
+from torch_ext._checks import close_quietly
 
 
 @pytest.fixture
@@ -335,10 +336,8 @@ def test_an_error_while_it_is_dropped_is_logged(make, caplog, monkeypatch):
             raise OSError(errno.EIO, "broken")
 
     finalizer.detach()
-    from torch_ext import optim
-
-    optim._close_quietly(Broken(), os.getpid())
+    close_quietly(Broken(), os.getpid(), "an OffloadedAdamW")
     assert "broken" in caplog.text
     caplog.clear()
-    optim._close_quietly(Broken(), os.getpid() + 1)
+    close_quietly(Broken(), os.getpid() + 1, "an OffloadedAdamW")
     assert caplog.text == ""
