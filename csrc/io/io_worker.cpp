@@ -39,7 +39,9 @@ std::chrono::nanoseconds pause_after(int attempts) {
 }
 
 bool is_transient(int error) {
-  return error == EINTR || error == EAGAIN || error == ENOMEM;
+  // ECANCELED is io_uring's for a request that it has not carried out.
+  return error == EINTR || error == EAGAIN || error == ENOMEM ||
+         error == ECANCELED;
 }
 
 bool is_hashed_write(const IoOperation& io) {

@@ -112,7 +112,7 @@ class PatientWorker {
 };
 
 TEST_F(IoWorkerTest, OutOfPatienceAllPiecesOfTheOperationStopAtOnce) {
-  for (const int error : {EINTR, EAGAIN, ENOMEM}) {
+  for (const int error : {EINTR, EAGAIN, ENOMEM, ECANCELED}) {
     script_ = std::make_shared<FaultScript>(test::from(0, Fault::fail(error)));
     PatientWorker worker(config(), script_, 50ms);
     const IoFailure failure = failure_of(worker.submit(write(0, kBlocks)));

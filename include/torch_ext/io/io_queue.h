@@ -36,12 +36,12 @@ struct IoOperation {
 /// the order of submission: `thread_count` threads, each with one engine of
 /// `queue_depth` requests, that submit and reap.
 ///
-/// A short transfer is continued, EINTR, EAGAIN and ENOMEM are tried again for
-/// some seconds (but a sync is not), a read that meets the end of the file is
-/// an error. An operation reports its first error, after all its requests have
-/// ended; requests not made by then are left out. A thread whose engine the
-/// kernel disowns for good ends what it has, and all that it takes from then
-/// on, with an error.
+/// A short transfer is continued, EINTR, EAGAIN, ENOMEM and ECANCELED are
+/// tried again for some seconds (but a sync is not), a read that meets the end
+/// of the file is an error. An operation reports its first error, after all its
+/// requests have ended; requests not made by then are left out. A thread whose
+/// engine the kernel disowns for good ends what it has, and all that it takes
+/// from then on, with an error.
 /// Threads: any may submit. The destructor waits for all operations.
 class IoQueue {
  public:
