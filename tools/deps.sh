@@ -9,13 +9,14 @@ provides() {
   case $1 in
     nlohmann-json3-dev) echo nlohmann/json.hpp ;;
     libxxhash-dev) echo xxhash.h ;;
+    liburing-dev) echo liburing.h ;;
     libgtest-dev) echo gtest/gtest.h ;;
     libbenchmark-dev) echo benchmark/benchmark.h ;;
     *) echo "[deps] $1 is not used from .deps" >&2; exit 1 ;;
   esac
 }
 
-[ $# -gt 0 ] || set -- nlohmann-json3-dev libxxhash-dev libgtest-dev
+[ $# -gt 0 ] || set -- nlohmann-json3-dev libxxhash-dev liburing-dev libgtest-dev
 missing=()
 for package in "$@"; do
   header=$(provides "$package")

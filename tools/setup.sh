@@ -43,7 +43,10 @@ missing_packages() {
   [ "${1:-}" != hard ] || return 0
   has_header nlohmann/json.hpp || echo nlohmann-json3-dev
   has_header xxhash.h || echo libxxhash-dev
-  [ -n "${skip_libaio:-}" ] || has_header libaio.h || echo libaio-dev
+  if [ -z "${skip_optional:-}" ]; then
+    has_header libaio.h || echo libaio-dev
+    has_header liburing.h || echo liburing-dev
+  fi
   [ "$goal" = package ] || has_header gtest/gtest.h || echo libgtest-dev
   [ "$goal" != benchmarks ] || has_header benchmark/benchmark.h || echo libbenchmark-dev
 }
@@ -70,8 +73,9 @@ setup_packages() {
   local hard
   mapfile -t hard < <(missing_packages hard | xargs -r -n1)
   [ ${#hard[@]} -eq 0 ] || fail "missing and cannot be installed from here. Type: sudo apt-get install ${missing[*]}"
-  # Without libaio the library makes the system calls itself.
-  skip_libaio=1
+  # Without libaio the library makes the system calls itself; without liburing
+  # it has no io_uring engine.
+  skip_optional=1
   mapfile -t missing < <(missing_packages | xargs -r -n1)
   [ ${#missing[@]} -eq 0 ] || tools/deps.sh "${missing[@]}"
 }

@@ -30,7 +30,8 @@ def load(
     All of the C++ core and the binding are compiled with the torch and the
     compiler at hand (about a minute, once for each version of torch_ext and
     torch; a UserWarning says so before it begins); no CUDA toolkit is needed.
-    Without libaio: the extension makes raw system calls.
+    Without libaio and liburing: the extension makes raw system calls for the first
+    and has no io_uring engine.
 
     Args:
         name: Name of the extension module.

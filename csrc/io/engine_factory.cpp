@@ -7,8 +7,8 @@
 namespace torch_ext {
 namespace {
 
-constexpr std::array<std::string_view, 4> kNames = {"libaio", "threads",
-                                                    "memory", "null"};
+constexpr std::array<std::string_view, 5> kNames = {
+    "libaio", "io_uring", "threads", "memory", "null"};
 
 std::string unknown_engine(std::string_view name) {
   std::string text = "unknown I/O engine '" + std::string(name) + "': one of";
@@ -24,6 +24,7 @@ void check_name(std::string_view name) {
 
 IoEngineFactory unchecked_factory(std::string_view name) {
   if (name == "libaio") return make_libaio_engine;
+  if (name == "io_uring") return make_io_uring_engine;
   if (name == "threads") return make_thread_engine;
   if (name == "memory") return make_memory_engine_factory();
   return make_null_engine;
@@ -46,7 +47,9 @@ IoEngineFactory make_engine_factory(std::string_view name) {
 
 std::string engine_unavailable_reason(std::string_view name) {
   check_name(name);
-  return name == "libaio" ? libaio_unavailable_reason() : std::string();
+  if (name == "libaio") return libaio_unavailable_reason();
+  if (name == "io_uring") return io_uring_unavailable_reason();
+  return {};
 }
 
 }  // namespace torch_ext

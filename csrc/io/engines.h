@@ -12,6 +12,11 @@ std::unique_ptr<IoEngine> make_libaio_engine(int depth);
 /// Empty if the kernel has AIO and room for one more engine, else why not.
 std::string libaio_unavailable_reason();
 
+/// Errors: IoError where the kernel refuses, or liburing was not built in.
+std::unique_ptr<IoEngine> make_io_uring_engine(int depth);
+/// Empty if a ring can be made and used, else why not.
+std::string io_uring_unavailable_reason();
+
 std::unique_ptr<IoEngine> make_thread_engine(int depth);
 
 /// All engines of one factory share a disk.

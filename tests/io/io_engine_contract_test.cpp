@@ -122,6 +122,16 @@ TEST_P(IoEngineContract, ABadRequestFailsAloneAndTheOthersOfItsBatchLive) {
   }
 }
 
+TEST_P(IoEngineContract, NoOffsetStandsForThePositionOfTheFile) {
+  const File file = filled(4 * kPage, 18);
+  const auto engine = make(2);
+  AlignedBuffer bytes(kPage);
+  for (std::uint64_t back = 1; back <= 3; ++back) {
+    const IoRequest request = read(file.buffered_fd(), 0 - back, bytes.bytes());
+    EXPECT_EQ(run(*engine, request), -EINVAL) << back;
+  }
+}
+
 TEST_P(IoEngineContract, ADescriptorOpenForTheOtherDirectionIsAnError) {
   const test::TempDir directory(place());
   AlignedBuffer bytes(kPage);
@@ -268,7 +278,7 @@ TEST_P(IoEngineContract, TheFileSizeLimitMakesAShortWriteThenAnError) {
     const File file = scratch();
     // The kernel sends it to who submits, or to an engine's own threads, which
     // take no signals.
-    if (is("libaio")) signal(SIGXFSZ, SIG_IGN);
+    if (is("libaio") || is("io_uring")) signal(SIGXFSZ, SIG_IGN);
     const rlimit limit = {2 * kPage, 2 * kPage};
     if (setrlimit(RLIMIT_FSIZE, &limit) != 0) return "setrlimit";
     AlignedBuffer bytes(4 * kPage);

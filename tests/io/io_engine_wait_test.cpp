@@ -14,6 +14,7 @@
 
 #include "support/aio_call_counter.h"
 #include "support/engine_test.h"
+#include "support/uring_call_counter.h"
 
 namespace torch_ext {
 namespace {
@@ -34,6 +35,9 @@ class IoEngineWaiting : public test::EngineTest {
     if (IsSkipped()) return;
     if (is("libaio") && !test::aio_calls_available()) {
       GTEST_SKIP() << "requests can only be held back below libaio";
+    }
+    if (is("io_uring") && !test::uring_calls_available()) {
+      GTEST_SKIP() << "requests can only be held back below liburing";
     }
     slow_.emplace(filled(32 * kPage, 1));
     fast_.emplace(filled(32 * kPage, 1));
@@ -65,6 +69,7 @@ class IoEngineWaiting : public test::EngineTest {
 
 INSTANTIATE_TEST_SUITE_P(Engines, IoEngineWaiting,
                          testing::Values(test::EngineCase{"libaio", ""},
+                                         test::EngineCase{"io_uring", ""},
                                          test::EngineCase{"threads", ""}),
                          test::engine_case_name);
 

@@ -84,7 +84,13 @@ class IoQueueTest : public testing::Test {
 };
 
 class IoQueueOnEngine : public IoQueueTest,
-                        public testing::WithParamInterface<const char*> {};
+                        public testing::WithParamInterface<const char*> {
+ protected:
+  void SetUp() override {
+    const std::string reason = engine_unavailable_reason(GetParam());
+    if (!reason.empty()) GTEST_SKIP() << reason;
+  }
+};
 
 TEST_P(IoQueueOnEngine, RandomOperationsMatchAModelInMemory) {
   auto config = small_blocks();
@@ -152,7 +158,8 @@ TEST_P(IoQueueOnEngine, ChecksumsAreFilledByWritesAndComparedByReads) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Engines, IoQueueOnEngine,
-                         testing::Values("libaio", "threads", "memory"),
+                         testing::Values("libaio", "io_uring", "threads",
+                                         "memory"),
                          [](const auto& info) {
                            return std::string(info.param);
                          });
@@ -230,7 +237,7 @@ TEST_F(IoQueueTest, TransientErrorsAreTriedAgain) {
   auto file = scratch(1 << 20);
   AlignedBuffer memory(4 * kBlock);
   test::fill_pattern(memory.bytes(), 4);
-  for (const int error : {EINTR, EAGAIN, ENOMEM}) {
+  for (const int error : {EINTR, EAGAIN, ENOMEM, ECANCELED}) {
     script_->set_plan([error](std::size_t index, const IoRequest&) {
       return index % 3 == 0 ? Fault::fail(error) : Fault();
     });

@@ -65,7 +65,7 @@ class OptimizerOffloadTest : public testing::Test {
 };
 
 TEST_F(OptimizerOffloadTest, StepsOverManyTilesEqualTheSameStepsInMemory) {
-  for (const char* engine : {"memory", "threads", "libaio"}) {
+  for (const char* engine : {"memory", "threads", "libaio", "io_uring"}) {
     if (!engine_unavailable_reason(engine).empty()) continue;
     OptimizerOffloadOptions with = options();
     with.store.engine = engine;

@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "support/uring_call_counter.h"
 #include "torch_ext/io/io_engine.h"
 
 namespace torch_ext::test {
@@ -116,9 +117,11 @@ AioRulesInForce::~AioRulesInForce() {
 HeldDescriptor::HeldDescriptor(int fd) {
   std::lock_guard lock(hold().mutex);
   hold().fd = fd;
+  hold_uring_requests(fd);
 }
 
 void HeldDescriptor::release() {
+  release_uring_requests();
   std::lock_guard lock(hold().mutex);
   hold().fd = -1;
   for (auto& [context, block] : hold().requests) {

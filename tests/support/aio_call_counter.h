@@ -45,8 +45,8 @@ class AioRulesInForce {
 };
 
 /// Holds back all reads and writes of one descriptor, as a very slow device
-/// would, until released or destroyed: those through libaio are in flight,
-/// pread and pwrite block. One at a time.
+/// would, until released or destroyed: those through libaio and liburing are in
+/// flight, pread and pwrite block. One at a time.
 class HeldDescriptor {
  public:
   explicit HeldDescriptor(int fd);

@@ -135,6 +135,7 @@ class EngineTest : public testing::TestWithParam<EngineCase> {
 /// Every engine that moves bytes, on a disk and in memory.
 inline const auto kEngineCases = testing::Values(
     EngineCase{"libaio", ""}, EngineCase{"libaio", "/dev/shm"},
+    EngineCase{"io_uring", ""}, EngineCase{"io_uring", "/dev/shm"},
     EngineCase{"threads", ""}, EngineCase{"threads", "/dev/shm"},
     EngineCase{"memory", ""});
 

@@ -40,7 +40,7 @@ class IoEngine {
  public:
   virtual ~IoEngine() = default;
 
-  /// "libaio", "threads", "memory" or "null".
+  /// "libaio", "io_uring", "threads", "memory" or "null".
   virtual std::string_view name() const noexcept = 0;
 
   /// Most requests in flight.
@@ -76,7 +76,8 @@ std::span<const std::string_view> engine_names() noexcept;
 /// one per thread, whatever its depth.
 /// Errors: std::invalid_argument for an unknown name; the factory itself
 /// throws std::invalid_argument for a depth below 1, and IoError where the
-/// kernel refuses (its detail names fs.aio-max-nr where that is the cause).
+/// kernel refuses (its detail names the setting that is the cause, where that
+/// is known) or, for "io_uring", where liburing was not built in.
 IoEngineFactory make_engine_factory(std::string_view name);
 
 /// Empty if the engine can be used on this machine now, else why not.
