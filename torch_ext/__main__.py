@@ -187,11 +187,10 @@ def _degraded(report: _Report) -> list[str]:
         ways.append(
             f"buffered I/O through the threads engine: {report['directory']['buffered_reason']}"
         )
-    ways += [
-        f"the threads engine in place of libaio: {engine['reason']}"
-        for engine in report["engines"]
-        if engine["name"] == "libaio" and not engine["available"]
-    ]
+    asynchronous = [e for e in report["engines"] if e["name"] in ("libaio", "io_uring")]
+    if not any(engine["available"] for engine in asynchronous):
+        reasons = "; ".join(f"{engine['name']}: {engine['reason']}" for engine in asynchronous)
+        ways.append(f"the threads engine in place of libaio or io_uring; {reasons}")
     on_cuda = any(device["name"].startswith("cuda") for device in report["devices"])
     if on_cuda and report["cuda_runtime"]["reason"]:
         ways.append(

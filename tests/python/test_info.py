@@ -121,7 +121,7 @@ def test_info_reports_versions_devices_and_engines(capsys, tmp_path):
     assert report["devices"][0]["name"] == "cpu"
     assert len(report["devices"]) == 1 + torch.accelerator.device_count()
     engines = {engine["name"]: engine for engine in report["engines"]}
-    assert {"libaio", "threads", "memory", "null"} <= set(engines)
+    assert {"libaio", "io_uring", "threads", "memory", "null"} <= set(engines)
     assert engines["threads"] == {"name": "threads", "available": True, "reason": ""}
     for engine in report["engines"]:
         assert engine["available"] == (engine["reason"] == "")
@@ -286,12 +286,13 @@ def test_file_system_reads_mount_points_with_odd_characters(monkeypatch):
     assert command._file_system("/my") == ("ext4", "/dev/a")
 
 
-def report_of(*, direct=True, libaio="", cuda=None, devices=("cpu",)):
+def report_of(*, direct=True, libaio="", io_uring="", cuda=None, devices=("cpu",)):
     return {
         "compiled_module": {"path": "_C.so", "reason": ""},
         "directory": {"direct": direct, "buffered_reason": "" if direct else "no O_DIRECT"},
         "engines": [
             {"name": "libaio", "available": not libaio, "reason": libaio},
+            {"name": "io_uring", "available": not io_uring, "reason": io_uring},
             {"name": "threads", "available": True, "reason": ""},
         ],
         "cuda_runtime": {"reason": cuda or ""},
@@ -304,7 +305,12 @@ def report_of(*, direct=True, libaio="", cuda=None, devices=("cpu",)):
     [
         (report_of(), None),
         (report_of(direct=False), "buffered I/O.*no O_DIRECT"),
-        (report_of(libaio="aio-max-nr"), "threads engine in place of libaio.*aio-max-nr"),
+        (report_of(libaio="aio-max-nr"), None),
+        (report_of(io_uring="seccomp"), None),
+        (
+            report_of(libaio="aio-max-nr", io_uring="seccomp"),
+            "threads engine in place of libaio or io_uring.*aio-max-nr.*seccomp",
+        ),
         (report_of(cuda="no libcudart"), None),
         (report_of(cuda="no libcudart", devices=("cpu", "cuda:0")), "page-locked.*libcudart"),
     ],

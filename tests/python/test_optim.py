@@ -59,7 +59,7 @@ def test_the_budget_does_not_change_the_result(nvme_dir, host_memory):
     assert stats["host_bytes_peak"] <= stats["host_memory"]
 
 
-@pytest.mark.parametrize("engine", ["libaio", "threads", "memory"])
+@pytest.mark.parametrize("engine", ["libaio", "io_uring", "threads", "memory"])
 def test_the_engine_does_not_change_the_result(nvme_dir, engine):
     try:
         pair = Pair(parameters(*SIZES), nvme_dir, engine=engine)

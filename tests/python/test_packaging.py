@@ -158,6 +158,7 @@ def test_wheel_depends_on_nothing_of_the_machine_that_built_it(installed, room):
     for library in libraries:
         header = run("readelf", "-d", library, cwd=room)
         assert "libaio" not in header
+        assert "liburing" not in header
         assert all(p.startswith("$ORIGIN") for p in re.findall(r"R\w*PATH.*\[(.*)\]", header))
     for file in installed.package.glob("share/**/*.cmake"):
         assert str(room) not in file.read_text()

@@ -263,7 +263,7 @@ def test_directories_that_cannot_be_used_give_oserrors(nvme_dir):
         TensorSwapper(3)
 
 
-@pytest.mark.parametrize("engine", ["libaio", "threads", "memory"])
+@pytest.mark.parametrize("engine", ["libaio", "io_uring", "threads", "memory"])
 def test_engines_and_knobs_give_the_same_bytes(nvme_dir, engine):
     config = {
         "aio": {

@@ -1,5 +1,6 @@
 #include "torch_ext/store/store.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/mount.h>
 #include <sys/resource.h>
@@ -19,6 +20,7 @@
 #include "support/faulty_engine.h"
 #include "support/pattern.h"
 #include "support/temp_dir.h"
+#include "support/uring_call_counter.h"
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/error.h"
 #include "torch_ext/io/file.h"
@@ -265,9 +267,28 @@ TEST_F(StoreTest, TheFileSizeLimitIsAnErrorAndWhatFitsIsStillGiven) {
   });
 }
 
-TEST_F(StoreTest, WithoutKernelSlotsForTheQueueTheThreadsEngineIsUsed) {
+TEST_F(StoreTest, WithoutKernelSlotsForTheQueueIoUringIsUsedWithoutANote) {
   if (!test::aio_calls_available()) GTEST_SKIP() << "libaio is not linked";
   if (!File::scratch(dir_.path()).direct()) GTEST_SKIP() << "no direct I/O";
+  const std::string reason = engine_unavailable_reason("io_uring");
+  if (!reason.empty()) GTEST_SKIP() << reason;
+  const test::AioRulesInForce rules({.setup = [] { return -EAGAIN; }});
+  Store store(options());
+  EXPECT_EQ(store.engine(), "io_uring");
+  EXPECT_TRUE(store.notes().empty());
+  AlignedBuffer memory(kBlock);
+  auto extent = store.allocate(kBlock);
+  store.write(extent, 0, memory.bytes()).wait();
+  store.read(extent, 0, memory.bytes()).wait();
+}
+
+TEST_F(StoreTest, WithoutKernelSlotsAndIoUringTheThreadsEngineIsUsed) {
+  if (!test::aio_calls_available()) GTEST_SKIP() << "libaio is not linked";
+  if (!File::scratch(dir_.path()).direct()) GTEST_SKIP() << "no direct I/O";
+  if (!test::uring_calls_available() &&
+      engine_unavailable_reason("io_uring").empty()) {
+    GTEST_SKIP() << "io_uring cannot be taken away";
+  }
   for (const int error : {EAGAIN, ENOMEM}) {
     StoreOptions queue = options();
     queue.aio.thread_count = 3;
@@ -275,13 +296,16 @@ TEST_F(StoreTest, WithoutKernelSlotsForTheQueueTheThreadsEngineIsUsed) {
     // The first asks whether there is AIO, the second makes one engine.
     const test::AioRulesInForce rules(
         {.setup = [&] { return ++call % 3 == 0 ? -error : 0; }});
+    const test::UringRulesInForce no_rings({.setup = [] { return -EPERM; }});
     Store store(queue);
     EXPECT_EQ(store.engine(), "threads");
     ASSERT_EQ(store.notes().size(), 1u);
-    EXPECT_TRUE(store.notes()[0].starts_with(
-        "I/O engine threads instead of libaio: io_setup: "))
-        << store.notes()[0];
-    EXPECT_NE(store.notes()[0].find(errno_name(error)), std::string::npos);
+    const std::string note = store.notes()[0];
+    EXPECT_TRUE(note.starts_with(
+        "I/O engine threads instead of libaio or io_uring; libaio: io_setup: "))
+        << note;
+    EXPECT_NE(note.find(errno_name(error)), std::string::npos) << note;
+    EXPECT_NE(note.find("; io_uring: "), std::string::npos) << note;
     AlignedBuffer memory(kBlock);
     auto extent = store.allocate(kBlock);
     store.write(extent, 0, memory.bytes()).wait();
@@ -290,10 +314,26 @@ TEST_F(StoreTest, WithoutKernelSlotsForTheQueueTheThreadsEngineIsUsed) {
     call = 0;
     queue.engine = "libaio";
     EXPECT_THROW(Store{queue}, IoError);
+    queue.engine = "io_uring";
+    EXPECT_THROW(Store{queue}, IoError);
   }
 }
 
-TEST_F(StoreTest, ADepthThatTheRealKernelRefusesIsTheThreadsEnginesToo) {
+TEST_F(StoreTest, OnFilesWithoutDirectIoTheThreadsEngineIsUsed) {
+  test::expect_well_in_child([this]() -> std::string {
+    if (!test::refuse_syscall(SYS_openat, EINVAL, 2, O_DIRECT)) {
+      return test::skip("no seccomp");
+    }
+    const Store store(options());
+    const std::string note = store.notes().empty() ? "" : store.notes()[0];
+    return store.engine() == "threads" &&
+                   note.find("direct I/O") != std::string::npos
+               ? ""
+               : store.engine() + ": " + note;
+  });
+}
+
+TEST_F(StoreTest, ADepthThatIsTooMuchForOneEngineIsNotForAll) {
   StoreOptions deep = options();
   deep.aio.queue_depth = 65536;
   Store store(deep);

@@ -22,7 +22,8 @@ class Extent;
 struct StoreOptions {
   std::filesystem::path directory = {};
   AioConfig aio = {};
-  /// "auto" (libaio where it works, else threads) or one of engine_names().
+  /// "auto" (where it works libaio, else io_uring, else threads) or one of
+  /// engine_names().
   std::string engine = "auto";
   bool verify = true;  ///< Keep a checksum per block and compare on read.
   /// Overrides `engine` where set: how tests put a faulty engine in.
