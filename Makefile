@@ -4,7 +4,7 @@ PY := .venv/bin/python
 ARGS ?=
 DEMO_ARGS ?=
 
-.PHONY: help demo test test-mutants bench deps lint tidy format clean
+.PHONY: help demo test test-deepspeed test-mutants bench deps lint tidy format clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -20,6 +20,11 @@ test: ## GoogleTest and pytest (ARGS go to pytest)
 test-mutants: ## Break the code in known ways; each named test must notice
 	@tools/setup.sh tests
 	@$(PY) tests/mutants/run.py $(ARGS)
+
+test-deepspeed: ## DeepSpeed's ZeRO-3 on its own I/O and on ours (minutes: it compiles its op)
+	@tools/setup.sh tests
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation deepspeed
+	@PATH="$$PWD/.venv/bin:$$PATH" $(PY) -m pytest tests/deepspeed $(ARGS)
 
 bench: ## All benchmarks, a quarter of an hour; see benchmarks/README.md
 	@tools/setup.sh benchmarks

@@ -134,7 +134,7 @@ class FileRange final : public SwapTarget {
 
   void check_holds(const File& file) const {
     const std::uint64_t end = file.size();
-    if (begin_ + size_ <= end) return;
+    if (size_ == 0 || begin_ + size_ <= end) return;
     throw IoError({.op = "pread",
                    .path = file.path(),
                    .offset = begin_,

@@ -19,7 +19,7 @@ for name in ("RANK", "LOCAL_RANK"):
     os.environ.setdefault(name, "0")
 os.environ.setdefault("WORLD_SIZE", "1")
 
-import torch
+import torch  # noqa: E402 - it reads what is set above
 
 
 def parse():
