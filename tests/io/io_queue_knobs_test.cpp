@@ -6,13 +6,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <string_view>
 #include <thread>
 #include <vector>
 
 #include "support/aio_call_counter.h"
 #include "support/aligned_buffer.h"
 #include "support/faulty_engine.h"
+#include "support/io_queue_test.h"
 #include "support/temp_dir.h"
 #include "torch_ext/base/checksum.h"
 #include "torch_ext/io/io_queue.h"
@@ -23,35 +23,11 @@ namespace {
 using test::AlignedBuffer;
 using test::Fault;
 using test::FaultScript;
+using test::kBlock;
+using test::small_blocks;
 using test::TempDir;
 
-constexpr std::size_t kBlock = 64 << 10;
-
-AioConfig small_blocks() {
-  AioConfig config;
-  config.block_size = kBlock;
-  return config;
-}
-
-class IoQueueKnobsTest : public testing::Test {
- protected:
-  std::shared_ptr<File> scratch(std::uint64_t bytes) {
-    auto file = std::make_shared<File>(File::scratch(dir_.path()));
-    file->reserve(0, bytes);
-    return file;
-  }
-  IoQueue queue(AioConfig config) {
-    return IoQueue(config, test::faulty_factory("memory", script_));
-  }
-  static IoOperation write(std::shared_ptr<const File> file,
-                           std::span<std::byte> bytes) {
-    return {
-        .op = IoRequest::Op::kWrite, .file = std::move(file), .bytes = bytes};
-  }
-
-  TempDir dir_;
-  std::shared_ptr<FaultScript> script_ = std::make_shared<FaultScript>();
-};
+using IoQueueKnobsTest = test::IoQueueTest;
 
 TEST_F(IoQueueKnobsTest, QueueDepthBoundsTheRequestsInFlightPerThread) {
   auto config = small_blocks();
@@ -62,7 +38,7 @@ TEST_F(IoQueueKnobsTest, QueueDepthBoundsTheRequestsInFlightPerThread) {
   script_->set_plan(
       [](std::size_t, const IoRequest&) { return Fault::held(); });
   auto io = queue(config);
-  const Ticket ticket = io.submit(write(file, memory.bytes()));
+  const Ticket ticket = io.submit(write(file, 0, memory.bytes()));
   while (script_->held() < 6) std::this_thread::yield();
   script_->release_all();
   ticket.wait();
@@ -76,7 +52,7 @@ TEST_F(IoQueueKnobsTest, SingleSubmitMakesOneCallPerRequest) {
   auto file = scratch(4 << 20);
   AlignedBuffer memory(32 * kBlock);
   auto io = queue(config);
-  io.submit(write(file, memory.bytes())).wait();
+  io.submit(write(file, 0, memory.bytes())).wait();
   const auto batches = script_->batches();
   EXPECT_EQ(batches, std::vector<std::size_t>(32, 1));
 }
@@ -87,7 +63,7 @@ TEST_F(IoQueueKnobsTest, WithoutSingleSubmitABatchIsOneCall) {
   auto file = scratch(4 << 20);
   AlignedBuffer memory(32 * kBlock);
   auto io = queue(config);
-  io.submit(write(file, memory.bytes())).wait();
+  io.submit(write(file, 0, memory.bytes())).wait();
   EXPECT_EQ(script_->batches(), std::vector<std::size_t>(4, 8));
 }
 

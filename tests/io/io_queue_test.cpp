@@ -19,8 +19,8 @@
 
 #include "support/aligned_buffer.h"
 #include "support/faulty_engine.h"
+#include "support/io_queue_test.h"
 #include "support/pattern.h"
-#include "support/temp_dir.h"
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/checksum.h"
 #include "torch_ext/base/error.h"
@@ -29,59 +29,11 @@ namespace torch_ext {
 namespace {
 
 using test::AlignedBuffer;
+using test::failure_of;
 using test::Fault;
-using test::FaultScript;
-using test::TempDir;
-
-constexpr std::size_t kBlock = 64 << 10;
-
-AioConfig small_blocks() {
-  AioConfig config;
-  config.block_size = kBlock;
-  return config;
-}
-
-template <typename Call>
-IoFailure failure_of(Call call) {
-  try {
-    call();
-  } catch (const IoError& error) {
-    return error.failure();
-  }
-  ADD_FAILURE() << "no IoError";
-  return {};
-}
-
-class IoQueueTest : public testing::Test {
- protected:
-  std::shared_ptr<File> scratch(std::uint64_t bytes) {
-    auto file = std::make_shared<File>(File::scratch(dir_.path()));
-    file->reserve(0, bytes);
-    return file;
-  }
-
-  IoQueue queue(AioConfig config, std::string_view engine = "threads") {
-    return IoQueue(config, test::faulty_factory(engine, script_));
-  }
-
-  static IoOperation write(std::shared_ptr<const File> file,
-                           std::uint64_t offset, std::span<std::byte> bytes) {
-    return {.op = IoRequest::Op::kWrite,
-            .file = std::move(file),
-            .offset = offset,
-            .bytes = bytes};
-  }
-  static IoOperation read(std::shared_ptr<const File> file,
-                          std::uint64_t offset, std::span<std::byte> bytes) {
-    return {.op = IoRequest::Op::kRead,
-            .file = std::move(file),
-            .offset = offset,
-            .bytes = bytes};
-  }
-
-  TempDir dir_;
-  std::shared_ptr<FaultScript> script_ = std::make_shared<FaultScript>();
-};
+using test::IoQueueTest;
+using test::kBlock;
+using test::small_blocks;
 
 class IoQueueOnEngine : public IoQueueTest,
                         public testing::WithParamInterface<const char*> {
@@ -167,7 +119,7 @@ INSTANTIATE_TEST_SUITE_P(Engines, IoQueueOnEngine,
 TEST_F(IoQueueTest, OneOperationIsCutIntoRequestsOfBlockSize) {
   auto file = scratch(1 << 20);
   AlignedBuffer memory(3 * kBlock + 8192);
-  auto io = queue(small_blocks());
+  auto io = queue(small_blocks(), "threads");
   io.submit(write(file, 8192, memory.bytes())).wait();
   std::map<std::uint64_t, std::size_t> requests;
   for (const IoRequest& request : script_->log()) {
@@ -185,7 +137,7 @@ TEST_F(IoQueueTest, OnlyTheEdgesOfAMisalignedOperationAreBuffered) {
   auto file = scratch(1 << 20);
   if (!file->direct()) GTEST_SKIP() << file->buffered_reason();
   AlignedBuffer memory(1 << 20);
-  auto io = queue(small_blocks());
+  auto io = queue(small_blocks(), "threads");
   // The address has the offset's phase, so the middle can go direct.
   io.submit(write(file, 100, memory.bytes(100, 200000))).wait();
   std::map<std::uint64_t, int> descriptors;
@@ -205,7 +157,7 @@ TEST_F(IoQueueTest, AMisalignedAddressIsBufferedAltogether) {
   auto file = scratch(1 << 20);
   if (!file->direct()) GTEST_SKIP() << file->buffered_reason();
   AlignedBuffer memory(1 << 20);
-  auto io = queue(small_blocks());
+  auto io = queue(small_blocks(), "threads");
   io.submit(write(file, 0, memory.bytes(1, 200000))).wait();
   for (const IoRequest& request : script_->log()) {
     EXPECT_EQ(request.fd, file->buffered_fd());
@@ -222,7 +174,7 @@ TEST_F(IoQueueTest, ShortTransfersAreContinuedAtAlignedOffsets) {
       return index % 2 == 0 ? Fault::cut(std::min(cut, request.length))
                             : Fault();
     });
-    auto io = queue(small_blocks(), "memory");
+    auto io = queue(small_blocks());
     io.submit(write(file, 0, memory.bytes())).wait();
     AlignedBuffer back(2 * kBlock);
     io.submit(read(file, 0, back.bytes())).wait();
@@ -241,7 +193,7 @@ TEST_F(IoQueueTest, TransientErrorsAreTriedAgain) {
     script_->set_plan([error](std::size_t index, const IoRequest&) {
       return index % 3 == 0 ? Fault::fail(error) : Fault();
     });
-    auto io = queue(small_blocks(), "memory");
+    auto io = queue(small_blocks());
     io.submit(write(file, 0, memory.bytes())).wait();
   }
 }
@@ -251,7 +203,7 @@ TEST_F(IoQueueTest, RefusedSubmitsAreTriedAgain) {
   AlignedBuffer memory(8 * kBlock);
   script_->set_plan(
       [](std::size_t, const IoRequest&) { return Fault::refuse(2); });
-  auto io = queue(small_blocks(), "memory");
+  auto io = queue(small_blocks());
   io.submit(write(file, 0, memory.bytes())).wait();
   EXPECT_EQ(script_->requests(), 8u);
 }
@@ -262,7 +214,7 @@ TEST_F(IoQueueTest, AnErrorCarriesOperationPathOffsetLengthAndErrno) {
   script_->set_plan(test::only(2, Fault::fail(ENOSPC)));
   auto config = small_blocks();
   config.single_submit = true;
-  auto io = queue(config, "memory");
+  auto io = queue(config);
   const IoFailure failure =
       failure_of([&] { io.submit(write(file, 0, memory.bytes())).wait(); });
   EXPECT_EQ(failure.op, "pwrite");
@@ -280,7 +232,7 @@ TEST_F(IoQueueTest, AnErrorIsReportedAfterAllRequestsHaveEndedAndStopsTheRest) {
   script_->set_plan([](std::size_t index, const IoRequest&) {
     return index == 0 ? Fault::fail(EIO) : Fault::held();
   });
-  auto io = queue(config, "memory");
+  auto io = queue(config);
   std::atomic<int> calls = 0;
   auto operation = write(file, 0, memory.bytes());
   operation.on_done = [&calls](std::exception_ptr error) {
@@ -301,7 +253,7 @@ TEST_F(IoQueueTest, OtherOperationsLiveOnWhenOneFails) {
   script_->set_plan([](std::size_t, const IoRequest& request) {
     return request.offset == 3 * kBlock ? Fault::fail(EIO) : Fault();
   });
-  auto io = queue(small_blocks(), "memory");
+  auto io = queue(small_blocks());
   std::vector<Ticket> tickets;
   for (std::size_t i = 0; i < 8; ++i) {
     tickets.push_back(
@@ -334,7 +286,7 @@ TEST_F(IoQueueTest, ADeviceThatMovesNothingIsAnErrorNotAHang) {
   auto file = scratch(1 << 20);
   AlignedBuffer memory(kBlock);
   script_->set_plan(test::from(0, Fault::cut(0)));
-  auto io = queue(small_blocks(), "memory");
+  auto io = queue(small_blocks());
   EXPECT_EQ(failure_of([&] {
               io.submit(write(file, 0, memory.bytes())).wait();
             }).error,
@@ -342,19 +294,19 @@ TEST_F(IoQueueTest, ADeviceThatMovesNothingIsAnErrorNotAHang) {
 }
 
 TEST_F(IoQueueTest, AnEmptyOperationEndsWell) {
-  auto io = queue(small_blocks());
+  auto io = queue(small_blocks(), "threads");
   io.submit(write(scratch(4096), 0, {})).wait();
   EXPECT_EQ(script_->requests(), 0u);
 }
 
 TEST_F(IoQueueTest, SyncReachesTheEngine) {
-  auto io = queue(small_blocks());
+  auto io = queue(small_blocks(), "threads");
   io.submit({.op = IoRequest::Op::kSync, .file = scratch(4096)}).wait();
   EXPECT_EQ(script_->log().at(0).op, IoRequest::Op::kSync);
 }
 
 TEST_F(IoQueueTest, BadOperationsAreRefusedAtOnce) {
-  auto io = queue(small_blocks());
+  auto io = queue(small_blocks(), "threads");
   auto file = scratch(4096);
   AlignedBuffer memory(8192);
   EXPECT_THROW(io.submit(write(nullptr, 0, memory.bytes())),

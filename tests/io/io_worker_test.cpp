@@ -20,8 +20,8 @@
 #include "support/aio_call_counter.h"
 #include "support/aligned_buffer.h"
 #include "support/faulty_engine.h"
+#include "support/io_queue_test.h"
 #include "support/pattern.h"
-#include "support/temp_dir.h"
 #include "torch_ext/base/error.h"
 #include "torch_ext/io/io_queue.h"
 
@@ -30,39 +30,21 @@ namespace {
 
 using namespace std::chrono_literals;
 using test::AlignedBuffer;
+using test::failure_of;
 using test::Fault;
 using test::FaultScript;
+using test::kBlock;
 
-constexpr std::size_t kBlock = 64 << 10;
 constexpr std::size_t kForEver = std::numeric_limits<std::size_t>::max();
 
-IoFailure failure_of(const Ticket& ticket) {
-  if (!ticket.wait_for(60s)) {
-    ADD_FAILURE() << "a hang";
-    return {};
-  }
-  try {
-    ticket.wait();
-  } catch (const IoError& error) {
-    return error.failure();
-  }
-  ADD_FAILURE() << "no IoError";
-  return {};
-}
-
-class IoWorkerTest : public testing::Test {
+class IoWorkerTest : public test::IoQueueTest {
  protected:
-  static AioConfig config() {
-    AioConfig config;
-    config.block_size = kBlock;
-    return config;
-  }
+  static AioConfig config() { return test::small_blocks(); }
 
   IoOperation write(std::size_t first_block, std::size_t blocks) {
-    return {.op = IoRequest::Op::kWrite,
-            .file = file_,
-            .offset = first_block * kBlock,
-            .bytes = memory_.bytes(first_block * kBlock, blocks * kBlock)};
+    return IoQueueTest::write(
+        file_, first_block * kBlock,
+        memory_.bytes(first_block * kBlock, blocks * kBlock));
   }
 
   bool file_holds_pattern(std::uint64_t seed) {
@@ -74,11 +56,8 @@ class IoWorkerTest : public testing::Test {
 
   static constexpr std::size_t kBlocks = 64;
 
-  test::TempDir dir_;
-  std::shared_ptr<File> file_ =
-      std::make_shared<File>(File::scratch(dir_.path()));
+  const std::shared_ptr<File> file_ = scratch(kBlocks * kBlock);
   AlignedBuffer memory_{kBlocks * kBlock};
-  std::shared_ptr<FaultScript> script_ = std::make_shared<FaultScript>();
 };
 
 /// A worker with as much patience as a test has.
@@ -184,7 +163,7 @@ TEST_F(IoWorkerTest, RefusedSubmitsLeaveShortTransfersTheirTries) {
 TEST_F(IoWorkerTest, AFailedSyncIsFinal) {
   for (const int error : {EIO, EAGAIN, ENOMEM, EINTR}) {
     script_ = std::make_shared<FaultScript>(test::only(0, Fault::fail(error)));
-    IoQueue io(config(), test::faulty_factory("memory", script_));
+    auto io = queue(config());
     const IoFailure failure =
         failure_of(io.submit({.op = IoRequest::Op::kSync, .file = file_}));
     EXPECT_EQ(failure.op, "fsync");
@@ -241,7 +220,7 @@ TEST_F(IoWorkerTest, ALostEngineEndsOperationsWithItsErrorNowAndLater) {
 TEST_F(IoWorkerTest, ALostEngineKeepsMemoryUntilTheKernelHasDoneWithIt) {
   script_->set_plan(test::from(0, Fault::held()));
   script_->fail_polls(kForEver);
-  IoQueue io(config(), test::faulty_factory("memory", script_));
+  auto io = queue(config());
   const Ticket ticket = io.submit(write(0, 8));
   EXPECT_FALSE(ticket.wait_for(2s));
   script_->release_all();

@@ -18,6 +18,7 @@
 #include "support/aligned_buffer.h"
 #include "support/child.h"
 #include "support/faulty_engine.h"
+#include "support/io_queue_test.h"
 #include "support/pattern.h"
 #include "support/temp_dir.h"
 #include "support/uring_call_counter.h"
@@ -30,26 +31,19 @@ namespace {
 
 using test::AlignedBuffer;
 using test::Fault;
-using test::FaultScript;
+using test::kBlock;
 using test::TempDir;
 
-constexpr std::size_t kBlock = 64 << 10;
-
-class StoreTest : public testing::Test {
+class StoreTest : public test::IoQueueTest {
  protected:
   StoreOptions options() {
-    StoreOptions result{.directory = dir_.path()};
-    result.aio.block_size = kBlock;
-    return result;
+    return {.directory = dir_.path(), .aio = test::small_blocks()};
   }
   StoreOptions scripted(std::string_view engine = "memory") {
     StoreOptions result = options();
     result.engine_factory = test::faulty_factory(engine, script_);
     return result;
   }
-
-  TempDir dir_;
-  std::shared_ptr<FaultScript> script_ = std::make_shared<FaultScript>();
 };
 
 TEST_F(StoreTest, ExtentsOfEverySizeComeBackAsWritten) {
