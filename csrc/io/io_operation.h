@@ -2,51 +2,61 @@
 
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
-#include <deque>
+#include <cstddef>
 #include <exception>
 #include <memory>
-#include <mutex>
-#include <vector>
 
 #include "piece_cutter.h"
+#include "ticket_state.h"
 #include "torch_ext/io/io_queue.h"
 
 namespace torch_ext {
 
-/// An operation between submit() and its last completion.
-class RunningOperation {
+/// An operation between submit() and its last completion; also what its
+/// tickets share, so that it can be found from one. Keeps itself alive from
+/// IoBacklog::push() until it has ended.
+class RunningOperation final
+    : public Ticket::State,
+      public std::enable_shared_from_this<RunningOperation> {
  public:
   /// Errors: std::invalid_argument, see IoQueue::submit.
   RunningOperation(IoOperation operation, std::uint64_t block_size);
 
+  /// Empty once it has ended.
   const IoOperation& io() const { return io_; }
-  Ticket ticket() const { return source_.ticket(); }
+  Ticket ticket() { return Ticket(shared_from_this()); }
 
-  // Under the backlog's lock: ---------------------------------------------
+  // Under the backlog's lock, or by whoever took it out of there: -----------
   bool all_cut() const { return cut_ == total_; }
   Piece cut();
   /// Leaves out what is not cut yet; returns how many pieces that were.
   std::size_t abandon();
 
-  // From any worker: ------------------------------------------------------
+  // From any thread while it has pieces that have not ended: ----------------
   bool failed() const { return failed_.load(std::memory_order_relaxed); }
-  void fail(std::exception_ptr error);
+  /// The first error counts.
+  void fail(std::exception_ptr failure);
   /// Counts ended pieces; true for the one call that ends the operation.
   bool end_pieces(std::size_t count);
+
   /// Tells the caller. The operation is not touched afterwards.
   void finish();
 
  private:
+  friend class IoBacklog;
+  friend class OperationList;
+
   IoOperation io_;
   PieceCutter cutter_;
   std::size_t total_;
   std::size_t cut_ = 0;
   std::atomic<std::size_t> open_;
   std::atomic<bool> failed_ = false;
-  std::mutex mutex_;
-  std::exception_ptr error_;
-  TicketSource source_;
+
+  // Of the backlog: ----------------------------------------------------------
+  std::shared_ptr<RunningOperation> self_;
+  RunningOperation* previous_ = nullptr;
+  RunningOperation* next_ = nullptr;
 };
 
 /// A piece on its way through a worker.
@@ -58,37 +68,6 @@ struct RunningPiece {
   int idle_transfers = 0;  ///< Of these, transfers that moved too little.
   std::chrono::steady_clock::time_point not_before = {};  ///< Of the next.
   std::chrono::steady_clock::time_point not_after = {};   ///< Likewise.
-};
-
-class IoWorker;
-
-/// Operations with pieces that no worker has taken yet, oldest first, and
-/// the workers that look for some.
-class IoBacklog {
- public:
-  void push(std::unique_ptr<RunningOperation> operation);
-
-  /// Up to `room` pieces, appended to `out`. With `block`, waits until there
-  /// is one or the backlog is closed; false once it is closed and empty.
-  bool take(std::size_t room, bool block, std::vector<RunningPiece>& out);
-
-  /// To be called before a poll that blocks while there is room for more:
-  /// false if there is work already. push() will wake the worker's engine.
-  bool announce_poll(IoWorker& worker);
-  void end_poll(IoWorker& worker);
-
-  void close();
-
- private:
-  /// Unlocks before it calls one.
-  void call_worker(std::unique_lock<std::mutex>& lock);
-
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::deque<RunningOperation*> operations_;
-  std::vector<IoWorker*> polling_;
-  int idle_ = 0;
-  bool closed_ = false;
 };
 
 }  // namespace torch_ext

@@ -2,17 +2,11 @@
 
 #include <unistd.h>
 
-#include <atomic>
-#include <condition_variable>
-#include <deque>
-#include <limits>
-#include <list>
-#include <mutex>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "io_backlog.h"
 #include "io_operation.h"
 #include "io_worker.h"
 #include "torch_ext/base/error.h"
@@ -22,7 +16,8 @@ namespace torch_ext {
 class IoQueue::Impl {
  public:
   Impl(const AioConfig& config, const IoEngineFactory& factory)
-      : config_(config) {
+      : config_(config),
+        backlog_(static_cast<std::size_t>(config.queue_depth)) {
     config.validate();
     try {
       for (int i = 0; i < config.thread_count; ++i) {
@@ -66,11 +61,10 @@ Ticket IoQueue::submit(IoOperation operation) {
                      std::to_string(impl_->owner_) +
                      " and cannot be used in a forked child");
   }
-  auto started = std::make_unique<RunningOperation>(std::move(operation),
-                                                    impl_->config_.block_size);
-  Ticket ticket = started->ticket();
-  impl_->backlog_.push(std::move(started));
-  return ticket;
+  const auto started = std::make_shared<RunningOperation>(
+      std::move(operation), impl_->config_.block_size);
+  impl_->backlog_.push(started);
+  return started->ticket();
 }
 
 const AioConfig& IoQueue::config() const noexcept { return impl_->config_; }

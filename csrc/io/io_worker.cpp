@@ -129,18 +129,23 @@ bool IoWorker::take_pieces() {
   return open || busy() > 0;
 }
 
-/// Adds to the ready pieces those whose pause is over, and ends the pieces of
-/// operations that have failed meanwhile.
+/// Ends those pieces, none of them in flight, whose operations have failed.
+void IoWorker::drop_failed(std::vector<std::size_t>& slots) {
+  std::erase_if(slots, [&](std::size_t slot) {
+    if (!slots_[slot].operation->failed()) return false;
+    end(slot);
+    return true;
+  });
+}
+
+/// Adds to the ready pieces those whose pause is over.
 void IoWorker::take_due() {
+  drop_failed(ready_);
+  drop_failed(later_);
   if (later_.empty()) return;
   const Clock::time_point now = Clock::now();
   std::erase_if(later_, [&](std::size_t slot) {
-    const RunningPiece& running = slots_[slot];
-    if (running.operation->failed()) {
-      end(slot);
-      return true;
-    }
-    if (running.not_before > now) return false;
+    if (slots_[slot].not_before > now) return false;
     ready_.push_back(slot);
     return true;
   });
@@ -369,9 +374,7 @@ void IoWorker::fail(std::size_t slot, int error, const std::string& detail) {
 void IoWorker::end(std::size_t slot) {
   RunningOperation* operation = std::exchange(slots_[slot].operation, nullptr);
   free_.push_back(slot);
-  if (!operation->end_pieces(1)) return;
-  operation->finish();
-  delete operation;
+  if (operation->end_pieces(1)) operation->finish();
 }
 
 }  // namespace torch_ext

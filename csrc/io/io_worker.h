@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "io_operation.h"
+#include "io_backlog.h"
 
 namespace torch_ext {
 
@@ -33,6 +33,7 @@ class IoWorker {
  private:
   void run();
   bool take_pieces();
+  void drop_failed(std::vector<std::size_t>& slots);
   void take_due();
   void submit_ready();
   void reap();

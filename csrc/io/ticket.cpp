@@ -1,22 +1,27 @@
 #include "torch_ext/io/ticket.h"
 
-#include <condition_variable>
 #include <mutex>
+#include <string>
 #include <utility>
 
+#include "ticket_state.h"
 #include "torch_ext/base/error.h"
 
 namespace torch_ext {
 
-struct Ticket::State {
-  std::mutex mutex;
-  std::condition_variable changed;
-  bool done = false;
-  std::exception_ptr error;
-};
+void Ticket::State::finish(std::exception_ptr failure) {
+  {
+    std::lock_guard lock(mutex);
+    done = true;
+    error = std::move(failure);
+  }
+  changed.notify_all();
+}
 
 // No state at all is the cheapest way to say "done and well".
 Ticket::Ticket() = default;
+
+Ticket::Ticket(std::shared_ptr<State> state) : state_(std::move(state)) {}
 
 bool Ticket::done() const noexcept {
   if (state_ == nullptr) return true;
@@ -49,23 +54,14 @@ void Ticket::wait(Timeout timeout) const {
 std::exception_ptr Ticket::error() const {
   if (state_ == nullptr) return nullptr;
   std::lock_guard lock(state_->mutex);
-  return state_->error;
+  return state_->done ? state_->error : nullptr;
 }
 
-TicketSource::TicketSource() {
-  ticket_.state_ = std::make_shared<Ticket::State>();
-}
+TicketSource::TicketSource() : ticket_(std::make_shared<Ticket::State>()) {}
 
 void TicketSource::finish(std::exception_ptr error) {
-  // Who learns of the end may drop this source at once: the copy keeps the
-  // state until the waiters are notified.
   const std::shared_ptr<Ticket::State> state = ticket_.state_;
-  {
-    std::lock_guard lock(state->mutex);
-    state->done = true;
-    state->error = std::move(error);
-  }
-  state->changed.notify_all();
+  state->finish(std::move(error));
 }
 
 }  // namespace torch_ext

@@ -66,6 +66,7 @@ class PatientWorker {
   PatientWorker(const AioConfig& config, std::shared_ptr<FaultScript> script,
                 std::chrono::nanoseconds patience)
       : block_size_(config.block_size),
+        backlog_(static_cast<std::size_t>(config.queue_depth)),
         worker_(backlog_, config,
                 test::faulty_factory("memory", script)(config.queue_depth),
                 patience) {
@@ -77,11 +78,10 @@ class PatientWorker {
   }
 
   Ticket submit(IoOperation operation) {
-    auto started =
-        std::make_unique<RunningOperation>(std::move(operation), block_size_);
-    Ticket ticket = started->ticket();
-    backlog_.push(std::move(started));
-    return ticket;
+    const auto started =
+        std::make_shared<RunningOperation>(std::move(operation), block_size_);
+    backlog_.push(started);
+    return started->ticket();
   }
 
  private:

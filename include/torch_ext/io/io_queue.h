@@ -14,6 +14,13 @@
 
 namespace torch_ext {
 
+/// How soon an operation is needed; most urgent first.
+enum class IoPriority {
+  kNow,        ///< Somebody waits for it, or soon will.
+  kPrefetch,   ///< Needed later: brought while the device has time.
+  kWriteBack,  ///< Not needed again, but to free memory.
+};
+
 /// A read or write of any length, cut by the queue into requests of at most
 /// block_size bytes.
 struct IoOperation {
@@ -27,14 +34,23 @@ struct IoOperation {
   /// shorter): filled by a write before its request is made, compared by a
   /// read; a difference is an EIO. Borrowed like `bytes`.
   std::span<std::uint64_t> checksums = {};
+  IoPriority priority = IoPriority::kNow;
   /// Called once, on an I/O thread, after the last request has ended and
   /// before the ticket is done. Must not block or throw. Null: well.
   std::function<void(std::exception_ptr)> on_done = nullptr;
 };
 
-/// Keeps the device busy with the requests of all its owner's operations, in
-/// the order of submission: `thread_count` threads, each with one engine of
-/// `queue_depth` requests, that submit and reap.
+/// Keeps the device busy with the requests of all its owner's operations:
+/// `thread_count` threads, each with one engine of `queue_depth` requests, that
+/// submit and reap. What comes next is decided when a request has ended, so no
+/// more than queue_depth * thread_count requests are ahead of an urgent one.
+///
+/// Order: the most urgent priority that waits has the next request; but of any
+/// 16, one is for each less urgent priority that waits. Within a priority,
+/// operations take turns of queue_depth requests, in the order of submission:
+/// operations no longer than a turn are taken in that order, and a long one
+/// holds up those behind it for no more than a turn each time round.
+/// Requests in flight end in any order.
 ///
 /// A short transfer is continued, EINTR, EAGAIN, ENOMEM and ECANCELED are
 /// tried again for some seconds (but a sync is not), a read that meets the end
@@ -51,9 +67,11 @@ class IoQueue {
   IoQueue& operator=(const IoQueue&) = delete;
   ~IoQueue();
 
-  /// Returns at once. Errors: std::invalid_argument for a null file, a wrong
-  /// number of checksums or an offset + length beyond 2^63 - 1; whatever the
-  /// kernel says comes through the ticket.
+  /// Returns at once, however much is queued: what bounds the operations, some
+  /// 400 bytes each until they have ended and no ticket is left, is the memory
+  /// that callers lend them. Errors: std::invalid_argument for a null file, a
+  /// wrong number of checksums or an offset + length beyond 2^63 - 1; whatever
+  /// the kernel says comes through the ticket.
   Ticket submit(IoOperation operation);
 
   const AioConfig& config() const noexcept;

@@ -33,7 +33,11 @@ class Ticket {
 
  private:
   friend class TicketSource;
+  friend class IoQueue;
+  friend class RunningOperation;
   struct State;
+  explicit Ticket(std::shared_ptr<State> state);
+
   std::shared_ptr<State> state_;
 };
 

@@ -1,0 +1,143 @@
+#include "io_backlog.h"
+
+#include <algorithm>
+
+#include "io_worker.h"
+
+namespace torch_ext {
+namespace {
+
+// One of so many pieces is for each less urgent class that waits.
+constexpr std::size_t kShare = 16;
+
+}  // namespace
+
+void OperationList::push_back(RunningOperation* operation) {
+  operation->previous_ = last_;
+  operation->next_ = nullptr;
+  (last_ != nullptr ? last_->next_ : first_) = operation;
+  last_ = operation;
+}
+
+void OperationList::remove(RunningOperation* operation) {
+  RunningOperation* previous = operation->previous_;
+  RunningOperation* next = operation->next_;
+  (previous != nullptr ? previous->next_ : first_) = next;
+  (next != nullptr ? next->previous_ : last_) = previous;
+}
+
+IoBacklog::Class& IoBacklog::class_of(const RunningOperation& operation) {
+  return classes_[static_cast<std::size_t>(operation.io().priority)];
+}
+
+void IoBacklog::push(const std::shared_ptr<RunningOperation>& operation) {
+  std::unique_lock lock(mutex_);
+  // From here on it lives until a worker ends it.
+  operation->self_ = operation;
+  class_of(*operation).operations.push_back(operation.get());
+  ++queued_;
+  call_worker(lock);
+}
+
+void IoBacklog::remove(RunningOperation* operation) {
+  Class& its = class_of(*operation);
+  if (its.operations.front() == operation) its.turn = 0;
+  its.operations.remove(operation);
+  --queued_;
+}
+
+/// The most urgent one that waits, unless one below has waited too long.
+IoBacklog::Class& IoBacklog::next_class() {
+  Class* next = nullptr;
+  for (Class& each : classes_) {
+    if (each.operations.empty()) continue;
+    if (next == nullptr) {
+      next = &each;
+    } else if (each.passed_over >= kShare - 1) {
+      next = &each;
+      break;
+    }
+  }
+  for (Class& each : classes_) {
+    if (!each.operations.empty()) ++each.passed_over;
+  }
+  next->passed_over = 0;
+  return *next;
+}
+
+void IoBacklog::cut_one(Class& from, std::vector<RunningPiece>& out) {
+  RunningOperation* operation = from.operations.front();
+  out.push_back({operation, operation->cut()});
+  if (operation->all_cut()) {
+    remove(operation);
+  } else if (++from.turn == turn_) {
+    from.turn = 0;
+    from.operations.remove(operation);
+    from.operations.push_back(operation);
+  }
+}
+
+bool IoBacklog::take(std::size_t room, bool block,
+                     std::vector<RunningPiece>& out) {
+  std::vector<RunningOperation*> ended;
+  bool open = true;
+  {
+    std::unique_lock lock(mutex_);
+    if (block) {
+      ++idle_;
+      changed_.wait(lock, [this] { return queued_ > 0 || closed_; });
+      --idle_;
+    }
+    while (room > 0 && queued_ > 0) {
+      Class& next = next_class();
+      RunningOperation* operation = next.operations.front();
+      if (!operation->failed() && !operation->all_cut()) {
+        cut_one(next, out);
+        --room;
+        continue;
+      }
+      remove(operation);
+      if (operation->end_pieces(operation->abandon())) {
+        ended.push_back(operation);
+      }
+    }
+    open = !closed_ || queued_ > 0;
+    if (queued_ > 0) call_worker(lock);
+  }
+  for (RunningOperation* operation : ended) operation->finish();
+  return open || !out.empty();
+}
+
+bool IoBacklog::announce_poll(IoWorker& worker) {
+  std::lock_guard lock(mutex_);
+  if (queued_ > 0) return false;
+  polling_.push_back(&worker);
+  return true;
+}
+
+void IoBacklog::end_poll(IoWorker& worker) {
+  std::lock_guard lock(mutex_);
+  polling_.erase(std::remove(polling_.begin(), polling_.end(), &worker),
+                 polling_.end());
+}
+
+// Unlocks first: who wakes would wait for the lock at once.
+void IoBacklog::call_worker(std::unique_lock<std::mutex>& lock) {
+  if (idle_ > 0) {
+    lock.unlock();
+    changed_.notify_one();
+  } else if (!polling_.empty()) {
+    IoWorker* worker = polling_.back();
+    polling_.pop_back();
+    lock.unlock();
+    worker->wake();
+  }
+}
+
+void IoBacklog::close() {
+  std::lock_guard lock(mutex_);
+  closed_ = true;
+  changed_.notify_all();
+}
+
+}  // namespace torch_ext

@@ -1,0 +1,76 @@
+#pragma once
+
+#include <array>
+#include <condition_variable>
+#include <cstddef>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "io_operation.h"
+
+namespace torch_ext {
+
+class IoWorker;
+
+/// Operations in a row. Allocates nothing, so that the order can be changed
+/// where no error can be reported.
+class OperationList {
+ public:
+  bool empty() const { return first_ == nullptr; }
+  RunningOperation* front() const { return first_; }
+  void push_back(RunningOperation* operation);
+  void remove(RunningOperation* operation);
+
+ private:
+  RunningOperation* first_ = nullptr;
+  RunningOperation* last_ = nullptr;
+};
+
+/// Operations with pieces that no worker has taken yet, in the order that
+/// IoQueue promises, and the workers that look for some.
+class IoBacklog {
+ public:
+  /// `turn`: pieces after which it is another operation's turn.
+  explicit IoBacklog(std::size_t turn) : turn_(turn) {}
+
+  void push(const std::shared_ptr<RunningOperation>& operation);
+
+  /// Up to `room` pieces, appended to `out`. With `block`, waits until there
+  /// is one or the backlog is closed; false once it is closed and empty.
+  bool take(std::size_t room, bool block, std::vector<RunningPiece>& out);
+
+  /// To be called before a poll that blocks while there is room for more:
+  /// false if there is work already. push() will wake the worker's engine.
+  bool announce_poll(IoWorker& worker);
+  void end_poll(IoWorker& worker);
+
+  void close();
+
+ private:
+  static constexpr std::size_t kClasses =
+      static_cast<std::size_t>(IoPriority::kWriteBack) + 1;
+  struct Class {
+    OperationList operations;
+    std::size_t turn = 0;         ///< Pieces of the first in its turn.
+    std::size_t passed_over = 0;  ///< Pieces of others while it waited.
+  };
+
+  Class& class_of(const RunningOperation& operation);
+  Class& next_class();
+  void cut_one(Class& from, std::vector<RunningPiece>& out);
+  void remove(RunningOperation* operation);
+  /// Unlocks before it calls one.
+  void call_worker(std::unique_lock<std::mutex>& lock);
+
+  const std::size_t turn_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::array<Class, kClasses> classes_;  ///< Most urgent first.
+  std::size_t queued_ = 0;               ///< Operations in all of them.
+  std::vector<IoWorker*> polling_;
+  int idle_ = 0;
+  bool closed_ = false;
+};
+
+}  // namespace torch_ext
