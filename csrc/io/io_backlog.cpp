@@ -1,14 +1,30 @@
 #include "io_backlog.h"
 
 #include <algorithm>
+#include <cerrno>
+#include <exception>
 
 #include "io_worker.h"
+#include "torch_ext/base/error.h"
 
 namespace torch_ext {
 namespace {
 
 // One of so many pieces is for each less urgent class that waits.
 constexpr std::size_t kShare = 16;
+
+std::exception_ptr canceled(const IoOperation& io) {
+  try {
+    throw IoError({.op = name_of(io.op),
+                   .path = io.file->path(),
+                   .offset = io.offset,
+                   .length = io.bytes.size(),
+                   .error = ECANCELED});
+  } catch (...) {
+    // Whatever came out, were it bad_alloc, the operation must hear of it.
+    return std::current_exception();
+  }
+}
 
 }  // namespace
 
@@ -31,9 +47,11 @@ IoBacklog::Class& IoBacklog::class_of(const RunningOperation& operation) {
 }
 
 void IoBacklog::push(const std::shared_ptr<RunningOperation>& operation) {
+  operation->backlog_ = this;
   std::unique_lock lock(mutex_);
-  // From here on it lives until a worker ends it.
+  // From here on it lives until it has ended.
   operation->self_ = operation;
+  operation->queued_ = true;
   class_of(*operation).operations.push_back(operation.get());
   ++queued_;
   call_worker(lock);
@@ -43,6 +61,7 @@ void IoBacklog::remove(RunningOperation* operation) {
   Class& its = class_of(*operation);
   if (its.operations.front() == operation) its.turn = 0;
   its.operations.remove(operation);
+  operation->queued_ = false;
   --queued_;
 }
 
@@ -106,6 +125,20 @@ bool IoBacklog::take(std::size_t room, bool block,
   }
   for (RunningOperation* operation : ended) operation->finish();
   return open || !out.empty();
+}
+
+bool IoBacklog::cancel(RunningOperation& operation) {
+  if (operation.backlog_ != this) return false;
+  {
+    std::lock_guard lock(mutex_);
+    const bool something_left = operation.queued_ && !operation.all_cut();
+    if (!something_left || operation.failed()) return false;
+    remove(&operation);
+  }
+  // It cannot end before its pieces that are not cut.
+  const bool first = operation.fail(canceled(operation.io()));
+  if (operation.end_pieces(operation.abandon())) operation.finish();
+  return first;
 }
 
 bool IoBacklog::announce_poll(IoWorker& worker) {

@@ -40,6 +40,9 @@ class IoBacklog {
   /// is one or the backlog is closed; false once it is closed and empty.
   bool take(std::size_t room, bool block, std::vector<RunningPiece>& out);
 
+  /// As IoQueue::cancel.
+  bool cancel(RunningOperation& operation);
+
   /// To be called before a poll that blocks while there is room for more:
   /// false if there is work already. push() will wake the worker's engine.
   bool announce_poll(IoWorker& worker);

@@ -29,6 +29,18 @@ const IoOperation& checked(const IoOperation& operation) {
 
 }  // namespace
 
+const char* name_of(IoRequest::Op op) {
+  switch (op) {
+    case IoRequest::Op::kRead:
+      return "pread";
+    case IoRequest::Op::kWrite:
+      return "pwrite";
+    case IoRequest::Op::kSync:
+      return "fsync";
+  }
+  return "io";
+}
+
 RunningOperation::RunningOperation(IoOperation operation,
                                    std::uint64_t block_size)
     : io_(std::move(operation)),
@@ -61,10 +73,10 @@ std::size_t RunningOperation::abandon() {
   return total_ - std::exchange(cut_, total_);
 }
 
-void RunningOperation::fail(std::exception_ptr failure) {
+bool RunningOperation::fail(std::exception_ptr failure) {
   std::lock_guard lock(mutex);
   if (error == nullptr) error = std::move(failure);
-  failed_ = true;
+  return !failed_.exchange(true);
 }
 
 bool RunningOperation::end_pieces(std::size_t count) {

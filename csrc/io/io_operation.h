@@ -12,6 +12,11 @@
 
 namespace torch_ext {
 
+class IoBacklog;
+
+/// The system call of that name.
+const char* name_of(IoRequest::Op op);
+
 /// An operation between submit() and its last completion; also what its
 /// tickets share, so that it can be found from one. Keeps itself alive from
 /// IoBacklog::push() until it has ended.
@@ -34,8 +39,8 @@ class RunningOperation final
 
   // From any thread while it has pieces that have not ended: ----------------
   bool failed() const { return failed_.load(std::memory_order_relaxed); }
-  /// The first error counts.
-  void fail(std::exception_ptr failure);
+  /// The first error counts: true for it.
+  bool fail(std::exception_ptr failure);
   /// Counts ended pieces; true for the one call that ends the operation.
   bool end_pieces(std::size_t count);
 
@@ -54,6 +59,8 @@ class RunningOperation final
   std::atomic<bool> failed_ = false;
 
   // Of the backlog: ----------------------------------------------------------
+  const IoBacklog* backlog_ = nullptr;  ///< Set once, before it is shared.
+  bool queued_ = false;
   std::shared_ptr<RunningOperation> self_;
   RunningOperation* previous_ = nullptr;
   RunningOperation* next_ = nullptr;

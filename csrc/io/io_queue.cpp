@@ -31,6 +31,13 @@ class IoQueue::Impl {
     }
   }
 
+  void check_process() const {
+    if (getpid() == owner_) return;
+    throw StateError("this I/O queue was created in process " +
+                     std::to_string(owner_) +
+                     " and cannot be used in a forked child");
+  }
+
   void stop() {
     backlog_.close();
     for (auto& worker : workers_) worker->join();
@@ -56,15 +63,17 @@ IoQueue::~IoQueue() {
 }
 
 Ticket IoQueue::submit(IoOperation operation) {
-  if (getpid() != impl_->owner_) {
-    throw StateError("this I/O queue was created in process " +
-                     std::to_string(impl_->owner_) +
-                     " and cannot be used in a forked child");
-  }
+  impl_->check_process();
   const auto started = std::make_shared<RunningOperation>(
       std::move(operation), impl_->config_.block_size);
   impl_->backlog_.push(started);
   return started->ticket();
+}
+
+bool IoQueue::cancel(const Ticket& ticket) {
+  impl_->check_process();
+  auto* operation = dynamic_cast<RunningOperation*>(ticket.state_.get());
+  return operation != nullptr && impl_->backlog_.cancel(*operation);
 }
 
 const AioConfig& IoQueue::config() const noexcept { return impl_->config_; }

@@ -48,18 +48,6 @@ bool is_hashed_write(const IoOperation& io) {
   return io.op == IoRequest::Op::kWrite && !io.checksums.empty();
 }
 
-const char* name_of(IoRequest::Op op) {
-  switch (op) {
-    case IoRequest::Op::kRead:
-      return "pread";
-    case IoRequest::Op::kWrite:
-      return "pwrite";
-    case IoRequest::Op::kSync:
-      return "fsync";
-  }
-  return "io";
-}
-
 }  // namespace
 
 IoWorker::IoWorker(IoBacklog& backlog, const AioConfig& config,

@@ -81,11 +81,14 @@ class PatientWorker {
     const auto started =
         std::make_shared<RunningOperation>(std::move(operation), block_size_);
     backlog_.push(started);
+    last_ = started;
     return started->ticket();
   }
+  bool cancel_last() { return backlog_.cancel(*last_); }
 
  private:
   const std::uint64_t block_size_;
+  std::shared_ptr<RunningOperation> last_;
   IoBacklog backlog_;
   IoWorker worker_;
 };
@@ -114,6 +117,16 @@ TEST_F(IoWorkerTest, APieceIsNotTriedAgainForAnOperationThatHasFailed) {
   });
   PatientWorker worker(config(), script_, 1h);
   EXPECT_EQ(failure_of(worker.submit(write(0, kBlocks))).error, EIO);
+  script_->set_plan(nullptr);  // Lets a worker that still tries end.
+}
+
+TEST_F(IoWorkerTest, APieceIsNotTriedAgainForAnOperationThatIsCanceled) {
+  script_->set_plan(test::from(0, Fault::fail(EAGAIN)));
+  PatientWorker worker(config(), script_, 1h);
+  const Ticket ticket = worker.submit(write(0, kBlocks));
+  while (script_->requests() < 2 * 8) std::this_thread::yield();
+  EXPECT_TRUE(worker.cancel_last());
+  EXPECT_EQ(failure_of(ticket).error, ECANCELED);
   script_->set_plan(nullptr);  // Lets a worker that still tries end.
 }
 

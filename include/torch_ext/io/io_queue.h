@@ -35,8 +35,8 @@ struct IoOperation {
   /// read; a difference is an EIO. Borrowed like `bytes`.
   std::span<std::uint64_t> checksums = {};
   IoPriority priority = IoPriority::kNow;
-  /// Called once, on an I/O thread, after the last request has ended and
-  /// before the ticket is done. Must not block or throw. Null: well.
+  /// Called once, on an I/O thread or in cancel(), after the last request has
+  /// ended and before the ticket is done. Must not block or throw. Null: well.
   std::function<void(std::exception_ptr)> on_done = nullptr;
 };
 
@@ -73,6 +73,13 @@ class IoQueue {
   /// wrong number of checksums or an offset + length beyond 2^63 - 1; whatever
   /// the kernel says comes through the ticket.
   Ticket submit(IoOperation operation);
+
+  /// Leaves out the requests of the ticket's operation that no I/O thread has
+  /// taken yet. True: that were some, and the operation fails with ECANCELED
+  /// (an IoError) once those that were made have ended, here if there are none;
+  /// a write may be done in part. False: all were taken, or the operation has
+  /// failed or ended or is not of this queue; nothing changes.
+  bool cancel(const Ticket& ticket);
 
   const AioConfig& config() const noexcept;
 
