@@ -53,6 +53,8 @@ void IoBacklog::push(const std::shared_ptr<RunningOperation>& operation) {
   operation->self_ = operation;
   operation->queued_ = true;
   class_of(*operation).operations.push_back(operation.get());
+  ++pushed_;
+  pushed_bytes_ += operation->io().bytes.size();
   ++queued_;
   call_worker(lock);
 }
@@ -123,7 +125,7 @@ bool IoBacklog::take(std::size_t room, bool block,
     open = !closed_ || queued_ > 0;
     if (queued_ > 0) call_worker(lock);
   }
-  for (RunningOperation* operation : ended) operation->finish();
+  for (RunningOperation* operation : ended) operation->finish(counters_);
   return open || !out.empty();
 }
 
@@ -137,8 +139,29 @@ bool IoBacklog::cancel(RunningOperation& operation) {
   }
   // It cannot end before its pieces that are not cut.
   const bool first = operation.fail(canceled(operation.io()));
-  if (operation.end_pieces(operation.abandon())) operation.finish();
+  if (operation.end_pieces(operation.abandon())) operation.finish(counters_);
   return first;
+}
+
+IoQueueStats IoBacklog::stats(
+    std::span<const std::unique_ptr<IoWorker>> workers) const {
+  IoQueueStats stats;
+  // While nothing can be pushed, no more can have ended than was.
+  std::lock_guard lock(mutex_);
+  std::uint64_t running = pushed_;
+  stats.bytes = pushed_bytes_;
+  const auto add = [&](const IoCounters& counters) {
+    running -= counters.operations_ended;
+    stats.bytes -= counters.bytes_ended;
+    stats.requests += counters.requests;
+    stats.retries += counters.retries;
+    stats.short_transfers += counters.short_transfers;
+  };
+  add(counters_);
+  for (const auto& worker : workers) add(worker->counters());
+  stats.operations_queued = queued_;
+  stats.operations_in_flight = running - queued_;
+  return stats;
 }
 
 bool IoBacklog::announce_poll(IoWorker& worker) {

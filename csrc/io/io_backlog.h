@@ -3,8 +3,10 @@
 #include <array>
 #include <condition_variable>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <vector>
 
 #include "io_operation.h"
@@ -43,6 +45,9 @@ class IoBacklog {
   /// As IoQueue::cancel.
   bool cancel(RunningOperation& operation);
 
+  /// As IoQueue::stats(); `workers` are all there are.
+  IoQueueStats stats(std::span<const std::unique_ptr<IoWorker>> workers) const;
+
   /// To be called before a poll that blocks while there is room for more:
   /// false if there is work already. push() will wake the worker's engine.
   bool announce_poll(IoWorker& worker);
@@ -67,10 +72,13 @@ class IoBacklog {
   void call_worker(std::unique_lock<std::mutex>& lock);
 
   const std::size_t turn_;
-  std::mutex mutex_;
+  IoCounters counters_;  ///< Of what ends here, with no worker's help.
+  mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::array<Class, kClasses> classes_;  ///< Most urgent first.
   std::size_t queued_ = 0;               ///< Operations in all of them.
+  std::uint64_t pushed_ = 0;             ///< Operations, ever.
+  std::uint64_t pushed_bytes_ = 0;
   std::vector<IoWorker*> polling_;
   int idle_ = 0;
   bool closed_ = false;

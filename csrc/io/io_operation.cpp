@@ -83,10 +83,13 @@ bool RunningOperation::end_pieces(std::size_t count) {
   return open_.fetch_sub(count) == count;
 }
 
-void RunningOperation::finish() {
+void RunningOperation::finish(IoCounters& counters) {
   // All pieces have ended: no other thread is left to lock out.
   const std::shared_ptr<RunningOperation> self = std::move(self_);
   if (io_.on_done) io_.on_done(error);
+  // Whoever learns of the end finds it counted.
+  IoCounters::add(counters.bytes_ended, io_.bytes.size());
+  IoCounters::add(counters.operations_ended, 1);
   // A ticket that is kept keeps no file open, and what the callback holds is
   // gone before the ticket is done.
   io_ = {};

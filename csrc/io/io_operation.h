@@ -6,6 +6,7 @@
 #include <exception>
 #include <memory>
 
+#include "io_counters.h"
 #include "piece_cutter.h"
 #include "ticket_state.h"
 #include "torch_ext/io/io_queue.h"
@@ -45,7 +46,7 @@ class RunningOperation final
   bool end_pieces(std::size_t count);
 
   /// Tells the caller. The operation is not touched afterwards.
-  void finish();
+  void finish(IoCounters& counters);
 
  private:
   friend class IoBacklog;

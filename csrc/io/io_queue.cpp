@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -74,6 +75,11 @@ bool IoQueue::cancel(const Ticket& ticket) {
   impl_->check_process();
   auto* operation = dynamic_cast<RunningOperation*>(ticket.state_.get());
   return operation != nullptr && impl_->backlog_.cancel(*operation);
+}
+
+IoQueueStats IoQueue::stats() const {
+  impl_->check_process();
+  return impl_->backlog_.stats(impl_->workers_);
 }
 
 const AioConfig& IoQueue::config() const noexcept { return impl_->config_; }

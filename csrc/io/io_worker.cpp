@@ -158,6 +158,7 @@ void IoWorker::submit_ready() {
     }
     const std::size_t accepted = engine_->submit(batch_);
     in_flight_ += accepted;
+    IoCounters::add(counters_.requests, accepted);
     submitted += accepted;
     if (accepted < batch_.size()) break;
   }
@@ -286,6 +287,7 @@ void IoWorker::advance(std::size_t slot, std::size_t bytes) {
     }
     return;
   }
+  IoCounters::add(counters_.short_transfers, 1);
   const std::size_t aligned = align_down(reached, running.piece.unit);
   if (aligned > running.moved) {
     running.moved = aligned;
@@ -328,6 +330,7 @@ void IoWorker::try_again(std::size_t slot, int error, const char* detail) {
     fail(slot, error, detail);
     return;
   }
+  IoCounters::add(counters_.retries, 1);
   running.not_before = now + pause_after(running.attempts);
   later_.push_back(slot);
 }
@@ -362,7 +365,7 @@ void IoWorker::fail(std::size_t slot, int error, const std::string& detail) {
 void IoWorker::end(std::size_t slot) {
   RunningOperation* operation = std::exchange(slots_[slot].operation, nullptr);
   free_.push_back(slot);
-  if (operation->end_pieces(1)) operation->finish();
+  if (operation->end_pieces(1)) operation->finish(counters_);
 }
 
 }  // namespace torch_ext

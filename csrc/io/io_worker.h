@@ -30,6 +30,9 @@ class IoWorker {
   void join();
   void wake() noexcept;
 
+  /// Threads: any.
+  const IoCounters& counters() const { return counters_; }
+
  private:
   void run();
   bool take_pieces();
@@ -50,6 +53,7 @@ class IoWorker {
   bool matches_checksum(const RunningPiece& running) const;
   std::size_t busy() const { return slots_.size() - free_.size(); }
 
+  IoCounters counters_;
   IoBacklog& backlog_;
   const AioConfig config_;
   const std::chrono::nanoseconds patience_;

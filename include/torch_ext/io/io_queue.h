@@ -40,6 +40,16 @@ struct IoOperation {
   std::function<void(std::exception_ptr)> on_done = nullptr;
 };
 
+/// What an IoQueue has to do, and what it has done since it was made.
+struct IoQueueStats {
+  std::uint64_t operations_queued = 0;  ///< With requests that no thread took.
+  std::uint64_t operations_in_flight = 0;  ///< The others that have not ended.
+  std::uint64_t bytes = 0;                 ///< Of both, in full.
+  std::uint64_t requests = 0;  ///< Made of the kernel, repeated ones included.
+  std::uint64_t retries = 0;   ///< After EINTR and the like.
+  std::uint64_t short_transfers = 0;  ///< Fewer bytes than asked.
+};
+
 /// Keeps the device busy with the requests of all its owner's operations:
 /// `thread_count` threads, each with one engine of `queue_depth` requests, that
 /// submit and reap. What comes next is decided when a request has ended, so no
@@ -80,6 +90,9 @@ class IoQueue {
   /// a write may be done in part. False: all were taken, or the operation has
   /// failed or ended or is not of this queue; nothing changes.
   bool cancel(const Ticket& ticket);
+
+  /// An operation is counted until just before its ticket is done.
+  IoQueueStats stats() const;
 
   const AioConfig& config() const noexcept;
 
