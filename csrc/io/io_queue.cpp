@@ -2,6 +2,9 @@
 
 #include <unistd.h>
 
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <utility>
@@ -14,12 +17,28 @@
 
 namespace torch_ext {
 
+namespace {
+
+// Long enough for the optimizer's tiles, which must come one after the other
+// to be worked on one by one.
+constexpr std::uint64_t kTurn = std::uint64_t{32} << 20;
+
+const AioConfig& validated(const AioConfig& config) {
+  config.validate();
+  return config;
+}
+
+std::size_t turn_of(const AioConfig& config) {
+  return std::max<std::size_t>(static_cast<std::size_t>(config.queue_depth),
+                               kTurn / config.block_size);
+}
+
+}  // namespace
+
 class IoQueue::Impl {
  public:
   Impl(const AioConfig& config, const IoEngineFactory& factory)
-      : config_(config),
-        backlog_(static_cast<std::size_t>(config.queue_depth)) {
-    config.validate();
+      : config_(validated(config)), backlog_(turn_of(config)) {
     try {
       for (int i = 0; i < config.thread_count; ++i) {
         workers_.push_back(std::make_unique<IoWorker>(

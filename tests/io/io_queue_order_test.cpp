@@ -1,15 +1,17 @@
 // Which operation has the next request.
 
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "support/aligned_buffer.h"
 #include "support/faulty_engine.h"
 #include "support/io_queue_test.h"
 #include "torch_ext/io/io_queue.h"
@@ -17,9 +19,10 @@
 namespace torch_ext {
 namespace {
 
-using test::AlignedBuffer;
 using test::Fault;
-using test::kBlock;
+
+constexpr std::size_t kBlock = 8 << 20;  // A turn is four.
+constexpr std::size_t kBlocks = 64;
 
 constexpr auto kNow = IoPriority::kNow;
 constexpr auto kPrefetch = IoPriority::kPrefetch;
@@ -31,12 +34,31 @@ std::string repeat(std::size_t times, const std::string& text) {
   return all;
 }
 
+/// Addresses that nothing may touch; the null engine does not.
+class Untouchable {
+ public:
+  Untouchable() { EXPECT_NE(memory_, MAP_FAILED); }
+  ~Untouchable() { munmap(memory_, kBlocks * kBlock); }
+  Untouchable(const Untouchable&) = delete;
+  Untouchable& operator=(const Untouchable&) = delete;
+
+  std::span<std::byte> blocks(std::size_t count) const {
+    return {static_cast<std::byte*>(memory_), count * kBlock};
+  }
+
+ private:
+  void* const memory_ =
+      mmap(nullptr, kBlocks* kBlock, PROT_NONE,
+           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+};
+
 /// An engine that holds its first requests until the test has submitted all:
 /// then what is requested when depends on the queue's rules alone.
 class IoQueueOrderTest : public test::IoQueueTest {
  protected:
   void start(int queue_depth, int thread_count = 1) {
-    AioConfig config = test::small_blocks();
+    AioConfig config;
+    config.block_size = kBlock;
     config.queue_depth = queue_depth;
     config.thread_count = thread_count;
     script_->set_plan(test::from(0, Fault::held()));
@@ -48,7 +70,7 @@ class IoQueueOrderTest : public test::IoQueueTest {
   /// The name is found again in names().
   void submit(char name, std::size_t blocks, IoPriority priority = kNow) {
     IoOperation operation = write(file_, static_cast<std::uint64_t>(name) << 32,
-                                  memory_.bytes(0, blocks * kBlock));
+                                  memory_.blocks(blocks));
     operation.priority = priority;
     tickets_.push_back(queue_->submit(operation));
   }
@@ -72,8 +94,8 @@ class IoQueueOrderTest : public test::IoQueueTest {
     return names();
   }
 
-  const std::shared_ptr<File> file_ = scratch(kBlock);
-  const AlignedBuffer memory_{64 * kBlock};
+  const std::shared_ptr<File> file_ = scratch(4096);
+  const Untouchable memory_;
   std::unique_ptr<IoQueue> queue_;
   std::vector<Ticket> tickets_;
 };
@@ -159,6 +181,28 @@ TEST_F(IoQueueOrderTest, ATurnIsNotCutShortByTheEndOfTheLast) {
   submit('H', 8);
   submit('b', 1);
   EXPECT_EQ(names_after_all(), "xxxxaaHHHHbHHHH");
+}
+
+TEST_F(IoQueueOrderTest, ATurnIsNotCutShortByACanceledOne) {
+  start(4);
+  submit('x', 2);
+  wait_until_held(2);
+  submit('H', 8);
+  wait_until_held(4);  // Two requests into its turn.
+  submit('a', 6);
+  submit('b', 1);
+  EXPECT_TRUE(queue_->cancel(tickets_[1]));
+  tickets_.erase(tickets_.begin() + 1);
+  EXPECT_EQ(names_after_all(), "xxHHaaaabaa");
+}
+
+TEST_F(IoQueueOrderTest, AQueueDeeperThan32MiBHasTurnsOfItsDepth) {
+  start(6);
+  submit('x', 6);
+  wait_until_held(6);
+  submit('H', 8);
+  submit('a', 1);
+  EXPECT_EQ(names_after_all(), "xxxxxxHHHHHHaHH");
 }
 
 TEST_F(IoQueueOrderTest, APriorityThatDoesNotExistIsRefused) {

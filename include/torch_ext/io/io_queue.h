@@ -57,9 +57,9 @@ struct IoQueueStats {
 ///
 /// Order: the most urgent priority that waits has the next request; but of any
 /// 16, one is for each less urgent priority that waits. Within a priority,
-/// operations take turns of queue_depth requests, in the order of submission:
-/// operations no longer than a turn are taken in that order, and a long one
-/// holds up those behind it for no more than a turn each time round.
+/// operations of up to 32 MiB (or queue_depth requests, if that is more) have
+/// all their requests taken in the order of submission; a longer one goes to
+/// the end of the line each time it has had as much.
 /// Requests in flight end in any order.
 ///
 /// A short transfer is continued, EINTR, EAGAIN, ENOMEM and ECANCELED are
