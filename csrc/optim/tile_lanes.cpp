@@ -158,11 +158,12 @@ void TileLanes::start_read(Tile& tile) {
   tile.state = Tile::State::kReading;
   tile.start = now();
   try {
-    store_.read(tile.extent, 0,
-                tile.buffer.bytes().first(tile.extent->padded_size()),
-                [this, &tile](std::exception_ptr error) {
-                  read_ended(tile, std::move(error));
-                });
+    store_.read(
+        tile.extent, 0, tile.buffer.bytes().first(tile.extent->padded_size()),
+        [this, &tile](std::exception_ptr error) {
+          read_ended(tile, std::move(error));
+        },
+        IoPriority::kPrefetch);
     reading_.start(tile.start);
     ++in_flight_;
   } catch (...) {
@@ -175,11 +176,12 @@ void TileLanes::start_write(Tile& tile) {
   tile.state = Tile::State::kWriting;
   tile.start = now();
   try {
-    store_.write(tile.extent, 0,
-                 tile.buffer.bytes().first(tile.extent->padded_size()),
-                 [this, &tile](std::exception_ptr error) {
-                   write_ended(tile, std::move(error));
-                 });
+    store_.write(
+        tile.extent, 0, tile.buffer.bytes().first(tile.extent->padded_size()),
+        [this, &tile](std::exception_ptr error) {
+          write_ended(tile, std::move(error));
+        },
+        IoPriority::kWriteBack);
     writing_.start(tile.start);
     ++in_flight_;
   } catch (...) {

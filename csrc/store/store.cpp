@@ -51,7 +51,8 @@ struct Store::Impl {
   void check(const Extent* extent, std::uint64_t offset,
              std::span<const std::byte> bytes) const;
   Ticket submit(IoRequest::Op op, std::shared_ptr<Extent> extent,
-                std::uint64_t offset, std::span<std::byte> bytes, Done done);
+                std::uint64_t offset, std::span<std::byte> bytes, Done done,
+                IoPriority priority);
   void ended(IoRequest::Op op, Extent& extent, std::uint64_t length,
              const std::exception_ptr& error);
 
@@ -135,7 +136,7 @@ std::span<std::uint64_t> Store::Impl::checksums_of(Extent& extent,
 
 Ticket Store::Impl::submit(IoRequest::Op op, std::shared_ptr<Extent> extent,
                            std::uint64_t offset, std::span<std::byte> bytes,
-                           Done done) {
+                           Done done, IoPriority priority) {
   check(extent.get(), offset, bytes);
   IoOperation operation;
   operation.op = op;
@@ -143,6 +144,7 @@ Ticket Store::Impl::submit(IoRequest::Op op, std::shared_ptr<Extent> extent,
   operation.offset = extent->offset_ + offset;
   operation.bytes = bytes;
   operation.checksums = checksums_of(*extent, offset, bytes.size());
+  operation.priority = priority;
   operation.on_done =
       [this, op, length = bytes.size(), extent = std::move(extent),
        done = std::move(done)](std::exception_ptr error) mutable {
@@ -221,18 +223,19 @@ Extent::~Extent() {
 }
 
 Ticket Store::write(std::shared_ptr<Extent> extent, std::uint64_t offset,
-                    std::span<const std::byte> bytes, Done done) {
+                    std::span<const std::byte> bytes, Done done,
+                    IoPriority priority) {
   // The queue does not write through the pointer of a write.
   std::span<std::byte> writable{const_cast<std::byte*>(bytes.data()),
                                 bytes.size()};
   return impl_->submit(IoRequest::Op::kWrite, std::move(extent), offset,
-                       writable, std::move(done));
+                       writable, std::move(done), priority);
 }
 
 Ticket Store::read(std::shared_ptr<Extent> extent, std::uint64_t offset,
-                   std::span<std::byte> bytes, Done done) {
+                   std::span<std::byte> bytes, Done done, IoPriority priority) {
   return impl_->submit(IoRequest::Op::kRead, std::move(extent), offset, bytes,
-                       std::move(done));
+                       std::move(done), priority);
 }
 
 const AioConfig& Store::config() const noexcept { return impl_->config; }

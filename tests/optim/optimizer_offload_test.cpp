@@ -224,6 +224,28 @@ TEST_F(OptimizerOffloadTest, ATileIsUpdatedWhileTheOneBeforeIsWritten) {
   EXPECT_TRUE(adamw.equal());
 }
 
+TEST_F(OptimizerOffloadTest, ATileIsReadBeforeThoseThatWaitToBeWritten) {
+  OptimizerOffloadOptions one_slot = options();
+  one_slot.store.aio.block_size = 64 * kKiB;  // A tile is one request.
+  one_slot.store.aio.queue_depth = 1;
+  OptimizerOffload offload(one_slot);
+  ScalarAdamW adamw(offload);
+  adamw.add(6 * kPerTile);
+  adamw.step_all();
+  ASSERT_TRUE(eventually([&] { return script_->requests() == 6 + 3; }));
+  // The first write is in flight, the second queued, when a buffer is free.
+  script_->set_plan(test::only(9, test::Fault::held()));
+  adamw.on_update = [&](std::span<const StateSegment> segments) {
+    if (segments[0].first != 2 * kPerTile) return;
+    EXPECT_TRUE(eventually([&] { return script_->held() == 1; }));
+    script_->release_all();
+  };
+  adamw.step_all();
+  EXPECT_EQ(script_->log().at(9).op, IoRequest::Op::kWrite);
+  EXPECT_EQ(script_->log().at(10).op, IoRequest::Op::kRead);
+  EXPECT_TRUE(adamw.equal());
+}
+
 TEST_F(OptimizerOffloadTest, StepReturnsWithItsLastWritesInFlight) {
   OptimizerOffload offload(options());
   ScalarAdamW adamw(offload);

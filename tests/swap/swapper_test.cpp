@@ -146,6 +146,30 @@ TEST_F(SwapperTest, WorkQueuedAfterWaitSeesTheBytesThatSwapInBrings) {
   EXPECT_TRUE(saw_new);
 }
 
+TEST_F(SwapperTest, ASwapInOvertakesSwapOutsThatAreNotInFlight) {
+  SwapperOptions one_slot = scripted();
+  one_slot.store.aio.queue_depth = 1;
+  Swapper swapper(one_slot);
+  constexpr std::size_t kBlock = 64 << 10;  // Host memory, moved in place.
+  AlignedBuffer memory(4 * kBlock);
+  swapper.swap_out("in", on_host(memory.bytes(0, kBlock))).wait();
+  const std::size_t before = script_->requests();
+  script_->set_plan(test::from(before, Fault::held()));
+  std::vector<SwapTicket> tickets;
+  for (std::size_t i = 1; i < 3; ++i) {
+    tickets.push_back(swapper.swap_out(
+        std::to_string(i), on_host(memory.bytes(i * kBlock, kBlock))));
+  }
+  while (script_->held() == 0) std::this_thread::yield();
+  tickets.push_back(
+      swapper.swap_in("in", on_host(memory.bytes(3 * kBlock, kBlock))));
+  script_->release_all();
+  for (const SwapTicket& ticket : tickets) ticket.wait();
+  EXPECT_EQ(script_->log().at(before).op, IoRequest::Op::kWrite);
+  EXPECT_EQ(script_->log().at(before + 1).op, IoRequest::Op::kRead);
+  EXPECT_EQ(script_->log().at(before + 2).op, IoRequest::Op::kWrite);
+}
+
 TEST_F(SwapperTest, CopiesOfOneChunkOverlapTheWriteOfAnother) {
   script_->set_plan(test::from(0, Fault::held()));
   Swapper swapper(scripted());

@@ -12,6 +12,7 @@
 
 #include "torch_ext/config/aio_config.h"
 #include "torch_ext/io/io_engine.h"
+#include "torch_ext/io/io_queue.h"
 #include "torch_ext/io/ticket.h"
 
 namespace torch_ext {
@@ -71,12 +72,14 @@ class Store {
   /// throw. Errors: std::invalid_argument here; the rest through done and
   /// ticket.
   Ticket write(std::shared_ptr<Extent> extent, std::uint64_t offset,
-               std::span<const std::byte> bytes, Done done = {});
+               std::span<const std::byte> bytes, Done done = {},
+               IoPriority priority = IoPriority::kNow);
 
   /// Reads what was written there, with the same rules. Bytes that differ
   /// from the checksum kept by write() are an EIO, and are not published.
   Ticket read(std::shared_ptr<Extent> extent, std::uint64_t offset,
-              std::span<std::byte> bytes, Done done = {});
+              std::span<std::byte> bytes, Done done = {},
+              IoPriority priority = IoPriority::kNow);
 
   const AioConfig& config() const noexcept;
   /// Bytes to which extents are padded: a multiple of 4096.
