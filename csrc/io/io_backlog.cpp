@@ -70,17 +70,15 @@ void IoBacklog::remove(RunningOperation* operation) {
 /// The most urgent one that waits, unless one below has waited too long.
 IoBacklog::Class& IoBacklog::next_class() {
   Class* next = nullptr;
+  bool waited_too_long = false;
   for (Class& each : classes_) {
     if (each.operations.empty()) continue;
     if (next == nullptr) {
       next = &each;
-    } else if (each.passed_over >= kShare - 1) {
+    } else if (++each.passed_over >= kShare && !waited_too_long) {
+      waited_too_long = true;
       next = &each;
-      break;
     }
-  }
-  for (Class& each : classes_) {
-    if (!each.operations.empty()) ++each.passed_over;
   }
   next->passed_over = 0;
   return *next;

@@ -61,7 +61,7 @@ class IoBacklog {
   struct Class {
     OperationList operations;
     std::size_t turn = 0;         ///< Pieces of the first in its turn.
-    std::size_t passed_over = 0;  ///< Pieces of others while it waited.
+    std::size_t passed_over = 0;  ///< Pieces of others that it waited for.
   };
 
   Class& class_of(const RunningOperation& operation);
