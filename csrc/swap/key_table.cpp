@@ -35,8 +35,7 @@ std::size_t Version::granule() const { return store.granule(); }
 void Version::start(IoRequest::Op op, std::uint64_t offset,
                     std::span<std::byte> bytes, Done done) {
   if (op == IoRequest::Op::kWrite) {
-    store.write(extent, offset, bytes, std::move(done),
-                IoPriority::kWriteBack);
+    store.write(extent, offset, bytes, std::move(done), IoPriority::kWriteBack);
   } else {
     store.read(extent, offset, bytes, std::move(done));
   }
