@@ -120,8 +120,12 @@ def have_fio() -> bool:
     return found
 
 
-def fio(rw: str, path: Path, total: int, block: int) -> Rate:
-    """What fio reaches by its own clock, which excludes its start."""
+def fio(rw: str, path: Path, total: int, block: int, **more: Any) -> Rate:
+    """What fio reaches by its own clock, which excludes its start.
+
+    ``more``: options of its own, added or in place of ours; with ``directory``
+    the path is left out.
+    """
     options = {
         "name": "limit",
         "filename": path,
@@ -133,7 +137,9 @@ def fio(rw: str, path: Path, total: int, block: int) -> Rate:
         "direct": 1,
         "randrepeat": 0,
         "output-format": "json",
-    }
+    } | more
+    if "directory" in more:
+        del options["filename"]
     command = ["fio", *(f"--{key}={value}" for key, value in options.items())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

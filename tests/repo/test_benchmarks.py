@@ -102,6 +102,22 @@ def test_io_without_fio_says_so_and_has_our_figures(bench, monkeypatch, capsys):
     assert "-" not in {ours for ours, *_ in rows.values()}
 
 
+def test_files_sets_the_handle_beside_others_on_the_same_files(
+    bench, disk, fake_fio, monkeypatch, capsys
+):
+    fake_fio(FIO)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    result = bench("files")
+    assert "DeepSpeed is not installed" in capsys.readouterr().err
+    rows = cells(result)
+    (sample,) = result["measurements"]["16 x 64 KiB"]["read"]
+    ours, to_fio, to_deepspeed, to_save, *_ = rows["16 x 64 KiB, read"]
+    assert float(to_fio) == pytest.approx(sample["ours"]["gib_per_second"] / 4, abs=0.01)
+    assert to_deepspeed == to_save == "-"
+    assert "-" not in rows["1 x 4 MiB, write"][:2] + rows["1 x 4 MiB, write"][3:4]
+    assert os.listdir(disk) == []
+
+
 def test_transfer_that_brings_back_other_bytes_is_an_error(module, disk):
     transfers = module("transfers")
     transfer = transfers.Transfer(
