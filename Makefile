@@ -4,7 +4,7 @@ PY := .venv/bin/python
 ARGS ?=
 DEMO_ARGS ?=
 
-.PHONY: help demo test test-deepspeed test-mutants bench deps lint tidy format clean
+.PHONY: help demo test test-faults test-deepspeed test-mutants bench deps lint tidy format clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -20,6 +20,10 @@ test: ## GoogleTest and pytest (ARGS go to pytest)
 test-mutants: ## Break the code in known ways; each named test must notice
 	@tools/setup.sh tests
 	@$(PY) tests/mutants/run.py $(ARGS)
+
+test-faults: ## Faults of disk, kernel and caller, on every engine (minutes)
+	@tools/setup.sh tests
+	@TORCH_EXT_TEST_FAULTS=all tools/test.sh tests/fault $(ARGS)
 
 test-deepspeed: ## DeepSpeed's ZeRO-3 on its own I/O and on ours (minutes: it compiles its op)
 	@tools/setup.sh tests
