@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torch_ext import TensorSwapper
+from torch_ext import TensorSwapper, aio_handle
 
 pytestmark = pytest.mark.gpu
 
@@ -114,3 +114,27 @@ def test_offloaded_adamw_trains_cuda_parameters(nvme_dir):
     ours = train(lambda p: OffloadedAdamW(p, lr=1e-2, nvme_path=nvme_dir, host_memory="32MiB"))
     theirs = train(lambda p: torch.optim.AdamW(p, lr=1e-2))
     assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_aio_handle_moves_cuda_tensors_in_order_with_kernels(nvme_dir):
+    name = str(nvme_dir / "x")
+    with aio_handle(strict=True, host_memory="16MiB") as handle:
+        tensor = torch.zeros(9_000_001, device="cuda")
+        long_kernel()
+        tensor.fill_(3)
+        handle.async_pwrite(tensor, name, 5)
+        assert handle.wait() == 1
+        out = torch.ones_like(tensor)
+        long_kernel()
+        seen = out.clone()
+        handle.async_pread(out, name, 5)
+        assert handle.wait() == 1
+        assert bool((out == 3).all())
+        assert bool((seen == 1).all())
+
+
+def test_locked_tensors_are_page_locked_for_the_gpu():
+    with aio_handle() as handle:
+        tensor = handle.new_cpu_locked_tensor(1000, torch.zeros(0))
+        assert tensor.is_pinned()
+        assert tensor[5:10].is_pinned()
