@@ -412,8 +412,9 @@ void CopyThread::finish(const OperationPtr& operation) {
   operation->target.reset();
   operation->start.reset();
   operation->retired->add(std::move(operation->bytes.keep_alive));
-  if (!operation->is_staged) operation->staged.finish(error);
+  // In this order, so that wait() of a swap_in never ends before done().
   operation->ended.finish(error);
+  if (!operation->is_staged) operation->staged.finish(error);
   std::lock_guard lock(mutex_);
   ++finished_count_;
   --unfinished_;

@@ -79,7 +79,8 @@ bool SwapTicket::wait_for(std::chrono::nanoseconds timeout) const {
 
 bool SwapTicket::wait_source_for(std::chrono::nanoseconds timeout) const {
   check_process(operation_->owner, "ticket");
-  return !operation_->out() || operation_->staged.ticket().wait_for(timeout);
+  return !operation_->out() || operation_->ended.ticket().done() ||
+         operation_->staged.ticket().wait_for(timeout);
 }
 
 TimeoutError SwapTicket::timed_out(std::chrono::nanoseconds timeout) const {
