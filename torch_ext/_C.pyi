@@ -48,7 +48,7 @@ class TensorSwapper:
     def engine(self) -> str: ...
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        directories: list[tuple[str | bytes | os.PathLike[str], int]],
         aio: AioConfig,
         host_memory: int,
         engine: str,
@@ -96,7 +96,7 @@ class AdamWEngine:
     def engine(self) -> str: ...
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        directories: list[tuple[str | bytes | os.PathLike[str], int]],
         aio: AioConfig,
         host_memory: int,
         engine: str,

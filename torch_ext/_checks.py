@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _logger = logging.getLogger("torch_ext")
@@ -35,6 +36,46 @@ def directory_of(value: str | os.PathLike[str], name: str) -> str | bytes:
     return path
 
 
+#: Where a store may be: a directory, several, or several with their weights.
+Directories = (
+    str
+    | os.PathLike[str]
+    | Sequence[str | os.PathLike[str]]
+    | Mapping[str | os.PathLike[str], int]
+)
+
+
+def directories_of(value: Directories, name: str) -> list[tuple[str | bytes, int]]:
+    """Returns the directories of the argument ``name`` with their weights.
+
+    Raises:
+        TypeError: It is neither a path nor paths, or a weight is no int.
+        ValueError: There is none, no path can look like this, or a weight is
+            out of range.
+    """
+    if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, Mapping)):
+        return [(directory_of(value, name), 1)]
+    several = value.items() if isinstance(value, Mapping) else [(path, 1) for path in value]
+    weights: dict[str | bytes, int] = {}
+    for path, weight in several:
+        directory = directory_of(path, name)
+        if directory in weights:
+            raise ValueError(f"{name} has {directory!r} twice")
+        if isinstance(weight, bool) or not isinstance(weight, int):
+            raise TypeError(
+                f"{name}: the weight of {directory!r} must be an int, not "
+                f"{type(weight).__name__}"
+            )
+        if not 1 <= weight <= 100:
+            raise ValueError(
+                f"{name}: the weight of {directory!r} must be from 1 to 100, got {weight}"
+            )
+        weights[directory] = weight
+    if not weights:
+        raise ValueError(f"{name} names no directory")
+    return list(weights.items())
+
+
 def engine_of(value: str) -> str:
     """Returns the argument ``engine``; the library knows the names."""
     if not isinstance(value, str):
@@ -42,6 +83,22 @@ def engine_of(value: str) -> str:
             f"engine must be a str such as 'auto' or 'libaio', not {type(value).__name__}"
         )
     return value.encode("utf-8", "backslashreplace").decode()
+
+
+_engines_logged: set[str] = set()
+
+
+def log_notes(notes: list[str]) -> None:
+    """Logs what the library notes: the engine that was chosen once, at the
+    level INFO if it is the first choice, the rest as warnings.
+    """
+    for note in notes:
+        if not note.startswith("I/O engine "):
+            _logger.warning("%s", note)
+        elif note not in _engines_logged:
+            _engines_logged.add(note)
+            level = logging.WARNING if " instead of " in note else logging.INFO
+            _logger.log(level, "%s", note)
 
 
 class Life:

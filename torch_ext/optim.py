@@ -23,7 +23,14 @@ from torch_ext._adamw_groups import (
     paired,
     read_entry,
 )
-from torch_ext._checks import Life, close_quietly, directory_of, engine_of
+from torch_ext._checks import (
+    Directories,
+    Life,
+    close_quietly,
+    directories_of,
+    engine_of,
+    log_notes,
+)
 from torch_ext._native import _C
 from torch_ext.config import AioConfig, parse_size, resolve_aio_config
 
@@ -65,7 +72,8 @@ class OffloadedAdamW(torch.optim.Optimizer):
         weight_decay: Coefficient of decoupled weight decay.
         amsgrad: Must be False.
         maximize: Whether the objective is maximized.
-        nvme_path: Directory on the drive to be used.
+        nvme_path: Directory on the drive to be used. Several drives are given
+            as to ``TensorSwapper``; the first has room for a ``state_dict()``.
         host_memory: Most bytes of host memory for buffers, as 2**29 or
             "512MiB"; at least 240 KiB.
         aio: What ``get_aio_config`` takes or returns; None: the defaults.
@@ -93,7 +101,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
-        nvme_path: str | os.PathLike[str],
+        nvme_path: Directories,
         host_memory: int | str = "512MiB",
         aio: AioConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
         engine: str = "auto",
@@ -117,14 +125,13 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self._slots: dict[Tensor, int] = {}
         self._life = Life("optimizer")
         self._engine = _C.AdamWEngine(
-            directory_of(nvme_path, "nvme_path"),
+            directories_of(nvme_path, "nvme_path"),
             resolve_aio_config(aio, stacklevel=3),
             parse_size(host_memory),
             engine_of(engine),
             bool(verify),
         )
-        for note in self._engine.notes():
-            _logger.warning("%s", note)
+        log_notes(self._engine.notes())
         # At exit the I/O must have ended before the interpreter is taken down.
         self._finalizer = weakref.finalize(
             self, close_quietly, self._engine, os.getpid(), "an OffloadedAdamW"

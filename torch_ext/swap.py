@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 
-from torch_ext._checks import Life, close_quietly, directory_of, engine_of
+from torch_ext._checks import (
+    Directories,
+    Life,
+    close_quietly,
+    directories_of,
+    engine_of,
+    log_notes,
+)
 from torch_ext._native import _C
 from torch_ext.config import AioConfig, parse_size, resolve_aio_config
 
@@ -47,7 +54,12 @@ class TensorSwapper:
     Threads may share a swapper. A forked child may not use it (RuntimeError).
 
     Args:
-        directory: Where the scratch file is made, on the drive to be used.
+        directory: Where the scratch file is made, on the drive to be used. For
+            several drives, a list with a directory on each, or a dict of
+            directories and weights: the blocks of each tensor go to them in
+            turn, in proportion to the weights (1 to 100; all 1 for a list).
+            Each drive has I/O threads of its own. One that fails or is full
+            is an error that names its directory.
         config: What ``get_aio_config`` takes or returns; None: the defaults.
         host_memory: Bytes of page-locked host buffers, such as 2**28 or
             "256MiB"; at least ``block_size``.
@@ -66,7 +78,7 @@ class TensorSwapper:
 
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        directory: Directories,
         config: AioConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
         *,
         host_memory: int | str = "256MiB",
@@ -75,7 +87,7 @@ class TensorSwapper:
     ) -> None:
         self._life = Life("swapper")
         self._swapper = _C.TensorSwapper(
-            directory_of(directory, "directory"),
+            directories_of(directory, "directory"),
             resolve_aio_config(config, stacklevel=3),
             parse_size(host_memory),
             engine_of(engine),
@@ -218,8 +230,7 @@ class TensorSwapper:
 
     def _log_notes(self) -> None:
         notes = self._swapper.notes()
-        for note in notes[self._notes_logged :]:
-            _logger.warning("%s", note)
+        log_notes(notes[self._notes_logged :])
         self._notes_logged = len(notes)
 
 

@@ -109,18 +109,18 @@ void load(AdamWEngine& engine, const std::vector<SavedArgs>& from) {
 void bind_optimizer(py::module_& m) {
   py::class_<AdamWEngine, std::unique_ptr<AdamWEngine, DeleteWithoutGil>>(
       m, "AdamWEngine", py::module_local())
-      .def(py::init([](std::filesystem::path directory, const AioConfig& aio,
+      .def(py::init([](const Directories& directories, const AioConfig& aio,
                        std::uint64_t host_memory, std::string engine,
                        bool verify) {
              py::gil_scoped_release released;
              return std::unique_ptr<AdamWEngine, DeleteWithoutGil>(
-                 new AdamWEngine({.store = {.directory = std::move(directory),
+                 new AdamWEngine({.store = {.directory = to_list(directories),
                                             .aio = aio,
                                             .engine = std::move(engine),
                                             .verify = verify},
                                   .host_memory = host_memory}));
            }),
-           py::arg("directory"), py::arg("aio"), py::arg("host_memory"),
+           py::arg("directories"), py::arg("aio"), py::arg("host_memory"),
            py::arg("engine"), py::arg("verify"))
       .def("add", &AdamWEngine::add, py::arg("parameter"))
       .def(

@@ -127,22 +127,32 @@ py::dict to_dict(const torch_ext::SwapperStats& stats) {
       "disk_file_size"_a = stats.store.file_size);
 }
 
+/// Paths and their weights.
+using Directories = std::vector<std::pair<std::filesystem::path, int>>;
+
+torch_ext::DirectoryList to_list(const Directories& directories) {
+  std::vector<torch_ext::WeightedDirectory> list;
+  list.reserve(directories.size());
+  for (const auto& [path, weight] : directories) list.push_back({path, weight});
+  return list;
+}
+
 void bind_swap(py::module_& m) {
   bind_ticket(m);
   py::class_<TensorSwapper, std::unique_ptr<TensorSwapper, DeleteWithoutGil>>(
       m, "TensorSwapper", py::module_local())
-      .def(py::init([](std::filesystem::path directory, const AioConfig& aio,
+      .def(py::init([](const Directories& directories, const AioConfig& aio,
                        std::uint64_t host_memory, std::string engine,
                        bool verify) {
              py::gil_scoped_release released;
              return std::unique_ptr<TensorSwapper, DeleteWithoutGil>(
-                 new TensorSwapper({.store = {.directory = std::move(directory),
+                 new TensorSwapper({.store = {.directory = to_list(directories),
                                               .aio = aio,
                                               .engine = std::move(engine),
                                               .verify = verify},
                                     .host_memory = host_memory}));
            }),
-           py::arg("directory"), py::arg("aio"), py::arg("host_memory"),
+           py::arg("directories"), py::arg("aio"), py::arg("host_memory"),
            py::arg("engine"), py::arg("verify"))
       .def("swap_out", &TensorSwapper::swap_out, py::arg("key"),
            py::arg("tensor"), release_gil())

@@ -14,25 +14,30 @@ MadeQueue make_queue(const AioConfig& config, const std::string& engine,
   };
   if (factory) return {std::make_unique<IoQueue>(config, factory), "custom"};
   if (engine != "auto") return with(engine);
-  // The first two are equally fast.
-  std::string note = "I/O engine threads instead of libaio or io_uring";
-  if (direct) {
-    for (const char* name : {"libaio", "io_uring"}) {
-      std::string why_not = engine_unavailable_reason(name);
-      try {
-        if (why_not.empty()) return with(name);
-      } catch (const IoError& error) {
-        // The kernel has it, but not enough for this depth and thread count.
-        why_not = error.what();
-      }
-      note += std::string("; ") + name + ": " + why_not;
-    }
-  } else {
-    note += ", which are for files with direct I/O";
+  std::string why_not_others;
+  const auto chosen = [&](const std::string& name) {
+    MadeQueue made = with(name);
+    made.note = "I/O engine " + name + why_not_others;
+    return made;
+  };
+  if (!direct) {
+    why_not_others =
+        " instead of libaio or io_uring, which are for files with direct I/O";
+    return chosen("threads");
   }
-  MadeQueue made = with("threads");
-  made.note = std::move(note);
-  return made;
+  // The first two are equally fast; the first needs no locked memory.
+  for (const std::string name : {"libaio", "io_uring"}) {
+    std::string why_not = engine_unavailable_reason(name);
+    try {
+      if (why_not.empty()) return chosen(name);
+    } catch (const IoError& error) {
+      // The kernel has it, but not enough for this depth and thread count.
+      why_not = error.what();
+    }
+    why_not_others += (why_not_others.empty() ? " instead of " : "; ") + name +
+                      " (" + why_not + ")";
+  }
+  return chosen("threads");
 }
 
 }  // namespace torch_ext

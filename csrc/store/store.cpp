@@ -1,106 +1,182 @@
 #include "torch_ext/store/store.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <map>
 #include <mutex>
-#include <optional>
 #include <stdexcept>
 #include <utility>
 
-#include "space_map.h"
+#include "drive.h"
+#include "stripe_map.h"
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/error.h"
-#include "torch_ext/io/file.h"
-#include "torch_ext/io/io_queue.h"
 #include "torch_ext/io/make_queue.h"
 
 namespace torch_ext {
 namespace {
 
-// The file grows in steps, so that small extents do not cost a system call
-// each.
-constexpr std::uint64_t kGrowth = std::uint64_t{16} << 20;
+constexpr std::uint64_t kNoSpace = ~std::uint64_t{0};
+
+std::vector<int> weights_of(const DirectoryList& directories) {
+  if (directories.all().empty()) {
+    throw std::invalid_argument("store: no directory is given");
+  }
+  std::vector<int> weights;
+  for (const WeightedDirectory& directory : directories.all()) {
+    if (directory.weight < 1 || directory.weight > 100) {
+      throw std::invalid_argument("the weight of " + directory.path.string() +
+                                  " must be from 1 to 100, got " +
+                                  std::to_string(directory.weight));
+    }
+    weights.push_back(directory.weight);
+  }
+  return weights;
+}
+
+// Requests to several drives that are one operation; it ends with the last.
+class Join {
+ public:
+  Join(std::size_t count, Store::Done done)
+      : left_(count), done_(std::move(done)) {}
+
+  Ticket ticket() const { return source_.ticket(); }
+  void end(std::exception_ptr error, std::size_t count = 1) {
+    if (error != nullptr) {
+      std::lock_guard lock(mutex_);
+      if (error_ == nullptr) error_ = std::move(error);
+    }
+    // The last one sees what the others wrote.
+    if (left_.fetch_sub(count) != count) return;
+    done_(error_);
+    source_.finish(error_);
+  }
+
+ private:
+  std::atomic<std::size_t> left_;
+  std::mutex mutex_;
+  std::exception_ptr error_;
+  Store::Done done_;
+  TicketSource source_;
+};
 
 }  // namespace
 
 struct Store::Impl {
   explicit Impl(const StoreOptions& options)
-      : file(std::make_shared<File>(File::scratch(options.directory))),
-        config(options.aio),
-        verify(options.verify) {
+      : config(options.aio),
+        verify(options.verify),
+        stripes(weights_of(options.directory)) {
+    for (const WeightedDirectory& directory : options.directory.all()) {
+      add_drive(directory.path);
+    }
     config.validate();
-    if (!is_aligned(config.block_size, file->granule())) {
+    if (!is_aligned(config.block_size, granule)) {
       throw std::invalid_argument("aio: block_size must be a multiple of " +
-                                  std::to_string(file->granule()) +
-                                  " for files in " +
-                                  options.directory.string() + ", got " +
+                                  std::to_string(granule) + " for files in " +
+                                  granule_of + ", got " +
                                   std::to_string(config.block_size));
     }
-    MadeQueue made = make_queue(config, options.engine, file->direct(),
-                                options.engine_factory);
-    queue = std::move(made.queue);
-    engine = std::move(made.engine);
-    if (!made.note.empty()) notes.push_back(std::move(made.note));
-    if (!file->direct()) notes.push_back(file->buffered_reason());
+    add_queues(options);
   }
 
-  std::optional<std::uint64_t> take_free(std::uint64_t bytes);
-  std::uint64_t take_space(std::uint64_t bytes);
+  void add_drive(const std::filesystem::path& directory);
+  void add_queues(const StoreOptions& options);
+  void add_note(const std::string& note);
+
+  /// The slots of an extent's blocks: [first, last).
+  std::uint64_t last_slot(const Extent& extent) const {
+    return extent.first_slot_ +
+           align_up(extent.padded_size_, config.block_size) / config.block_size;
+  }
+  std::uint64_t bytes_on(std::size_t drive, const Extent& extent) const;
   std::span<std::uint64_t> checksums_of(Extent& extent, std::uint64_t offset,
                                         std::uint64_t length) const;
   void check(const Extent* extent, std::uint64_t offset,
              std::span<const std::byte> bytes) const;
+
+  /// Some bytes of an extent that are neighbours on one drive.
+  struct Run {
+    std::size_t drive;
+    std::uint64_t offset;  ///< In the drive's file.
+    std::span<std::byte> bytes;
+    std::span<std::uint64_t> checksums;
+  };
+  std::vector<Run> runs_of(Extent& extent, std::uint64_t offset,
+                           std::span<std::byte> bytes) const;
+  Ticket submit(IoRequest::Op op, const Run& run, Done done,
+                IoPriority priority);
   Ticket submit(IoRequest::Op op, std::shared_ptr<Extent> extent,
                 std::uint64_t offset, std::span<std::byte> bytes, Done done,
                 IoPriority priority);
   void ended(IoRequest::Op op, Extent& extent, std::uint64_t length,
              const std::exception_ptr& error);
 
-  std::shared_ptr<const File> file;
   AioConfig config;
   bool verify;
+  StripeMap stripes;
+  std::vector<std::unique_ptr<Drive>> drives;
+  std::size_t granule = 0;
+  std::string granule_of;  ///< Which directory demands it.
+  std::size_t memory_alignment = 0;
   std::string engine;
   std::vector<std::string> notes;
-  std::unique_ptr<IoQueue> queue;
+  std::atomic<std::uint64_t> next_slot = 0;
 
-  std::mutex growth_mutex;  // Before the other.
   mutable std::mutex mutex;
-  SpaceMap space;
-  StoreStats stats;
+  StoreStats stats;  ///< Of operations.
+
+  /// One per block device. The last member: their threads use the others.
+  std::vector<std::unique_ptr<IoQueue>> queues;
 };
 
-std::optional<std::uint64_t> Store::Impl::take_free(std::uint64_t bytes) {
-  std::lock_guard lock(mutex);
-  const auto offset = space.take(bytes);
-  if (offset) stats.allocated += bytes;
-  return offset;
+void Store::Impl::add_drive(const std::filesystem::path& directory) {
+  auto drive = std::make_unique<Drive>(directory);
+  const File& file = *drive->file;
+  if (file.granule() > granule) {
+    granule = file.granule();
+    granule_of = directory.string();
+  }
+  memory_alignment = std::max(memory_alignment, file.memory_alignment());
+  drives.push_back(std::move(drive));
 }
 
-std::uint64_t Store::Impl::take_space(std::uint64_t bytes) {
-  // Without the lock of the space map, which those who do not wait take.
-  std::lock_guard one_grows(growth_mutex);
-  for (;;) {
-    if (const auto offset = take_free(bytes)) return *offset;
-    std::unique_lock lock(mutex);
-    const std::uint64_t old_size = stats.file_size;
-    const std::uint64_t tail = space.tail(old_size);
-    lock.unlock();
-    if (tail >= bytes) continue;
-    const std::uint64_t missing = bytes - tail;
-    std::uint64_t growth = align_up(missing, kGrowth);
-    try {
-      file->reserve(old_size, growth);
-    } catch (const IoError& error) {
-      const bool limit = error.error() == ENOSPC || error.error() == EFBIG ||
-                         error.error() == EDQUOT;
-      if (!limit || growth == missing) throw;
-      growth = missing;
-      file->reserve(old_size, growth);
+void Store::Impl::add_queues(const StoreOptions& options) {
+  std::map<std::uint64_t, IoQueue*> of_device;
+  for (const std::unique_ptr<Drive>& drive : drives) {
+    const File& file = *drive->file;
+    IoQueue*& queue = of_device[file.identity().device];
+    if (queue == nullptr) {
+      MadeQueue made = make_queue(config, options.engine, file.direct(),
+                                  options.engine_factory);
+      queue = made.queue.get();
+      queues.push_back(std::move(made.queue));
+      if (!made.note.empty()) add_note(made.note);
+      if (engine.find(made.engine) == std::string::npos) {
+        engine += (engine.empty() ? "" : ", ") + made.engine;
+      }
     }
-    lock.lock();
-    stats.file_size += growth;
-    space.give(old_size, growth);
+    if (!file.direct()) add_note(file.buffered_reason());
+    drive->queue = queue;
   }
+}
+
+void Store::Impl::add_note(const std::string& note) {
+  if (std::find(notes.begin(), notes.end(), note) == notes.end()) {
+    notes.push_back(note);
+  }
+}
+
+std::uint64_t Store::Impl::bytes_on(std::size_t drive,
+                                    const Extent& extent) const {
+  const std::uint64_t last = last_slot(extent);
+  const std::uint64_t blocks = stripes.count(drive, extent.first_slot_, last);
+  if (blocks == 0) return 0;
+  const std::uint64_t missing =
+      (last - extent.first_slot_) * config.block_size - extent.padded_size_;
+  return blocks * config.block_size -
+         (stripes.drive_of(last - 1) == drive ? missing : 0);
 }
 
 void Store::Impl::check(const Extent* extent, std::uint64_t offset,
@@ -113,14 +189,14 @@ void Store::Impl::check(const Extent* extent, std::uint64_t offset,
       bytes.size() > padded - offset ||
       (!is_aligned(bytes.size(), config.block_size) &&
        offset + bytes.size() != padded) ||
-      !is_aligned(bytes.data(), file->memory_alignment())) {
+      !is_aligned(bytes.data(), memory_alignment)) {
     throw std::invalid_argument(
         "store: offset " + std::to_string(offset) + " and length " +
         std::to_string(bytes.size()) + " do not fit an extent of " +
         std::to_string(padded) + " bytes in blocks of " +
         std::to_string(config.block_size) +
         ", or the address is not a multiple of " +
-        std::to_string(file->memory_alignment()));
+        std::to_string(memory_alignment));
   }
 }
 
@@ -134,26 +210,73 @@ std::span<std::uint64_t> Store::Impl::checksums_of(Extent& extent,
   return std::span(extent.checksums_).subspan(first, last - first);
 }
 
+std::vector<Store::Impl::Run> Store::Impl::runs_of(
+    Extent& extent, std::uint64_t offset, std::span<std::byte> bytes) const {
+  std::vector<Run> runs;
+  std::uint64_t slot = extent.first_slot_ + offset / config.block_size;
+  for (std::size_t begin = 0; begin < bytes.size();) {
+    const std::size_t drive = stripes.drive_of(slot);
+    const std::uint64_t before =
+        stripes.count(drive, extent.first_slot_, slot) * config.block_size;
+    std::size_t end = begin;
+    do {
+      end += std::min<std::size_t>(config.block_size, bytes.size() - end);
+      ++slot;
+    } while (end < bytes.size() && stripes.drive_of(slot) == drive);
+    runs.push_back({drive, extent.offsets_[drive] + before,
+                    bytes.subspan(begin, end - begin),
+                    checksums_of(extent, offset + begin, end - begin)});
+    begin = end;
+  }
+  return runs;
+}
+
+Ticket Store::Impl::submit(IoRequest::Op op, const Run& run, Done done,
+                           IoPriority priority) {
+  IoOperation operation;
+  operation.op = op;
+  operation.file = drives[run.drive]->file;
+  operation.offset = run.offset;
+  operation.bytes = run.bytes;
+  operation.checksums = run.checksums;
+  operation.priority = priority;
+  operation.on_done = std::move(done);
+  return drives[run.drive]->queue->submit(std::move(operation));
+}
+
 Ticket Store::Impl::submit(IoRequest::Op op, std::shared_ptr<Extent> extent,
                            std::uint64_t offset, std::span<std::byte> bytes,
                            Done done, IoPriority priority) {
   check(extent.get(), offset, bytes);
-  IoOperation operation;
-  operation.op = op;
-  operation.file = file;
-  operation.offset = extent->offset_ + offset;
-  operation.bytes = bytes;
-  operation.checksums = checksums_of(*extent, offset, bytes.size());
-  operation.priority = priority;
-  operation.on_done =
-      [this, op, length = bytes.size(), extent = std::move(extent),
-       done = std::move(done)](std::exception_ptr error) mutable {
-        ended(op, *extent, length, error);
-        // Whoever hears of the end may count on the space.
-        extent.reset();
-        if (done) done(error);
-      };
-  return queue->submit(std::move(operation));
+  Extent& target = *extent;
+  Done last = [this, op, length = bytes.size(), extent = std::move(extent),
+               done = std::move(done)](std::exception_ptr error) mutable {
+    ended(op, *extent, length, error);
+    // Whoever hears of the end may count on the space.
+    extent.reset();
+    if (done) done(error);
+  };
+  if (drives.size() == 1 || bytes.empty()) {
+    return submit(op,
+                  {0, bytes.empty() ? 0 : target.offsets_[0] + offset, bytes,
+                   checksums_of(target, offset, bytes.size())},
+                  std::move(last), priority);
+  }
+  const std::vector<Run> runs = runs_of(target, offset, bytes);
+  const auto join = std::make_shared<Join>(runs.size(), std::move(last));
+  Ticket ticket = join->ticket();
+  for (std::size_t i = 0; i < runs.size(); ++i) {
+    try {
+      submit(
+          op, runs[i], [join](std::exception_ptr error) { join->end(error); },
+          priority);
+    } catch (...) {
+      // Those before it have the memory until they end.
+      join->end(std::current_exception(), runs.size() - i);
+      break;
+    }
+  }
+  return ticket;
 }
 
 void Store::Impl::ended(IoRequest::Op op, Extent& extent, std::uint64_t length,
@@ -180,8 +303,8 @@ Store::Store(const StoreOptions& options)
     : impl_(std::make_shared<Impl>(options)) {}
 
 Store::~Store() {
-  // Extents may live on and keep the space map; the threads may not.
-  impl_->queue.reset();
+  // Extents may live on and keep the space maps; the threads may not.
+  impl_->queues.clear();
 }
 
 std::shared_ptr<Extent> Store::allocate(std::uint64_t bytes) {
@@ -198,28 +321,39 @@ std::shared_ptr<Extent> Store::allocate(std::uint64_t bytes, bool may_grow) {
                                 " bytes");
   }
   std::shared_ptr<Extent> extent(new Extent);
+  const std::uint64_t block = impl_->config.block_size;
   const std::uint64_t padded = align_up(bytes, granule());
-  if (impl_->verify) {
-    const std::uint64_t block = impl_->config.block_size;
-    extent->checksums_.resize(align_up(padded, block) / block);
-  }
-  if (padded > 0) {
-    const auto offset =
-        may_grow ? impl_->take_space(padded) : impl_->take_free(padded);
-    if (!offset) return nullptr;
-    extent->offset_ = *offset;
-  }
+  const std::uint64_t blocks = align_up(padded, block) / block;
+  if (impl_->verify) extent->checksums_.resize(blocks);
+  extent->offsets_.assign(impl_->drives.size(), kNoSpace);
+  extent->first_slot_ =
+      impl_->next_slot.fetch_add(blocks) % impl_->stripes.period();
   extent->size_ = bytes;
   extent->padded_size_ = padded;
+  // Should one have no space, the extent gives back that of those before it.
   extent->store_ = impl_;
+  for (std::size_t i = 0; i < impl_->drives.size(); ++i) {
+    const std::uint64_t part = impl_->bytes_on(i, *extent);
+    if (part == 0) continue;
+    const auto offset = impl_->drives[i]->take(part, may_grow);
+    if (!offset) return nullptr;
+    extent->offsets_[i] = *offset;
+  }
   return extent;
 }
 
+std::uint64_t Extent::offset(std::size_t directory) const {
+  return offsets_.at(directory);
+}
+
 Extent::~Extent() {
-  if (store_ == nullptr || padded_size_ == 0) return;
-  std::lock_guard lock(store_->mutex);
-  store_->stats.allocated -= padded_size_;
-  if (!quarantined_) store_->space.give(offset_, padded_size_);
+  if (store_ == nullptr) return;
+  for (std::size_t i = 0; i < offsets_.size(); ++i) {
+    if (offsets_[i] == kNoSpace) continue;
+    Drive& drive = *store_->drives[i];
+    const std::uint64_t bytes = store_->bytes_on(i, *this);
+    quarantined_ ? drive.give_up(bytes) : drive.give(offsets_[i], bytes);
+  }
 }
 
 Ticket Store::write(std::shared_ptr<Extent> extent, std::uint64_t offset,
@@ -240,23 +374,29 @@ Ticket Store::read(std::shared_ptr<Extent> extent, std::uint64_t offset,
 
 const AioConfig& Store::config() const noexcept { return impl_->config; }
 
-std::size_t Store::granule() const noexcept { return impl_->file->granule(); }
+std::size_t Store::granule() const noexcept { return impl_->granule; }
 
 std::size_t Store::memory_alignment() const noexcept {
-  return impl_->file->memory_alignment();
+  return impl_->memory_alignment;
 }
 
 const std::string& Store::engine() const noexcept { return impl_->engine; }
-
-const std::string& Store::path() const noexcept { return impl_->file->path(); }
 
 const std::vector<std::string>& Store::notes() const noexcept {
   return impl_->notes;
 }
 
 StoreStats Store::stats() const {
-  std::lock_guard lock(impl_->mutex);
-  return impl_->stats;
+  StoreStats result;
+  {
+    std::lock_guard lock(impl_->mutex);
+    result = impl_->stats;
+  }
+  for (const std::unique_ptr<Drive>& drive : impl_->drives) {
+    result.allocated += drive->allocated();
+    result.file_size += drive->file_size();
+  }
+  return result;
 }
 
 }  // namespace torch_ext

@@ -409,3 +409,50 @@ def test_the_example_of_the_issue_runs(nvme_dir):
         out.wait(timeout=60)
         assert torch.equal(swapper.swap_in("layer.0").result(), tensor)
         assert swapper.swap_out("layer.0", tensor).result() is None
+
+
+@pytest.fixture
+def drives(tmp_path, nvme_dir):
+    paths = [nvme_dir, tmp_path / "a", tmp_path / "b"]
+    for path in paths[1:]:
+        path.mkdir()
+    return paths
+
+
+def test_tensors_are_striped_over_several_directories(drives):
+    weighted = dict(zip(map(str, drives), (3, 2, 1), strict=True))
+    tensors = [torch.randn(n) for n in (1, 1000, 3_000_000, 0)]
+    for directory in (drives, tuple(drives), weighted):
+        with TensorSwapper(directory, {"aio": {"block_size": 65536}}) as swapper:
+            for i, tensor in enumerate(tensors):
+                swapper.swap_out(str(i), tensor)
+            for i, tensor in enumerate(tensors):
+                assert torch.equal(swapper.swap_in(str(i)).result(), tensor)
+            files = [
+                os.readlink(link) for link in _open_files() if os.readlink(link).startswith("/")
+            ]
+            assert all(any(str(path) in file for file in files) for path in drives)
+
+
+def _open_files():
+    links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+    return [link for link in links if os.path.islink(link)]
+
+
+@pytest.mark.parametrize(
+    ("directory", "error", "text"),
+    [
+        ([], ValueError, "directory names no directory"),
+        ({}, ValueError, "directory names no directory"),
+        (["/var/tmp", "/var/tmp"], ValueError, "directory has '/var/tmp' twice"),
+        (["/var/tmp", 3], TypeError, "directory must be a str or os.PathLike, not int"),
+        ({"/var/tmp": "2"}, TypeError, "weight of '/var/tmp' must be an int, not str"),
+        ({"/var/tmp": True}, TypeError, "weight of '/var/tmp' must be an int, not bool"),
+        ({"/var/tmp": 0}, ValueError, "must be from 1 to 100, got 0"),
+        ({"/var/tmp": 10**30}, ValueError, "must be from 1 to 100, got 1000"),
+        (["/var/tmp", "/nowhere"], FileNotFoundError, "/nowhere"),
+    ],
+)
+def test_directories_that_make_no_sense_are_refused(directory, error, text):
+    with pytest.raises(error, match=text):
+        TensorSwapper(directory)

@@ -13,7 +13,10 @@ namespace torch_ext {
 struct MadeQueue {
   std::unique_ptr<IoQueue> queue = nullptr;
   std::string engine = {};  ///< One of engine_names(), or "custom".
-  std::string note = {};    ///< Why a slower engine was taken; else empty.
+  /// What a log should hold where the engine was chosen here: "I/O engine
+  /// NAME", and " instead of ..." with the reasons if it was not the first
+  /// choice.
+  std::string note = {};
 };
 
 /// Makes a queue for files that take direct I/O, or for such as do not.

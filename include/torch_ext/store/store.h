@@ -3,7 +3,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
-#include <filesystem>
 #include <functional>
 #include <memory>
 #include <span>
@@ -14,6 +13,7 @@
 #include "torch_ext/io/io_engine.h"
 #include "torch_ext/io/io_queue.h"
 #include "torch_ext/io/ticket.h"
+#include "torch_ext/store/directories.h"
 
 namespace torch_ext {
 
@@ -21,7 +21,9 @@ class Extent;
 
 /// How to make a Store.
 struct StoreOptions {
-  std::filesystem::path directory = {};
+  /// On several drives a store is as fast as all together and as large as
+  /// its share of the smallest allows: see Store.
+  DirectoryList directory = {};
   AioConfig aio = {};
   /// "auto" (where it works libaio, else io_uring, else threads) or one of
   /// engine_names().
@@ -38,18 +40,24 @@ struct StoreStats {
   std::uint64_t read_ops = 0;
   std::uint64_t write_ops = 0;
   std::uint64_t allocated = 0;  ///< Bytes in living extents, padded.
-  std::uint64_t file_size = 0;  ///< Bytes of the scratch file.
+  std::uint64_t file_size = 0;  ///< Bytes of the scratch files.
 };
 
-/// Scratch space in one directory: extents of an unnamed file, written and
-/// read by an IoQueue of its own. Nothing survives the process.
+/// Scratch space: extents of an unnamed file, written and read by an IoQueue of
+/// its own. Nothing survives the process.
+///
+/// In several directories there is a file in each, and a queue, with all its
+/// threads, for each block device. The blocks (block_size) of an extent go to
+/// them in turn, in proportion to their weights, and the next extent goes on
+/// where the last one ended. A directory that is full, or a drive that fails,
+/// is an error that names it: the others do not take over its share.
 /// Threads: any. The destructor waits for operations in flight.
 class Store {
  public:
   using Done = std::function<void(std::exception_ptr)>;
 
   /// Errors: std::invalid_argument (config; block_size not a multiple of the
-  /// granule), IoError (directory).
+  /// granule; no directory, a weight out of range), IoError (directory).
   explicit Store(const StoreOptions& options);
   ~Store();
   Store(const Store&) = delete;
@@ -85,8 +93,8 @@ class Store {
   /// Bytes to which extents are padded: a multiple of 4096.
   std::size_t granule() const noexcept;
   std::size_t memory_alignment() const noexcept;
+  /// Two names with a comma where drives differ.
   const std::string& engine() const noexcept;
-  const std::string& path() const noexcept;
   /// What a log should hold: chosen engine and why not another, buffered
   /// instead of direct I/O and why.
   const std::vector<std::string>& notes() const noexcept;
@@ -100,7 +108,7 @@ class Store {
   std::shared_ptr<Impl> impl_;
 };
 
-/// A piece of a Store's file. Opaque but for its size; may outlive the Store.
+/// A piece of a Store. Opaque but for its size; may outlive the Store.
 class Extent {
  public:
   ~Extent();
@@ -109,16 +117,19 @@ class Extent {
 
   std::uint64_t size() const noexcept { return size_; }  ///< As asked for.
   std::uint64_t padded_size() const noexcept { return padded_size_; }
-  std::uint64_t offset() const noexcept { return offset_; }  ///< In the file.
+  /// Of its part in the file of the directory with this number.
+  /// Errors: std::out_of_range.
+  std::uint64_t offset(std::size_t directory = 0) const;
 
  private:
   friend class Store;
   Extent() = default;
 
   std::shared_ptr<Store::Impl> store_;
-  std::uint64_t offset_ = 0;
   std::uint64_t size_ = 0;
   std::uint64_t padded_size_ = 0;
+  std::uint64_t first_slot_ = 0;        ///< Of its first block: see StripeMap.
+  std::vector<std::uint64_t> offsets_;  ///< By directory.
   bool quarantined_ = false;
   std::vector<std::uint64_t> checksums_;
 };

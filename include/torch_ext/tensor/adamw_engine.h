@@ -51,7 +51,7 @@ class AdamWEngine {
 
   /// `options.scratch_bytes` is chosen here.
   explicit AdamWEngine(const OptimizerOffloadOptions& options)
-      : directory_(absolute(options.store.directory)),
+      : directory_(first_of(options.store.directory)),
         offload_(with_scratch(options)) {}
 
   /// Checks a parameter and gives it a slot; takes no space yet.
@@ -153,8 +153,11 @@ class AdamWEngine {
     c10::ScalarType dtype = at::kFloat;
   };
 
-  /// The store, which is made next, refuses an empty path.
-  static std::filesystem::path absolute(const std::filesystem::path& path) {
+  /// Made absolute. The store, which is made next, refuses an empty path, and
+  /// where there is none at all.
+  static std::filesystem::path first_of(const DirectoryList& directories) {
+    if (directories.all().empty()) return {};
+    const std::filesystem::path& path = directories.all().front().path;
     if (path.empty()) return path;
     std::error_code error;
     std::filesystem::path result = std::filesystem::absolute(path, error);

@@ -38,7 +38,8 @@ struct OffloadedAdamWOptions
 
 /// Where and in how much memory the state is kept.
 struct OffloadOptions {
-  std::filesystem::path nvme_path = {};
+  /// Of several directories, the first holds what state_dict() returns.
+  DirectoryList nvme_path = {};
   std::uint64_t host_memory = std::uint64_t{512} << 20;  ///< Bytes, at most.
   AioConfig aio = {};
   std::string engine = "auto";  ///< Or one of engine_names().

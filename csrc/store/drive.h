@@ -1,0 +1,46 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <mutex>
+#include <optional>
+
+#include "space_map.h"
+#include "torch_ext/io/file.h"
+#include "torch_ext/io/io_queue.h"
+
+namespace torch_ext {
+
+/// What a store has in one of its directories: a scratch file, and which bytes
+/// of it are free. Threads: any.
+class Drive {
+ public:
+  /// Errors: IoError, std::invalid_argument (File::scratch).
+  explicit Drive(const std::filesystem::path& directory)
+      : file(std::make_shared<File>(File::scratch(directory))) {}
+
+  /// Space in the file, reserved on the disk; null where the file would have
+  /// to grow and may not. Errors: IoError, before anything has changed.
+  std::optional<std::uint64_t> take(std::uint64_t bytes, bool may_grow);
+  void give(std::uint64_t offset, std::uint64_t bytes);
+  /// Ends the use of space without offering it again.
+  void give_up(std::uint64_t bytes);
+
+  std::uint64_t allocated() const;  ///< Bytes taken and not given back.
+  std::uint64_t file_size() const;
+
+  const std::shared_ptr<const File> file;
+  IoQueue* queue = nullptr;  ///< That of its block device; the store's.
+
+ private:
+  std::optional<std::uint64_t> take_free(std::uint64_t bytes);
+
+  std::mutex growth_mutex_;  // Before the other.
+  mutable std::mutex mutex_;
+  SpaceMap space_;
+  std::uint64_t allocated_ = 0;
+  std::uint64_t file_size_ = 0;
+};
+
+}  // namespace torch_ext
