@@ -153,6 +153,12 @@ int space_error(int fd, const struct stat& status, std::uint64_t bytes) {
   return bytes > free && bytes - free > ahead ? ENOSPC : 0;
 }
 
+/// As far as the number of blocks tells; some beyond the end may hide them.
+bool has_holes(const struct stat& status) {
+  return std::uint64_t{512} * static_cast<std::uint64_t>(status.st_blocks) <
+         static_cast<std::uint64_t>(status.st_size);
+}
+
 int open_unnamed(const std::string& directory) {
   const int fd =
       open_retrying(directory.c_str(), O_TMPFILE | O_RDWR | O_EXCL, 0600);
@@ -220,7 +226,7 @@ File File::open(int fd) {
   const int flags = fcntl(fd, F_GETFL);
   if (flags < 0) fail("fcntl", name, errno);
   check_regular(status_of(fd, name), name);
-  const int access = flags & O_ACCMODE;
+  const int access = flags & (O_ACCMODE | O_SYNC | O_DSYNC);
   File file(name, reopen(fd, access, ""));
   if (file.buffered_fd_ < 0) fail("open", name, errno);
   file.take_regular(access);
@@ -243,6 +249,12 @@ std::optional<File::Identity> File::identify(
     const std::filesystem::path& path) {
   struct stat status;
   if (lstat(absolute_path(path).c_str(), &status) != 0) return std::nullopt;
+  return identity_of(status);
+}
+
+std::optional<File::Identity> File::identify(int fd) noexcept {
+  struct stat status;
+  if (fstat(fd, &status) != 0) return std::nullopt;
   return identity_of(status);
 }
 
@@ -389,23 +401,30 @@ void File::reserve(std::uint64_t offset, std::uint64_t length) const {
   throw failed("fallocate", error);
 }
 
-void File::grow(std::uint64_t size) const {
+bool File::needs_space(std::uint64_t offset, std::uint64_t length) const {
+  const struct stat status = status_of(fd(), path_);
+  return offset + length > static_cast<std::uint64_t>(status.st_size) ||
+         has_holes(status);
+}
+
+void File::grow(std::uint64_t offset, std::uint64_t length) const {
   const struct stat status = status_of(fd(), path_);
   const auto old_size = static_cast<std::uint64_t>(status.st_size);
-  if (size <= old_size) return;
-  const std::uint64_t length = size - old_size;
+  const std::uint64_t end = offset + length;
   const auto check = [&](int error) {
     if (error == 0 || error == EOPNOTSUPP) return;
     throw IoError({.op = "fallocate",
                    .path = path_,
-                   .offset = old_size,
+                   .offset = offset,
                    .length = length,
                    .error = error});
   };
-  check(space_error(fd(), status, length));
+  if (end > old_size) check(space_error(fd(), status, end - old_size));
   // The size last: a failure half way leaves it as it was.
-  check(allocate(FALLOC_FL_KEEP_SIZE, old_size, length));
-  check(allocate(0, old_size, length));
+  const std::uint64_t first =
+      has_holes(status) ? std::min(offset, old_size) : old_size;
+  if (end > first) check(allocate(FALLOC_FL_KEEP_SIZE, first, end - first));
+  if (end > old_size) check(allocate(0, old_size, end - old_size));
 }
 
 void File::write(std::uint64_t offset, std::span<const std::byte> bytes) const {

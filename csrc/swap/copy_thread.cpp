@@ -20,6 +20,10 @@ using std::chrono::microseconds;
 constexpr microseconds kShortestNap{10};
 constexpr microseconds kLongestNap{200};
 
+// Of so many chunks one is for writing back, though others wait: the share
+// that the I/O queue gives it too.
+constexpr std::uint64_t kShare = 16;
+
 }  // namespace
 
 CopyThread::CopyThread(BufferPool& pool, KeyTable& keys,
@@ -50,18 +54,30 @@ CopyThread::~CopyThread() { stop(); }
 void CopyThread::submit(OperationPtr operation) {
   const DeviceBytes& bytes = operation->bytes;
   SwapTarget& target = *operation->target;
-  // The caller does not wait: not for a file to grow, nor for a descriptor.
-  operation->direct = operation->on_host && bytes.size > 0 &&
-                      bytes.on_arrival == nullptr &&
-                      target.prepare(operation->op(), false) &&
-                      target.in_place(bytes.data, 0, bytes.size) == bytes.size;
   {
     std::lock_guard lock(mutex_);
-    const bool parked = operation->version != nullptr && !operation->out() &&
-                        keys_.park(operation);
     ++unfinished_;
-    if (parked) return;
+    if (target.park(operation)) return;
+  }
+  try {
+    // The caller does not wait: not for a file to grow, nor for a descriptor.
+    operation->direct =
+        operation->on_host && bytes.size > 0 && bytes.on_arrival == nullptr &&
+        target.prepare(operation->op(), false) &&
+        target.in_place(bytes.data, 0, bytes.size) == bytes.size;
+  } catch (...) {
+    operation->error = std::current_exception();
+    finish(operation);
+    return;
+  }
+  {
+    std::lock_guard lock(mutex_);
+    if (operation->version != nullptr && !operation->out() &&
+        keys_.park(operation)) {
+      return;
+    }
     if (!operation->direct) {
+      target.unprepare();
       new_operations_.push_back(std::move(operation));
       changed_.notify_one();
       return;
@@ -147,27 +163,40 @@ void CopyThread::take_inbox() {
   }
   while (ended != nullptr) io_ended(std::exchange(ended, ended->next));
   for (OperationPtr& operation : taken_operations_) {
-    active_.push_back(std::move(operation));
+    auto& line = operation->write_back ? write_backs_ : needed_;
+    line.push_back(std::move(operation));
   }
   taken_operations_.clear();
 }
 
 bool CopyThread::start_chunks() {
   bool progress = false;
-  while (!active_.empty()) {
-    const OperationPtr operation = active_.front();
-    while (!operation->all_started()) {
+  bool needed_stuck = false;
+  bool write_backs_stuck = false;
+  for (;;) {
+    const bool may_need = !needed_.empty() && !needed_stuck;
+    const bool may_write_back = !write_backs_.empty() && !write_backs_stuck;
+    if (!may_need && !may_write_back) return progress;
+    const bool write_back =
+        may_write_back && (!may_need || chunks_started_ % kShare == kShare - 1);
+    auto& line = write_back ? write_backs_ : needed_;
+    const OperationPtr operation = line.front();
+    if (!operation->all_started()) {
       try {
-        if (!start_chunk(operation)) return progress;
+        if (!start_chunk(operation)) {
+          (write_back ? write_backs_stuck : needed_stuck) = true;
+          continue;
+        }
+        ++chunks_started_;
         progress = true;
       } catch (...) {
         operation->error = std::current_exception();
       }
     }
-    active_.pop_front();
+    if (!operation->all_started()) continue;
+    line.pop_front();
     finish_if_done(operation);
   }
-  return progress;
 }
 
 /// False if the target needs what other operations have.
@@ -204,8 +233,9 @@ bool CopyThread::start_chunk(const OperationPtr& operation) {
     const std::size_t lead = target.lead(chunk->offset);
     chunk->length = std::min<std::uint64_t>(rest, pool_.buffer_size() - lead);
     const std::uint64_t padded = target.padded(chunk->length);
-    const auto staging =
-        take_staging(align_up(lead + padded, target.granule()), chunk->buffer);
+    const auto staging = take_staging(
+        align_up(lead + padded, target.granule()),
+        operation->write_back ? pool_.count() / 4 : 0, chunk->buffer);
     if (staging.empty()) return false;
     chunk->host = staging.subspan(lead, padded);
   }
@@ -222,7 +252,9 @@ bool CopyThread::start_chunk(const OperationPtr& operation) {
   return true;
 }
 
+// `spare` buffers stay where they are.
 std::span<std::byte> CopyThread::take_staging(std::uint64_t bytes,
+                                              std::size_t spare,
                                               std::shared_ptr<Buffer>& buffer) {
   const std::size_t size = pool_.buffer_size();
   // Small chunks share a buffer: else each would hold 4 MiB of the pool.
@@ -232,10 +264,14 @@ std::span<std::byte> CopyThread::take_staging(std::uint64_t bytes,
   } else {
     // The last user of the old one gives it back.
     if (small) shared_buffer_.reset();
-    Buffer lease = pool_.try_take();
+    const auto take = [&] {
+      return pool_.in_use() + spare < pool_.count() ? pool_.try_take()
+                                                    : Buffer();
+    };
+    Buffer lease = take();
     if (!lease && shared_buffer_ != nullptr) {
       shared_buffer_.reset();
-      lease = pool_.try_take();
+      lease = take();
     }
     if (!lease) return {};
     buffer = std::make_shared<Buffer>(std::move(lease));
@@ -405,6 +441,11 @@ void CopyThread::finish(const OperationPtr& operation) {
       new_operations_.push_back(reader);
       changed_.notify_one();
     }
+  }
+  for (OperationPtr& next : operation->target->ended()) {
+    std::lock_guard lock(mutex_);
+    new_operations_.push_back(std::move(next));
+    changed_.notify_one();
   }
   finished_(*operation);
   // Space and tensor are free before anybody hears of the end.

@@ -63,7 +63,7 @@ class CopyThread {
   void release(Chunk* chunk);
   void finish_if_done(const OperationPtr& operation);
   void finish(const OperationPtr& operation);
-  std::span<std::byte> take_staging(std::uint64_t bytes,
+  std::span<std::byte> take_staging(std::uint64_t bytes, std::size_t spare,
                                     std::shared_ptr<Buffer>& buffer);
   void sleep(bool progress);
 
@@ -82,8 +82,11 @@ class CopyThread {
   bool stopping_ = false;
 
   // The thread's own.
-  std::deque<OperationPtr> active_;  ///< With chunks still to start.
-  std::deque<Chunk*> copying_;       ///< Oldest first.
+  // With chunks still to start. A quarter of the buffers is for the first.
+  std::deque<OperationPtr> needed_;
+  std::deque<OperationPtr> write_backs_;
+  std::uint64_t chunks_started_ = 0;
+  std::deque<Chunk*> copying_;  ///< Oldest first.
   std::set<const Device*> entered_;
   std::shared_ptr<Buffer> shared_buffer_;  ///< Small chunks share one.
   std::size_t shared_used_ = 0;

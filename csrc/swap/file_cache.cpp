@@ -1,80 +1,189 @@
 #include "file_cache.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <utility>
 
-namespace torch_ext {
+#include "torch_ext/base/error.h"
 
-FileCache::Lease FileCache::lease(File file) {
-  return {std::make_shared<const File>(std::move(file)),
-          std::make_shared<const char>()};
+namespace torch_ext {
+namespace {
+
+int descriptors_of(bool buffered) { return buffered ? 2 : 1; }
+
+// The process has no descriptor left, but the cache may have some.
+bool is_shortage(const IoError& error) {
+  return error.error() == EMFILE || error.error() == ENFILE;
 }
 
-FileCache::Lease FileCache::open(const std::string& path, File::Mode mode) {
+}  // namespace
+
+FileCache::Lease FileCache::open(const std::string& path,
+                                 const Request& request) {
+  if (std::optional<Lease> kept = find(path, request)) {
+    if (*kept && request.buffered) open_buffered(*kept->file);
+    return *kept;
+  }
+  return add(path, request, [&] { return File::open(path, request.mode); });
+}
+
+FileCache::Lease FileCache::open(int fd, const Request& request) {
+  return add("", request, [fd] { return File::open(fd); });
+}
+
+/// The file if it is kept; nothing if it has to be opened.
+std::optional<FileCache::Lease> FileCache::find(const std::string& path,
+                                                const Request& request) {
   const auto now = File::identify(path);
+  std::list<Entry> closed;
   std::lock_guard lock(mutex_);
+  if (awaited_ && !request.waits) return Lease();
   const auto found =
       std::find_if(kept_.begin(), kept_.end(), [&](const Entry& entry) {
-        return entry.mode == mode && entry.path == path;
+        return entry.path == path && entry.mode == request.mode;
       });
-  if (found != kept_.end()) {
-    if (now == found->lease.file->identity()) {
-      kept_.splice(kept_.begin(), kept_, found);
-      return found->lease;
+  if (found == kept_.end()) return std::nullopt;
+  if (now != found->lease.file->identity()) {
+    found->path.clear();
+    if (!found->in_use()) closed.splice(closed.end(), kept_, found);
+    return std::nullopt;
+  }
+  kept_.splice(kept_.begin(), kept_, found);
+  const int wanted = descriptors_of(request.buffered);
+  const int before = found->descriptors();
+  if (!found->in_use()) found->most = before;
+  Lease lease = found->lease;
+  if (wanted > before && !make_room(wanted - before, closed)) {
+    awaited_ |= request.waits;
+    return Lease();
+  }
+  found->most = std::max(found->most, wanted);
+  if (request.waits) awaited_ = false;
+  return lease;
+}
+
+void FileCache::open_buffered(const File& file) {
+  for (;;) {
+    try {
+      file.buffered_fd();
+      return;
+    } catch (const IoError& error) {
+      std::list<Entry> closed;
+      std::lock_guard lock(mutex_);
+      if (!is_shortage(error) || !close_idle(closed)) throw;
     }
-    others_.push_back(other(found->lease));
-    kept_.erase(found);
   }
-  if (!make_room()) return {};
-  kept_.push_front({path, mode, lease(File::open(path, mode))});
-  return kept_.front().lease;
 }
 
-FileCache::Lease FileCache::open(int fd) {
-  std::lock_guard lock(mutex_);
-  if (!make_room()) return {};
-  Lease opened = lease(File::open(fd));
-  others_.push_back(other(opened));
-  return opened;
+template <typename Open>
+FileCache::Lease FileCache::add(const std::string& path, const Request& request,
+                                Open open_file) {
+  const int wanted = descriptors_of(request.buffered);
+  for (;;) {
+    // Closed after the lock: closing may take long.
+    std::list<Entry> closed;
+    {
+      std::lock_guard lock(mutex_);
+      if (awaited_ && !request.waits) return {};
+      if (!make_room(wanted, closed)) {
+        awaited_ |= request.waits;
+        return {};
+      }
+      opening_ += wanted;
+    }
+    closed.clear();
+    try {
+      auto file = std::make_shared<const File>(open_file());
+      if (request.buffered) file->buffered_fd();
+      Lease lease{std::move(file), std::make_shared<const char>()};
+      std::lock_guard lock(mutex_);
+      opening_ -= wanted;
+      kept_.push_front({path, request.mode, lease, wanted});
+      if (request.waits) awaited_ = false;
+      return lease;
+    } catch (const IoError& error) {
+      std::lock_guard lock(mutex_);
+      opening_ -= wanted;
+      if (request.waits) awaited_ = false;
+      if (!is_shortage(error)) throw;
+      if (close_idle(closed)) continue;
+      if (kept_.empty()) throw;
+      awaited_ |= request.waits;
+      return {};
+    } catch (...) {
+      std::lock_guard lock(mutex_);
+      opening_ -= wanted;
+      if (request.waits) awaited_ = false;
+      throw;
+    }
+  }
 }
 
-/// Closes files that are not in use until one more can be opened, oldest first.
-bool FileCache::make_room() {
-  int open = count();
+/// Takes out files that are not in use, oldest first, until `wanted` more
+/// descriptors can be opened. False: more are in use.
+bool FileCache::make_room(int wanted, std::list<Entry>& closed) {
+  int open = opening_ + wanted;
+  for (auto entry = kept_.begin(); entry != kept_.end();) {
+    const auto next = std::next(entry);
+    if (entry->path.empty() && !entry->in_use()) {
+      closed.splice(closed.end(), kept_, entry);
+    } else {
+      open += entry->descriptors();
+    }
+    entry = next;
+  }
   for (auto entry = kept_.end();
-       open > kMaxDescriptors - kMostEach && entry != kept_.begin();) {
+       open > kMaxDescriptors && entry != kept_.begin();) {
     --entry;
-    // Whoever uses it has got it from here, under this lock.
-    if (entry->lease.use.use_count() > 1) continue;
-    open -= entry->lease.file->descriptors();
-    entry = kept_.erase(entry);
+    if (entry->in_use()) continue;
+    open -= entry->descriptors();
+    closed.splice(closed.end(), kept_, entry++);
   }
-  return open <= kMaxDescriptors - kMostEach;
+  return open <= kMaxDescriptors;
+}
+
+bool FileCache::close_idle(std::list<Entry>& closed) {
+  const std::size_t before = kept_.size();
+  for (auto entry = kept_.begin(); entry != kept_.end();) {
+    const auto next = std::next(entry);
+    if (!entry->in_use()) closed.splice(closed.end(), kept_, entry);
+    entry = next;
+  }
+  return kept_.size() < before;
 }
 
 bool FileCache::drop_stale() {
-  std::lock_guard lock(mutex_);
-  return std::erase_if(kept_, [](const Entry& entry) {
-           return entry.lease.use.use_count() == 1 &&
-                  File::identify(entry.path) != entry.lease.file->identity();
-         }) > 0;
-}
-
-int FileCache::count() const {
-  int open = 0;
-  for (const Entry& entry : kept_) open += entry.lease.file->descriptors();
-  std::erase_if(others_, [&](const Other& other) {
-    const auto file = other.file.lock();
-    if (file == nullptr || other.use.expired()) return true;
-    open += file->descriptors();
-    return false;
-  });
-  return open;
+  std::vector<Entry> idle;
+  {
+    std::lock_guard lock(mutex_);
+    for (const Entry& entry : kept_) {
+      if (!entry.in_use()) idle.push_back(entry);
+    }
+  }
+  // Copies make them look used; only this call may take them for idle.
+  bool dropped = false;
+  for (Entry& entry : idle) {
+    const bool stale = entry.path.empty() || File::identify(entry.path) !=
+                                                 entry.lease.file->identity();
+    const File* const file = entry.lease.file.get();
+    std::list<Entry> closed;
+    std::lock_guard lock(mutex_);
+    entry.lease = {};
+    const auto found = std::find_if(
+        kept_.begin(), kept_.end(),
+        [&](const Entry& kept) { return kept.lease.file.get() == file; });
+    if (!stale || found == kept_.end() || found->in_use()) continue;
+    closed.splice(closed.end(), kept_, found);
+    dropped = true;
+  }
+  return dropped;
 }
 
 int FileCache::descriptors() const {
   std::lock_guard lock(mutex_);
-  return count();
+  int open = 0;
+  for (const Entry& entry : kept_) open += entry.lease.file->descriptors();
+  return open;
 }
 
 }  // namespace torch_ext

@@ -3,6 +3,7 @@
 #include <list>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -13,7 +14,7 @@ namespace torch_ext {
 /// Files kept open between operations, at most kMaxDescriptors in all. A kept
 /// one serves a name only while the name still leads to that very file:
 /// writing to one that was deleted meanwhile would lose the bytes in silence.
-/// Threads: any.
+/// Threads: any; no lock is held while the system opens or closes a file.
 class FileCache {
  public:
   /// A file that is in use as long as a copy of this lives.
@@ -25,17 +26,25 @@ class FileCache {
     explicit operator bool() const { return file != nullptr; }
   };
   static constexpr int kMaxDescriptors = 64;
-  /// Of one file.
-  static constexpr int kMostEach = 2;
+
+  /// How a file is to be opened.
+  struct Request {
+    File::Mode mode = File::Mode::kRead;
+    bool buffered = false;  ///< The buffered descriptor is needed too.
+    /// True: an empty answer means that whoever asks waits; until it has got
+    /// its file, those who do not wait get none. One may wait at a time.
+    bool waits = false;
+  };
 
   /// The file that has this absolute path now; made for kWrite if there is
-  /// none. Empty while operations use all descriptors that there may be: to be
-  /// called again when one has ended. Errors: those of File::open.
-  Lease open(const std::string& path, File::Mode mode);
+  /// none. Empty while operations use all descriptors that there may be, here
+  /// or by the process's limit: to be called again when one has ended.
+  /// Errors: those of File::open.
+  Lease open(const std::string& path, const Request& request);
 
   /// The file behind a descriptor of the caller's, never kept. Otherwise as
   /// above.
-  Lease open(int fd);
+  Lease open(int fd, const Request& request);
 
   /// Closes the files not in use whose names lead elsewhere now, and which hold
   /// disk space for nobody. Returns whether there was one.
@@ -46,25 +55,30 @@ class FileCache {
 
  private:
   struct Entry {
-    std::string path;
+    std::string path;  ///< Empty: serves no name, gone when out of use.
     File::Mode mode;
     Lease lease;
-  };
-  /// Of a file in use that serves no name any more.
-  struct Other {
-    std::weak_ptr<const File> file;
-    std::weak_ptr<const void> use;
+    int most;  ///< Descriptors that its users may come to have.
+
+    // Whoever uses it has got it from here, under the lock.
+    bool in_use() const { return lease.use.use_count() > 1; }
+    int descriptors() const {
+      const int open = lease.file->descriptors();
+      return in_use() && open < most ? most : open;
+    }
   };
 
-  static Lease lease(File file);
-  static Other other(const Lease& lease) { return {lease.file, lease.use}; }
-
-  bool make_room();
-  int count() const;
+  template <typename Open>
+  Lease add(const std::string& path, const Request& request, Open open_file);
+  std::optional<Lease> find(const std::string& path, const Request& request);
+  void open_buffered(const File& file);
+  bool make_room(int wanted, std::list<Entry>& closed);
+  bool close_idle(std::list<Entry>& closed);
 
   mutable std::mutex mutex_;
   std::list<Entry> kept_;  ///< Last used, first.
-  mutable std::vector<Other> others_;
+  int opening_ = 0;        ///< Descriptors promised to calls of open().
+  bool awaited_ = false;
 };
 
 }  // namespace torch_ext

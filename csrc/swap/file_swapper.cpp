@@ -9,8 +9,10 @@
 #include <string>
 #include <utility>
 #include <variant>
+#include <vector>
 
 #include "file_cache.h"
+#include "file_order.h"
 #include "swap_core.h"
 #include "swap_operation.h"
 #include "swap_target.h"
@@ -61,25 +63,58 @@ class FileRange final : public SwapTarget {
   /// A path, or a descriptor.
   using Name = std::variant<std::string, int>;
 
-  FileRange(FileCache& cache, QueueSet& queues, Name name, std::uint64_t begin,
-            std::uint64_t size)
+  FileRange(FileCache& cache, QueueSet& queues, FileOrder& order, Name name,
+            std::uint64_t begin, std::uint64_t size)
       : cache_(cache),
         queues_(queues),
+        order_(order),
         name_(std::move(name)),
         begin_(begin),
         size_(size) {}
 
+  /// Opens the file for an operation if that can be done at once and no other
+  /// operation has to go first. Errors: what is wrong with the file.
+  void look(IoRequest::Op op) {
+    place_ = {.begin = begin_,
+              .end = begin_ + size_,
+              .write = op == IoRequest::Op::kWrite};
+    if (const int* fd = std::get_if<int>(&name_)) {
+      place_.file = File::identify(*fd);
+    } else {
+      place_.path = std::get<std::string>(name_);
+      place_.file = File::identify(place_.path);
+    }
+    if (order_.busy(place_)) return;
+    prepare(op, false);
+    if (lease_) place_.file = lease_.file->identity();
+  }
+
+  bool park(const OperationPtr& operation) override {
+    order_entry_ = order_.enter(place_, operation);
+    return order_entry_->waiting != nullptr;
+  }
+
+  void unprepare() override {
+    lease_ = {};
+    grown_ = false;
+  }
+
+  std::vector<OperationPtr> ended() override {
+    if (order_entry_ == nullptr) return {};
+    return order_.leave(std::exchange(order_entry_, nullptr));
+  }
+
   bool prepare(IoRequest::Op op, bool may_block) override {
     const bool write = op == IoRequest::Op::kWrite;
     if (!lease_) {
-      FileCache::Lease lease = open(write);
+      FileCache::Lease lease = open(write, may_block);
       if (!lease) return false;
       queue_ = &queues_.queue_of(*lease.file);
       if (!write) check_holds(*lease.file);
       lease_ = std::move(lease);
     }
-    if (grown_ || !write) return true;
-    if (begin_ + size_ > lease_.file->size()) {
+    if (grown_ || !write || size_ == 0) return true;
+    if (lease_.file->needs_space(begin_, size_)) {
       if (!may_block) return false;
       grow();
     }
@@ -115,20 +150,25 @@ class FileRange final : public SwapTarget {
   }
 
  private:
-  FileCache::Lease open(bool write) {
-    if (const int* fd = std::get_if<int>(&name_)) return cache_.open(*fd);
-    return cache_.open(std::get<std::string>(name_),
-                       write ? File::Mode::kWrite : File::Mode::kRead);
+  FileCache::Lease open(bool write, bool waits) {
+    const FileCache::Request request{
+        .mode = write ? File::Mode::kWrite : File::Mode::kRead,
+        // Granules are seldom larger than that.
+        .buffered = !is_aligned(begin_, 4096) || !is_aligned(size_, 4096),
+        .waits = waits};
+    if (const int* fd = std::get_if<int>(&name_)) {
+      return cache_.open(*fd, request);
+    }
+    return cache_.open(std::get<std::string>(name_), request);
   }
 
   void grow() const {
-    const std::uint64_t end = begin_ + size_;
     try {
-      lease_.file->grow(end);
+      lease_.file->grow(begin_, size_);
     } catch (const IoError& error) {
       // Deleted files take up space as long as they are kept open here.
       if (error.error() != ENOSPC || !cache_.drop_stale()) throw;
-      lease_.file->grow(end);
+      lease_.file->grow(begin_, size_);
     }
   }
 
@@ -145,6 +185,9 @@ class FileRange final : public SwapTarget {
 
   FileCache& cache_;
   QueueSet& queues_;
+  FileOrder& order_;
+  FilePlace place_;
+  FileOrder::Entry* order_entry_ = nullptr;
   const Name name_;
   const std::uint64_t begin_;
   const std::uint64_t size_;
@@ -165,7 +208,7 @@ std::string text_of(const FileRange::Name& name) {
 class FileSwapper::Impl {
  public:
   explicit Impl(const FileSwapperOptions& options)
-      : queues(std::make_unique<QueueSet>(
+      : queues(std::make_shared<QueueSet>(
             checked(options),
             [this](std::string text) { core.add_note(std::move(text)); })),
         core("file swapper", options.aio, options.host_memory) {}
@@ -179,28 +222,40 @@ class FileSwapper::Impl {
 
   SwapTicket start(SwapOperation::Kind kind, FileRange::Name name,
                    std::uint64_t offset, DeviceBytes bytes) {
-    const auto lock = core.enter();
     const std::string text = text_of(name);
     if (offset > kMaxOffset || bytes.size > kMaxOffset - offset) {
       throw std::invalid_argument(text + ": offset " + std::to_string(offset) +
                                   " and length " + std::to_string(bytes.size) +
                                   " reach beyond the largest file");
     }
-    auto range = std::make_shared<FileRange>(*files, *queues, std::move(name),
-                                             offset, bytes.size);
+    // They live until the file is open, though close() were called meanwhile.
+    const auto [cache, queue_set] = opened();
+    auto range = std::make_shared<FileRange>(
+        *cache, *queue_set, order, std::move(name), offset, bytes.size);
+    const auto op = kind == SwapOperation::Kind::kOut ? IoRequest::Op::kWrite
+                                                      : IoRequest::Op::kRead;
+    // What is wrong with the file is this call's error where it can be. Without
+    // the lock of the calls, since a file system may not answer.
+    range->look(op);
+    const auto lock = core.enter();
     OperationPtr operation =
         core.make_operation(kind, text, std::move(bytes), range);
-    // What is wrong with the file is this call's error where it can be.
-    range->prepare(operation->op(), false);
+    operation->name = operation->out() ? "write" : "read";
     SwapTicket ticket(operation);
     core.start(std::move(operation));
     return ticket;
   }
 
+  std::pair<std::shared_ptr<FileCache>, std::shared_ptr<QueueSet>> opened() {
+    const auto lock = core.enter();
+    return {files, queues};
+  }
+
+  FileOrder order;
   mutable std::mutex mutex;  // Of the two below.
-  std::unique_ptr<FileCache> files = std::make_unique<FileCache>();
-  std::unique_ptr<QueueSet> queues;
-  SwapCore core;  // Its threads use both.
+  std::shared_ptr<FileCache> files = std::make_shared<FileCache>();
+  std::shared_ptr<QueueSet> queues;
+  SwapCore core;  // Its threads use all three.
 };
 
 FileSwapper::FileSwapper(const FileSwapperOptions& options)

@@ -46,6 +46,7 @@ class SwapOperation {
 
   // Set by the calling thread and then only read.
   Kind kind = Kind::kOut;
+  const char* name = "";  ///< As its user calls it.
   std::string key;
   DeviceBytes bytes;
   bool on_host = false;
@@ -54,6 +55,8 @@ class SwapOperation {
   std::shared_ptr<Version> version;  ///< The target, if it is a key's.
   std::shared_ptr<RetireList> retired;
   pid_t owner = 0;
+  /// The other operations go first, as nobody waits for its end.
+  bool write_back = false;
 
   TicketSource staged;  ///< The last copy is queued.
   TicketSource ended;   ///< The last byte is in place.

@@ -4,11 +4,15 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <memory>
 #include <span>
+#include <vector>
 
 #include "torch_ext/io/io_engine.h"
 
 namespace torch_ext {
+
+class SwapOperation;
 
 /// Where the bytes of an operation lie on disk, and how they get there.
 /// Offsets count from the operation's first byte.
@@ -23,6 +27,17 @@ class SwapTarget {
   /// operation can help; without, it would have to wait.
   /// Errors: IoError. Threads: with `may_block`, the copy thread.
   virtual bool prepare(IoRequest::Op op, bool may_block) = 0;
+
+  /// Whether the operation has to wait for others before it may be prepared:
+  /// then the ended() of another target returns it.
+  virtual bool park(const std::shared_ptr<SwapOperation>& /*operation*/) {
+    return false;
+  }
+  /// Lets go of what others may need before this operation's turn comes, when
+  /// prepare() is to be called again.
+  virtual void unprepare() {}
+  /// The operation has ended: those that waited for it alone.
+  virtual std::vector<std::shared_ptr<SwapOperation>> ended() { return {}; }
 
   // Once it is prepared: ---------------------------------------------------
 

@@ -26,8 +26,7 @@ void check(SwapOperation& operation, const Ticket& ticket) {
 TimeoutError timed_out(const SwapOperation& operation,
                        std::chrono::nanoseconds timeout) {
   std::ostringstream text;
-  text << (operation.out() ? "swap_out" : "swap_in") << " of '" << operation.key
-       << "' did not end within "
+  text << operation.name << " of '" << operation.key << "' did not end within "
        << std::chrono::duration<double>(timeout).count() << " s; it goes on";
   return TimeoutError(text.str());
 }
@@ -112,6 +111,8 @@ class Swapper::Impl {
                               const std::shared_ptr<Version>& version) {
     OperationPtr operation =
         core.make_operation(kind, key, std::move(bytes), version);
+    operation->name = operation->out() ? "swap_out" : "swap_in";
+    operation->write_back = operation->out();
     operation->version = version;
     return operation;
   }

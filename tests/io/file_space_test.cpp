@@ -173,11 +173,28 @@ std::string reserve_too_much(const fs::path& place) {
 TEST_F(FileSpaceTest, GrowGivesBlocksAndNeverShrinks) {
   const fs::path name = with_text("old", "twelve bytes");
   const File file = File::open(name, File::Mode::kReadWrite);
-  file.grow(1 << 20);
+  file.grow(0, 1 << 20);
   EXPECT_EQ(file.size(), 1u << 20);
   EXPECT_GE(status_of(file.fd()).st_blocks * 512, 1 << 20);
-  file.grow(4096);
+  file.grow(0, 4096);
   EXPECT_EQ(file.size(), 1u << 20);
+  char text[12];
+  ASSERT_EQ(pread(file.buffered_fd(), text, 12, 0), 12);
+  EXPECT_EQ(std::string(text, 12), "twelve bytes");
+}
+
+TEST_F(FileSpaceTest, GrowFillsHolesAndKeepsTheBytes) {
+  const fs::path name = with_text("holes", "twelve bytes");
+  fs::resize_file(name, 1 << 20);
+  const File file = File::open(name, File::Mode::kReadWrite);
+  EXPECT_TRUE(file.needs_space(0, 4096));
+  file.grow(4096, 512 << 10);
+  EXPECT_EQ(file.size(), 1u << 20);
+  EXPECT_GE(status_of(file.fd()).st_blocks * 512, 512 << 10);
+  EXPECT_LT(status_of(file.fd()).st_blocks * 512, 1 << 20);
+  file.grow(0, 1 << 20);
+  EXPECT_FALSE(file.needs_space(0, 1 << 20));
+  EXPECT_TRUE(file.needs_space(1 << 20, 1));
   char text[12];
   ASSERT_EQ(pread(file.buffered_fd(), text, 12, 0), 12);
   EXPECT_EQ(std::string(text, 12), "twelve bytes");
@@ -189,7 +206,7 @@ TEST_F(FileSpaceTest, WithoutFallocateGrowLeavesTheSizeToTheWrites) {
     if (!refuse_syscall(SYS_fallocate, EOPNOTSUPP)) {
       return test::skip("no seccomp");
     }
-    file.grow(8192);
+    file.grow(0, 8192);
     return file.size() == 0 ? "" : std::to_string(file.size());
   });
 }
@@ -197,16 +214,16 @@ TEST_F(FileSpaceTest, WithoutFallocateGrowLeavesTheSizeToTheWrites) {
 /// What grow() does on a full file system.
 std::string grow_too_much(const fs::path& place) {
   const File file = File::open(place / "x", File::Mode::kWrite);
-  file.grow(1 << 20);
+  file.grow(0, 1 << 20);
   for (int i = 0; i < 2; ++i) {
-    const IoFailure failure = failure_of([&] { file.grow(65 << 20); });
+    const IoFailure failure = failure_of([&] { file.grow(0, 65 << 20); });
     if (failure.error != ENOSPC) return errno_name(failure.error);
     if (failure.op != "fallocate") return failure.op;
-    if (failure.offset != 1u << 20) return "offset";
-    if (failure.length != 64u << 20) return "length";
+    if (failure.offset != 0u) return "offset";
+    if (failure.length != 65u << 20) return "length";
     if (file.size() != 1u << 20) return "size " + std::to_string(file.size());
   }
-  file.grow(3 << 20);  // The rest of the disk is still there.
+  file.grow(0, 3 << 20);  // The rest of the disk is still there.
   return "";
 }
 

@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <functional>
 #include <map>
 #include <random>
@@ -212,6 +213,27 @@ TEST_F(SwapperTest, ThreadsWithRandomOperationsAndFaultsMatchAModel) {
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(wrong, 0);
   EXPECT_GT(swapper.stats().failures, 0u);
+}
+
+TEST_F(SwapperTest, AReadPassesWriteBacksThatWaitForBuffers) {
+  SwapperOptions deep = scripted();
+  deep.store.aio.queue_depth = 4096;  // What is held here fills no queue.
+  Swapper swapper(deep);
+  swapper.swap_out("needed", on_device(kMiB, 1)).wait();
+  script_->set_plan([](std::size_t, const IoRequest& request) {
+    return request.op == IoRequest::Op::kWrite ? Fault::held() : Fault();
+  });
+  const SwapTicket away = swapper.swap_out("away", on_device(64 * kMiB, 2));
+  while (script_->held() == 0) std::this_thread::yield();
+  const DeviceBytes back = on_device(kMiB, 3);
+  const SwapTicket read = swapper.swap_in("needed", back);
+  EXPECT_TRUE(read.wait_for(std::chrono::minutes(1)));
+  EXPECT_FALSE(away.done());
+  script_->release_all();
+  away.wait();
+  read.wait();
+  device_->settle(Stream::kCopy);
+  EXPECT_TRUE(holds(back, 1));
 }
 
 }  // namespace

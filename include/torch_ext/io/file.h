@@ -40,13 +40,17 @@ class File {
   static File open(const std::filesystem::path& path, Mode mode);
 
   /// The file behind a descriptor, which stays the caller's: opened again with
-  /// the same access (offsets are honoured though it be O_APPEND).
+  /// the same access and durability (O_SYNC, O_DSYNC); offsets are honoured
+  /// though it be O_APPEND. Closing it drops the process's POSIX record locks
+  /// on the file, as the closing of any descriptor of it does.
   /// Errors: IoError (EBADF; EINVAL if it is no regular file).
   static File open(int fd);
 
   /// The file that now has this name, if one has; links are not followed.
   /// Errors: std::invalid_argument as open().
   static std::optional<Identity> identify(const std::filesystem::path& path);
+  /// That behind a descriptor, if it is one.
+  static std::optional<Identity> identify(int fd) noexcept;
 
   /// A new file without a name in `directory`, gone when closed or when the
   /// process ends: O_TMPFILE, else a random O_EXCL name unlinked at once.
@@ -88,12 +92,15 @@ class File {
   /// Errors: IoError, with the size as it was: so nobody else may grow the
   /// file meanwhile.
   void reserve(std::uint64_t offset, std::uint64_t length) const;
-  /// Makes the file at least `size` bytes long, with blocks for what is new, so
-  /// that ENOSPC comes before any byte is written. Never shrinks it, whoever
-  /// else changes its size meanwhile. Where the file system has no fallocate
-  /// nothing happens: a write grows the file then.
-  /// Errors: IoError, with the size as it was.
-  void grow(std::uint64_t size) const;
+  /// Whether writing to a range may take space on the disk: it reaches beyond
+  /// the end, or the file has holes. Errors: IoError.
+  bool needs_space(std::uint64_t offset, std::uint64_t length) const;
+  /// Gives a range the blocks that it lacks, and makes the file reach to its
+  /// end, so that ENOSPC comes before any byte is written. Never shrinks it,
+  /// whoever else changes its size meanwhile. Where the file system has no
+  /// fallocate nothing happens: a write grows the file then.
+  /// Errors: IoError, with size and bytes as they were.
+  void grow(std::uint64_t offset, std::uint64_t length) const;
   /// Writes all of `bytes` at `offset`, in this thread and through the page
   /// cache. Errors: IoError, with a prefix written.
   void write(std::uint64_t offset, std::span<const std::byte> bytes) const;
@@ -109,7 +116,7 @@ class File {
   std::string path_;
   std::string reason_;
   Identity identity_;
-  int access_ = 0;  ///< O_RDONLY, O_WRONLY or O_RDWR.
+  int access_ = 0;  ///< O_RDONLY, O_WRONLY or O_RDWR; O_SYNC or O_DSYNC.
   int direct_fd_ = -1;
   mutable std::atomic<int> buffered_fd_ = -1;
   std::size_t memory_alignment_ = 1;

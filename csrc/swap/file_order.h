@@ -1,0 +1,68 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <list>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "swap_operation.h"
+#include "torch_ext/io/file.h"
+
+namespace torch_ext {
+
+/// Which bytes an operation on a file reads or writes.
+struct FilePlace {
+  std::string path = {};  ///< Absolute; empty for a descriptor.
+  /// The file that has the path, if there is one yet: another path or a
+  /// descriptor may lead to it too.
+  std::optional<File::Identity> file = std::nullopt;
+  std::uint64_t begin = 0;
+  std::uint64_t end = 0;
+  bool write = false;
+
+  bool conflicts_with(const FilePlace& other) const noexcept {
+    return (write || other.write) && begin < other.end && other.begin < end;
+  }
+};
+
+/// Makes operations on the same bytes of a file, of which one writes, take
+/// effect in the order in which they entered. Threads: any.
+class FileOrder {
+ public:
+  struct Entry {
+    FilePlace place;
+    OperationPtr waiting = nullptr;  ///< Until those before it have ended.
+    std::size_t blockers = 0;
+    std::vector<Entry*> followers = {};
+  };
+
+  /// Whether an operation there would have to wait now.
+  bool busy(const FilePlace& place) const;
+
+  /// Until leave(). If its `waiting` is set then, the operation has to wait
+  /// until a leave() returns it.
+  Entry* enter(FilePlace place, const OperationPtr& operation);
+
+  /// The entry's operation has ended: those that have to wait no more.
+  std::vector<OperationPtr> leave(Entry* entry);
+
+ private:
+  struct HashIdentity {
+    std::size_t operator()(const File::Identity& identity) const noexcept {
+      return std::hash<std::uint64_t>()(identity.inode * 31 + identity.device);
+    }
+  };
+  using Entries = std::vector<Entry*>;
+
+  std::vector<Entry*> conflicts(const FilePlace& place) const;
+
+  mutable std::mutex mutex_;
+  std::unordered_map<std::string, Entries> by_path_;
+  std::unordered_map<File::Identity, Entries, HashIdentity> by_file_;
+};
+
+}  // namespace torch_ext
