@@ -28,12 +28,16 @@ namespace torch_ext::test {
 struct Fault {
   int error = 0;  ///< Completes with -error; no byte moves.
   std::optional<std::size_t> transfer =
-      std::nullopt;          ///< Only so many bytes really move.
+      std::nullopt;  ///< Only so many bytes really move.
+  std::optional<std::size_t> claim =
+      std::nullopt;          ///< Says that so many moved; none does.
   std::size_t refusals = 0;  ///< submit() stops before it so many times.
   bool hold = false;         ///< Not carried out before release().
 
   static Fault fail(int error) { return {.error = error}; }
   static Fault cut(std::size_t bytes) { return {.transfer = bytes}; }
+  /// Part of a sector: bytes that the next request has to move again.
+  static Fault claimed(std::size_t bytes) { return {.claim = bytes}; }
   static Fault refuse(std::size_t times) { return {.refusals = times}; }
   static Fault held() { return {.hold = true}; }
 };
@@ -81,9 +85,10 @@ class FaultScript {
   /// Lets all held requests go on, and holds none from now on.
   void release_all();
 
-  /// The next `times` calls of poll() throw.
-  void fail_polls(std::size_t times) {
+  /// After so many more calls of poll(), the next `times` throw.
+  void fail_polls(std::size_t times, std::size_t after = 0) {
     std::lock_guard lock(mutex_);
+    good_polls_ = after;
     failing_polls_ = times;
   }
   /// Engines that exist.
@@ -96,6 +101,8 @@ class FaultScript {
   std::size_t submits() const { return read(&FaultScript::submits_); }
   /// Requests accepted.
   std::size_t requests() const { return read(&FaultScript::requests_); }
+  /// Calls of poll() that threw.
+  std::size_t failed_polls() const { return read(&FaultScript::failed_polls_); }
   /// Requests held and not released.
   std::size_t held() const { return read(&FaultScript::held_); }
   /// Most requests that one engine had in flight.
@@ -134,7 +141,9 @@ class FaultScript {
   std::map<std::size_t, std::size_t> refused_;
   std::set<std::size_t> released_;
   bool all_released_ = false;
+  std::size_t good_polls_ = 0;
   std::size_t failing_polls_ = 0;
+  std::size_t failed_polls_ = 0;
   std::size_t submits_ = 0;
   std::size_t requests_ = 0;
   std::size_t held_ = 0;
@@ -176,8 +185,11 @@ class FaultyEngine final : public IoEngine {
                    std::chrono::nanoseconds timeout) override {
     {
       std::lock_guard lock(script_->mutex_);
-      if (script_->failing_polls_ > 0) {
+      if (script_->good_polls_ > 0) {
+        --script_->good_polls_;
+      } else if (script_->failing_polls_ > 0) {
         --script_->failing_polls_;
+        ++script_->failed_polls_;
         throw IoError({.op = "io_getevents", .error = EINVAL});
       }
     }
@@ -196,7 +208,7 @@ class FaultyEngine final : public IoEngine {
   struct Entry {
     std::size_t index;
     IoRequest request;
-    int error;
+    std::optional<std::int64_t> result;  // Without the engine within.
   };
 
   std::size_t collect(std::span<IoCompletion> out, std::size_t at_least,
@@ -249,7 +261,13 @@ class FaultyEngine final : public IoEngine {
     script.log_.push_back(request);
     ++in_flight_;
     ++script.total_in_flight_;
-    Entry entry{index, request, fault.error};
+    Entry entry{index, request, std::nullopt};
+    if (fault.error != 0) {
+      entry.result = -fault.error;
+    } else if (fault.claim) {
+      entry.result =
+          static_cast<std::int64_t>(std::min(request.length, *fault.claim));
+    }
     if (fault.transfer) {
       entry.request.length = std::min(request.length, *fault.transfer);
     }
@@ -279,13 +297,14 @@ class FaultyEngine final : public IoEngine {
   void carry_out() {
     std::vector<IoRequest> real;
     for (const Entry& entry : waiting_) {
-      if (entry.error != 0) {
-        ready_.push_back({entry.request.cookie, -entry.error});
+      if (entry.result) {
+        ready_.push_back({entry.request.cookie, *entry.result});
       } else {
         real.push_back(entry.request);
       }
     }
-    std::erase_if(waiting_, [](const Entry& e) { return e.error != 0; });
+    std::erase_if(waiting_,
+                  [](const Entry& e) { return e.result.has_value(); });
     if (real.empty()) return;
     const std::size_t taken = inner_->submit(real);
     inner_in_flight_ += taken;

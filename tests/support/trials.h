@@ -1,0 +1,116 @@
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace torch_ext::test {
+
+/// Whether the long form was asked for: TORCH_EXT_TEST_FAULTS=all.
+inline bool all_faults() {
+  const char* wanted = std::getenv("TORCH_EXT_TEST_FAULTS");
+  return wanted != nullptr && std::strcmp(wanted, "all") == 0;
+}
+
+/// Counts of what came of trials. Threads: any.
+class Tally {
+ public:
+  void add(const std::string& trial, std::size_t errors,
+           const std::string& wrong) {
+    std::lock_guard lock(mutex_);
+    ++trials_;
+    ++(errors > 0 ? reported_ : survived_);
+    if (!wrong.empty()) broken_.push_back(trial + ": " + wrong);
+  }
+
+  std::size_t trials() const { return trials_; }
+  /// Trials that broke a promise.
+  const std::vector<std::string>& broken() const { return broken_; }
+  std::string text() const {
+    return std::to_string(trials_) + " faults: " + std::to_string(survived_) +
+           " survived, " + std::to_string(reported_) + " reported, " +
+           std::to_string(broken_.size()) + " broke a promise";
+  }
+
+ private:
+  std::mutex mutex_;
+  std::size_t trials_ = 0;
+  std::size_t survived_ = 0;
+  std::size_t reported_ = 0;
+  std::vector<std::string> broken_;
+};
+
+/// Runs jobs on `threads` threads, since most of them wait. One that takes more
+/// than two minutes hangs: the process is ended with its name, for its memory
+/// may still be written to.
+class Jobs {
+ public:
+  /// `step` makes the job's next trial and returns whether there is another.
+  void add(std::string name, std::function<bool()> step) {
+    jobs_.push_back({std::move(name), std::move(step)});
+  }
+
+  void run(std::size_t threads) {
+    std::vector<Running> running(std::min(threads, jobs_.size()));
+    std::vector<std::thread> workers;
+    busy_ = running.size();
+    for (Running& mine : running) {
+      workers.emplace_back([this, &mine] { work(mine); });
+    }
+    std::unique_lock lock(mutex_);
+    while (busy_ > 0) {
+      idle_.wait_for(lock, std::chrono::seconds(1));
+      for (const Running& mine : running) {
+        if (Clock::now() - mine.since < std::chrono::minutes(2)) continue;
+        if (mine.job == nullptr) continue;
+        std::fprintf(stderr, "HANG: %s\n", mine.job->name.c_str());
+        std::_Exit(1);
+      }
+    }
+    lock.unlock();
+    for (std::thread& worker : workers) worker.join();
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  struct Job {
+    std::string name;
+    std::function<bool()> step;
+  };
+  struct Running {
+    Job* job = nullptr;
+    Clock::time_point since = Clock::now();
+  };
+
+  Job* begin(Running& mine, bool again) {
+    std::lock_guard lock(mutex_);
+    if (!again) {
+      mine.job = next_ < jobs_.size() ? &jobs_[next_++] : nullptr;
+      if (mine.job == nullptr && --busy_ == 0) idle_.notify_all();
+    }
+    mine.since = Clock::now();
+    return mine.job;
+  }
+
+  void work(Running& mine) {
+    bool again = false;
+    while (Job* job = begin(mine, again)) again = job->step();
+  }
+
+  std::vector<Job> jobs_;
+  std::mutex mutex_;
+  std::condition_variable idle_;
+  std::size_t next_ = 0;
+  std::size_t busy_ = 0;
+};
+
+}  // namespace torch_ext::test
