@@ -7,6 +7,10 @@
 
 namespace torch_ext {
 
+/// Times that an engine submits again at once after EINTR. Then the kernel has
+/// no room: whoever submits tries again later, and not for ever.
+constexpr int kMaxInterruptions = 100;
+
 /// Errors: IoError where the kernel refuses.
 std::unique_ptr<IoEngine> make_libaio_engine(int depth);
 /// Empty if the kernel has AIO and room for one more engine, else why not.

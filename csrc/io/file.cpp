@@ -38,12 +38,21 @@ constexpr std::uint64_t kMaxFileSize = std::numeric_limits<std::int64_t>::max();
                  .detail = std::move(detail)});
 }
 
+/// Makes a call again that a signal interrupts. Not for ever: a timer that is
+/// quicker than the call, which begins anew each time, would never let it end.
+template <typename Call>
+auto retrying(Call call) {
+  constexpr int kMostInterruptions = 100;
+  auto result = call();
+  for (int i = 0; i < kMostInterruptions && result < 0 && errno == EINTR; ++i) {
+    result = call();
+  }
+  return result;
+}
+
 int open_retrying(const char* path, int flags, mode_t mode = 0) {
-  int fd = -1;
-  do {
-    fd = ::open(path, flags | O_CLOEXEC | O_NOCTTY, mode);
-  } while (fd < 0 && errno == EINTR);
-  return fd;
+  return retrying(
+      [&] { return ::open(path, flags | O_CLOEXEC | O_NOCTTY, mode); });
 }
 
 /// Opens or makes a file that need not be a regular one yet. `created` tells
@@ -364,13 +373,11 @@ std::uint64_t File::size() const {
 int File::allocate(int mode, std::uint64_t offset, std::uint64_t length) const {
   if (offset > kMaxFileSize || length > kMaxFileSize - offset) return EFBIG;
   const FileSizeSignalBlocked signal_blocked;
-  int error = 0;
-  do {
-    error = fallocate(fd(), mode, static_cast<off_t>(offset),
-                      static_cast<off_t>(length)) == 0
-                ? 0
-                : errno;
-  } while (error == EINTR);
+  const int failed = retrying([&] {
+    return fallocate(fd(), mode, static_cast<off_t>(offset),
+                     static_cast<off_t>(length));
+  });
+  const int error = failed == 0 ? 0 : errno;
   return error == ENOSYS ? EOPNOTSUPP : error;
 }
 
@@ -432,9 +439,9 @@ void File::write(std::uint64_t offset, std::span<const std::byte> bytes) const {
   const FileSizeSignalBlocked signal_blocked;
   while (!bytes.empty()) {
     const std::size_t length = std::min(bytes.size(), IoRequest::kMaxTransfer);
-    const ssize_t moved =
-        pwrite(fd, bytes.data(), length, static_cast<off_t>(offset));
-    if (moved < 0 && errno == EINTR) continue;
+    const ssize_t moved = retrying([&] {
+      return pwrite(fd, bytes.data(), length, static_cast<off_t>(offset));
+    });
     if (moved <= 0) {
       throw IoError({.op = "pwrite",
                      .path = path_,

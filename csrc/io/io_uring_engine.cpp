@@ -98,10 +98,12 @@ class Ring {
 
   /// Gives the kernel what is prepared: 0, or the error for which it left some.
   int enter() noexcept {
+    int interruptions = 0;
     while (io_uring_sq_ready(&ring_) > 0) {
       const int rc = io_uring_submit(&ring_);
-      if (rc == 0) return EAGAIN;
-      if (rc < 0 && rc != -EINTR) return -rc;
+      if (rc == -EINTR && ++interruptions <= kMaxInterruptions) continue;
+      if (rc == 0 || rc == -EINTR) return EAGAIN;
+      if (rc < 0) return -rc;
     }
     return 0;
   }

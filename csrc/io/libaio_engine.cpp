@@ -113,6 +113,7 @@ class LibaioEngine final : public IoEngine {
           batch[i], std::min(batch[i].length, IoRequest::kMaxTransfer));
     }
     std::size_t done = 0;
+    int interruptions = 0;
     while (done < batch.size()) {
       const int rc = aio::submit(context_.get(), batch.size() - done,
                                  pointers_.data() + done);
@@ -124,6 +125,8 @@ class LibaioEngine final : public IoEngine {
         if (in_kernel_ > 0 || !discard_wakes()) break;
       } else if (rc != -EINTR) {
         refuse(batch[done++], rc);
+      } else if (++interruptions > kMaxInterruptions) {
+        break;
       }
     }
     return done;

@@ -192,6 +192,16 @@ TEST_F(IoUringEngineTest, AnInterruptedSubmitIsMadeAgain) {
   EXPECT_TRUE(is_written());
 }
 
+TEST_F(IoUringEngineTest, ASubmitThatIsInterruptedForEverFindsNoRoom) {
+  {
+    const UringRulesInForce storm({.submit = [](int) { return -EINTR; }});
+    EXPECT_EQ(engine_->submit(writes_), 0u);
+  }
+  EXPECT_EQ(engine_->submit(writes_), kCount);
+  EXPECT_EQ(poll(16), kCount);
+  EXPECT_TRUE(is_written());
+}
+
 TEST_F(IoUringEngineTest, ARefusalForGoodIsTheResultOfWhatWasNotTaken) {
   {
     int call = 0;

@@ -162,6 +162,15 @@ TEST_F(LibaioEngineTest, AnInterruptedSubmitIsMadeAgain) {
   EXPECT_TRUE(failures().empty());
 }
 
+TEST_F(LibaioEngineTest, ASubmitThatIsInterruptedForEverFindsNoRoom) {
+  {
+    const AioRulesInForce storm({.submit = [](long) { return -EINTR; }});
+    EXPECT_EQ(engine_->submit(writes_), 0u);
+  }
+  EXPECT_EQ(engine_->submit(writes_), 16u);
+  EXPECT_EQ(poll(16), 16u);
+}
+
 TEST_F(LibaioEngineTest, ARefusalIsTheFirstRequestsAndTheOthersGoOn) {
   for (const int error : {EINVAL, EFAULT, EBADF, EPERM, ENOSYS, ENOMEM}) {
     int call = 0;
