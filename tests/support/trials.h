@@ -35,9 +35,10 @@ class Tally {
   std::size_t trials() const { return trials_; }
   /// Trials that broke a promise.
   const std::vector<std::string>& broken() const { return broken_; }
-  std::string text() const {
-    return std::to_string(trials_) + " faults: " + std::to_string(survived_) +
-           " survived, " + std::to_string(reported_) + " reported, " +
+  std::string text(const std::string& what = "faults") const {
+    return std::to_string(trials_) + " " + what + ": " +
+           std::to_string(survived_) + " survived, " +
+           std::to_string(reported_) + " reported, " +
            std::to_string(broken_.size()) + " broke a promise";
   }
 
