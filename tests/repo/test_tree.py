@@ -40,6 +40,12 @@ def test_no_file_names_a_place_on_the_machine_it_was_written_on():
             assert not name.search(text_of(file)), f"{file}: {name.search(text_of(file))}"
 
 
+def test_no_wait_depends_on_a_clock_that_can_be_set():
+    setting = re.compile(r"system_clock|high_resolution_clock|CLOCK_REALTIME|gettimeofday")
+    users = [f for f in tree.cpp_files("csrc", "include") if setting.search(text_of(f))]
+    assert users == []
+
+
 def test_the_core_library_needs_nothing_of_torch_python_or_cuda():
     library = tree.ROOT / "torch_ext/lib/libtorch_ext_core.so"
     symbols = subprocess.run(
