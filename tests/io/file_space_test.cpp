@@ -231,7 +231,7 @@ TEST_F(FileSpaceTest, ACallThatIsInterruptedForEverIsAnError) {
   const File file = File::open(path("x"), File::Mode::kWrite);
   expect_well_in_child([&]() -> std::string {
     if (!refuse_syscall(SYS_fallocate, EINTR)) return test::skip("no seccomp");
-    if (failure_of([&] { file.grow(4096); }).error != EINTR) return "grow";
+    if (failure_of([&] { file.grow(0, 4096); }).error != EINTR) return "grow";
     if (!refuse_syscall(SYS_openat, EINTR)) return test::skip("no seccomp");
     const auto open = [&] { File::open(path("x"), File::Mode::kRead); };
     return failure_of(open).error == EINTR ? "" : "open";

@@ -332,3 +332,12 @@ def test_a_parameter_of_a_hundred_million_elements(nvme_dir):
     for seed in range(2):
         pair.step(seed)
     assert pair.equal()
+
+
+def test_state_on_several_drives_is_bit_identical(nvme_dir, tmp_path):
+    pair = Pair(
+        parameters(*SIZES), {nvme_dir: 2, tmp_path: 1}, "1MiB", aio={"block_size": 4096}
+    )
+    pair.steps(4)
+    assert pair.equal()
+    assert equal_states(pair.a.state_dict(), pair.b.state_dict())

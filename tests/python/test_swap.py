@@ -456,3 +456,13 @@ def _open_files():
 def test_directories_that_make_no_sense_are_refused(directory, error, text):
     with pytest.raises(error, match=text):
         TensorSwapper(directory)
+
+
+def test_the_chosen_engine_is_logged_once(nvme_dir, caplog, monkeypatch):
+    monkeypatch.setattr("torch_ext._checks._engines_logged", set())
+    with caplog.at_level("INFO", "torch_ext"):
+        for _ in range(2):
+            TensorSwapper(nvme_dir).close()
+        TensorSwapper(nvme_dir, engine="threads").close()
+    messages = [record.getMessage() for record in caplog.records]
+    assert len([text for text in messages if text.startswith("I/O engine ")]) == 1

@@ -46,9 +46,9 @@ struct FileSwapperStats {
 /// written, so a full disk leaves the file as it was; any other failure leaves
 /// the range undefined.
 ///
-/// Operations have no order among each other: whoever reads or writes bytes
-/// that another operation writes waits for that one first. Each block device
-/// has an I/O queue of its own.
+/// Operations on the same bytes of a file, of which one writes, take effect in
+/// the order of the calls, whether the one before fails or not. Others have no
+/// order. Each block device has an I/O queue of its own.
 /// Threads: any. Forked children: StateError.
 class FileSwapper {
  public:
@@ -61,7 +61,7 @@ class FileSwapper {
   /// Writes the bytes at `offset` of the file. They must not change until
   /// wait_source() of the ticket has returned.
   /// Errors here, with nothing done: those of File::open where the file can be
-  /// opened at once; std::invalid_argument for an offset beyond 2^63 - 1;
+  /// opened at once and no other operation on these bytes goes first; std::invalid_argument for an offset beyond 2^63 - 1;
   /// StateError. Later ones through the ticket.
   SwapTicket write(const std::filesystem::path& path, std::uint64_t offset,
                    DeviceBytes source);
