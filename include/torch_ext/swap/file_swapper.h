@@ -61,8 +61,9 @@ class FileSwapper {
   /// Writes the bytes at `offset` of the file. They must not change until
   /// wait_source() of the ticket has returned.
   /// Errors here, with nothing done: those of File::open where the file can be
-  /// opened at once and no other operation on these bytes goes first; std::invalid_argument for an offset beyond 2^63 - 1;
-  /// StateError. Later ones through the ticket.
+  /// opened at once and no other operation on these bytes goes first;
+  /// std::invalid_argument for an offset beyond 2^63 - 1; StateError. Later
+  /// ones through the ticket.
   SwapTicket write(const std::filesystem::path& path, std::uint64_t offset,
                    DeviceBytes source);
   /// The same through a descriptor that stays the caller's and stays open until
