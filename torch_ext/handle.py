@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import collections
-import errno
 import logging
 import os
-import threading
 import time
 import warnings
 import weakref
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from torch_ext import _C
-from torch_ext._checks import Life, close_quietly, directory_of, engine_of
+from torch_ext._checks import Life, engine_of
+from torch_ext._handle_arguments import (
+    async_and_offset,
+    check_offset,
+    check_size,
+    checked_path,
+)
+from torch_ext._operations import Operation, Pending, without_frames
 from torch_ext.config import parse_size
 
 _logger = logging.getLogger("torch_ext")
 
-# What a call that cannot be carried out may raise.
-_Failure = (OSError, ValueError)
-
-_PIECE = 1 << 24
+# What the file, or a value that it cannot take, makes the start of an operation fail with.
+_Refusal = (OSError, ValueError)
 
 
 class aio_handle:  # noqa: N801 - DeepSpeed's name
@@ -34,7 +37,9 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
     code written for it runs unchanged. Different is what happens when
     something fails, for there everything is looked at: with ``strict`` the
     call, or ``wait()``, raises; without, it returns -1 and the exception is
-    added to ``errors``. Nothing is printed and nothing aborts.
+    added to ``errors``. No failure is left unsaid: what a call that was cut
+    short (a timeout, Ctrl-C) has found is reported by the next ``wait()``, or
+    by ``close()``. Nothing is printed and nothing aborts.
 
     Tensors are dense and strided, on the CPU or an accelerator, of any dtype,
     shape and length; views move as exactly their elements. Files are opened
@@ -43,7 +48,8 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
     durable until the file is synced.
 
     Between an ``async_`` call and ``wait()`` a tensor may not be changed, nor
-    read from if it is the target. Operations have no order among each other.
+    read from if it is the target. Operations on the same bytes of a file (the
+    same path) take effect in the order of the calls; others have no order.
 
     Threads may share a handle; a forked child may not use it (RuntimeError).
 
@@ -55,7 +61,8 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         intra_op_parallelism: I/O threads.
         strict: Raise instead of returning -1.
         host_memory: Most bytes of page-locked buffers, for tensors whose
-            memory direct I/O cannot take.
+            memory direct I/O cannot take; less than ``block_size`` counts as
+            ``block_size``, which one buffer needs.
         engine: "auto", or one that ``python -m torch_ext info`` lists.
 
     Raises:
@@ -69,7 +76,10 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         1
     """
 
-    #: What failed, oldest first: OSError or ValueError; clear it as you like.
+    #: What failed and was not raised, oldest first; clear it as you like. Not
+    #: strict, that is every failure but the one that close() raised; strict,
+    #: what a call found besides the one that it raised. Without tracebacks,
+    #: which would keep tensors alive.
     errors: list[Exception]
 
     def __init__(
@@ -99,16 +109,10 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
             max(parse_size(host_memory), self._config.block_size),
             engine_of(engine),
         )
-        # Ticket, and for `validate` the tensor, the file and the offset.
-        self._pending: collections.deque[tuple[Any, tuple[Any, Any, int] | None]] = (
-            collections.deque()
-        )
-        self._waiting = threading.Lock()
+        self._pending = Pending(self._files)
         self._notes_logged = 0
         # At exit the I/O must have ended before the interpreter is taken down.
-        self._finalizer = weakref.finalize(
-            self, close_quietly, self._files, os.getpid(), "an aio_handle"
-        )
+        self._finalizer = weakref.finalize(self, _close_dropped, self._pending, os.getpid())
 
     def get_block_size(self) -> int:
         return self._config.block_size
@@ -136,23 +140,15 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
 
         With offset 0 the file has to have exactly the buffer's size.
         """
-        try:
-            if file_offset == 0:
-                _check_size(buffer, filename)
-            self._wait_for(self._start_read(buffer, filename, file_offset, validate))
-        except _Failure as error:
-            return self._failed(error)
-        return 0
+        start = self._start_read_of_all if file_offset == 0 else self._start_read
+        return self._run(start, buffer, filename, file_offset, validate, self._finish_alone)
 
     def write(
         self, buffer: torch.Tensor, filename: str, validate: bool, file_offset: int = 0
     ) -> int:
         """Writes the buffer and returns 0, or -1."""
-        try:
-            self._wait_for(self._start_write(buffer, filename, file_offset, validate))
-        except _Failure as error:
-            return self._failed(error)
-        return 0
+        start, then = self._start_write, self._finish_alone
+        return self._run(start, buffer, filename, file_offset, validate, then)
 
     # `async` is a keyword of Python, so it can only be given by position or as
     # pread(..., **{"async": True}), which DeepSpeed allows as well.
@@ -163,10 +159,11 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
 
         Starts to fill the buffer. With ``async`` returns 0, else what
         ``wait()`` does; -1 if it failed. ``validate`` reads the bytes again
-        and compares them.
+        when the operation is waited for, and compares them.
         """
-        wait, offset = _async_and_offset("pread", rest, named)
-        return self._queue(self._start_read, buffer, filename, offset, validate, wait)
+        wait, offset = async_and_offset("pread", rest, named)
+        then = self._finish if wait else self._leave
+        return self._run(self._start_read, buffer, filename, offset, validate, then)
 
     def pwrite(
         self, buffer: torch.Tensor, filename: str, validate: bool, *rest: Any, **named: Any
@@ -175,20 +172,24 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
 
         Starts to write the buffer; otherwise as ``pread``.
         """
-        wait, offset = _async_and_offset("pwrite", rest, named)
-        return self._queue(self._start_write, buffer, filename, offset, validate, wait)
+        wait, offset = async_and_offset("pwrite", rest, named)
+        then = self._finish if wait else self._leave
+        return self._run(self._start_write, buffer, filename, offset, validate, then)
 
     def sync_pread(self, buffer: torch.Tensor, filename: str, file_offset: int = 0) -> int:
-        """``async_pread``, then ``wait()``: counts all that was pending."""
-        return self._queue(self._start_read, buffer, filename, file_offset, False, True)
+        """``async_pread``, then ``wait()``, whose count and failures are all of both."""
+        start, then = self._start_read, self._finish
+        return self._run(start, buffer, filename, file_offset, False, then)
 
     def sync_pwrite(self, buffer: torch.Tensor, filename: str, file_offset: int = 0) -> int:
-        """``async_pwrite``, then ``wait()``: counts all that was pending."""
-        return self._queue(self._start_write, buffer, filename, file_offset, False, True)
+        """``async_pwrite``, then ``wait()``, whose count and failures are all of both."""
+        start, then = self._start_write, self._finish
+        return self._run(start, buffer, filename, file_offset, False, then)
 
     def async_pread(self, buffer: torch.Tensor, filename: str, file_offset: int = 0) -> int:
         """Starts to fill the buffer; returns 0, or -1 if that cannot work."""
-        return self._queue(self._start_read, buffer, filename, file_offset, False, False)
+        start, then = self._start_read, self._leave
+        return self._run(start, buffer, filename, file_offset, False, then)
 
     def async_pwrite(
         self,
@@ -206,45 +207,26 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         if (filename is None) == (fd is None):
             raise TypeError("async_pwrite() needs a filename or an fd")
         target = fd if filename is None else filename
-        return self._queue(self._start_write, buffer, target, file_offset, False, False)
+        start, then = self._start_write, self._leave
+        return self._run(start, buffer, target, file_offset, False, then)
 
     def wait(self, timeout: float | None = None) -> int:
         """Waits for all that is pending and returns how many operations it was.
 
-        0 if nothing is. If any has failed, returns -1 and adds to ``errors``,
-        or raises the first one if the handle is strict. After ``timeout``
-        seconds raises TimeoutError, and on Ctrl-C KeyboardInterrupt: what has
-        not ended stays pending, and goes on.
+        0 if nothing is. What starts meanwhile is the next call's. If any has
+        failed, returns -1 and adds to ``errors``; if the handle is strict,
+        raises the first and adds the others.
+
+        After ``timeout`` seconds raises TimeoutError, and on Ctrl-C
+        KeyboardInterrupt. Then all of it stays pending, and goes on: the next
+        call counts what had ended, too, and reports what had failed. A file
+        that ``validate`` compares is read to its end whatever the timeout. Of
+        threads that wait at the same time, one counts and reports an operation.
         """
         self._life.check()
         self._log_notes()
         deadline = None if timeout is None else time.monotonic() + timeout
-        count = 0
-        failures: list[Exception] = []
-        with self._waiting:
-            while self._pending:
-                ticket, check = self._pending[0]
-                try:
-                    left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                    ticket.wait(timeout=left)
-                    if check is not None:
-                        _validate(*check)
-                except TimeoutError as error:
-                    # Of this wait; what the system calls so is an operation's.
-                    if error.errno is None:
-                        self.errors.extend(failures)
-                        raise
-                    failures.append(error)
-                except _Failure as error:
-                    failures.append(error)
-                self._pending.popleft()
-                count += 1
-        self.errors.extend(failures)
-        if not failures:
-            return count
-        if self._strict:
-            raise failures[0]
-        return -1
+        return self._report(*self._pending.take(deadline))
 
     def new_cpu_locked_tensor(
         self, num_elem: int, example_tenosr: torch.Tensor
@@ -279,12 +261,15 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         """Waits for all operations and frees memory and descriptors. Idempotent.
 
         Raises:
-            OSError: The first error that nobody has seen; all is closed then.
+            Exception: The first failure that no call has reported, strict or
+                not; the others are added to ``errors``. All is closed then.
         """
         self._life.check_process()
         self._life.closed = True
         self._log_notes()
-        self._files.close()
+        failures = self._pending.close()
+        if failures:
+            self._raise_first(failures)
 
     def __enter__(self) -> aio_handle:
         return self
@@ -306,50 +291,89 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
     def __reduce__(self) -> Any:
         raise TypeError("an aio_handle belongs to its process and cannot be copied or pickled")
 
+    def _start_read_of_all(
+        self, buffer: torch.Tensor, filename: str, offset: int, validate: bool
+    ) -> Operation:
+        check_size(buffer, filename)
+        return self._start_read(buffer, filename, offset, validate)
+
     def _start_read(
         self, buffer: torch.Tensor, filename: str, offset: int, validate: bool
-    ) -> tuple[Any, Any]:
-        path = _checked(buffer, filename, offset)
-        ticket = self._files.read(path, offset, buffer)
-        return ticket, (buffer, path, offset) if validate else None
+    ) -> Operation:
+        path = checked_path(buffer, filename, offset, validate)
+        check = (buffer, path, offset) if validate else None
+        return Operation(self._files.read(path, offset, buffer), check)
 
     def _start_write(
         self, buffer: torch.Tensor, target: str | int, offset: int, validate: bool
-    ) -> tuple[Any, Any]:
+    ) -> Operation:
         if isinstance(target, int) and not isinstance(target, bool):
-            _check_offset(offset)
-            return self._files.write_fd(target, offset, buffer), None
-        path = _checked(buffer, target, offset)
-        ticket = self._files.write(path, offset, buffer)
-        return ticket, (buffer, path, offset) if validate else None
+            check_offset(offset)
+            if validate:
+                raise ValueError("validate needs a file name, not a descriptor")
+            return Operation(self._files.write_fd(target, offset, buffer), None)
+        path = checked_path(buffer, target, offset, validate)
+        check = (buffer, path, offset) if validate else None
+        return Operation(self._files.write(path, offset, buffer), check)
 
-    def _queue(
+    def _run(
         self,
-        start: Any,
+        start: Callable[..., Operation],
         buffer: torch.Tensor,
         target: str | int,
         offset: int,
         validate: bool,
-        wait: bool,
+        then: Callable[[Operation], int],
     ) -> int:
         self._life.check()
         try:
-            self._pending.append(start(buffer, target, offset, validate))
-        except _Failure as error:
-            return self._failed(error)
-        return self.wait() if wait else 0
+            operation = start(buffer, target, offset, validate)
+        except _Refusal as error:
+            if self._strict:
+                raise
+            self.errors.append(without_frames(error))
+            return -1
+        return then(operation)
 
-    def _wait_for(self, started: tuple[Any, Any]) -> None:
-        ticket, check = started
-        ticket.wait()
-        if check is not None:
-            _validate(*check)
+    def _leave(self, operation: Operation) -> int:
+        self._pending.add(operation)
+        return 0
 
-    def _failed(self, error: Exception) -> int:
-        self.errors.append(error)
+    def _finish_alone(self, operation: Operation) -> int:
+        return min(self._finish(operation, with_pending=False), 0)
+
+    def _finish(self, operation: Operation, with_pending: bool = True) -> int:
+        count, failures = 0, []
+        try:
+            operation.wait()
+            if with_pending:
+                count, failures = self._pending.take()
+        except BaseException:
+            # It goes on: the next wait() has to know of it.
+            self._pending.add(operation)
+            raise
+        if operation.error is not None:
+            failures.append(operation.error)
+            operation.error = None  # As in _raise_first().
+        return self._report(count + 1, failures)
+
+    def _report(self, count: int, failures: list[Exception]) -> int:
+        if not failures:
+            return count
         if self._strict:
-            raise error
+            self._raise_first(failures)
+        self.errors.extend(failures)
         return -1
+
+    def _raise_first(self, failures: list[Exception]) -> NoReturn:
+        error = failures.pop(0)
+        self.errors.extend(failures)
+        try:
+            raise error
+        finally:
+            # Frames that its traceback leads to and that lead to it would keep
+            # the caller's tensors until the collector finds them.
+            del error
 
     def _log_notes(self) -> None:
         notes = self._files.notes()
@@ -429,57 +453,12 @@ def is_pinned(buffer: torch.Tensor) -> bool:
     return _C.is_pinned(buffer) or buffer.is_pinned()
 
 
-def _async_and_offset(
-    name: str, rest: tuple[Any, ...], named: dict[str, Any]
-) -> tuple[bool, int]:
-    """What follows ``validate``: whether to wait, and the offset in the file."""
-    values = dict(zip(("async", "file_offset"), rest, strict=False))
-    twice = values.keys() & named.keys()
-    unknown = named.keys() - {"async", "file_offset"}
-    if len(rest) > 2 or twice or unknown or "async" not in values | named:
-        raise TypeError(f"{name}() takes buffer, filename, validate, async and file_offset=0")
-    values |= named
-    return not values["async"], values.get("file_offset", 0)
-
-
-def _check_offset(offset: int) -> None:
-    if isinstance(offset, bool) or not isinstance(offset, int):
-        raise TypeError(f"file_offset must be an int, not {type(offset).__name__}")
-    if not 0 <= offset < 2**63:
-        raise ValueError(f"file_offset must be from 0 to 2^63 - 1, got {offset}")
-
-
-def _checked(buffer: torch.Tensor, filename: str, offset: int) -> str | bytes:
-    if not isinstance(buffer, torch.Tensor):
-        raise TypeError(f"buffer must be a torch.Tensor, not {type(buffer).__name__}")
-    _check_offset(offset)
-    return directory_of(filename, "filename")
-
-
-def _check_size(buffer: torch.Tensor, filename: str) -> None:
-    path = _checked(buffer, filename, 0)
-    size = os.stat(path, follow_symlinks=False).st_size
-    if size != buffer.nbytes:
-        raise ValueError(
-            f"{os.fsdecode(path)} has {size} bytes, the buffer {buffer.nbytes}: read() takes "
-            f"whole files; for a part of one use pread()"
+def _close_dropped(pending: Pending, pid: int) -> None:
+    """Closes what was dropped or is left at exit; errors go to the log."""
+    if pid != os.getpid():
+        return
+    for error in pending.close():
+        _logger.error(
+            "an error that nobody waited for, found when an aio_handle was dropped",
+            exc_info=error,
         )
-
-
-def _validate(buffer: torch.Tensor, path: str | bytes, offset: int) -> None:
-    """Raises OSError unless the file holds the buffer's bytes."""
-    bytes_ = buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    with open(path, "rb") as file:
-        for first in range(0, bytes_.numel(), _PIECE):
-            expected = bytes_[first : first + _PIECE]
-            file.seek(offset + first)
-            found = bytearray(file.read(expected.numel()))
-            if len(found) != expected.numel() or not torch.equal(
-                torch.frombuffer(found, dtype=torch.uint8), expected
-            ):
-                raise OSError(
-                    errno.EIO,
-                    f"validate: bytes {offset + first} to {offset + first + expected.numel()} "
-                    f"are not those of the buffer",
-                    os.fsdecode(path),
-                )
