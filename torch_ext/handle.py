@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from torch_ext import _C
-from torch_ext._checks import Life, engine_of
+from torch_ext._checks import Life, engine_of, log_notes
 from torch_ext._handle_arguments import (
     async_and_offset,
     check_offset,
@@ -377,8 +377,7 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
 
     def _log_notes(self) -> None:
         notes = self._files.notes()
-        for note in notes[self._notes_logged :]:
-            _logger.warning("%s", note)
+        log_notes(notes[self._notes_logged :])
         self._notes_logged = len(notes)
 
 
