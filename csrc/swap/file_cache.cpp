@@ -1,7 +1,10 @@
 #include "file_cache.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
+#include <chrono>
+#include <thread>
 #include <utility>
 
 #include "torch_ext/base/error.h"
@@ -93,12 +96,17 @@ FileCache::Lease FileCache::add(const std::string& path, const Request& request,
     }
     closed.clear();
     try {
-      auto file = std::make_shared<const File>(open_file());
+      const auto is_open = std::make_shared<std::atomic<bool>>(true);
+      const std::shared_ptr<const File> file(new File(open_file()),
+                                             [is_open](const File* closing) {
+                                               delete closing;
+                                               *is_open = false;
+                                             });
       if (request.buffered) file->buffered_fd();
-      Lease lease{std::move(file), std::make_shared<const char>()};
+      Lease lease{file, std::make_shared<const char>()};
       std::lock_guard lock(mutex_);
       opening_ -= wanted;
-      kept_.push_front({path, request.mode, lease, wanted});
+      kept_.push_front({path, request.mode, lease, is_open, wanted});
       if (request.waits) awaited_ = false;
       return lease;
     } catch (const IoError& error) {
@@ -161,22 +169,28 @@ bool FileCache::drop_stale() {
     }
   }
   // Copies make them look used; only this call may take them for idle.
-  bool dropped = false;
+  std::vector<std::shared_ptr<const std::atomic<bool>>> dropped;
   for (Entry& entry : idle) {
     const bool stale = entry.path.empty() || File::identify(entry.path) !=
                                                  entry.lease.file->identity();
-    const File* const file = entry.lease.file.get();
     std::list<Entry> closed;
     std::lock_guard lock(mutex_);
     entry.lease = {};
+    if (!stale) continue;
     const auto found = std::find_if(
         kept_.begin(), kept_.end(),
-        [&](const Entry& kept) { return kept.lease.file.get() == file; });
-    if (!stale || found == kept_.end() || found->in_use()) continue;
+        [&](const Entry& kept) { return kept.is_open == entry.is_open; });
+    if (found == kept_.end() || found->in_use()) continue;
     closed.splice(closed.end(), kept_, found);
-    dropped = true;
+    dropped.push_back(entry.is_open);
   }
-  return dropped;
+  // An I/O thread lets go of a file a little after the operation's end.
+  const auto is_open = [](const auto& flag) { return flag->load(); };
+  for (int i = 0; i < 1000; ++i) {
+    if (std::none_of(dropped.begin(), dropped.end(), is_open)) break;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  return !dropped.empty();
 }
 
 int FileCache::descriptors() const {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <list>
 #include <memory>
 #include <mutex>
@@ -58,6 +59,8 @@ class FileCache {
     std::string path;  ///< Empty: serves no name, gone when out of use.
     File::Mode mode;
     Lease lease;
+    /// Whoever had the file last may still be closing it.
+    std::shared_ptr<const std::atomic<bool>> is_open;
     int most;  ///< Descriptors that its users may come to have.
 
     // Whoever uses it has got it from here, under the lock.
