@@ -82,6 +82,27 @@ TEST_F(FileSwapperLinesTest, ManyMoreFilesThanDescriptorsAreWrittenInOneGo) {
   }
 }
 
+TEST_F(FileSwapperLinesTest, OperationsThatWaitForBuffersHoldNoDescriptors) {
+  AlignedBuffer memory(64 << 10);
+  std::ofstream(path("old"))
+      .write(reinterpret_cast<const char*>(memory.data()), 64 << 10)
+      .flush();
+  script_->set_plan(test::only(0, Fault::held()));
+  FileSwapperOptions one_buffer = scripted();
+  one_buffer.host_memory = one_buffer.aio.block_size;
+  FileSwapper files(one_buffer);
+  std::vector<SwapTicket> tickets;
+  for (int i = 0; i < 200; ++i) {
+    tickets.push_back(files.write(path(i), 0, bytes_of(memory, false)));
+  }
+  while (script_->held() == 0) std::this_thread::yield();
+  const SwapTicket other = files.write(path("old"), 0, bytes_of(memory, true));
+  EXPECT_TRUE(other.wait_for(std::chrono::minutes(1)));
+  EXPECT_EQ(files.stats().in_flight, 200u);
+  script_->release_all();
+  for (const SwapTicket& ticket : tickets) ticket.wait();
+}
+
 TEST_F(FileSwapperLinesTest, OperationsOnTheSameBytesTakeEffectInCallOrder) {
   FileSwapper files(options());
   AlignedBuffer memory(256 << 10);
