@@ -42,7 +42,7 @@ using LateEventPtr = std::shared_ptr<LateEvent>;
 class LateStream {
  public:
   explicit LateStream(std::shared_ptr<LateClock> clock)
-      : clock_(std::move(clock)), thread_([this] { work(); }) {
+      : clock_(std::move(clock)) {
     std::lock_guard lock(clock_->mutex);
     clock_->streams.push_back(this);
   }
@@ -54,7 +54,7 @@ class LateStream {
       stopping_ = true;
       wake_.notify_one();
     }
-    thread_.join();
+    if (thread_.joinable()) thread_.join();
     std::lock_guard lock(clock_->mutex);
     std::erase(clock_->streams, this);
   }
@@ -149,6 +149,9 @@ class LateStream {
   void push(Task task) {
     std::lock_guard lock(clock_->mutex);
     tasks_.push_back(std::move(task));
+    // Not before it is needed: a test that forks while a thread starts would
+    // leave its child with the locks of that thread.
+    if (!thread_.joinable()) thread_ = std::thread([this] { work(); });
     wake_.notify_one();
   }
 
