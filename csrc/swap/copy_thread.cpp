@@ -57,20 +57,18 @@ void CopyThread::submit(OperationPtr operation) {
   {
     std::lock_guard lock(mutex_);
     ++unfinished_;
-    if (target.park(operation)) return;
   }
+  // From here on what fails is the operation's own error.
   try {
+    {
+      std::lock_guard lock(mutex_);
+      if (target.park(operation)) return;
+    }
     // The caller does not wait: not for a file to grow, nor for a descriptor.
     operation->direct =
         operation->on_host && bytes.size > 0 && bytes.on_arrival == nullptr &&
         target.prepare(operation->op(), false) &&
         target.in_place(bytes.data, 0, bytes.size) == bytes.size;
-  } catch (...) {
-    operation->error = std::current_exception();
-    finish(operation);
-    return;
-  }
-  {
     std::lock_guard lock(mutex_);
     if (operation->version != nullptr && !operation->out() &&
         keys_.park(operation)) {
@@ -78,10 +76,14 @@ void CopyThread::submit(OperationPtr operation) {
     }
     if (!operation->direct) {
       target.unprepare();
-      new_operations_.push_back(std::move(operation));
+      new_operations_.push_back(operation);
       changed_.notify_one();
       return;
     }
+  } catch (...) {
+    operation->error = std::current_exception();
+    finish(operation);
+    return;
   }
   start_direct(operation);
 }

@@ -42,7 +42,8 @@ class CopyThread {
              std::function<void(std::string)> note);
   ~CopyThread();  ///< As stop().
 
-  /// The operation has its target, and for a key's its version.
+  /// The operation has its target, and for a key's its version. What goes wrong
+  /// is the operation's error.
   void submit(OperationPtr operation);
   /// Returns when all operations have ended.
   void stop();

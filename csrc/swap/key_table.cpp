@@ -9,10 +9,12 @@
 namespace torch_ext {
 
 bool Version::prepare(IoRequest::Op op, bool may_block) {
-  if (op == IoRequest::Op::kWrite && extent == nullptr) {
+  // A read may be called while the write's thread sets the extent.
+  if (op != IoRequest::Op::kWrite) return true;
+  if (extent == nullptr) {
     extent = may_block ? store.allocate(size) : store.try_allocate(size);
   }
-  return extent != nullptr || op != IoRequest::Op::kWrite;
+  return extent != nullptr;
 }
 
 std::uint64_t Version::in_place(const std::byte* data, std::uint64_t,
@@ -41,7 +43,7 @@ void Version::start(IoRequest::Op op, std::uint64_t offset,
   }
 }
 
-std::exception_ptr KeyTable::take_unseen(const std::string& key) {
+void KeyTable::throw_unseen(const std::string& key) {
   std::exception_ptr unseen;
   std::lock_guard lock(mutex_);
   std::erase_if(failures_, [&](const OperationPtr& operation) {
@@ -51,11 +53,7 @@ std::exception_ptr KeyTable::take_unseen(const std::string& key) {
     }
     return true;
   });
-  return unseen;
-}
-
-void KeyTable::throw_unseen(const std::string& key) {
-  if (auto error = take_unseen(key)) std::rethrow_exception(error);
+  if (unseen != nullptr) std::rethrow_exception(unseen);
 }
 
 std::exception_ptr KeyTable::take_unseen() {

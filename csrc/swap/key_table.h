@@ -54,10 +54,8 @@ struct Versions {
 /// Threads: any.
 class KeyTable {
  public:
-  /// The key's first error that no ticket has reported, or null; forgets all
-  /// of the key.
-  std::exception_ptr take_unseen(const std::string& key);
-  /// Throws it, if there is one.
+  /// Throws the key's first error that no ticket has reported, if there is
+  /// one; forgets all of the key.
   void throw_unseen(const std::string& key);
   /// The first unseen error of any key, or null; forgets all.
   std::exception_ptr take_unseen();
@@ -72,7 +70,7 @@ class KeyTable {
   void clear();
 
   /// True if the version is still being written: `reader` will then be among
-  /// those that resolve() returns.
+  /// those that resolve() returns. Errors: the one the write failed with.
   bool park(const OperationPtr& reader);
 
   /// The version is complete (null) or failed; returns who waited for that.

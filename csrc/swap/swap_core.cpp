@@ -89,13 +89,7 @@ void SwapCore::start(OperationPtr operation) {
     std::lock_guard lock(mutex_);
     counts_.in_flight += 1;
   }
-  try {
-    copy_thread_->submit(std::move(operation));
-  } catch (...) {
-    std::lock_guard lock(mutex_);
-    counts_.in_flight -= 1;
-    throw;
-  }
+  copy_thread_->submit(std::move(operation));
 }
 
 void SwapCore::count(const SwapOperation& operation) {

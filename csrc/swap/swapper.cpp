@@ -150,12 +150,7 @@ SwapTicket Swapper::swap_out(const std::string& key, DeviceBytes source,
   auto operation = impl_->make_operation(SwapOperation::Kind::kOut, key,
                                          std::move(source), version);
   keys.add(key, version);
-  try {
-    return impl_->start(std::move(operation));
-  } catch (...) {
-    keys.resolve(version, std::current_exception());
-    throw;
-  }
+  return impl_->start(std::move(operation));
 }
 
 SwapTicket Swapper::swap_in(const std::string& key, DeviceBytes destination) {
@@ -173,15 +168,8 @@ SwapTicket Swapper::swap_in(const Entry& entry, DeviceBytes destination) {
                                 " bytes are stored, the destination has " +
                                 std::to_string(destination.size));
   }
-  auto operation = impl_->make_operation(
-      SwapOperation::Kind::kIn, key, std::move(destination), entry.version_);
-  try {
-    return impl_->start(std::move(operation));
-  } catch (...) {
-    // The write failed between the two looks; this call reports it.
-    static_cast<void>(keys.take_unseen(key));
-    throw;
-  }
+  return impl_->start(impl_->make_operation(
+      SwapOperation::Kind::kIn, key, std::move(destination), entry.version_));
 }
 
 std::uint64_t Swapper::Entry::size() const { return version_->size; }

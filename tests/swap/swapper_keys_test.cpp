@@ -67,6 +67,23 @@ TEST_F(SwapperTest, AnEntryIsReadThoughItsKeyIsRewrittenAndRemoved) {
   EXPECT_TRUE(test::holds_pattern(back.bytes(), 1));
 }
 
+TEST_F(SwapperTest, AnEntryWhoseWriteHasFailedGivesItsErrorAndCloseEnds) {
+  script_->set_plan(test::only(0, {.error = EIO, .hold = true}));
+  Swapper swapper(scripted());
+  const SwapTicket write = swapper.swap_out("k", on_device(4096, 1));
+  const Swapper::Entry entry = swapper.entry("k");
+  while (script_->held() == 0) std::this_thread::yield();
+  script_->release_all();
+  EXPECT_THROW(write.wait(), IoError);
+  AlignedBuffer back(4096);
+  // Through the copy thread, and past it.
+  EXPECT_THROW(swapper.swap_in(entry, on_device(4096, 2)).wait(), IoError);
+  EXPECT_THROW(swapper.swap_in(entry, on_host(back.bytes())).wait(), IoError);
+  EXPECT_EQ(swapper.stats().in_flight, 0u);
+  EXPECT_EQ(swapper.stats().failures, 3u);
+  swapper.close();
+}
+
 TEST_F(SwapperTest, AFailedRewriteThrowsAndLeavesTheOldValue) {
   Swapper swapper(scripted());
   swapper.swap_out("k", on_device(kMiB, 1)).wait();
