@@ -86,6 +86,8 @@ bool RunningOperation::end_pieces(std::size_t count) {
 void RunningOperation::finish(IoCounters& counters) {
   // All pieces have ended: no other thread is left to lock out.
   const std::shared_ptr<RunningOperation> self = std::move(self_);
+  // Whoever learns of the end can count on the file being let go of.
+  io_.file = nullptr;
   if (io_.on_done) io_.on_done(error);
   // Whoever learns of the end finds it counted.
   IoCounters::add(counters.bytes_ended, io_.bytes.size());

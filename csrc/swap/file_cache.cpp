@@ -1,10 +1,7 @@
 #include "file_cache.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cerrno>
-#include <chrono>
-#include <thread>
 #include <utility>
 
 #include "torch_ext/base/error.h"
@@ -24,7 +21,7 @@ bool is_shortage(const IoError& error) {
 FileCache::Lease FileCache::open(const std::string& path,
                                  const Request& request) {
   if (std::optional<Lease> kept = find(path, request)) {
-    if (*kept && request.buffered) open_buffered(*kept->file);
+    if (*kept && request.buffered) open_buffered(**kept);
     return *kept;
   }
   return add(path, request, [&] { return File::open(path, request.mode); });
@@ -46,7 +43,7 @@ std::optional<FileCache::Lease> FileCache::find(const std::string& path,
         return entry.path == path && entry.mode == request.mode;
       });
   if (found == kept_.end()) return std::nullopt;
-  if (now != found->lease.file->identity()) {
+  if (now != found->file->identity()) {
     found->path.clear();
     if (!found->in_use()) closed.splice(closed.end(), kept_, found);
     return std::nullopt;
@@ -55,14 +52,14 @@ std::optional<FileCache::Lease> FileCache::find(const std::string& path,
   const int wanted = descriptors_of(request.buffered);
   const int before = found->descriptors();
   if (!found->in_use()) found->most = before;
-  Lease lease = found->lease;
+  Lease file = found->file;
   if (wanted > before && !make_room(wanted - before, closed)) {
     awaited_ |= request.waits;
     return Lease();
   }
   found->most = std::max(found->most, wanted);
   if (request.waits) awaited_ = false;
-  return lease;
+  return file;
 }
 
 void FileCache::open_buffered(const File& file) {
@@ -96,19 +93,13 @@ FileCache::Lease FileCache::add(const std::string& path, const Request& request,
     }
     closed.clear();
     try {
-      const auto is_open = std::make_shared<std::atomic<bool>>(true);
-      const std::shared_ptr<const File> file(new File(open_file()),
-                                             [is_open](const File* closing) {
-                                               delete closing;
-                                               *is_open = false;
-                                             });
+      const auto file = std::make_shared<const File>(open_file());
       if (request.buffered) file->buffered_fd();
-      Lease lease{file, std::make_shared<const char>()};
       std::lock_guard lock(mutex_);
       opening_ -= wanted;
-      kept_.push_front({path, request.mode, lease, is_open, wanted});
+      kept_.push_front({path, request.mode, file, wanted});
       if (request.waits) awaited_ = false;
-      return lease;
+      return file;
     } catch (const IoError& error) {
       std::lock_guard lock(mutex_);
       opening_ -= wanted;
@@ -168,35 +159,30 @@ bool FileCache::drop_stale() {
       if (!entry.in_use()) idle.push_back(entry);
     }
   }
-  // Copies make them look used; only this call may take them for idle.
-  std::vector<std::shared_ptr<const std::atomic<bool>>> dropped;
+  bool dropped = false;
   for (Entry& entry : idle) {
-    const bool stale = entry.path.empty() || File::identify(entry.path) !=
-                                                 entry.lease.file->identity();
+    const bool stale = entry.path.empty() ||
+                       File::identify(entry.path) != entry.file->identity();
     std::list<Entry> closed;
     std::lock_guard lock(mutex_);
-    entry.lease = {};
+    const File* file = entry.file.get();
+    // The copy made it look used.
+    entry.file = nullptr;
     if (!stale) continue;
     const auto found = std::find_if(
         kept_.begin(), kept_.end(),
-        [&](const Entry& kept) { return kept.is_open == entry.is_open; });
+        [&](const Entry& kept) { return kept.file.get() == file; });
     if (found == kept_.end() || found->in_use()) continue;
     closed.splice(closed.end(), kept_, found);
-    dropped.push_back(entry.is_open);
+    dropped = true;
   }
-  // An I/O thread lets go of a file a little after the operation's end.
-  const auto is_open = [](const auto& flag) { return flag->load(); };
-  for (int i = 0; i < 1000; ++i) {
-    if (std::none_of(dropped.begin(), dropped.end(), is_open)) break;
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  }
-  return !dropped.empty();
+  return dropped;
 }
 
 int FileCache::descriptors() const {
   std::lock_guard lock(mutex_);
   int open = 0;
-  for (const Entry& entry : kept_) open += entry.lease.file->descriptors();
+  for (const Entry& entry : kept_) open += entry.file->descriptors();
   return open;
 }
 

@@ -19,13 +19,7 @@ namespace torch_ext {
 class FileCache {
  public:
   /// A file that is in use as long as a copy of this lives.
-  struct Lease {
-    std::shared_ptr<const File> file = nullptr;
-    /// Not the file's own count: the I/O lets go of that a little after its
-    /// end, when whoever waits for descriptors has looked already.
-    std::shared_ptr<const void> use = nullptr;
-    explicit operator bool() const { return file != nullptr; }
-  };
+  using Lease = std::shared_ptr<const File>;
   static constexpr int kMaxDescriptors = 64;
 
   /// How a file is to be opened.
@@ -58,15 +52,13 @@ class FileCache {
   struct Entry {
     std::string path;  ///< Empty: serves no name, gone when out of use.
     File::Mode mode;
-    Lease lease;
-    /// Whoever had the file last may still be closing it.
-    std::shared_ptr<const std::atomic<bool>> is_open;
+    Lease file;
     int most;  ///< Descriptors that its users may come to have.
 
     // Whoever uses it has got it from here, under the lock.
-    bool in_use() const { return lease.use.use_count() > 1; }
+    bool in_use() const { return file.use_count() > 1; }
     int descriptors() const {
-      const int open = lease.file->descriptors();
+      const int open = file->descriptors();
       return in_use() && open < most ? most : open;
     }
   };

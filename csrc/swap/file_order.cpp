@@ -43,8 +43,8 @@ bool FileOrder::busy(const FilePlace& place) const {
   return !conflicts(place).empty();
 }
 
-FileOrder::Entry* FileOrder::enter(FilePlace place,
-                                   const OperationPtr& operation) {
+FileOrder::Entered FileOrder::enter(FilePlace place,
+                                    const OperationPtr& operation) {
   auto entry = std::make_unique<Entry>(Entry{std::move(place)});
   std::lock_guard lock(mutex_);
   const std::vector<Entry*> before = conflicts(entry->place);
@@ -54,7 +54,7 @@ FileOrder::Entry* FileOrder::enter(FilePlace place,
   const FilePlace& at = entry->place;
   if (!at.path.empty()) by_path_[at.path].push_back(entry.get());
   if (at.file) by_file_[*at.file].push_back(entry.get());
-  return entry.release();
+  return {entry.release(), !before.empty()};
 }
 
 std::vector<OperationPtr> FileOrder::leave(Entry* entry) {

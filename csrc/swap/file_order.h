@@ -43,9 +43,14 @@ class FileOrder {
   /// Whether an operation there would have to wait now.
   bool busy(const FilePlace& place) const;
 
-  /// Until leave(). If its `waiting` is set then, the operation has to wait
-  /// until a leave() returns it.
-  Entry* enter(FilePlace place, const OperationPtr& operation);
+  struct Entered {
+    Entry* entry;
+    /// The operation has to wait until a leave() returns it. That may be before
+    /// enter() has returned.
+    bool waits;
+  };
+  /// Until leave().
+  Entered enter(FilePlace place, const OperationPtr& operation);
 
   /// The entry's operation has ended: those that have to wait no more.
   std::vector<OperationPtr> leave(Entry* entry);

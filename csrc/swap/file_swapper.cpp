@@ -86,16 +86,17 @@ class FileRange final : public SwapTarget {
     }
     if (order_.busy(place_)) return;
     prepare(op, false);
-    if (lease_) place_.file = lease_.file->identity();
+    if (file_) place_.file = file_->identity();
   }
 
   bool park(const OperationPtr& operation) override {
-    order_entry_ = order_.enter(place_, operation);
-    return order_entry_->waiting != nullptr;
+    const FileOrder::Entered entered = order_.enter(place_, operation);
+    order_entry_ = entered.entry;
+    return entered.waits;
   }
 
   void unprepare() override {
-    lease_ = {};
+    file_ = nullptr;
     grown_ = false;
   }
 
@@ -106,15 +107,15 @@ class FileRange final : public SwapTarget {
 
   bool prepare(IoRequest::Op op, bool may_block) override {
     const bool write = op == IoRequest::Op::kWrite;
-    if (!lease_) {
-      FileCache::Lease lease = open(write, may_block);
-      if (!lease) return false;
-      queue_ = &queues_.queue_of(*lease.file);
-      if (!write) check_holds(*lease.file);
-      lease_ = std::move(lease);
+    if (!file_) {
+      FileCache::Lease file = open(write, may_block);
+      if (!file) return false;
+      queue_ = &queues_.queue_of(*file);
+      if (!write) check_holds(*file);
+      file_ = std::move(file);
     }
     if (grown_ || !write || size_ == 0) return true;
-    if (lease_.file->needs_space(begin_, size_)) {
+    if (file_->needs_space(begin_, size_)) {
       if (!may_block) return false;
       grow();
     }
@@ -124,26 +125,25 @@ class FileRange final : public SwapTarget {
 
   std::uint64_t in_place(const std::byte* data, std::uint64_t offset,
                          std::uint64_t rest) const override {
-    if (!lease_.file->direct()) return rest;
+    if (!file_->direct()) return rest;
     const std::uint64_t begin = begin_ + offset;
     const std::uint64_t first = align_up(begin, granule());
     // Too little for direct I/O, which begins and ends at whole granules.
     if (first >= align_down(begin + rest, granule())) return rest;
-    return is_aligned(data + (first - begin), lease_.file->memory_alignment())
-               ? rest
-               : 0;
+    return is_aligned(data + (first - begin), file_->memory_alignment()) ? rest
+                                                                         : 0;
   }
 
   std::size_t lead(std::uint64_t offset) const override {
     return (begin_ + offset) % granule();
   }
   std::uint64_t padded(std::uint64_t length) const override { return length; }
-  std::size_t granule() const override { return lease_.file->granule(); }
+  std::size_t granule() const override { return file_->granule(); }
 
   void start(IoRequest::Op op, std::uint64_t offset, std::span<std::byte> bytes,
              Done done) override {
     queue_->submit({.op = op,
-                    .file = lease_.file,
+                    .file = file_,
                     .offset = begin_ + offset,
                     .bytes = bytes,
                     .on_done = std::move(done)});
@@ -164,11 +164,11 @@ class FileRange final : public SwapTarget {
 
   void grow() const {
     try {
-      lease_.file->grow(begin_, size_);
+      file_->grow(begin_, size_);
     } catch (const IoError& error) {
       // Deleted files take up space as long as they are kept open here.
       if (error.error() != ENOSPC || !cache_.drop_stale()) throw;
-      lease_.file->grow(begin_, size_);
+      file_->grow(begin_, size_);
     }
   }
 
@@ -192,7 +192,7 @@ class FileRange final : public SwapTarget {
   const std::uint64_t begin_;
   const std::uint64_t size_;
   bool grown_ = false;
-  FileCache::Lease lease_;
+  FileCache::Lease file_;
   IoQueue* queue_ = nullptr;
 };
 

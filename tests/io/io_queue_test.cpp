@@ -15,6 +15,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "support/aligned_buffer.h"
@@ -245,6 +246,17 @@ TEST_F(IoQueueTest, AnErrorIsReportedAfterAllRequestsHaveEndedAndStopsTheRest) {
   EXPECT_THROW(ticket.wait(), IoError);
   EXPECT_EQ(calls, 1);
   EXPECT_LT(script_->requests(), 16u);
+}
+
+TEST_F(IoQueueTest, TheFileIsLetGoOfBeforeTheEndIsTold) {
+  auto io = queue(small_blocks());
+  auto file = scratch(1 << 20);
+  AlignedBuffer memory(4 * kBlock);
+  std::atomic<long> users = -1;
+  auto operation = write(file, 0, memory.bytes());
+  operation.on_done = [&](std::exception_ptr) { users = file.use_count(); };
+  io.submit(std::exchange(operation, {})).wait();
+  EXPECT_EQ(users, 1);
 }
 
 TEST_F(IoQueueTest, OtherOperationsLiveOnWhenOneFails) {

@@ -36,7 +36,8 @@ struct IoOperation {
   std::span<std::uint64_t> checksums = {};
   IoPriority priority = IoPriority::kNow;
   /// Called once, on an I/O thread or in cancel(), after the last request has
-  /// ended and before the ticket is done. Must not block or throw. Null: well.
+  /// ended, the queue holds `file` no more, and before the ticket is done. Must
+  /// not block or throw. Null: well.
   std::function<void(std::exception_ptr)> on_done = nullptr;
 };
 
