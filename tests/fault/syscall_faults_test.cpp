@@ -75,9 +75,11 @@ const std::vector<Call>& calls() {
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 constexpr std::size_t kShare = 151;
 constexpr std::size_t kFewest = 5;
+constexpr bool kForksFromThreads = false;
 #else
 constexpr std::size_t kShare = 13;
 constexpr std::size_t kFewest = 200;
+constexpr bool kForksFromThreads = true;
 #endif
 
 struct Trial {
@@ -161,7 +163,7 @@ TEST_P(SyscallFaults, AreReportedOrSurvivedAndNeverEndTheProcess) {
       }
     }
   }
-  jobs.run(all ? 8 : 4);
+  kForksFromThreads ? jobs.run(all ? 8 : 4) : jobs.run_here();
   std::printf("[  FAULTS  ] %s, system calls: %s\n", engine.c_str(),
               tally.text().c_str());
   RecordProperty("faults", static_cast<int>(tally.trials()));
