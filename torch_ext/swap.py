@@ -124,6 +124,8 @@ class TensorSwapper:
         key: str,
         out: torch.Tensor | None = None,
         device: torch.device | str | int | None = None,
+        *,
+        prefetch: bool = False,
     ) -> SwapTicket:
         """Brings the key's tensor back; returns a ticket at once.
 
@@ -134,6 +136,9 @@ class TensorSwapper:
                 negative one. It belongs to the swapper until the ticket's
                 ``wait()``. None: a new tensor.
             device: Where the new tensor is made; None: where the old one was.
+            prefetch: It is needed later only. What is needed now goes first,
+                though it be called afterwards: of any 16 requests, one is for
+                what is prefetched and one for what is written, if they wait.
 
         Raises:
             KeyError: There is no such key.
@@ -146,7 +151,7 @@ class TensorSwapper:
             if device.index is None and device.type != "cpu":
                 device = torch.empty(0, device=device).device
         try:
-            return self._swapper.swap_in(key, out, device)
+            return self._swapper.swap_in(key, out, device, prefetch)
         except TypeError:
             _check_arguments(key, "out", out)
             raise

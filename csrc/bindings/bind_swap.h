@@ -156,9 +156,18 @@ void bind_swap(py::module_& m) {
            py::arg("engine"), py::arg("verify"))
       .def("swap_out", &TensorSwapper::swap_out, py::arg("key"),
            py::arg("tensor"), release_gil())
-      .def("swap_in", &TensorSwapper::swap_in, py::arg("key"),
-           py::arg("out") = py::none(), py::arg("device") = py::none(),
-           release_gil())
+      .def(
+          "swap_in",
+          [](TensorSwapper& swapper, const std::string& key,
+             const std::optional<at::Tensor>& out,
+             std::optional<c10::Device> device, bool prefetch) {
+            return swapper.swap_in(key, out, device,
+                                   prefetch ? torch_ext::IoPriority::kPrefetch
+                                            : torch_ext::IoPriority::kNow);
+          },
+          py::arg("key"), py::arg("out") = py::none(),
+          py::arg("device") = py::none(), py::arg("prefetch") = false,
+          release_gil())
       .def("delete", &TensorSwapper::remove, py::arg("key"), release_gil())
       .def("keys", &TensorSwapper::keys, release_gil())
       .def("notes", &TensorSwapper::notes, release_gil())

@@ -20,9 +20,9 @@ using std::chrono::microseconds;
 constexpr microseconds kShortestNap{10};
 constexpr microseconds kLongestNap{200};
 
-// Of so many chunks one is for writing back, though others wait: the share
-// that the I/O queue gives it too.
-constexpr std::uint64_t kShare = 16;
+// Of so many chunks one is for each less urgent line: the share that the I/O
+// queue gives it too.
+constexpr int kShare = 16;
 
 }  // namespace
 
@@ -165,40 +165,47 @@ void CopyThread::take_inbox() {
   }
   while (ended != nullptr) io_ended(std::exchange(ended, ended->next));
   for (OperationPtr& operation : taken_operations_) {
-    auto& line = operation->write_back ? write_backs_ : needed_;
-    line.push_back(std::move(operation));
+    line_of(*operation).operations.push_back(std::move(operation));
   }
   taken_operations_.clear();
 }
 
+CopyThread::Line& CopyThread::line_of(const SwapOperation& operation) {
+  return lines_[static_cast<std::size_t>(operation.priority)];
+}
+
+/// The line whose chunk is next; null: none can go on.
+CopyThread::Line* CopyThread::next_line() {
+  Line* next = nullptr;
+  for (Line& line : lines_) {
+    if (line.operations.empty() || line.stuck) continue;
+    if (next == nullptr || ++line.passed_over >= kShare) next = &line;
+  }
+  if (next != nullptr) next->passed_over = 0;
+  return next;
+}
+
 bool CopyThread::start_chunks() {
   bool progress = false;
-  bool needed_stuck = false;
-  bool write_backs_stuck = false;
-  for (;;) {
-    const bool may_need = !needed_.empty() && !needed_stuck;
-    const bool may_write_back = !write_backs_.empty() && !write_backs_stuck;
-    if (!may_need && !may_write_back) return progress;
-    const bool write_back =
-        may_write_back && (!may_need || chunks_started_ % kShare == kShare - 1);
-    auto& line = write_back ? write_backs_ : needed_;
-    const OperationPtr operation = line.front();
+  for (Line& line : lines_) line.stuck = false;
+  while (Line* line = next_line()) {
+    const OperationPtr operation = line->operations.front();
     if (!operation->all_started()) {
       try {
         if (!start_chunk(operation)) {
-          (write_back ? write_backs_stuck : needed_stuck) = true;
+          line->stuck = true;
           continue;
         }
-        ++chunks_started_;
         progress = true;
       } catch (...) {
         operation->error = std::current_exception();
       }
     }
     if (!operation->all_started()) continue;
-    line.pop_front();
+    line->operations.pop_front();
     finish_if_done(operation);
   }
+  return progress;
 }
 
 /// False if the target needs what other operations have.
@@ -237,7 +244,8 @@ bool CopyThread::start_chunk(const OperationPtr& operation) {
     const std::uint64_t padded = target.padded(chunk->length);
     const auto staging = take_staging(
         align_up(lead + padded, target.granule()),
-        operation->write_back ? pool_.count() / 4 : 0, chunk->buffer);
+        operation->priority == IoPriority::kNow ? 0 : pool_.count() / 4,
+        chunk->buffer);
     if (staging.empty()) return false;
     chunk->host = staging.subspan(lead, padded);
   }
@@ -381,7 +389,8 @@ void CopyThread::queue_io(Chunk* chunk) {
       std::memset(chunk->host.data() + chunk->length, 0,
                   chunk->host.size() - chunk->length);
     }
-    operation.target->start(operation.op(), chunk->offset, chunk->host, done);
+    operation.target->start(operation.op(), operation.priority, chunk->offset,
+                            chunk->host, done);
   } catch (...) {
     chunk->error = std::current_exception();
     operation.direct ? release(chunk) : io_ended(chunk);

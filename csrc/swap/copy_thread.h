@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -53,6 +54,9 @@ class CopyThread {
   void run();
   void take_inbox();
   bool start_chunks();
+  struct Line;
+  Line& line_of(const SwapOperation& operation);
+  Line* next_line();
   bool start_chunk(const OperationPtr& operation);
   bool prepare(SwapOperation& operation);
   void queue_copy(Chunk* chunk);
@@ -83,10 +87,14 @@ class CopyThread {
   bool stopping_ = false;
 
   // The thread's own.
-  // With chunks still to start. A quarter of the buffers is for the first.
-  std::deque<OperationPtr> needed_;
-  std::deque<OperationPtr> write_backs_;
-  std::uint64_t chunks_started_ = 0;
+  /// Operations with chunks still to start.
+  struct Line {
+    std::deque<OperationPtr> operations;
+    bool stuck = false;  ///< The first lacks what others have.
+    int passed_over = 0;
+  };
+  /// By priority. A quarter of the buffers is for the first.
+  std::array<Line, 3> lines_;
   std::deque<Chunk*> copying_;  ///< Oldest first.
   std::set<const Device*> entered_;
   std::shared_ptr<Buffer> shared_buffer_;  ///< Small chunks share one.

@@ -140,12 +140,13 @@ class FileRange final : public SwapTarget {
   std::uint64_t padded(std::uint64_t length) const override { return length; }
   std::size_t granule() const override { return file_->granule(); }
 
-  void start(IoRequest::Op op, std::uint64_t offset, std::span<std::byte> bytes,
-             Done done) override {
+  void start(IoRequest::Op op, IoPriority priority, std::uint64_t offset,
+             std::span<std::byte> bytes, Done done) override {
     queue_->submit({.op = op,
                     .file = file_,
                     .offset = begin_ + offset,
                     .bytes = bytes,
+                    .priority = priority,
                     .on_done = std::move(done)});
   }
 

@@ -55,8 +55,7 @@ class SwapOperation {
   std::shared_ptr<Version> version;  ///< The target, if it is a key's.
   std::shared_ptr<RetireList> retired;
   pid_t owner = 0;
-  /// The other operations go first, as nobody waits for its end.
-  bool write_back = false;
+  IoPriority priority = IoPriority::kNow;
 
   TicketSource staged;  ///< The last copy is queued.
   TicketSource ended;   ///< The last byte is in place.

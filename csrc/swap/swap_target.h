@@ -8,7 +8,7 @@
 #include <span>
 #include <vector>
 
-#include "torch_ext/io/io_engine.h"
+#include "torch_ext/io/io_queue.h"
 
 namespace torch_ext {
 
@@ -56,8 +56,9 @@ class SwapTarget {
 
   /// Starts the I/O. `bytes` is borrowed until `done` has been called, on an
   /// I/O thread. Errors: what is known at once.
-  virtual void start(IoRequest::Op op, std::uint64_t offset,
-                     std::span<std::byte> bytes, Done done) = 0;
+  virtual void start(IoRequest::Op op, IoPriority priority,
+                     std::uint64_t offset, std::span<std::byte> bytes,
+                     Done done) = 0;
 };
 
 }  // namespace torch_ext

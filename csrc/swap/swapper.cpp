@@ -108,11 +108,12 @@ class Swapper::Impl {
 
   OperationPtr make_operation(SwapOperation::Kind kind, const std::string& key,
                               DeviceBytes bytes,
-                              const std::shared_ptr<Version>& version) {
+                              const std::shared_ptr<Version>& version,
+                              IoPriority priority) {
     OperationPtr operation =
         core.make_operation(kind, key, std::move(bytes), version);
     operation->name = operation->out() ? "swap_out" : "swap_in";
-    operation->write_back = operation->out();
+    operation->priority = priority;
     operation->version = version;
     return operation;
   }
@@ -147,17 +148,20 @@ SwapTicket Swapper::swap_out(const std::string& key, DeviceBytes source,
   keys.throw_unseen(key);
   const auto version =
       std::make_shared<Version>(*impl_->store, source.size, std::move(tag));
-  auto operation = impl_->make_operation(SwapOperation::Kind::kOut, key,
-                                         std::move(source), version);
+  auto operation =
+      impl_->make_operation(SwapOperation::Kind::kOut, key, std::move(source),
+                            version, IoPriority::kWriteBack);
   keys.add(key, version);
   return impl_->start(std::move(operation));
 }
 
-SwapTicket Swapper::swap_in(const std::string& key, DeviceBytes destination) {
-  return swap_in(entry(key), std::move(destination));
+SwapTicket Swapper::swap_in(const std::string& key, DeviceBytes destination,
+                            IoPriority priority) {
+  return swap_in(entry(key), std::move(destination), priority);
 }
 
-SwapTicket Swapper::swap_in(const Entry& entry, DeviceBytes destination) {
+SwapTicket Swapper::swap_in(const Entry& entry, DeviceBytes destination,
+                            IoPriority priority) {
   const auto lock = impl_->core.enter();
   KeyTable& keys = impl_->core.keys();
   const std::string& key = entry.key_;
@@ -168,8 +172,9 @@ SwapTicket Swapper::swap_in(const Entry& entry, DeviceBytes destination) {
                                 " bytes are stored, the destination has " +
                                 std::to_string(destination.size));
   }
-  return impl_->start(impl_->make_operation(
-      SwapOperation::Kind::kIn, key, std::move(destination), entry.version_));
+  return impl_->start(impl_->make_operation(SwapOperation::Kind::kIn, key,
+                                            std::move(destination),
+                                            entry.version_, priority));
 }
 
 std::uint64_t Swapper::Entry::size() const { return version_->size; }

@@ -140,6 +140,17 @@ def test_after_wait_source_the_tensor_may_be_overwritten(swapper):
         assert torch.equal(swapper.swap_in("x").result(timeout=60), expected)
 
 
+def test_what_is_prefetched_arrives_beside_what_is_needed(swapper):
+    later, now = torch.randn(1 << 20), torch.randn(1 << 16)
+    swapper.swap_out("later", later)
+    swapper.swap_out("now", now)
+    prefetched = swapper.swap_in("later", prefetch=True)
+    assert torch.equal(swapper.swap_in("now", prefetch=False).result(), now)
+    assert torch.equal(prefetched.result(), later)
+    with pytest.raises(TypeError):
+        swapper.swap_in("now", None, None, True)
+
+
 def test_a_value_is_read_many_times_rewritten_with_another_shape_and_deleted(swapper):
     swapper.swap_out("x", torch.arange(10))
     for _ in range(3):

@@ -118,6 +118,22 @@ def test_files_sets_the_handle_beside_others_on_the_same_files(
     assert os.listdir(disk) == []
 
 
+def test_latency_sets_the_wait_beside_a_bound_of_the_same_round(
+    bench, disk, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    result = bench("latency")
+    rows = cells(result)
+    assert set(rows) == {"alone", "behind a prefetch", "behind a plain swap_in"}
+    (sample,) = result["measurements"]
+    # 1 MiB needed, 8 MiB read; 32 requests of 1 MiB may be ahead.
+    bound = sample["alone"] + 2 * 32 / 8 * sample["the other tensor alone"]
+    milliseconds, ratio = map(float, rows["behind a prefetch"])
+    assert milliseconds == pytest.approx(1e3 * sample["behind a prefetch"], abs=0.1)
+    assert ratio == pytest.approx(sample["behind a prefetch"] / bound, abs=0.01)
+    assert os.listdir(disk) == []
+
+
 def test_transfer_that_brings_back_other_bytes_is_an_error(module, disk):
     transfers = module("transfers")
     transfer = transfers.Transfer(

@@ -23,6 +23,46 @@ namespace {
 
 using namespace test;  // NOLINT(google-build-using-namespace)
 
+TEST_F(SwapperTest, WhatIsNeededNowGoesBeforeWhatIsPrefetched) {
+  const std::size_t big = 32 * kMiB;
+  const std::size_t small = 3 * kMiB;
+  for (const bool on_host_memory : {true, false}) {
+    SwapperOptions one_at_a_time = scripted();
+    one_at_a_time.store.aio.queue_depth = 1;
+    Swapper swapper(one_at_a_time);
+    swapper.swap_out("big", on_device(big, 1)).wait();
+    const std::size_t small_begins = script_->requests();
+    swapper.swap_out("small", on_device(small, 2)).wait();
+    const std::size_t reads_begin = script_->requests();
+    script_->set_plan(test::only(reads_begin, Fault::held()));
+    AlignedBuffer memory(big + small);
+    const DeviceBytes big_back =
+        on_host_memory ? on_host(memory.bytes(0, big)) : on_device(big, 3);
+    const DeviceBytes small_back = on_host_memory
+                                       ? on_host(memory.bytes(big, small))
+                                       : on_device(small, 3);
+    const SwapTicket later =
+        swapper.swap_in("big", big_back, IoPriority::kPrefetch);
+    while (script_->held() == 0) std::this_thread::yield();
+    const SwapTicket now = swapper.swap_in("small", small_back);
+    // The last buffer is not for what is prefetched.
+    while (!on_host_memory &&
+           swapper.stats().host_bytes_peak < swapper.stats().host_bytes) {
+      std::this_thread::yield();
+    }
+    script_->release(reads_begin);
+    now.wait();
+    later.wait();
+    const auto log = script_->log();
+    std::size_t ahead = 0;
+    while (log[reads_begin + ahead].offset != log[small_begins].offset) ++ahead;
+    EXPECT_LE(ahead, on_host_memory ? 1u : 8u);
+    device_->synchronize();
+    EXPECT_TRUE(holds(big_back, 1));
+    EXPECT_TRUE(holds(small_back, 2));
+  }
+}
+
 TEST_F(SwapperTest, SpaceOfRewrittenAndRemovedKeysIsUsedAgain) {
   Swapper swapper(options());
   for (int i = 0; i < 50; ++i) {

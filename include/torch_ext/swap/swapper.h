@@ -133,12 +133,15 @@ class Swapper {
                       std::shared_ptr<const void> tag = nullptr);
 
   /// Brings them back. `size` is the entry's. Between the call and wait()
-  /// the destination belongs to the swapper.
+  /// the destination belongs to the swapper. kPrefetch: what is needed now goes
+  /// first, whenever it was called; writes come last. Each has a share.
   /// Errors here: KeyError, std::invalid_argument (size), as swap_out.
-  SwapTicket swap_in(const std::string& key, DeviceBytes destination);
+  SwapTicket swap_in(const std::string& key, DeviceBytes destination,
+                     IoPriority priority = IoPriority::kNow);
   /// The same for the value that entry() found, though the key may have been
   /// rewritten or removed since.
-  SwapTicket swap_in(const Entry& entry, DeviceBytes destination);
+  SwapTicket swap_in(const Entry& entry, DeviceBytes destination,
+                     IoPriority priority = IoPriority::kNow);
 
   /// What a swap_in called now would bring. Errors: KeyError; an unreported
   /// error of the key.

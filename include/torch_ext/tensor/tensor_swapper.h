@@ -104,12 +104,13 @@ class TensorSwapper {
   /// (none: where it came from), and returns at once. `out` may be any view
   /// with the stored shape and dtype whose elements do not overlap, but on a
   /// device no lazily conjugate or negative one; it is written in place,
-  /// outside autograd.
+  /// outside autograd. For `priority` see Swapper::swap_in.
   /// Errors here: KeyError; std::invalid_argument for another shape, dtype
   /// or device than asked for; TypeError as swap_out.
   TensorTicket swap_in(const std::string& key,
                        const std::optional<at::Tensor>& out = std::nullopt,
-                       std::optional<c10::Device> device = std::nullopt) {
+                       std::optional<c10::Device> device = std::nullopt,
+                       IoPriority priority = IoPriority::kNow) {
     const Swapper::Entry entry = swapper_.entry(key);
     const Meta& meta = *static_cast<const Meta*>(entry.tag().get());
     c10::NoGradGuard no_grad;
@@ -123,7 +124,9 @@ class TensorSwapper {
       check_has_plain_memory(result, "swap_in");
     }
     return TensorTicket(
-        swapper_.swap_in(entry, bytes_.destination(result, "swap_in")), result);
+        swapper_.swap_in(entry, bytes_.destination(result, "swap_in"),
+                         priority),
+        result);
   }
 
   /// Forgets the key. Errors: KeyError; an unreported error of the key.
