@@ -118,9 +118,7 @@ def test_files_sets_the_handle_beside_others_on_the_same_files(
     assert os.listdir(disk) == []
 
 
-def test_latency_sets_the_wait_beside_a_bound_of_the_same_round(
-    bench, disk, monkeypatch
-):
+def test_latency_sets_the_wait_beside_a_bound_of_the_same_round(bench, disk, monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     result = bench("latency")
     rows = cells(result)
