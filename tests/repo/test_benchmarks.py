@@ -1,5 +1,6 @@
 """The benchmarks run, check bytes, and say what they measured."""
 
+import argparse
 import importlib
 import json
 import os
@@ -116,6 +117,27 @@ def test_files_sets_the_handle_beside_others_on_the_same_files(
     assert to_deepspeed == to_save == "-"
     assert "-" not in rows["1 x 4 MiB, write"][:2] + rows["1 x 4 MiB, write"][3:4]
     assert os.listdir(disk) == []
+
+
+def test_small_sets_the_cpp_api_beside_fio(bench, disk, fake_fio):
+    fake_fio(FIO)
+    result = bench("small")
+    rows = cells(result)
+    (sample,) = result["measurements"]["read"]
+    ours, fio, ratio, *_ = rows["keys of a Swapper, read"]
+    assert fio == "4.00"
+    expected = sample["checked-keys"]["gib_per_second"] / 4
+    assert float(ratio) == pytest.approx(expected, abs=0.01)
+    assert {"ranges of one file, write", "keys, verify=False, read"} < set(rows)
+    assert os.listdir(disk) == []
+
+
+def test_small_operations_that_cannot_be_made_are_an_error(module, disk):
+    small = module("small")
+    options = argparse.Namespace(count=10, engine="none such")
+    ended = pytest.raises(RuntimeError, match="small_operations ended")
+    with ended, small.program("keys", options, disk):
+        pass
 
 
 def test_latency_sets_the_wait_beside_a_bound_of_the_same_round(bench, disk, monkeypatch):
