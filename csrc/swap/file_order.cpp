@@ -7,33 +7,51 @@
 namespace torch_ext {
 namespace {
 
-template <typename Map, typename Key>
-void remove(Map& map, const Key& key, FileOrder::Entry* entry) {
+template <typename Map, typename Key, typename Entry>
+void remove(Map& map, const Key& key, Entry* entry) {
   const auto found = map.find(key);
-  std::erase(found->second, entry);
+  found->second.remove(entry);
   if (found->second.empty()) map.erase(found);
 }
 
 }  // namespace
 
+void FileOrder::Entries::add(Entry* entry) {
+  const FilePlace& place = entry->place;
+  by_begin_.emplace(place.begin, entry);
+  longest_ = std::max(longest_, place.end - place.begin);
+}
+
+void FileOrder::Entries::remove(Entry* entry) {
+  auto found = by_begin_.lower_bound(entry->place.begin);
+  while (found->second != entry) ++found;
+  by_begin_.erase(found);
+}
+
+void FileOrder::Entries::find(const FilePlace& place,
+                              std::vector<Entry*>& result) const {
+  // None that begins earlier can reach into the place.
+  const std::uint64_t first = place.begin - std::min(place.begin, longest_);
+  for (auto each = by_begin_.lower_bound(first);
+       each != by_begin_.end() && each->first < place.end; ++each) {
+    Entry* entry = each->second;
+    if (entry->place.conflicts_with(place) &&
+        std::find(result.begin(), result.end(), entry) == result.end()) {
+      result.push_back(entry);
+    }
+  }
+}
+
 std::vector<FileOrder::Entry*> FileOrder::conflicts(
     const FilePlace& place) const {
   std::vector<Entry*> result;
-  const auto add = [&](const Entries& entries) {
-    for (Entry* entry : entries) {
-      if (entry->place.conflicts_with(place) &&
-          std::find(result.begin(), result.end(), entry) == result.end()) {
-        result.push_back(entry);
-      }
-    }
-  };
   if (!place.path.empty()) {
     const auto found = by_path_.find(place.path);
-    if (found != by_path_.end()) add(found->second);
+    if (found != by_path_.end()) found->second.find(place, result);
   }
   if (place.file) {
     const auto found = by_file_.find(*place.file);
-    if (found != by_file_.end()) add(found->second);
+    if (found != by_file_.end()) found->second.find(place, result);
   }
   return result;
 }
@@ -52,8 +70,8 @@ FileOrder::Entered FileOrder::enter(FilePlace place,
   entry->blockers = before.size();
   if (!before.empty()) entry->waiting = operation;
   const FilePlace& at = entry->place;
-  if (!at.path.empty()) by_path_[at.path].push_back(entry.get());
-  if (at.file) by_file_[*at.file].push_back(entry.get());
+  if (!at.path.empty()) by_path_[at.path].add(entry.get());
+  if (at.file) by_file_[*at.file].add(entry.get());
   return {entry.release(), !before.empty()};
 }
 

@@ -2,7 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <list>
+#include <map>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -61,7 +61,20 @@ class FileOrder {
       return std::hash<std::uint64_t>()(identity.inode * 31 + identity.device);
     }
   };
-  using Entries = std::vector<Entry*>;
+
+  /// Those of one path or file. Thousands may be there at a time.
+  class Entries {
+   public:
+    void add(Entry* entry);
+    void remove(Entry* entry);
+    bool empty() const { return by_begin_.empty(); }
+    /// Appends those that conflict and are not in `result` yet.
+    void find(const FilePlace& place, std::vector<Entry*>& result) const;
+
+   private:
+    std::multimap<std::uint64_t, Entry*> by_begin_;
+    std::uint64_t longest_ = 0;  ///< Range since it was empty, in bytes.
+  };
 
   std::vector<Entry*> conflicts(const FilePlace& place) const;
 
