@@ -31,6 +31,12 @@ constexpr int kMaxFailedPolls = 100;
 // than that to do.
 constexpr std::size_t kHashAhead = std::size_t{1} << 20;
 
+// While every slot is in flight, up to a quarter of them and so many bytes end
+// before the thread runs: the device stays busy, and small pieces share the
+// cost of a turn. Slow devices are not waited for.
+constexpr std::size_t kReapTogether = std::size_t{512} << 10;
+constexpr std::chrono::nanoseconds kReapPatience = std::chrono::milliseconds(1);
+
 /// Before the attempt after so many. Short: new pieces may wait for its end.
 std::chrono::nanoseconds pause_after(int attempts) {
   if (attempts <= 1) return {};
@@ -158,6 +164,8 @@ void IoWorker::submit_ready() {
     }
     const std::size_t accepted = engine_->submit(batch_);
     in_flight_ += accepted;
+    for (std::size_t i = 0; i < accepted; ++i)
+      bytes_in_flight_ += batch_[i].length;
     IoCounters::add(counters_.requests, accepted);
     submitted += accepted;
     if (accepted < batch_.size()) break;
@@ -194,19 +202,31 @@ void IoWorker::reap() {
     return;
   }
   std::size_t at_least = config_.overlap_events ? 1 : in_flight_;
+  std::chrono::nanoseconds patience = until_due();
   const bool room = config_.overlap_events && !free_.empty() && ready_.empty();
   const bool announced = room && backlog_.announce_poll(*this);
   if (room && !announced) at_least = 0;
-  const std::size_t count = poll(at_least);
+  if (config_.overlap_events && in_flight_ == slots_.size()) {
+    at_least = reap_together();
+    if (at_least > 1) patience = std::min(patience, kReapPatience);
+  }
+  const std::size_t count = poll(at_least, patience);
   if (announced) backlog_.end_poll(*this);
   for (std::size_t i = 0; i < count; ++i) complete(completions_[i]);
 }
 
-/// Until the next piece is due to be tried again, at the latest.
-std::size_t IoWorker::poll(std::size_t at_least) {
+/// Completions that are worth a turn while all slots are in flight.
+std::size_t IoWorker::reap_together() const {
+  const std::size_t length =
+      std::max<std::size_t>(1, bytes_in_flight_ / in_flight_);
+  return std::clamp<std::size_t>(kReapTogether / length, 1,
+                                 std::max<std::size_t>(1, in_flight_ / 4));
+}
+
+std::size_t IoWorker::poll(std::size_t at_least,
+                           std::chrono::nanoseconds patience) {
   try {
-    const std::size_t count =
-        engine_->poll(completions_, at_least, until_due());
+    const std::size_t count = engine_->poll(completions_, at_least, patience);
     failed_polls_ = 0;
     return count;
   } catch (...) {
@@ -233,6 +253,7 @@ void IoWorker::give_up_engine(std::exception_ptr error) {
   lost.reset();
   engine_error_ = std::move(error);
   in_flight_ = 0;
+  bytes_in_flight_ = 0;
   later_.clear();
   refuse_pieces();
 }
@@ -258,6 +279,7 @@ void IoWorker::complete(const IoCompletion& completion) {
   const std::size_t slot = completion.cookie;
   if (slot >= slots_.size() || slots_[slot].operation == nullptr) return;
   --in_flight_;
+  bytes_in_flight_ -= slots_[slot].piece.length - slots_[slot].moved;
   const bool sync = slots_[slot].operation->io().op == IoRequest::Op::kSync;
   if (completion.result < 0) {
     const auto error = static_cast<int>(-completion.result);

@@ -40,7 +40,8 @@ class IoWorker {
   void take_due();
   void submit_ready();
   void reap();
-  std::size_t poll(std::size_t at_least);
+  std::size_t poll(std::size_t at_least, std::chrono::nanoseconds patience);
+  std::size_t reap_together() const;
   void give_up_engine(std::exception_ptr error);
   void refuse_pieces();
   void complete(const IoCompletion& completion);
@@ -65,6 +66,7 @@ class IoWorker {
   std::vector<std::size_t> ready_;  ///< Slots to submit, oldest first.
   std::vector<std::size_t> later_;  ///< Slots to submit again in a while.
   std::size_t in_flight_ = 0;
+  std::uint64_t bytes_in_flight_ = 0;
   int failed_polls_ = 0;  ///< In a row.
   std::vector<RunningPiece> taken_;
   std::vector<IoRequest> batch_;

@@ -8,12 +8,16 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
+#include <cstddef>
+#include <cstdint>
 #include <exception>
 #include <limits>
 #include <memory>
 #include <optional>
 #include <set>
+#include <span>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -92,6 +96,88 @@ class PatientWorker {
   IoBacklog backlog_;
   IoWorker worker_;
 };
+
+/// Ends requests as soon as it is asked, as many as are wanted, and keeps with
+/// what it was asked while all its slots were in flight.
+class AskedEngine final : public IoEngine {
+ public:
+  struct Question {
+    std::size_t at_least;
+    std::chrono::nanoseconds timeout;
+  };
+
+  AskedEngine(std::size_t depth, std::vector<Question>& questions)
+      : depth_(depth), questions_(questions) {}
+
+  std::string_view name() const noexcept override { return "asked"; }
+  std::size_t depth() const noexcept override { return depth_; }
+  std::size_t submit(std::span<const IoRequest> batch) override {
+    in_flight_.insert(in_flight_.end(), batch.begin(), batch.end());
+    return batch.size();
+  }
+  std::size_t poll(std::span<IoCompletion> out, std::size_t at_least,
+                   std::chrono::nanoseconds timeout) override {
+    if (in_flight_.size() == depth_) questions_.push_back({at_least, timeout});
+    const std::size_t count = std::min(at_least, in_flight_.size());
+    for (std::size_t i = 0; i < count; ++i) {
+      out[i] = {in_flight_[i].cookie,
+                static_cast<std::int64_t>(in_flight_[i].length)};
+    }
+    in_flight_.erase(in_flight_.begin(),
+                     in_flight_.begin() + static_cast<std::ptrdiff_t>(count));
+    return count;
+  }
+  void wake() noexcept override {}
+
+ private:
+  const std::size_t depth_;
+  std::vector<Question>& questions_;
+  std::vector<IoRequest> in_flight_;
+};
+
+/// Of one operation of so many blocks of that size.
+std::vector<AskedEngine::Question> questions(std::shared_ptr<File> file,
+                                             std::size_t block,
+                                             bool overlap_events) {
+  constexpr std::size_t kOfThem = 64;
+  AlignedBuffer memory(kOfThem * block);
+  AioConfig config;
+  config.block_size = block;
+  config.queue_depth = 32;
+  config.overlap_events = overlap_events;
+  std::vector<AskedEngine::Question> questions;
+  IoQueue io(config, [&](int depth) {
+    return std::make_unique<AskedEngine>(static_cast<std::size_t>(depth),
+                                         questions);
+  });
+  io.submit({.op = IoRequest::Op::kWrite,
+             .file = std::move(file),
+             .bytes = memory.bytes()})
+      .wait();
+  return questions;
+}
+
+TEST_F(IoWorkerTest, SmallPiecesEndTogetherWhileAllSlotsAreInFlight) {
+  struct Case {
+    std::size_t block;
+    std::size_t at_least;
+  };
+  constexpr std::size_t kKiB = 1024;
+  // A quarter of the slots, and half a MiB.
+  for (const Case& each : {Case{4 * kKiB, 8}, Case{64 * kKiB, 8},
+                           Case{128 * kKiB, 4}, Case{1024 * kKiB, 1}}) {
+    const auto asked = questions(file_, each.block, true);
+    ASSERT_FALSE(asked.empty());
+    for (const auto& question : asked) {
+      EXPECT_EQ(question.at_least, each.at_least) << each.block;
+      // A device that hangs on one must not hide that others have ended.
+      EXPECT_EQ(question.timeout <= 1ms, each.at_least > 1);
+    }
+    for (const auto& question : questions(file_, each.block, false)) {
+      EXPECT_EQ(question.at_least, 32u);
+    }
+  }
+}
 
 TEST_F(IoWorkerTest, OutOfPatienceAllPiecesOfTheOperationStopAtOnce) {
   for (const int error : {EINTR, EAGAIN, ENOMEM, ECANCELED}) {
