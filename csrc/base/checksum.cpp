@@ -1,12 +1,21 @@
 #include "torch_ext/base/checksum.h"
 
+#include "checksum_avx2.h"
+
 // Compiled in: no run-time library to find, and one translation unit pays.
 #define XXH_INLINE_ALL
+// What is hashed has mostly left the caches. A quarter less time than with the
+// header's 384 bytes; anything from 1 to 2 KiB does as well.
+#define XXH_PREFETCH_DIST 1536
 #include <xxhash.h>
 
 namespace torch_ext {
 
 std::uint64_t checksum(std::span<const std::byte> bytes) noexcept {
+#if defined(__x86_64__)
+  static const bool use_avx2 = have_avx2();
+  if (use_avx2) return checksum_avx2(bytes);
+#endif
   return XXH3_64bits(bytes.data(), bytes.size());
 }
 

@@ -1,7 +1,5 @@
 #include "torch_ext/io/io_queue.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -14,6 +12,7 @@
 #include "io_operation.h"
 #include "io_worker.h"
 #include "torch_ext/base/error.h"
+#include "torch_ext/base/process.h"
 
 namespace torch_ext {
 
@@ -52,7 +51,7 @@ class IoQueue::Impl {
   }
 
   void check_process() const {
-    if (getpid() == owner_) return;
+    if (process_id() == owner_) return;
     throw StateError("this I/O queue was created in process " +
                      std::to_string(owner_) +
                      " and cannot be used in a forked child");
@@ -64,7 +63,7 @@ class IoQueue::Impl {
   }
 
   AioConfig config_;
-  pid_t owner_ = getpid();
+  pid_t owner_ = process_id();
   IoBacklog backlog_;
   std::vector<std::unique_ptr<IoWorker>> workers_;
 };
@@ -73,7 +72,7 @@ IoQueue::IoQueue(const AioConfig& config, const IoEngineFactory& factory)
     : impl_(std::make_unique<Impl>(config, factory)) {}
 
 IoQueue::~IoQueue() {
-  if (getpid() != impl_->owner_) {
+  if (process_id() != impl_->owner_) {
     // The threads exist only in the process that started them: nothing can
     // be joined, and what they used must not be torn down under the parent.
     static_cast<void>(impl_.release());

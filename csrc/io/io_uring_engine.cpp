@@ -1,5 +1,6 @@
 #include "engines.h"
 #include "torch_ext/base/error.h"
+#include "torch_ext/base/process.h"
 
 #ifdef TORCH_EXT_LIBURING
 
@@ -94,7 +95,7 @@ class Ring {
   io_uring* get() noexcept { return &ring_; }
   std::size_t completions() const noexcept { return completions_; }
   /// In a forked child, where any use would be of the parent's ring.
-  bool is_inherited() const noexcept { return getpid() != owner_; }
+  bool is_inherited() const noexcept { return process_id() != owner_; }
 
   /// Gives the kernel what is prepared: 0, or the error for which it left some.
   int enter() noexcept {
@@ -109,7 +110,7 @@ class Ring {
   }
 
  private:
-  const pid_t owner_ = getpid();
+  const pid_t owner_ = process_id();
   io_uring ring_ = {};
   std::size_t completions_ = 0;
 };

@@ -13,6 +13,7 @@
 
 #include "deadline.h"
 #include "engines.h"
+#include "torch_ext/base/process.h"
 
 namespace torch_ext {
 namespace {
@@ -64,7 +65,7 @@ class ThreadEngine final : public IoEngine {
   }
 
   ~ThreadEngine() override {
-    if (getpid() == owner_) {
+    if (process_id() == owner_) {
       stop_threads();
     } else {
       leave_to_parent();
@@ -181,7 +182,7 @@ class ThreadEngine final : public IoEngine {
 
   const std::size_t depth_;
   const std::size_t max_threads_;
-  const pid_t owner_ = getpid();
+  const pid_t owner_ = process_id();
   std::unique_ptr<Shared> shared_ = std::make_unique<Shared>();
   std::vector<std::thread> threads_;
   std::size_t in_flight_ = 0;

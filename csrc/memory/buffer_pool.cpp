@@ -1,7 +1,6 @@
 #include "torch_ext/memory/buffer_pool.h"
 
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -14,6 +13,7 @@
 
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/error.h"
+#include "torch_ext/base/process.h"
 
 namespace torch_ext {
 namespace {
@@ -48,7 +48,7 @@ struct BufferPool::State {
 
   ~State() {
     // A forked child has no such mapping; what is there now is not ours.
-    if (getpid() != owner) return;
+    if (process_id() != owner) return;
     for (const auto& device : pinned) device->unpin(memory());
     munmap(mapping, mapped_size);
   }
@@ -62,7 +62,7 @@ struct BufferPool::State {
 
   const std::size_t buffer_size;
   const std::size_t count;
-  const pid_t owner = getpid();
+  const pid_t owner = process_id();
   void* mapping = nullptr;
   std::size_t mapped_size = 0;
   std::byte* base = nullptr;

@@ -1,7 +1,6 @@
 #include "torch_ext/memory/pinned_memory.h"
 
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -14,6 +13,7 @@
 
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/error.h"
+#include "torch_ext/base/process.h"
 
 namespace torch_ext {
 namespace {
@@ -49,10 +49,10 @@ std::shared_ptr<std::byte> allocate_pinned(std::size_t bytes,
   // From here on the deleter frees what there is, whatever throws.
   auto locked = std::make_shared<bool>(false);
   std::shared_ptr<std::byte> allocation(
-      data, [size, cuda, locked, owner = getpid()](std::byte* freed) {
+      data, [size, cuda, locked, owner = process_id()](std::byte* freed) {
         disown_pinned(freed);
         // A forked child has the memory, but not the GPU.
-        if (*locked && getpid() == owner) cuda->host_unregister(freed);
+        if (*locked && process_id() == owner) cuda->host_unregister(freed);
         munmap(freed, size);
       });
   if (cuda != nullptr) {

@@ -1,7 +1,5 @@
 #include "torch_ext/optim/optimizer_offload.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <memory>
 #include <mutex>
@@ -12,6 +10,7 @@
 #include "tile_layout.h"
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/error.h"
+#include "torch_ext/base/process.h"
 #include "torch_ext/memory/buffer_pool.h"
 
 namespace torch_ext {
@@ -61,7 +60,7 @@ class OptimizerOffload::Impl {
         engine(store->engine()) {}
 
   void check_process() const {
-    if (getpid() != owner) {
+    if (process_id() != owner) {
       throw StateError("this optimizer was created in process " +
                        std::to_string(owner) +
                        " and cannot be used in a forked child; create one "
@@ -100,7 +99,7 @@ class OptimizerOffload::Impl {
   void show(const Tile& tile, bool fresh, UpdateKernel& kernel);
   OptimizerOffloadStats snapshot() const;
 
-  const pid_t owner = getpid();
+  const pid_t owner = process_id();
   const std::uint64_t host_memory;
   const std::uint64_t scratch_bytes;
   std::mutex calls;  // One at a time.
@@ -213,7 +212,7 @@ OptimizerOffload::OptimizerOffload(const OptimizerOffloadOptions& options)
     : impl_(std::make_unique<Impl>(options)) {}
 
 OptimizerOffload::~OptimizerOffload() {
-  if (impl_->owner != getpid()) {
+  if (impl_->owner != process_id()) {
     // Threads, buffers and requests belong to the parent.
     static_cast<void>(impl_.release());
     return;

@@ -1,13 +1,12 @@
 #include "swap_core.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <stdexcept>
 #include <utility>
 
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/error.h"
+#include "torch_ext/base/process.h"
 #include "torch_ext/base/size.h"
 
 namespace torch_ext {
@@ -38,7 +37,7 @@ std::unique_ptr<BufferPool> make_pool(const char* what, const AioConfig& aio,
 }  // namespace
 
 void check_process(pid_t owner, const char* what) {
-  if (getpid() == owner) return;
+  if (process_id() == owner) return;
   throw StateError(std::string("this ") + what + " was created in process " +
                    std::to_string(owner) +
                    " and cannot be used in a forked child; create one in the "
@@ -48,7 +47,7 @@ void check_process(pid_t owner, const char* what) {
 SwapCore::SwapCore(const char* what, const AioConfig& aio,
                    std::uint64_t host_memory)
     : what_(what),
-      owner_(getpid()),
+      owner_(process_id()),
       pool_(make_pool(what, aio, host_memory)),
       copy_thread_(std::make_unique<CopyThread>(
           *pool_, keys_,
@@ -59,7 +58,7 @@ void SwapCore::check_process() const {
   torch_ext::check_process(owner_, what_);
 }
 
-bool SwapCore::in_own_process() const { return owner_ == getpid(); }
+bool SwapCore::in_own_process() const { return owner_ == process_id(); }
 
 std::unique_lock<std::mutex> SwapCore::enter() {
   check_process();

@@ -10,6 +10,11 @@
 
 #include "support/pattern.h"
 
+// The reference: what the published header computes one word at a time.
+#define XXH_INLINE_ALL
+#define XXH_VECTOR XXH_SCALAR
+#include <xxhash.h>
+
 namespace torch_ext {
 namespace {
 
@@ -23,6 +28,20 @@ TEST(ChecksumTest, IsXxh3OfSixtyFourBits) {
   EXPECT_EQ(checksum_of(""), 0x2d06800538d394c2u);
   EXPECT_EQ(checksum_of("a"), 0xe6c632b61e964e1fu);
   EXPECT_EQ(checksum_of("abc"), 0x78af5f94892f3950u);
+}
+
+TEST(ChecksumTest, IsTheSameByWhateverInstructions) {
+  std::vector<std::byte> memory(70000);
+  test::fill_pattern(memory, /*seed=*/4);
+  std::vector<std::size_t> lengths = {4096, 65535, 65536, 65537, 70000};
+  for (std::size_t length = 0; length < 2100; ++length) {
+    lengths.push_back(length);
+  }
+  for (const std::size_t length : lengths) {
+    ASSERT_EQ(checksum(std::span(memory).first(length)),
+              XXH3_64bits(memory.data(), length))
+        << length << " bytes";
+  }
 }
 
 TEST(ChecksumTest, ChangesWithEveryBitOfABlock) {

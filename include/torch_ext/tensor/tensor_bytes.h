@@ -31,9 +31,8 @@ class TensorBytes {
   /// Errors: TypeError, std::invalid_argument; see check_has_plain_memory().
   DeviceBytes source(const at::Tensor& tensor, const std::string& operation) {
     check_has_plain_memory(tensor, operation);
+    if (is_packed(tensor)) return of(tensor, Direction::kOut);
     const c10::NoGradGuard no_grad;
-    // detach(): a tensor that Python knows could not be dropped without the
-    // GIL by whoever holds it last.
     return of(tensor.detach().resolve_conj().resolve_neg().contiguous(),
               Direction::kOut);
   }
@@ -43,11 +42,9 @@ class TensorBytes {
   /// check_is_destination().
   DeviceBytes destination(const at::Tensor& tensor,
                           const std::string& operation) {
+    if (is_packed(tensor)) return of(tensor, Direction::kIn);
     const c10::NoGradGuard no_grad;
     const at::Tensor plain = tensor.detach();
-    if (plain.is_contiguous() && !plain.is_conj() && !plain.is_neg()) {
-      return of(plain, Direction::kIn);
-    }
     const at::Tensor packed = at::empty(
         plain.sizes(),
         at::TensorOptions().dtype(plain.scalar_type()).device(plain.device()));
@@ -64,6 +61,10 @@ class TensorBytes {
 
  private:
   enum class Direction { kOut, kIn };
+
+  static bool is_packed(const at::Tensor& tensor) {
+    return tensor.is_contiguous() && !tensor.is_conj() && !tensor.is_neg();
+  }
 
   static void unpack(const at::Tensor& to, const at::Tensor& packed,
                      Device& device) {
@@ -93,7 +94,9 @@ class TensorBytes {
             .data = static_cast<std::byte*>(
                 const_cast<void*>(contiguous.const_data_ptr())),
             .size = static_cast<std::uint64_t>(contiguous.nbytes()),
-            .keep_alive = std::make_shared<at::Tensor>(contiguous)};
+            // Not the tensor: whoever drops the last reference to one that
+            // Python knows must hold the GIL.
+            .keep_alive = std::make_shared<c10::Storage>(contiguous.storage())};
   }
 
   struct Less {

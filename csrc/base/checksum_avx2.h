@@ -1,0 +1,15 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+namespace torch_ext {
+
+/// checksum(), by instructions that not every x86-64 processor has.
+#if defined(__x86_64__)
+bool have_avx2() noexcept;
+std::uint64_t checksum_avx2(std::span<const std::byte> bytes) noexcept;
+#endif
+
+}  // namespace torch_ext

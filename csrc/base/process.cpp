@@ -1,0 +1,27 @@
+#include "torch_ext/base/process.h"
+
+#include <pthread.h>
+#include <unistd.h>
+
+#include <atomic>
+
+namespace torch_ext {
+namespace {
+
+std::atomic<pid_t> id = 0;
+
+void forget_id() { id = 0; }
+
+/// True if a forked child will ask anew.
+bool watch_forks() { return pthread_atfork(nullptr, nullptr, forget_id) == 0; }
+
+}  // namespace
+
+pid_t process_id() noexcept {
+  static const bool watched = watch_forks();
+  if (!watched) return getpid();
+  if (id == 0) id = getpid();
+  return id;
+}
+
+}  // namespace torch_ext
