@@ -17,10 +17,11 @@ run() {
 }
 
 repetitions=7
+programs="io files small latency optimizer zero_step cuda"
 for argument in "$@"; do
   case $argument in
     -h | --help)
-      for name in io files small latency optimizer cuda; do "$python" "benchmarks/$name.py" --help; done
+      for name in $programs; do "$python" "benchmarks/$name.py" --help; done
       exit ;;
     --quick) repetitions=1 ;;
   esac
@@ -31,6 +32,8 @@ for program in "$build"/benchmarks/*_bench; do
   run "$program" --benchmark_repetitions=$repetitions --benchmark_context=commit="${commit:-unknown}" \
     --benchmark_out="$output/$(basename "$program" _bench).json"
 done
-for name in io files small latency optimizer cuda; do run "$python" "benchmarks/$name.py" --output "$output" "$@"; done
+for name in $programs; do run "$python" "benchmarks/$name.py" --output "$output" "$@"; done
 "$python" benchmarks/report.py "$output" || status=1
+"$python" benchmarks/picture.py "$output" "$output/ratios.png" || status=1
+printf 'Picture: %s\n' "$output/ratios.png" >&2
 exit $status

@@ -46,7 +46,7 @@ def bench(monkeypatch, disk, tmp_path):
 def module(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module
-    for name in ("common", "transfers", "report"):
+    for name in ("common", "transfers", "report", "picture", "zero_step"):
         sys.modules.pop(name, None)
 
 
@@ -152,6 +152,65 @@ def test_latency_sets_the_wait_beside_a_bound_of_the_same_round(bench, disk, mon
     assert milliseconds == pytest.approx(1e3 * sample["behind a prefetch"], abs=0.1)
     assert ratio == pytest.approx(sample["behind a prefetch"] / bound, abs=0.01)
     assert os.listdir(disk) == []
+
+
+def test_zero_step_sets_the_two_ops_side_by_side(module, disk, tmp_path, monkeypatch, capsys):
+    (tmp_path / "deepspeed.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    zero_step = module("zero_step")
+    # A first step that nobody counts, then steps of 2 or 1 s.
+    train = tmp_path / "train.py"
+    train.write_text(
+        "import json, sys\n"
+        "seconds = [9, 2, 2] if sys.argv[2] == 'own' else [9, 1, 1]\n"
+        "print('a note')\n"
+        "print(json.dumps({'losses': [1.0], 'step_seconds': seconds}))\n"
+    )
+    monkeypatch.setattr(zero_step, "TRAIN", train)
+    monkeypatch.setattr(
+        sys, "argv", ["zero_step.py", "--quick", "--directory", disk, "--output", str(tmp_path)]
+    )
+    zero_step.main()
+    rows = cells(json.loads((tmp_path / "zero_step.json").read_text()))
+    assert rows == dict.fromkeys(("pipelined", "not pipelined"), ["2.00", "1.00", "0.50"])
+    train.write_text(
+        "import json, sys\n"
+        "print(json.dumps({'losses': [sys.argv[2]], 'step_seconds': [1, 1]}))\n"
+    )
+    with pytest.raises(RuntimeError, match="the losses differ"):
+        zero_step.main()
+    train.write_text("raise SystemExit('no such op')")
+    with pytest.raises(RuntimeError, match="no such op"):
+        zero_step.main()
+    assert os.listdir(disk) == []
+
+
+def test_picture_shows_each_ratio_once(module, tmp_path, monkeypatch):
+    picture = module("picture")
+    table = {
+        "title": "Disks",
+        "header": ["", "GiB/s ours", "ours / fio", "ours / DeepSpeed"],
+        "rows": [
+            ["a, write", "3", "1.50 (0.75 to 2.00)", "-"],
+            ["b, read", "2", "0.5", "4.00"],
+        ],
+    }
+    found = [
+        (r.name, r.other, r.median, r.least, r.most)
+        for r in picture.ratios_of({"tables": [table]})
+    ]
+    assert found == [
+        ("Disks: a, write", "fio", 1.5, 0.75, 2.0),
+        ("Disks: b, read", "fio", 0.5, 0.5, 0.5),
+        ("Disks: b, read", "DeepSpeed", 4.0, 4.0, 4.0),
+    ]
+    png = tmp_path / "ratios.png"
+    monkeypatch.setattr(sys, "argv", ["picture.py", str(tmp_path), str(png)])
+    with pytest.raises(SystemExit, match="no table"):
+        picture.main()
+    (tmp_path / "io.json").write_text(json.dumps({"tables": [table]}))
+    picture.main()
+    assert png.read_bytes().startswith(b"\x89PNG")
 
 
 def test_transfer_that_brings_back_other_bytes_is_an_error(module, disk):
