@@ -3,7 +3,6 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <limits>
 #include <map>
 #include <mutex>
@@ -11,36 +10,24 @@
 #include <utility>
 #include <vector>
 
+#include "pages.h"
 #include "torch_ext/base/align.h"
-#include "torch_ext/base/error.h"
 #include "torch_ext/base/process.h"
 
 namespace torch_ext {
 namespace {
 
 constexpr std::size_t kPage = 4096;
-constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
 }  // namespace
 
 struct BufferPool::State {
   State(std::size_t size, std::size_t buffers)
       : buffer_size(size), count(buffers) {
-    // One huge page more than asked lets the first buffer start on one.
-    const std::size_t bytes = size * buffers;
-    mapped_size = bytes >= kHugePage ? bytes + kHugePage : bytes;
-    mapping = mmap(nullptr, mapped_size, PROT_READ | PROT_WRITE,
-                   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (mapping == MAP_FAILED) {
-      throw IoError({.op = "mmap", .length = bytes, .error = errno});
-    }
-    const std::uint64_t unit = bytes >= kHugePage ? kHugePage : kPage;
-    base = reinterpret_cast<std::byte*>(
-        align_up(reinterpret_cast<std::uintptr_t>(mapping), unit));
-    // Both only tune: a kernel without them changes no result.
-    madvise(mapping, mapped_size, MADV_DONTFORK);
-    if (bytes >= kHugePage) madvise(mapping, mapped_size, MADV_HUGEPAGE);
     free.reserve(buffers);
+    base = map_pages(size * buffers);
+    // It only tunes: a kernel without it changes no result.
+    madvise(base, size * buffers, MADV_DONTFORK);
     for (std::size_t i = buffers; i > 0; --i) {
       free.push_back(base + (i - 1) * size);
     }
@@ -50,7 +37,7 @@ struct BufferPool::State {
     // A forked child has no such mapping; what is there now is not ours.
     if (process_id() != owner) return;
     for (const auto& device : pinned) device->unpin(memory());
-    munmap(mapping, mapped_size);
+    munmap(base, buffer_size * count);
   }
 
   std::span<std::byte> memory() const { return {base, buffer_size * count}; }
@@ -63,8 +50,6 @@ struct BufferPool::State {
   const std::size_t buffer_size;
   const std::size_t count;
   const pid_t owner = process_id();
-  void* mapping = nullptr;
-  std::size_t mapped_size = 0;
   std::byte* base = nullptr;
 
   std::mutex mutex;

@@ -11,6 +11,7 @@
 #include <mutex>
 #include <utility>
 
+#include "pages.h"
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/error.h"
 #include "torch_ext/base/process.h"
@@ -38,14 +39,10 @@ std::shared_ptr<std::byte> allocate_pinned(std::size_t bytes,
                                            std::shared_ptr<CudaRuntime> cuda,
                                            std::string* why_not) {
   const std::size_t size = align_up(std::max<std::size_t>(bytes, 1), kPage);
-  void* memory = mmap(nullptr, size, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED || size < bytes) {
-    throw IoError({.op = "mmap",
-                   .length = bytes,
-                   .error = memory == MAP_FAILED ? errno : ENOMEM});
+  if (size < bytes) {
+    throw IoError({.op = "mmap", .length = bytes, .error = ENOMEM});
   }
-  auto* data = static_cast<std::byte*>(memory);
+  std::byte* const data = map_pages(size);
   // From here on the deleter frees what there is, whatever throws.
   auto locked = std::make_shared<bool>(false);
   std::shared_ptr<std::byte> allocation(
@@ -55,6 +52,12 @@ std::shared_ptr<std::byte> allocate_pinned(std::size_t bytes,
         if (*locked && process_id() == owner) cuda->host_unregister(freed);
         munmap(freed, size);
       });
+#ifdef MADV_POPULATE_WRITE
+  // Present from now on, also where nothing locks it, and one page after the
+  // other: touched by several threads they lie scattered, and I/O is slower.
+  // Kernels before 5.14 leave it to whoever touches them.
+  madvise(data, size, MADV_POPULATE_WRITE);
+#endif
   if (cuda != nullptr) {
     try {
       cuda->host_register(data, size);

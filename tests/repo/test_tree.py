@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -94,3 +95,14 @@ def test_there_is_one_version_number():
     import torch_ext
 
     assert f'version = "{torch_ext.__version__}"' in text_of("pyproject.toml").splitlines()
+
+
+MUTANTS = [f for f in tree.files() if f.match("tests/mutants/*.patch")]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+@pytest.mark.parametrize("patch", MUTANTS, ids=lambda patch: patch.stem)
+def test_mutant_still_fits_the_code(patch):
+    command = ["git", "-c", "safe.directory=*", "apply", "--check", str(tree.ROOT / patch)]
+    done = subprocess.run(command, cwd=tree.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

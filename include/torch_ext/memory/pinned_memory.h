@@ -9,7 +9,9 @@
 namespace torch_ext {
 
 /// Host memory that is handed to users: whole pages of its own, exactly as
-/// many as `bytes` need, zeroed, inherited by forked children. With `cuda` it
+/// many as `bytes` need, zeroed, present in memory (Linux 5.14 and later),
+/// in huge pages where there are some and `bytes` is 2 MiB or more, inherited
+/// by forked children. With `cuda` it
 /// is page-locked for all GPUs, where the run-time can; `why_not` (may be
 /// null) says why it could not. Freed with the last reference.
 /// Errors: IoError ("mmap"). Threads: any.
