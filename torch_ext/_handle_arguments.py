@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import os
+import stat
 from typing import Any
 
 import torch
@@ -23,29 +25,40 @@ def async_and_offset(
     return not values["async"], values.get("file_offset", 0)
 
 
-def check_offset(offset: int) -> None:
-    if isinstance(offset, bool) or not isinstance(offset, int):
+def checked_offset(offset: int) -> int:
+    """As an int: anything that is one by ``__index__`` will do, but for bool."""
+    try:
+        value = operator.index(offset)
+    except TypeError:
+        value = None
+    if value is None or isinstance(offset, bool):
         raise TypeError(f"file_offset must be an int, not {type(offset).__name__}")
-    if not 0 <= offset < 2**63:
-        raise ValueError(f"file_offset must be from 0 to 2^63 - 1, got {offset}")
+    if not 0 <= value < 2**63:
+        raise ValueError(f"file_offset must be from 0 to 2^63 - 1, got {value}")
+    return value
 
 
-def checked_path(
+def checked_target(
     buffer: torch.Tensor, filename: str, offset: int, absolute: bool = False
-) -> str | bytes:
-    """The file's path; ``absolute``: whatever the working directory is later."""
+) -> tuple[str | bytes, int]:
+    """The file's path and the offset; ``absolute``: whatever the working directory is later."""
     if not isinstance(buffer, torch.Tensor):
         raise TypeError(f"buffer must be a torch.Tensor, not {type(buffer).__name__}")
-    check_offset(offset)
+    offset = checked_offset(offset)
     path = directory_of(filename, "filename")
-    return os.path.join(os.getcwd(), os.fsdecode(path)) if absolute else path
+    if absolute:
+        path = os.path.join(os.getcwd(), os.fsdecode(path))
+    return path, offset
 
 
 def check_size(buffer: torch.Tensor, filename: str) -> None:
-    path = checked_path(buffer, filename, 0)
-    size = os.stat(path, follow_symlinks=False).st_size
-    if size != buffer.nbytes:
+    path, _ = checked_target(buffer, filename, 0)
+    try:
+        found = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return  # Reading says it with all that belongs to it.
+    if stat.S_ISREG(found.st_mode) and found.st_size != buffer.nbytes:
         raise ValueError(
-            f"{os.fsdecode(path)} has {size} bytes, the buffer {buffer.nbytes}: read() takes "
-            f"whole files; for a part of one use pread()"
+            f"{os.fsdecode(path)} has {found.st_size} bytes, the buffer {buffer.nbytes}: "
+            f"read() takes whole files; for a part of one use pread()"
         )

@@ -4,36 +4,54 @@ from __future__ import annotations
 
 import errno
 import os
+import queue
 import stat
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 _PIECE = 1 << 24
 
-# What operations fail with. While one is in flight, an exception of another class
-# is what the handler of a signal raised.
-_Failure = (OSError, ValueError, RuntimeError, MemoryError)
-
 
 class Operation:
-    """One that has been started. Threads: any.
+    """One operation, from before its start. Threads: any.
 
-    Args:
-        ticket: Of the operation; it can be waited for more than once.
-        check: For ``validate`` the tensor, the file's absolute path and the offset.
+    Signal handlers may raise anything at any line of Python, and what they raise
+    must neither pass for the operation's failure nor lose the operation. So the
+    compiled module puts tickets into a list, and returns failures.
     """
 
-    __slots__ = ("_check", "_ended", "_ticket", "error")
+    __slots__ = ("_check", "_ended", "_tickets", "error")
 
-    def __init__(self, ticket: Any, check: tuple[torch.Tensor, str, int] | None) -> None:
-        self._ticket = ticket
-        self._check = check
+    def __init__(self) -> None:
+        self._check: tuple[torch.Tensor, str, int] | None = None
         self._ended = False
+        self._tickets: list[Any] = []
         #: What it failed with, once wait() has returned.
         self.error: Exception | None = None
+
+    def start(
+        self,
+        call: Callable[..., None],
+        target: str | bytes | int,
+        offset: int,
+        buffer: torch.Tensor,
+        check: tuple[torch.Tensor, str, int] | None = None,
+    ) -> None:
+        """Starts it by a call of the compiled module.
+
+        Args:
+            check: For ``validate`` the tensor, the file's absolute path and the offset.
+        """
+        self._check = check
+        call(target, offset, buffer, self._tickets)
+
+    @property
+    def started(self) -> bool:
+        return bool(self._tickets)
 
     def wait(self, deadline: float | None = None) -> None:
         """Returns when it has ended, well or not.
@@ -43,8 +61,9 @@ class Operation:
             BaseException: What the handler of a signal raised, KeyboardInterrupt
                 for one; the operation goes on.
         """
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
         # Ended or not: the current stream is to wait for the bytes.
-        error = self._wait_for_ticket(deadline)
+        error = self._tickets[0].outcome(timeout=left)
         if self._ended:
             return
         # Threads that wait at the same time may each compare: nothing may have
@@ -54,23 +73,6 @@ class Operation:
         if error is not None:
             self.error = without_frames(error)
         self._ended = True
-
-    def _wait_for_ticket(self, deadline: float | None) -> Exception | None:
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        try:
-            self._ticket.wait(timeout=left)
-        except TimeoutError as error:
-            # Of this wait; what the system calls so is the operation's.
-            if error.errno is None:
-                raise
-            return error
-        except _Failure as error:
-            return error
-        except Exception as error:
-            if not self._ticket.done():
-                raise
-            return error
-        return None
 
 
 class Pending:
@@ -82,8 +84,10 @@ class Pending:
         self._lock = threading.Lock()
 
     def add(self, operation: Operation) -> None:
+        """Idempotent."""
         with self._lock:
-            self._operations.append(operation)
+            if operation not in self._operations:
+                self._operations.append(operation)
 
     def take(self, deadline: float | None = None) -> tuple[int, list[Exception]]:
         """Waits for what is pending now, and takes what no other thread has taken.
@@ -125,11 +129,23 @@ def without_frames(error: Exception) -> Exception:
 
 def _difference(buffer: torch.Tensor, path: str, offset: int) -> Exception | None:
     """What keeps the file from holding the buffer's bytes."""
-    try:
-        _compare(buffer, path, offset)
-    except Exception as error:
-        return error
-    return None
+    found: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+    stream = None if buffer.is_cpu else torch.accelerator.current_stream(buffer.device)
+
+    def compare() -> None:
+        try:
+            if stream is not None:
+                torch.accelerator.set_stream(stream)
+            _compare(buffer, path, offset)
+        except Exception as error:
+            found.put(error)
+        else:
+            found.put(None)
+
+    # Handlers of signals run in the main thread alone: what is raised in
+    # another is of the comparison.
+    threading.Thread(target=compare, daemon=True).start()
+    return found.get()
 
 
 def _compare(buffer: torch.Tensor, path: str, offset: int) -> None:

@@ -13,14 +13,14 @@ from typing import Any, NoReturn
 
 import torch
 
-from torch_ext import _C
 from torch_ext._checks import Life, engine_of, log_notes
 from torch_ext._handle_arguments import (
     async_and_offset,
-    check_offset,
     check_size,
-    checked_path,
+    checked_offset,
+    checked_target,
 )
+from torch_ext._native import _C
 from torch_ext._operations import Operation, Pending, without_frames
 from torch_ext.config import parse_size
 
@@ -207,8 +207,9 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         if (filename is None) == (fd is None):
             raise TypeError("async_pwrite() needs a filename or an fd")
         target = fd if filename is None else filename
-        start, then = self._start_write, self._leave
-        return self._run(start, buffer, target, file_offset, False, then)
+        is_fd = isinstance(target, int) and not isinstance(target, bool)
+        start = self._start_write_fd if is_fd else self._start_write
+        return self._run(start, buffer, target, file_offset, False, self._leave)
 
     def wait(self, timeout: float | None = None) -> int:
         """Waits for all that is pending and returns how many operations it was.
@@ -292,70 +293,83 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         raise TypeError("an aio_handle belongs to its process and cannot be copied or pickled")
 
     def _start_read_of_all(
-        self, buffer: torch.Tensor, filename: str, offset: int, validate: bool
-    ) -> Operation:
+        self,
+        operation: Operation,
+        buffer: torch.Tensor,
+        filename: str,
+        offset: int,
+        validate: bool,
+    ) -> None:
         check_size(buffer, filename)
-        return self._start_read(buffer, filename, offset, validate)
+        self._start_read(operation, buffer, filename, offset, validate)
 
     def _start_read(
-        self, buffer: torch.Tensor, filename: str, offset: int, validate: bool
-    ) -> Operation:
-        path = checked_path(buffer, filename, offset, validate)
+        self,
+        operation: Operation,
+        buffer: torch.Tensor,
+        filename: str,
+        offset: int,
+        validate: bool,
+    ) -> None:
+        path, offset = checked_target(buffer, filename, offset, validate)
         check = (buffer, path, offset) if validate else None
-        return Operation(self._files.read(path, offset, buffer), check)
+        operation.start(self._files.read, path, offset, buffer, check)
 
     def _start_write(
-        self, buffer: torch.Tensor, target: str | int, offset: int, validate: bool
-    ) -> Operation:
-        if isinstance(target, int) and not isinstance(target, bool):
-            check_offset(offset)
-            if validate:
-                raise ValueError("validate needs a file name, not a descriptor")
-            return Operation(self._files.write_fd(target, offset, buffer), None)
-        path = checked_path(buffer, target, offset, validate)
+        self,
+        operation: Operation,
+        buffer: torch.Tensor,
+        filename: str,
+        offset: int,
+        validate: bool,
+    ) -> None:
+        path, offset = checked_target(buffer, filename, offset, validate)
         check = (buffer, path, offset) if validate else None
-        return Operation(self._files.write(path, offset, buffer), check)
+        operation.start(self._files.write, path, offset, buffer, check)
+
+    def _start_write_fd(
+        self, operation: Operation, buffer: torch.Tensor, fd: int, offset: int, _validate: bool
+    ) -> None:
+        operation.start(self._files.write_fd, fd, checked_offset(offset), buffer)
 
     def _run(
         self,
-        start: Callable[..., Operation],
+        start: Callable[..., None],
         buffer: torch.Tensor,
         target: str | int,
         offset: int,
         validate: bool,
-        then: Callable[[Operation], int],
+        then: Callable[[Operation], tuple[int, list[Exception]]],
     ) -> int:
         self._life.check()
+        operation = Operation()
         try:
-            operation = start(buffer, target, offset, validate)
-        except _Refusal as error:
-            if self._strict:
+            start(operation, buffer, target, offset, validate)
+            count, failures = then(operation)
+        except BaseException as error:
+            if operation.started:
+                # A signal's handler: the next wait() has to know of what goes on.
+                self._pending.add(operation)
+                raise
+            if self._strict or not isinstance(error, _Refusal):
                 raise
             self.errors.append(without_frames(error))
             return -1
-        return then(operation)
+        del operation  # As in _raise_first().
+        return self._report(count, failures)
 
-    def _leave(self, operation: Operation) -> int:
+    def _leave(self, operation: Operation) -> tuple[int, list[Exception]]:
         self._pending.add(operation)
-        return 0
+        return 0, []
 
-    def _finish_alone(self, operation: Operation) -> int:
-        return min(self._finish(operation, with_pending=False), 0)
+    def _finish_alone(self, operation: Operation) -> tuple[int, list[Exception]]:
+        operation.wait()
+        return 0, _failures_of(operation)
 
-    def _finish(self, operation: Operation, with_pending: bool = True) -> int:
-        count, failures = 0, []
-        try:
-            operation.wait()
-            if with_pending:
-                count, failures = self._pending.take()
-        except BaseException:
-            # It goes on: the next wait() has to know of it.
-            self._pending.add(operation)
-            raise
-        if operation.error is not None:
-            failures.append(operation.error)
-            operation.error = None  # As in _raise_first().
-        return self._report(count + 1, failures)
+    def _finish(self, operation: Operation) -> tuple[int, list[Exception]]:
+        operation.wait()
+        count, failures = self._pending.take()
+        return count + 1, failures + _failures_of(operation)
 
     def _report(self, count: int, failures: list[Exception]) -> int:
         if not failures:
@@ -440,6 +454,10 @@ class pin_handle:  # noqa: N801
     def is_pinned(self, buffer: torch.Tensor) -> bool:
         """See ``aio_handle.is_pinned``."""
         return is_pinned(buffer)
+
+
+def _failures_of(operation: Operation) -> list[Exception]:
+    return [] if operation.error is None else [operation.error]
 
 
 def free_cpu_locked_tensor(tensor: torch.Tensor) -> bool:

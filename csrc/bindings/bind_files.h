@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -36,6 +37,18 @@ py::dict to_dict(const torch_ext::FileSwapperStats& stats) {
       "descriptors"_a = stats.descriptors);
 }
 
+// Appends the ticket of what `start` starts. Were it returned, the handler of a
+// signal could raise before Python has it, and it would be lost.
+template <typename Start>
+void add_ticket(py::list& tickets, Start start) {
+  std::optional<TensorTicket> ticket;
+  {
+    py::gil_scoped_release released;
+    ticket = start();
+  }
+  tickets.append(std::move(*ticket));
+}
+
 void bind_file_swapper(py::module_& m) {
   py::class_<TensorFileSwapper,
              std::unique_ptr<TensorFileSwapper, DeleteWithoutGil>>(
@@ -52,19 +65,29 @@ void bind_file_swapper(py::module_& m) {
       .def(
           "write",
           [](TensorFileSwapper& self, const std::filesystem::path& path,
-             std::uint64_t offset, const at::Tensor& tensor) {
-            return self.write(path, offset, tensor);
+             std::uint64_t offset, const at::Tensor& tensor, py::list tickets) {
+            add_ticket(tickets,
+                       [&] { return self.write(path, offset, tensor); });
           },
-          py::arg("path"), py::arg("offset"), py::arg("tensor"), release_gil())
+          py::arg("path"), py::arg("offset"), py::arg("tensor"),
+          py::arg("tickets"))
       .def(
           "write_fd",
           [](TensorFileSwapper& self, int fd, std::uint64_t offset,
-             const at::Tensor& tensor) {
-            return self.write(fd, offset, tensor);
+             const at::Tensor& tensor, py::list tickets) {
+            add_ticket(tickets, [&] { return self.write(fd, offset, tensor); });
           },
-          py::arg("fd"), py::arg("offset"), py::arg("tensor"), release_gil())
-      .def("read", &TensorFileSwapper::read, py::arg("path"), py::arg("offset"),
-           py::arg("tensor"), release_gil())
+          py::arg("fd"), py::arg("offset"), py::arg("tensor"),
+          py::arg("tickets"))
+      .def(
+          "read",
+          [](TensorFileSwapper& self, const std::filesystem::path& path,
+             std::uint64_t offset, const at::Tensor& tensor, py::list tickets) {
+            add_ticket(tickets,
+                       [&] { return self.read(path, offset, tensor); });
+          },
+          py::arg("path"), py::arg("offset"), py::arg("tensor"),
+          py::arg("tickets"))
       .def("notes", &TensorFileSwapper::notes, release_gil())
       .def("stats",
            [](const TensorFileSwapper& swapper) {

@@ -90,6 +90,20 @@ void wait_for_bytes(const TensorTicket& ticket, const py::object& timeout) {
   ticket.wait();
 }
 
+// What wait() would raise for the operation, returned: what this raises is of
+// this wait, be it its timeout or what the handler of a signal raised.
+py::object outcome_of(const TensorTicket& ticket, const py::object& timeout) {
+  wait_interruptibly(ticket, timeout,
+                     [&](auto slice) { return ticket.wait_for(slice); });
+  try {
+    py::gil_scoped_release released;
+    ticket.wait();
+  } catch (...) {
+    return to_python(std::current_exception());
+  }
+  return py::none();
+}
+
 void wait_for_source(const TensorTicket& ticket, const py::object& timeout) {
   wait_interruptibly(ticket, timeout,
                      [&](auto slice) { return ticket.wait_source_for(slice); });
@@ -109,6 +123,7 @@ py::object result_of(const TensorTicket& ticket, const py::object& timeout) {
 void bind_ticket(py::module_& m) {
   py::class_<TensorTicket>(m, "SwapTicket", py::module_local())
       .def("wait", &wait_for_bytes, py::arg("timeout") = py::none())
+      .def("outcome", &outcome_of, py::arg("timeout") = py::none())
       .def("wait_source", &wait_for_source, py::arg("timeout") = py::none())
       .def("result", &result_of, py::arg("timeout") = py::none())
       .def("done", &TensorTicket::done, release_gil());

@@ -41,6 +41,17 @@ void set_os_error(const torch_ext::IoError& error) {
   PyErr_SetObject(PyExc_OSError, arguments.ptr());
 }
 
+// The exception that Python would see if this one left a bound function.
+py::object to_python(const std::exception_ptr& error) {
+  const py::cpp_function raise([&error] { std::rethrow_exception(error); });
+  try {
+    raise();
+  } catch (const py::error_already_set& raised) {
+    return raised.value();
+  }
+  return py::none();
+}
+
 void bind_errors() {
   py::register_local_exception_translator([](std::exception_ptr error) {
     try {

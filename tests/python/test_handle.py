@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -363,6 +364,30 @@ def test_threads_share_a_handle(strict, nvme_dir):
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+def test_only_async_pwrite_takes_a_descriptor(handle, nvme_dir):
+    fd = os.open(nvme_dir / "x", os.O_CREAT | os.O_RDWR)
+    x = torch.zeros(10)
+    for call in (
+        lambda: handle.sync_pwrite(x, fd),
+        lambda: handle.write(x, fd, False),
+        lambda: handle.pwrite(x, fd, False, False),
+        lambda: handle.async_pread(x, fd),
+        lambda: handle.read(x, fd, False),
+    ):
+        with pytest.raises(TypeError, match="filename must be a str"):
+            call()
+    assert os.fstat(fd).st_size == 0
+    os.close(fd)
+
+
+def test_numbers_may_be_numpys(strict, nvme_dir):
+    name = str(nvme_dir / "x")
+    assert strict.sync_pwrite(torch.arange(10), name, np.int64(16)) == 1
+    back = torch.zeros(10, dtype=torch.int64)
+    assert strict.pread(back, name, False, False, np.uint32(16)) == 1
+    assert torch.equal(back, torch.arange(10))
 
 
 def test_a_wait_that_runs_out_leaves_what_is_pending(handle, nvme_dir):

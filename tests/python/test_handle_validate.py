@@ -83,20 +83,6 @@ def test_validate_compares_the_elements_of_views(strict, nvme_dir, view):
     assert torch.equal(target, tensor.resolve_conj().resolve_neg())
 
 
-def test_validate_needs_a_name(strict, handle, nvme_dir):
-    x = torch.zeros(10)
-    fd = os.open(nvme_dir / "x", os.O_CREAT | os.O_WRONLY)
-    for call in (
-        lambda handle: handle.pwrite(x, fd, True, True),
-        lambda handle: handle.write(x, fd, True),
-    ):
-        with pytest.raises(ValueError, match="validate needs a file name"):
-            call(strict)
-        assert call(handle) == -1
-    assert os.fstat(fd).st_size == 0
-    os.close(fd)
-
-
 def test_a_failed_validate_leaves_the_handle_usable(strict, nvme_dir, monkeypatch):
     def refuse(*_):
         raise RuntimeError("CUDA error")

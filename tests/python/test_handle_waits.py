@@ -39,13 +39,12 @@ class Ticket:
     def done(self):
         return self._ended.is_set()
 
-    def wait(self, timeout=None):
+    def outcome(self, timeout=None):
         self.waiting.release()
         if not self._ended.wait(GUARD if timeout is None else timeout):
             raise TimeoutError("the operation did not end")
-        if self._error is not None:
-            # A new one each time, as from C++.
-            raise copy.copy(self._error)
+        # A new one each time, as from C++.
+        return copy.copy(self._error)
 
 
 class Files:
@@ -56,11 +55,11 @@ class Files:
         self.on_start = lambda ticket: None
         self.unseen = None
 
-    def write(self, path, offset, tensor):
+    def write(self, path, offset, tensor, tickets):
         ticket = Ticket()
         self.tickets.append(ticket)
+        tickets.append(ticket)
         self.on_start(ticket)
-        return ticket
 
     read = write
 
@@ -272,7 +271,10 @@ class HandlerError(Exception):
     """What the handler of a signal may raise."""
 
 
-@pytest.mark.parametrize("exception", [KeyboardInterrupt, HandlerError])
+HANDLERS = [KeyboardInterrupt, HandlerError, RuntimeError, OSError, ValueError, TimeoutError]
+
+
+@pytest.mark.parametrize("exception", HANDLERS)
 @pytest.mark.parametrize(
     "call",
     [
@@ -290,7 +292,7 @@ def test_a_call_that_is_interrupted_leaves_its_operation_to_wait(
 
     handle = make()
     with monkeypatch.context() as patch:
-        patch.setattr(Ticket, "wait", wait)
+        patch.setattr(Ticket, "outcome", wait)
         with pytest.raises(exception):
             call(handle)
     with pytest.raises(TimeoutError):
@@ -298,6 +300,31 @@ def test_a_call_that_is_interrupted_leaves_its_operation_to_wait(
     files.tickets[0].end(lost())
     assert handle.wait() == -1
     assert [error.errno for error in handle.errors] == [errno.EIO]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("exception", HANDLERS)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda handle: handle.async_pwrite(X, "x"),
+        lambda handle: handle.sync_pread(X, "x"),
+        lambda handle: handle.write(X, "x", False),
+    ],
+)
+def test_what_a_handler_raises_as_an_operation_starts_is_not_its_failure(
+    make, files, strict, exception, call
+):
+    def interrupt(_):
+        raise exception("of a handler")
+
+    handle = make(strict)
+    files.on_start = interrupt
+    with pytest.raises(exception, match="of a handler"):
+        call(handle)
+    assert handle.errors == []
+    files.tickets[0].end()
+    assert handle.wait() == 1
 
 
 def test_ctrl_c_during_wait_leaves_all_to_the_next():
