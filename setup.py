@@ -9,11 +9,13 @@ CMAKE_ARGS adds arguments for CMake; TORCH_EXT_BUILD_DIR names a build folder
 to reuse.
 """
 
+import importlib.util
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -38,6 +40,14 @@ def generator(build, arguments):
     return ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
 
 
+def check_headers(arguments):
+    """Where torch is, its user wants _C, which CMake leaves out without headers."""
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    wanted = importlib.util.find_spec("torch") and "-DTORCH_EXT_PYTHON=OFF" not in arguments
+    if wanted and not header.is_file():
+        raise SystemExit(f"{header} is missing: type `apt-get install python3-dev`")
+
+
 class CMakeBuild(build_ext):
     def run(self):
         in_place = self.inplace or self.editable_mode
@@ -47,6 +57,7 @@ class CMakeBuild(build_ext):
         if cmake is None:
             raise SystemExit("cmake is missing: type `pip install 'cmake>=3.25'`")
         arguments = shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        check_headers(arguments)
         configure = [
             *[cmake, "-S", str(ROOT), "-B", str(build)],
             f"-DPython3_EXECUTABLE={sys.executable}",

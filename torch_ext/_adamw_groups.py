@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
+from itertools import chain
 from typing import Any
 
 import torch
@@ -59,9 +61,14 @@ def check_state_dict(state_dict: Any) -> None:
 
 
 def paired(
-    groups: list[dict[str, Any]], saved: list[dict[str, Any]]
+    groups: list[dict[str, Any]], saved: list[dict[str, Any]], state: Mapping[Any, Any]
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each group with the saved one; ValueError where there are more or fewer."""
+    """Each group with the saved one.
+
+    Raises:
+        ValueError: There are more or fewer groups or parameters, or a state of
+            none of the parameters.
+    """
     if len(groups) != len(saved):
         raise ValueError("loaded state dict has a different number of parameter groups")
     for group, other in zip(groups, saved, strict=True):
@@ -70,6 +77,12 @@ def paired(
                 "loaded state dict contains a parameter group "
                 "that doesn't match the size of optimizer's group"
             )
+    ids = set(chain.from_iterable(group["params"] for group in saved))
+    if strangers := [key for key in state if key not in ids]:
+        raise ValueError(
+            f"the loaded state_dict has a state of {reprlib.repr(strangers)}, which no "
+            f"parameter group has"
+        )
     return list(zip(groups, saved, strict=True))
 
 
@@ -77,6 +90,9 @@ def merged(
     group: dict[str, Any], saved: dict[str, Any], defaults: dict[str, Any]
 ) -> dict[str, Any]:
     """The saved group with this optimizer's parameters and way of computing."""
+    for key in ("lr", "betas", "eps", "weight_decay"):
+        if key not in saved:
+            raise ValueError(f"a loaded parameter group has no {key!r}")
     merged = defaults | {
         key: deepcopy(value) for key, value in saved.items() if key != "params"
     }
@@ -136,8 +152,10 @@ def _check_saved_tensor(what: str, tensor: Tensor, parameter: Tensor) -> None:
 
 
 def _read_step(state: str, value: Any) -> int:
+    if value is None:
+        raise ValueError(f"{state} has no 'step'")
     try:
-        step = float(-1 if value is None else value)
+        step = float(value)
     except (TypeError, ValueError, RuntimeError):  # The last: of several elements.
         raise ValueError(f"{state} has the step {value!r}, which is no number") from None
     # float32, as torch keeps it, counts to 2^24; the library counts to 2^64.

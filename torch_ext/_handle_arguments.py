@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from torch_ext._checks import directory_of
+from torch_ext._native import _C
+from torch_ext.config import AioConfig
 
 
 def async_and_offset(
@@ -23,6 +25,28 @@ def async_and_offset(
         raise TypeError(f"{name}() takes buffer, filename, validate, async and file_offset=0")
     values |= named
     return not values["async"], values.get("file_offset", 0)
+
+
+def handle_config(**settings: Any) -> AioConfig:
+    """The settings as an AioConfig; errors have the handle's own names.
+
+    Flags may also be what else is 0 or 1: DeepSpeed's configurations have such.
+    """
+    for name, value in settings.items():
+        if value is None:
+            raise TypeError(f"{name} must not be None")
+    for name in ("single_submit", "overlap_events"):
+        if _is_flag(settings[name]):
+            settings[name] = bool(settings[name])
+    return _C.read_aio_section(settings)[0]
+
+
+def _is_flag(value: Any) -> bool:
+    try:
+        return operator.index(value) in (0, 1)
+    except TypeError:
+        # numpy's bool is no integer.
+        return getattr(value, "ndim", None) == 0 and str(value.dtype) == "bool"
 
 
 def checked_offset(offset: int) -> int:

@@ -19,6 +19,7 @@ from torch_ext._handle_arguments import (
     check_size,
     checked_offset,
     checked_target,
+    handle_config,
 )
 from torch_ext._native import _C
 from torch_ext._operations import Operation, Pending, without_frames
@@ -95,12 +96,12 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         engine: str = "auto",
     ) -> None:
         self._life = Life("aio_handle")
-        self._config = _C.AioConfig(
+        self._config = handle_config(
             block_size=block_size,
             queue_depth=queue_depth,
             single_submit=single_submit,
             overlap_events=overlap_events,
-            thread_count=intra_op_parallelism,
+            intra_op_parallelism=intra_op_parallelism,
         )
         self._strict = bool(strict)
         self.errors = []
@@ -223,10 +224,14 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         call counts what had ended, too, and reports what had failed. A file
         that ``validate`` compares is read to its end whatever the timeout. Of
         threads that wait at the same time, one counts and reports an operation.
+
+        Raises:
+            TypeError, ValueError: ``timeout`` is neither None nor a number >= 0.
         """
         self._life.check()
+        seconds = _C.to_seconds(timeout)
         self._log_notes()
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if seconds is None else time.monotonic() + seconds
         return self._report(*self._pending.take(deadline))
 
     def new_cpu_locked_tensor(

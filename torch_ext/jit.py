@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import sysconfig
 import time
 import warnings
 from collections.abc import Iterator
@@ -40,6 +41,10 @@ def load(
         **kwargs: Passed on. ``extra_cflags``, ``extra_ldflags`` and
             ``extra_include_paths`` are added to those of torch_ext.
 
+    Returns:
+        The module that torch_ext uses as ``torch_ext._C``; what there is to use
+        are the names of ``torch_ext``, which are the same with either.
+
     Raises:
         RuntimeError: The compiler, ninja or a header is missing, or the build
             failed; the text has the remedy or the compiler's words.
@@ -64,7 +69,7 @@ def load(
         *_third_party(root),
         *kwargs.get("extra_include_paths", ()),
     ]
-    _check_compiler()
+    _check_compiler_and_python()
     with _ninja_on_path():
         _wait_for(directory / "lock", lock_timeout)
         if not (directory / f"{name}.so").exists():
@@ -130,12 +135,17 @@ def _third_party(root: Path) -> list[str]:
     return folders
 
 
-def _check_compiler() -> None:
+def _check_compiler_and_python() -> None:
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         raise RuntimeError(
             f"torch_ext.load() needs a C++20 compiler and found no {compiler!r}: type "
             f"`apt-get install g++`, or set CXX"
+        )
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        raise RuntimeError(
+            f"torch_ext.load() needs {header}: type `apt-get install python3-dev`"
         )
 
 

@@ -60,8 +60,10 @@ class OffloadedAdamW(torch.optim.Optimizer):
     the optimizer.
 
     After an I/O error the state may be half updated: each later step raises the
-    error again until a state is loaded. A forked child may not use the
-    optimizer (RuntimeError); pickling and copying raise TypeError.
+    error again until a state is loaded. One call at a time, from any thread.
+    Ctrl-C during a call takes effect when the call has ended, so that no step
+    is left half done. A forked child may not use the optimizer (RuntimeError);
+    pickling and copying raise TypeError.
 
     Args:
         params: As for ``torch.optim.AdamW``: parameters, named parameters or
@@ -259,7 +261,9 @@ class OffloadedAdamW(torch.optim.Optimizer):
         check_state_dict(state_dict)
         groups = [
             merged(group, saved, self.defaults)
-            for group, saved in paired(self.param_groups, state_dict["param_groups"])
+            for group, saved in paired(
+                self.param_groups, state_dict["param_groups"], state_dict["state"]
+            )
         ]
         ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         entries = [

@@ -148,7 +148,9 @@ class TensorSwapper:
         """
         if device is not None:
             device = torch.device(device)
-            if device.index is None and device.type != "cpu":
+            if device.type == "cpu":
+                device = torch.device("cpu")  # "cpu:0" is the same, and unequal.
+            elif device.index is None:
                 device = torch.empty(0, device=device).device
         try:
             return self._swapper.swap_in(key, out, device, prefetch)

@@ -195,6 +195,7 @@ void bind_swap(py::module_& m) {
            })
       .def("close", &TensorSwapper::close, release_gil())
       .def_property_readonly("engine", &TensorSwapper::engine);
+  m.def("to_seconds", &to_seconds, py::arg("timeout"));
 }
 
 }  // namespace

@@ -4,9 +4,8 @@ import os
 
 import eleven
 import pytest
-import torch  # noqa: F401 - _C needs its libraries
 
-from torch_ext import _C
+from torch_ext._native import _C
 
 ENGINES = ["auto"]
 if os.environ.get("TORCH_EXT_TEST_FAULTS") == "all":

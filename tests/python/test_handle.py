@@ -68,7 +68,9 @@ def test_the_five_settings_are_used():
         ({"block_size": 0}, "block_size"),
         ({"block_size": -1}, "block_size"),
         ({"queue_depth": 0}, "queue_depth"),
-        ({"intra_op_parallelism": 0}, "thread_count"),
+        ({"intra_op_parallelism": 0}, "aio.intra_op_parallelism is 0"),
+        ({"single_submit": 2}, "aio.single_submit is 2"),
+        ({"overlap_events": np.zeros(3, dtype=bool)}, "aio.overlap_events"),
         ({"engine": "floppy"}, "floppy"),
         ({"host_memory": "much"}, "much"),
     ],
@@ -76,6 +78,27 @@ def test_the_five_settings_are_used():
 def test_settings_out_of_range_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         aio_handle(**wrong)
+
+
+def test_a_setting_of_none_is_no_default():
+    with pytest.raises(TypeError, match="queue_depth must not be None"):
+        aio_handle(queue_depth=None)
+
+
+@pytest.mark.parametrize("flag", [0, 1, np.bool_(0), np.bool_(1), np.int32(1)])
+def test_flags_may_be_numbers(flag):
+    with aio_handle(single_submit=flag, overlap_events=flag) as handle:
+        assert handle.get_single_submit() is bool(flag)
+        assert handle.get_overlap_events() is bool(flag)
+
+
+@pytest.mark.parametrize(
+    ("timeout", "kind"),
+    [(-1, ValueError), (float("nan"), ValueError), ("soon", TypeError), ([1], TypeError)],
+)
+def test_wait_refuses_what_is_no_time(handle, timeout, kind):
+    with pytest.raises(kind, match="timeout must be None or"):
+        handle.wait(timeout)
 
 
 @pytest.mark.parametrize("size", [0, 1, 511, 512, 513, 4095, 4096, 4097, 1_000_003])
@@ -327,6 +350,10 @@ def test_locked_tensors_are_known_until_they_are_freed(handle):
     pin = pin_handle()
     y = pin.new_cpu_locked_tensor(10, torch.zeros(0))
     assert pin.free_cpu_locked_tensor_by_ptr(y.data_ptr()) is True
+    with pytest.raises(TypeError, match="QInt8"):
+        pin.new_cpu_locked_tensor(
+            1, torch.quantize_per_tensor(torch.zeros(1), 1, 0, torch.qint8)
+        )
     with pytest.raises(ValueError, match="-1"):
         handle.new_cpu_locked_tensor(-1, torch.zeros(0))
 

@@ -221,9 +221,9 @@ def test_a_parameter_put_in_place_of_another_is_named_with_the_way_out(make):
     optimizer.step()
     (stranger,) = parameters(20)
     set_gradients([stranger], seed=0)
-    optimizer.param_groups[0]["params"][1] = stranger
     text = r"^param_groups\[0\]\['params'\]\[1\] \('second'\) is a tensor.*add_param_group\(\)"
-    state = {"state": {}, "param_groups": [{"params": [0, 1]}]}
+    state = optimizer.state_dict()
+    optimizer.param_groups[0]["params"][1] = stranger
     state["state"] = {1: {"step": 1, "exp_avg": torch.ones(20), "exp_avg_sq": torch.ones(20)}}
     for attempt in (
         optimizer.step,

@@ -241,6 +241,12 @@ def with_group(state, **values):
     return state
 
 
+def without_in_group(state, name):
+    state = copy.deepcopy(state)
+    del state["param_groups"][0][name]
+    return state
+
+
 BAD_STATES = {
     "groups": (lambda s: {**s, "param_groups": s["param_groups"] * 2}, "different number"),
     "size": (lambda s: with_group(s, params=[0]), "doesn't match the size"),
@@ -248,7 +254,7 @@ BAD_STATES = {
     "shape of sq": (lambda s: bad(s, exp_avg_sq=torch.zeros(100, 1)), "exp_avg_sq has sizes"),
     "missing": (lambda s: without(s, "exp_avg_sq"), "no tensor 'exp_avg_sq'"),
     "none": (lambda s: bad(s, exp_avg=None), "no tensor 'exp_avg'"),
-    "no step": (lambda s: without(s, "step"), "the step"),
+    "no step": (lambda s: without(s, "step"), "has no 'step'"),
     "huge step": (lambda s: bad(s, step=torch.tensor(1e30)), r"the step 1e\+30;"),
     "text as step": (lambda s: bad(s, step="many"), "the step 'many', which is no number"),
     "two steps": (lambda s: bad(s, step=torch.ones(2)), "which is no number"),
@@ -268,6 +274,12 @@ BAD_STATES = {
     "amsgrad": (lambda s: with_group(s, amsgrad=True), "amsgrad"),
     "adam": (lambda s: with_group(s, decoupled_weight_decay=False), "decoupled"),
     "lr": (lambda s: with_group(s, lr=-1.0), "Invalid learning rate"),
+    "no lr": (lambda s: without_in_group(s, "lr"), "has no 'lr'"),
+    "no betas": (lambda s: without_in_group(s, "betas"), "has no 'betas'"),
+    "strangers": (
+        lambda s: {**s, "state": {"weight": s["state"][0], "bias": s["state"][1]}},
+        r"a state of \['weight', 'bias'\], which no",
+    ),
 }
 
 
@@ -290,7 +302,8 @@ def test_a_state_that_does_not_fit_names_the_parameter(make):
     zeros = torch.zeros(3)
     for wrong in ({"exp_avg": torch.zeros(4)}, {"exp_avg_sq": zeros.int()}, {"step": -1.0}):
         entry = {"step": 1, "exp_avg": zeros, "exp_avg_sq": zeros} | wrong
-        state = {"state": {"b": entry}, "param_groups": [{"params": ["w", "b"]}]}
+        group = a.state_dict()["param_groups"][0] | {"params": ["w", "b"]}
+        state = {"state": {"b": entry}, "param_groups": [group]}
         with pytest.raises((ValueError, TypeError)) as info:
             a.load_state_dict(state)
         assert "parameter 'b', param_groups[0]['params'][1] ('bias')" in str(info.value)

@@ -213,6 +213,25 @@ def test_wheel_made_without_torch_builds_the_module_on_first_import(installed_to
 
 
 @pytest.mark.slow
+def test_wheel_made_without_torch_has_every_public_name(installed_torchless, room):
+    # Each in a process of its own, as if it were the first that is used.
+    code = """
+import os, sys, torch_ext
+for name in torch_ext.__all__:
+    if pid := os.fork():
+        assert os.waitpid(pid, 0)[1] == 0, name
+    else:
+        getattr(torch_ext, name)
+        os._exit(0)
+"""
+    run(
+        *[installed_torchless.python, "-c", code],
+        cwd=room,
+        TORCH_EXTENSIONS_DIR=str(room / "jit"),
+    )
+
+
+@pytest.mark.slow
 def test_loaded_and_built_modules_live_in_one_process(installed, installed_torchless, room):
     (built,) = installed.package.glob("_C.*.so")
     code = f"""
@@ -274,10 +293,16 @@ def test_load_says_that_it_compiles_before_it_does(tmp_path, monkeypatch):
     assert len(calls) == 2
 
 
-def test_setup_chooses_ninja_unless_something_else_is_chosen(tmp_path, monkeypatch):
+def setup_names():
+    """What setup.py defines."""
     source = (ROOT / "setup.py").read_text().partition("\nsetup(")[0]
     names = {"__file__": str(ROOT / "setup.py")}
     exec(compile(source, "setup.py", "exec"), names)
+    return names
+
+
+def test_setup_chooses_ninja_unless_something_else_is_chosen(tmp_path, monkeypatch):
+    names = setup_names()
     (tmp_path / "bin").mkdir()
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin/python"))
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
@@ -297,6 +322,19 @@ def test_load_without_a_compiler_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RuntimeError, match=r"no-such-compiler.*apt-get install g\+\+"):
         torch_ext.load(build_directory=tmp_path)
+
+
+def test_nothing_is_built_without_the_headers_of_python(tmp_path, monkeypatch):
+    import torch_ext
+
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    remedy = r"Python\.h.*apt-get install python3-dev"
+    with pytest.raises(RuntimeError, match=remedy):
+        torch_ext.load(build_directory=tmp_path)
+    check = setup_names()["check_headers"]
+    with pytest.raises(SystemExit, match=remedy):
+        check([])
+    check(["-DTORCH_EXT_PYTHON=OFF"])
 
 
 def test_load_finds_ninja_beside_python_and_leaves_path_alone(monkeypatch, tmp_path):

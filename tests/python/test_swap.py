@@ -214,6 +214,12 @@ def test_wrong_arguments_get_clear_errors(swapper):
         swapper.swap_in("x", out=torch.zeros(4, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match="share memory"):
         swapper.swap_in("x", out=torch.zeros(1, 3).expand(4, 3))
+    with pytest.raises(ValueError, match="share memory"):
+        swapper.swap_in("x", out=torch.zeros(20).as_strided((4, 3), (1, 1)))
+    apart = torch.zeros(40)
+    swapper.swap_in("x", out=apart.as_strided((4, 3), (2, 11))).wait()
+    assert torch.equal(apart.as_strided((4, 3), (2, 11)), swapper.swap_in("x").result())
+    assert swapper.swap_in("x", out=torch.zeros(4, 3), device="cpu:0").result().is_cpu
     with pytest.raises(ValueError, match="device"):
         swapper.swap_in("x", out=torch.zeros(4, 3), device="meta")
     for bad in [[1, 2], None, np.zeros(3)]:

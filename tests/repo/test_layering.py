@@ -47,6 +47,15 @@ def test_file_sees_only_the_libraries_its_layer_may(file):
                 assert file.as_posix().startswith(tuple(folders)), name
 
 
+def test_one_module_of_python_imports_the_compiled_one():
+    """The one that builds it where there is none."""
+    direct = re.compile(
+        r"from torch_ext import .*\b_C\b|import torch_ext\._C|torch_ext\._C import"
+    )
+    files = (tree.ROOT / "torch_ext").glob("*.py")
+    assert [f.name for f in files if direct.search(f.read_text())] == ["_native.py"]
+
+
 @pytest.mark.parametrize("file", tree.cpp_files(""), ids=str)
 def test_file_has_no_include_that_costs_half_a_minute_or_leaves_its_folder(file):
     for _, name in includes(file):

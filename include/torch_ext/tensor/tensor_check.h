@@ -1,14 +1,16 @@
 #pragma once
 
-#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/DispatchKey.h>
 #include <c10/core/Layout.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "torch_ext/base/error.h"
 
@@ -63,9 +65,30 @@ inline void check_has_plain_memory(const at::Tensor& tensor,
   }
 }
 
+/// Whether no two elements of a strided tensor share memory, by strides alone:
+/// each steps over all that the smaller ones reach. False also of layouts that
+/// interleave without touching, such as sizes (2, 3) with strides (3, 2).
+inline bool has_nested_strides(const at::Tensor& tensor) {
+  if (tensor.numel() == 0) return true;
+  std::vector<std::pair<std::int64_t, std::int64_t>> dims;  // Stride, steps.
+  for (std::int64_t i = 0; i < tensor.dim(); ++i) {
+    if (tensor.size(i) > 1) {
+      dims.emplace_back(tensor.stride(i), tensor.size(i) - 1);
+    }
+  }
+  std::ranges::sort(dims);
+  std::int64_t reached = 0;
+  for (const auto& [stride, steps] : dims) {
+    if (stride <= reached) return false;
+    reached += stride * steps;
+  }
+  return true;
+}
+
 /// Throws std::invalid_argument unless each element of the tensor, which has
-/// plain memory, can be written on its own: not of an expanded one, nor on a
-/// device of a lazily conjugate or negative one.
+/// plain memory, can be written on its own: not of an expanded one or another
+/// without `has_nested_strides()`, nor on a device of a lazily conjugate or
+/// negative one.
 inline void check_is_destination(const at::Tensor& tensor,
                                  const std::string& operation) {
   if (!tensor.is_cpu() && (tensor.is_conj() || tensor.is_neg())) {
@@ -74,9 +97,10 @@ inline void check_is_destination(const at::Tensor& tensor,
         ": out is lazily conjugate or negative (as after .conj()), which is "
         "supported on the CPU only");
   }
-  if (at::has_internal_overlap(tensor) == at::MemOverlap::Yes) {
-    throw std::invalid_argument(
-        operation + ": elements of out share memory (an expanded tensor?)");
+  if (!has_nested_strides(tensor)) {
+    throw std::invalid_argument(operation +
+                                ": elements of out share memory, or its "
+                                "strides interleave (expanded, as_strided?)");
   }
 }
 

@@ -72,9 +72,14 @@ class TensorFileSwapper {
 
 /// A 1-D CPU tensor of zeros in memory of its own, page aligned and, where
 /// there is a GPU, page-locked. `is_pinned()` and `disown_pinned()` know it.
-/// Errors: std::invalid_argument for a negative or too large count; IoError
-/// ("mmap").
+/// Errors: TypeError for a quantized dtype; std::invalid_argument for a
+/// negative or too large count; IoError ("mmap").
 inline at::Tensor pinned_zeros(std::int64_t count, c10::ScalarType dtype) {
+  if (c10::isQIntType(dtype)) {
+    throw TypeError(
+        std::string("a page-locked tensor of the quantized dtype ") +
+        c10::toString(dtype));
+  }
   const auto item = static_cast<std::int64_t>(c10::elementSize(dtype));
   if (count < 0 || count > std::numeric_limits<std::int64_t>::max() / item) {
     throw std::invalid_argument("a tensor of " + std::to_string(count) +
