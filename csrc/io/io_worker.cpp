@@ -50,8 +50,8 @@ bool is_transient(int error) {
          error == ECANCELED;
 }
 
-bool is_hashed_write(const IoOperation& io) {
-  return io.op == IoRequest::Op::kWrite && !io.checksums.empty();
+bool is_hashed(const IoOperation& io, IoRequest::Op op) {
+  return io.op == op && !io.checksums.empty();
 }
 
 }  // namespace
@@ -62,14 +62,17 @@ IoWorker::IoWorker(IoBacklog& backlog, const AioConfig& config,
     : backlog_(backlog),
       config_(config),
       patience_(patience),
-      engine_(std::move(engine)) {
-  const std::size_t depth = engine_->depth();
-  slots_.resize(depth);
-  for (auto* list : {&free_, &ready_, &later_}) list->reserve(depth);
-  taken_.reserve(depth);
-  batch_.reserve(depth);
-  completions_.resize(depth);
-  for (std::size_t slot = depth; slot > 0; --slot) free_.push_back(slot - 1);
+      engine_(std::move(engine)),
+      depth_(engine_->depth()) {
+  // As many may have arrived as are in flight again.
+  slots_.resize(2 * depth_);
+  for (auto* list : {&free_, &ready_, &later_, &arrived_}) {
+    list->reserve(slots_.size());
+  }
+  taken_.reserve(depth_);
+  batch_.reserve(depth_);
+  completions_.resize(depth_);
+  for (std::size_t i = slots_.size(); i > 0; --i) free_.push_back(i - 1);
 }
 
 void IoWorker::start() {
@@ -106,14 +109,15 @@ void IoWorker::run() {
     }
     take_due();
     submit_ready();
+    verify_arrived();
     reap();
   }
 }
 
 bool IoWorker::take_pieces() {
-  if (free_.empty() || (!config_.overlap_events && busy() > 0)) return true;
+  if (room() == 0 || (!config_.overlap_events && busy() > 0)) return true;
   taken_.clear();
-  const bool open = backlog_.take(free_.size(), busy() == 0, taken_);
+  const bool open = backlog_.take(room(), busy() == 0, taken_);
   for (const RunningPiece& piece : taken_) {
     const std::size_t slot = free_.back();
     free_.pop_back();
@@ -157,7 +161,7 @@ void IoWorker::submit_ready() {
     while (submitted + batch_.size() < ready_.size()) {
       const std::size_t slot = ready_[submitted + batch_.size()];
       batch_.push_back(request_of(slot));
-      if (is_hashed_write(slots_[slot].operation->io())) {
+      if (is_hashed(slots_[slot].operation->io(), IoRequest::Op::kWrite)) {
         hashed += batch_.back().length;
       }
       if (config_.single_submit || hashed >= hash_ahead) break;
@@ -184,7 +188,7 @@ IoRequest IoWorker::request_of(std::size_t slot) {
   const RunningPiece& running = slots_[slot];
   const IoOperation& io = running.operation->io();
   const Piece& piece = running.piece;
-  if (is_hashed_write(io)) {
+  if (is_hashed(io, IoRequest::Op::kWrite)) {
     // Again after a refusal too: the checksum is of what the kernel is given.
     io.checksums[piece.block] = checksum({piece.data, piece.length});
   }
@@ -196,6 +200,22 @@ IoRequest IoWorker::request_of(std::size_t slot) {
           .cookie = slot};
 }
 
+/// Compares the checksums of what was read. After the next pieces were
+/// submitted: the device does not wait for it.
+void IoWorker::verify_arrived() {
+  for (const std::size_t slot : arrived_) {
+    const RunningPiece& running = slots_[slot];
+    const Piece& piece = running.piece;
+    if (running.operation->io().checksums[piece.block] ==
+        checksum({piece.data, piece.length})) {
+      end(slot);
+    } else {
+      fail(slot, EIO, "checksum mismatch: these are not the bytes written");
+    }
+  }
+  arrived_.clear();
+}
+
 void IoWorker::reap() {
   if (in_flight_ == 0) {
     if (!later_.empty()) std::this_thread::sleep_for(until_due());
@@ -203,10 +223,11 @@ void IoWorker::reap() {
   }
   std::size_t at_least = config_.overlap_events ? 1 : in_flight_;
   std::chrono::nanoseconds patience = until_due();
-  const bool room = config_.overlap_events && !free_.empty() && ready_.empty();
-  const bool announced = room && backlog_.announce_poll(*this);
-  if (room && !announced) at_least = 0;
-  if (config_.overlap_events && in_flight_ == slots_.size()) {
+  const bool wants_more =
+      config_.overlap_events && room() > 0 && ready_.empty();
+  const bool announced = wants_more && backlog_.announce_poll(*this);
+  if (wants_more && !announced) at_least = 0;
+  if (config_.overlap_events && in_flight_ == depth_) {
     at_least = reap_together();
     if (at_least > 1) patience = std::min(patience, kReapPatience);
   }
@@ -302,11 +323,7 @@ void IoWorker::advance(std::size_t slot, std::size_t bytes) {
   const IoOperation& io = running.operation->io();
   const std::size_t reached = running.moved + bytes;
   if (reached >= running.piece.length) {
-    if (matches_checksum(running)) {
-      end(slot);
-    } else {
-      fail(slot, EIO, "checksum mismatch: these are not the bytes written");
-    }
+    is_hashed(io, IoRequest::Op::kRead) ? arrived_.push_back(slot) : end(slot);
     return;
   }
   IoCounters::add(counters_.short_transfers, 1);
@@ -333,13 +350,6 @@ void IoWorker::advance(std::size_t slot, std::size_t bytes) {
   } else {
     try_again(slot, EIO, "short transfers without progress");
   }
-}
-
-bool IoWorker::matches_checksum(const RunningPiece& running) const {
-  const IoOperation& io = running.operation->io();
-  if (io.op != IoRequest::Op::kRead || io.checksums.empty()) return true;
-  const Piece& piece = running.piece;
-  return io.checksums[piece.block] == checksum({piece.data, piece.length});
 }
 
 /// After a pause, in which others go on; or fails, out of patience, with what

@@ -19,6 +19,7 @@
 #include <string>
 #include <string_view>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "support/aio_call_counter.h"
@@ -26,6 +27,7 @@
 #include "support/faulty_engine.h"
 #include "support/io_queue_test.h"
 #include "support/pattern.h"
+#include "torch_ext/base/checksum.h"
 #include "torch_ext/base/error.h"
 #include "torch_ext/io/io_queue.h"
 
@@ -177,6 +179,29 @@ TEST_F(IoWorkerTest, SmallPiecesEndTogetherWhileAllSlotsAreInFlight) {
       EXPECT_EQ(question.at_least, 32u);
     }
   }
+}
+
+// Hashing takes time in which the device would be idle.
+TEST_F(IoWorkerTest, TheNextPieceIsSubmittedBeforeOneThatWasReadIsVerified) {
+  AioConfig config = IoWorkerTest::config();
+  config.queue_depth = 1;
+  IoQueue io = queue(config);
+  io.submit(write(0, 1)).wait();
+  script_->set_plan(test::only(1, Fault::held()));
+  const std::span<std::byte> block = memory_.bytes(0, kBlock);
+  std::uint64_t its_checksum = checksum(block);
+  std::size_t submitted_at_end = 0;
+  IoOperation first = read(file_, 0, block);
+  first.checksums = {&its_checksum, 1};
+  first.on_done = [&](std::exception_ptr) {
+    submitted_at_end = script_->requests();
+  };
+  const Ticket end_of_first = io.submit(std::move(first));
+  const Ticket end_of_second = io.submit(write(1, 1));
+  script_->release_all();
+  end_of_first.wait();
+  end_of_second.wait();
+  EXPECT_EQ(submitted_at_end, 3u);
 }
 
 TEST_F(IoWorkerTest, OutOfPatienceAllPiecesOfTheOperationStopAtOnce) {
