@@ -29,7 +29,7 @@ constexpr int kMaxFailedPolls = 100;
 
 // Bytes of writes hashed before they are submitted while the device has less
 // than that to do.
-constexpr std::size_t kHashAhead = std::size_t{1} << 20;
+constexpr std::uint64_t kHashAhead = std::uint64_t{256} << 10;
 
 // While every slot is in flight, up to a quarter of them and so many bytes end
 // before the thread runs: the device stays busy, and small pieces share the
@@ -109,7 +109,7 @@ void IoWorker::run() {
     }
     take_due();
     submit_ready();
-    verify_arrived();
+    end_arrived();
     reap();
   }
 }
@@ -153,11 +153,10 @@ void IoWorker::submit_ready() {
   std::size_t submitted = 0;
   while (submitted < ready_.size()) {
     batch_.clear();
-    // Hashing is about as quick as drives write: while one batch is hashed, as
-    // much in flight keeps the device busy.
-    const std::size_t hash_ahead = std::max<std::size_t>(
-        kHashAhead, in_flight_ * static_cast<std::size_t>(config_.block_size));
-    std::size_t hashed = 0;
+    // Hashing is quicker than drives write: while one batch is hashed, as much
+    // in flight keeps the device busy.
+    const std::uint64_t hash_ahead = std::max(kHashAhead, bytes_in_flight_);
+    std::uint64_t hashed = 0;
     while (submitted + batch_.size() < ready_.size()) {
       const std::size_t slot = ready_[submitted + batch_.size()];
       batch_.push_back(request_of(slot));
@@ -200,14 +199,11 @@ IoRequest IoWorker::request_of(std::size_t slot) {
           .cookie = slot};
 }
 
-/// Compares the checksums of what was read. After the next pieces were
-/// submitted: the device does not wait for it.
-void IoWorker::verify_arrived() {
+/// Ends the pieces whose bytes have moved. After the next ones were submitted:
+/// the device does not wait for checksums and callbacks.
+void IoWorker::end_arrived() {
   for (const std::size_t slot : arrived_) {
-    const RunningPiece& running = slots_[slot];
-    const Piece& piece = running.piece;
-    if (running.operation->io().checksums[piece.block] ==
-        checksum({piece.data, piece.length})) {
+    if (matches_checksum(slots_[slot])) {
       end(slot);
     } else {
       fail(slot, EIO, "checksum mismatch: these are not the bytes written");
@@ -323,7 +319,7 @@ void IoWorker::advance(std::size_t slot, std::size_t bytes) {
   const IoOperation& io = running.operation->io();
   const std::size_t reached = running.moved + bytes;
   if (reached >= running.piece.length) {
-    is_hashed(io, IoRequest::Op::kRead) ? arrived_.push_back(slot) : end(slot);
+    arrived_.push_back(slot);
     return;
   }
   IoCounters::add(counters_.short_transfers, 1);
@@ -350,6 +346,13 @@ void IoWorker::advance(std::size_t slot, std::size_t bytes) {
   } else {
     try_again(slot, EIO, "short transfers without progress");
   }
+}
+
+bool IoWorker::matches_checksum(const RunningPiece& running) const {
+  const IoOperation& io = running.operation->io();
+  if (!is_hashed(io, IoRequest::Op::kRead)) return true;
+  const Piece& piece = running.piece;
+  return io.checksums[piece.block] == checksum({piece.data, piece.length});
 }
 
 /// After a pause, in which others go on; or fails, out of patience, with what

@@ -39,7 +39,7 @@ class IoWorker {
   void drop_failed(std::vector<std::size_t>& slots);
   void take_due();
   void submit_ready();
-  void verify_arrived();
+  void end_arrived();
   void reap();
   std::size_t poll(std::size_t at_least, std::chrono::nanoseconds patience);
   std::size_t reap_together() const;
@@ -52,6 +52,7 @@ class IoWorker {
   void end(std::size_t slot);
   void fail(std::size_t slot, int error, const std::string& detail);
   IoRequest request_of(std::size_t slot);
+  bool matches_checksum(const RunningPiece& running) const;
   std::size_t busy() const { return slots_.size() - free_.size(); }
   /// Pieces that the engine could take on top of those that it has or gets.
   std::size_t room() const { return depth_ + arrived_.size() - busy(); }
@@ -68,7 +69,7 @@ class IoWorker {
   std::vector<std::size_t> free_;     ///< Slots without a piece.
   std::vector<std::size_t> ready_;    ///< Slots to submit, oldest first.
   std::vector<std::size_t> later_;    ///< Slots to submit again in a while.
-  std::vector<std::size_t> arrived_;  ///< Slots of reads, to be verified.
+  std::vector<std::size_t> arrived_;  ///< Slots whose bytes have all moved.
   std::size_t in_flight_ = 0;
   std::uint64_t bytes_in_flight_ = 0;
   int failed_polls_ = 0;  ///< In a row.
