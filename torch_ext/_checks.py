@@ -88,6 +88,22 @@ def engine_of(value: str) -> str:
 _engines_logged: set[str] = set()
 
 
+def state_format_of(value: str) -> str:
+    """Returns the argument ``state_format``; the library knows the names."""
+    if not isinstance(value, str):
+        raise TypeError(f"state_format must be a str, not {type(value).__name__}")
+    return value
+
+
+def seed_of(value: int) -> int:
+    """Returns the argument ``seed``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"seed must be an int, not {type(value).__name__}")
+    if not 0 <= value < 2**64:
+        raise ValueError(f"seed must be from 0 to 2**64 - 1, got {value}")
+    return value
+
+
 def log_notes(notes: list[str]) -> None:
     """Logs what the library notes: the engine that was chosen once, at the
     level INFO if it is the first choice, the rest as warnings.

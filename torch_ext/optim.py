@@ -30,6 +30,8 @@ from torch_ext._checks import (
     directories_of,
     engine_of,
     log_notes,
+    seed_of,
+    state_format_of,
 )
 from torch_ext._native import _C
 from torch_ext.config import AioConfig, parse_size, resolve_aio_config
@@ -42,9 +44,9 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
     For float32 parameters on the CPU the result equals that of
     ``torch.optim.AdamW(fused=True)`` bit for bit. bfloat16 and float16
-    parameters get a float32 master copy in the file: each step updates the
-    master and rounds it to the parameter. The parameter has the last word: what
-    writes to it between steps (``model.load_state_dict``, ``clamp_``) counts.
+    parameters have a float32 master, of which the file holds what they lack: each
+    step updates the master and rounds it to the parameter. The parameter has the last
+    word: what writes to it between steps (``model.load_state_dict``, ``clamp_``) counts.
     Parameters on another device are updated on the CPU.
 
     A step reads, updates and writes the state tile by tile, all three at once,
@@ -78,6 +80,10 @@ class OffloadedAdamW(torch.optim.Optimizer):
             as to ``TensorSwapper``; the first has room for a ``state_dict()``.
         host_memory: Most bytes of host memory for buffers, as 2**29 or
             "512MiB"; at least 240 KiB.
+        state_format: What the drive holds of each moment: "exact" (float32), "bf16"
+            or "int8" (8 bits, and a scale for each 256 elements), both rounded
+            stochastically. See docs/formats.md.
+        seed: Of that rounding, 0 to 2**64 - 1: the same seed gives the same bits.
         aio: What ``get_aio_config`` takes or returns; None: the defaults.
         engine: "auto", or one that ``python -m torch_ext info`` lists.
         verify: Whether checksums are kept and compared on reading.
@@ -105,6 +111,8 @@ class OffloadedAdamW(torch.optim.Optimizer):
         maximize: bool = False,
         nvme_path: Directories,
         host_memory: int | str = "512MiB",
+        state_format: str = "exact",
+        seed: int = 0,
         aio: AioConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
         engine: str = "auto",
         verify: bool = True,
@@ -132,6 +140,8 @@ class OffloadedAdamW(torch.optim.Optimizer):
             parse_size(host_memory),
             engine_of(engine),
             bool(verify),
+            state_format_of(state_format),
+            seed_of(seed),
         )
         log_notes(self._engine.notes())
         # At exit the I/O must have ended before the interpreter is taken down.

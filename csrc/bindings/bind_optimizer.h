@@ -111,17 +111,21 @@ void bind_optimizer(py::module_& m) {
       m, "AdamWEngine", py::module_local())
       .def(py::init([](const Directories& directories, const AioConfig& aio,
                        std::uint64_t host_memory, std::string engine,
-                       bool verify) {
+                       bool verify, const std::string& state_format,
+                       std::uint64_t seed) {
              py::gil_scoped_release released;
              return std::unique_ptr<AdamWEngine, DeleteWithoutGil>(
                  new AdamWEngine({.store = {.directory = to_list(directories),
                                             .aio = aio,
                                             .engine = std::move(engine),
                                             .verify = verify},
-                                  .host_memory = host_memory}));
+                                  .host_memory = host_memory},
+                                 torch_ext::parse_state_format(state_format),
+                                 seed));
            }),
            py::arg("directories"), py::arg("aio"), py::arg("host_memory"),
-           py::arg("engine"), py::arg("verify"))
+           py::arg("engine"), py::arg("verify"), py::arg("state_format"),
+           py::arg("seed"))
       .def("add", &AdamWEngine::add, py::arg("parameter"))
       .def(
           "step",

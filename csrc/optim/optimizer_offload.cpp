@@ -20,7 +20,7 @@ constexpr std::uint64_t kPage = 4096;
 
 struct Parameter {
   std::uint64_t elements = 0;
-  std::size_t fields = 0;
+  StateFields fields;
   std::uint64_t step = 0;
   bool has_state = false;
   bool active = false;  ///< In the round that runs.
@@ -179,9 +179,11 @@ void OptimizerOffload::Impl::show(const Tile& tile, bool fresh,
     const Parameter& p = parameters[in.parameter];
     if (!p.active) continue;
     StateSegment out{in.parameter, in.first, in.count, p.step, {}};
-    for (std::size_t i = 0; i < p.fields; ++i) {
-      out.fields[i] = reinterpret_cast<float*>(
-          data + in.offset + i * TileLayout::field_bytes(in.count));
+    std::byte* next = data + in.offset;
+    for (std::size_t i = 0; i < StateFields::kMax; ++i) {
+      if (p.fields.bytes_per_cut[i] == 0) continue;
+      out.fields[i] = next;
+      next += TileLayout::bytes_of(p.fields, i, in.count);
     }
     segments.push_back(out);
   }
@@ -225,17 +227,18 @@ OptimizerOffload::~OptimizerOffload() {
 }
 
 std::size_t OptimizerOffload::add_parameter(std::uint64_t elements,
-                                            int fields) {
+                                            const StateFields& fields) {
   const auto lock = impl_->enter();
   constexpr std::uint64_t kMost = std::uint64_t{1} << 48;
-  if (fields < 1 || fields > static_cast<int>(StateSegment::kMaxFields) ||
-      elements > kMost) {
+  std::uint64_t bytes = 0;
+  for (const std::uint32_t field : fields.bytes_per_cut) bytes += field;
+  if (bytes == 0 || bytes > 64 * StateFields::kCut || elements > kMost) {
     throw std::invalid_argument("optimizer: a parameter of " +
                                 std::to_string(elements) + " elements with " +
-                                std::to_string(fields) + " fields");
+                                std::to_string(bytes) + " bytes for " +
+                                std::to_string(StateFields::kCut));
   }
-  impl_->parameters.push_back(
-      {.elements = elements, .fields = static_cast<std::size_t>(fields)});
+  impl_->parameters.push_back({.elements = elements, .fields = fields});
   return impl_->parameters.size() - 1;
 }
 

@@ -14,7 +14,7 @@ namespace torch_ext {
 /// Where a tile holds the state of a run of one parameter's elements.
 struct Segment {
   std::size_t parameter = 0;
-  std::uint64_t first = 0;   ///< Element; a multiple of StateSegment::kCut.
+  std::uint64_t first = 0;   ///< Element; a multiple of StateFields::kCut.
   std::uint64_t count = 0;   ///< Elements.
   std::uint64_t offset = 0;  ///< Bytes into the tile, of the first field.
 };

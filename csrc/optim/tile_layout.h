@@ -9,7 +9,7 @@
 #include "tile.h"
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/size.h"
-#include "torch_ext/optim/update_kernel.h"
+#include "torch_ext/optim/state_format.h"
 
 namespace torch_ext {
 
@@ -48,32 +48,55 @@ class TileLayout {
   TileLayout(TileList& tiles, std::uint64_t tile_bytes)
       : tiles_(tiles), first_(tiles.size()), tile_bytes_(tile_bytes) {}
 
-  void add(std::size_t parameter, std::uint64_t elements, std::size_t fields) {
+  void add(std::size_t parameter, std::uint64_t elements,
+           const StateFields& fields) {
     for (std::uint64_t first = 0; first < elements;) {
       const std::uint64_t count = take(elements - first, fields);
       Tile& tile = *tiles_.back();
       tile.segments.push_back({parameter, first, count, tile.bytes});
-      tile.bytes += fields * field_bytes(count);
+      tile.bytes += bytes_of(fields, count);
       first += count;
     }
   }
 
-  /// From one field of `count` elements to the next.
-  static std::uint64_t field_bytes(std::uint64_t count) {
-    return align_up(count * sizeof(float), 64);
+  /// From a field of `count` elements to the next.
+  static std::uint64_t bytes_of(const StateFields& fields, std::size_t field,
+                                std::uint64_t count) {
+    return align_up(fields.bytes(field, count), 64);
   }
 
  private:
   // Elements that go into the last tile, which is a new one if need be.
-  std::uint64_t take(std::uint64_t left, std::size_t fields) {
+  std::uint64_t take(std::uint64_t left, const StateFields& fields) {
     const bool open = tiles_.size() > first_;
     const std::uint64_t room = open ? tile_bytes_ - tiles_.back()->bytes : 0;
-    if (fields * field_bytes(left) <= room) return left;
-    const std::uint64_t unit = fields * field_bytes(StateSegment::kCut);
-    if (room >= unit) return room / unit * StateSegment::kCut;
+    const std::uint64_t more = fitting(left, fields, room);
+    if (more > 0) return more;
     tiles_.push_back(std::make_unique<Tile>());
     tiles_.back()->number = tiles_.size() - 1;
-    return std::min(left, tile_bytes_ / unit * StateSegment::kCut);
+    return fitting(left, fields, tile_bytes_);
+  }
+
+  // At most `left` elements, cut where parameters may be, for `room` bytes.
+  static std::uint64_t fitting(std::uint64_t left, const StateFields& fields,
+                               std::uint64_t room) {
+    if (bytes_of(fields, left) <= room) return left;
+    std::uint64_t unit = 0;
+    for (const std::uint32_t bytes : fields.bytes_per_cut) unit += bytes;
+    std::uint64_t cuts = room / unit;
+    while (cuts > 0 && bytes_of(fields, cuts * StateFields::kCut) > room) {
+      --cuts;
+    }
+    return cuts * StateFields::kCut;
+  }
+
+  static std::uint64_t bytes_of(const StateFields& fields,
+                                std::uint64_t count) {
+    std::uint64_t bytes = 0;
+    for (std::size_t i = 0; i < StateFields::kMax; ++i) {
+      bytes += bytes_of(fields, i, count);
+    }
+    return bytes;
   }
 
   TileList& tiles_;

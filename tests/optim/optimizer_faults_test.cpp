@@ -73,8 +73,8 @@ void load(OptimizerOffload& offload, ScalarAdamW& adamw) {
     test::ScalarParameter& p = adamw.parameters[segment.parameter];
     for (std::uint64_t i = 0; i < segment.count; ++i) {
       const auto value = static_cast<float>(i % 7);
-      segment.fields[0][i] = p.m[segment.first + i] = value;
-      segment.fields[1][i] = p.v[segment.first + i] = value * value;
+      segment.field(0)[i] = p.m[segment.first + i] = value;
+      segment.field(1)[i] = p.v[segment.first + i] = value * value;
     }
   });
   offload.write_state(all, fill);
@@ -288,7 +288,7 @@ TEST_F(OptimizerFaultsTest, AClosedOptimizerKeepsOnlyItsCounters) {
   offload.close();
   EXPECT_THROW(adamw.step_all(), StateError);
   EXPECT_THROW(offload.read_state(adamw), StateError);
-  EXPECT_THROW(offload.add_parameter(1, 2), StateError);
+  EXPECT_THROW(offload.add_parameter(1, StateFields::floats(2)), StateError);
   EXPECT_EQ(offload.stats().steps, 1u);
   EXPECT_EQ(offload.stats().bytes_written, 5 * 64 * kKiB);
   EXPECT_EQ(offload.step_of(0), 1u);

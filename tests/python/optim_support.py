@@ -49,6 +49,57 @@ def equal_states(ours, theirs):
     )
 
 
+def split_master(master):
+    """A float32 master as bfloat16, to nearest and ties away from zero, and its low 16 bits."""
+    bits = master.detach().view(torch.int32)
+    rounded = ((bits & 0x7FFFFFFF) + 0x8000 >> 16) | (bits >> 16 & 0x8000)
+    return rounded.to(torch.int16).view(torch.bfloat16), bits & 0xFFFF
+
+
+def join_master(half, low):
+    """The master that split_master() took apart; where it cannot have, the half itself."""
+    bits = half.detach().view(torch.int16).to(torch.int32) & 0xFFFF
+    joined = ((bits - (low >> 15)) << 16) | low
+    magnitude = bits & 0x7FFF
+    impossible = (magnitude == 0) & (low >= 0x8000)
+    impossible |= (magnitude == 0x7F80) & (low > 0) & (low < 0x8000)
+    return torch.where(impossible, bits << 16, joined).view(torch.float32)
+
+
+class HalfReference:
+    """AdamW(fused=True) on float32 masters, which are rounded to the parameters.
+
+    The parameters have the last word: what they lack of their masters is kept,
+    for bfloat16; a float16 parameter that its master does not round to replaces it.
+    """
+
+    def __init__(self, halves, **options):
+        self.halves = halves
+        self.masters = [h.detach().float().requires_grad_() for h in halves]
+        self.lows = [torch.zeros(h.shape, dtype=torch.int32) for h in halves]
+        self.optimizer = torch.optim.AdamW(self.masters, fused=True, **options)
+
+    def refresh(self):
+        for half, master, low in zip(self.halves, self.masters, self.lows, strict=True):
+            if half.dtype == torch.bfloat16:
+                master.data.copy_(join_master(half, low))
+            else:
+                differs = half != master.detach().to(half.dtype)
+                master.data[differs] = half.detach()[differs].float()
+
+    def step(self, gradients):
+        self.refresh()
+        for master, gradient in zip(self.masters, gradients, strict=True):
+            master.grad = gradient.float()
+        self.optimizer.step()
+        for i, (half, master) in enumerate(zip(self.halves, self.masters, strict=True)):
+            if half.dtype == torch.bfloat16:
+                rounded, self.lows[i] = split_master(master)
+                half.data.copy_(rounded)
+            else:
+                half.data.copy_(master)
+
+
 class Pair:
     """Both optimizers over equal parameters, or groups of them."""
 

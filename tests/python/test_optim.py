@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from optim_support import SMALL, Pair, equal, equal_states, parameters, set_gradients, twins
+from optim_support import (
+    SMALL,
+    HalfReference,
+    Pair,
+    equal,
+    equal_states,
+    parameters,
+    set_gradients,
+    twins,
+)
 from torch.optim import lr_scheduler
 
 from torch_ext import OffloadedAdamW
@@ -159,24 +168,12 @@ def test_state_in_any_strides_is_loaded_element_by_element(nvme_dir):
     assert pair.equal()
 
 
-def reference_half_step(masters, halves, gradients, optimizer):
-    """AdamW on float32 masters, which are rounded to the parameters."""
-    for master, half, gradient in zip(masters, halves, gradients, strict=True):
-        differs = half != master.detach().to(half.dtype)
-        master.data[differs] = half.detach()[differs].float()
-        master.grad = gradient.float()
-    optimizer.step()
-    for master, half in zip(masters, halves, strict=True):
-        half.data.copy_(master)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_parameters_are_rounded_from_a_float_master(nvme_dir, dtype):
     ours = parameters(1, 65, 30_000, (50, 60), dtype=dtype)
     halves = twins(ours)
-    masters = [h.detach().float().requires_grad_() for h in halves]
     a = OffloadedAdamW(ours, lr=1e-3, nvme_path=nvme_dir, host_memory=SMALL)
-    b = torch.optim.AdamW(masters, lr=1e-3, fused=True)
+    reference = HalfReference(halves, lr=1e-3)
     for seed in range(8):
         set_gradients(ours, seed=seed, scale=0.1)
         if seed == 4:  # The user has the last word about parameters.
@@ -186,12 +183,14 @@ def test_half_parameters_are_rounded_from_a_float_master(nvme_dir, dtype):
             ours[2].data.zero_()
             halves[2].data.zero_()
         a.step()
-        reference_half_step(masters, halves, [p.grad for p in ours], b)
+        reference.step([p.grad for p in ours])
         assert equal(ours, halves)
     saved = a.state_dict()["state"]
-    for i, master in enumerate(masters):
+    for i, master in enumerate(reference.masters):
         assert torch.equal(saved[i]["master_param"], master)
-        assert torch.equal(saved[i]["exp_avg"], b.state[master]["exp_avg"])
+        state = reference.optimizer.state[master]
+        assert torch.equal(saved[i]["exp_avg"], state["exp_avg"])
+        assert torch.equal(saved[i]["exp_avg_sq"], state["exp_avg_sq"])
 
 
 def test_a_master_keeps_what_the_parameter_cannot_hold(nvme_dir):

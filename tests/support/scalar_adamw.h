@@ -54,7 +54,7 @@ struct ScalarParameter {
 /// floats each: m, v and, with three, a number that tells the element.
 class ScalarAdamW final : public UpdateKernel {
  public:
-  explicit ScalarAdamW(OptimizerOffload& offload, int fields = 2)
+  explicit ScalarAdamW(OptimizerOffload& offload, std::size_t fields = 2)
       : offload_(offload), fields_(fields) {}
 
   std::size_t add(std::size_t elements) {
@@ -66,7 +66,7 @@ class ScalarAdamW final : public UpdateKernel {
     p.m.resize(elements);
     p.v.resize(elements);
     parameters.push_back(std::move(p));
-    return offload_.add_parameter(elements, fields_);
+    return offload_.add_parameter(elements, StateFields::floats(fields_));
   }
 
   /// A step of both kinds with new gradients for `active`.
@@ -104,8 +104,8 @@ class ScalarAdamW final : public UpdateKernel {
       scalar_adamw(segment.step, segment.count,
                    p.weights.data() + segment.first,
                    p.gradients.data() + segment.first, m.data(), v.data());
-      std::copy(m.begin(), m.end(), segment.fields[0]);
-      std::copy(v.begin(), v.end(), segment.fields[1]);
+      std::copy(m.begin(), m.end(), segment.field(0));
+      std::copy(v.begin(), v.end(), segment.field(1));
       if (fields_ == 3) check_third(segment);
     }
   }
@@ -118,7 +118,7 @@ class ScalarAdamW final : public UpdateKernel {
  private:
   static std::vector<float> copy_of(const StateSegment& segment,
                                     std::size_t field) {
-    return {segment.fields[field], segment.fields[field] + segment.count};
+    return {segment.field(field), segment.field(field) + segment.count};
   }
 
   void check_third(const StateSegment& segment) {
@@ -129,11 +129,11 @@ class ScalarAdamW final : public UpdateKernel {
     const bool as_left =
         copy_of(segment, 2) == (segment.step == 1 ? zeros : expected);
     if (!as_left) ++mismatches;
-    std::copy(expected.begin(), expected.end(), segment.fields[2]);
+    std::copy(expected.begin(), expected.end(), segment.field(2));
   }
 
   OptimizerOffload& offload_;
-  const int fields_;
+  const std::size_t fields_;
   std::uint32_t seed_ = 7;
 };
 

@@ -8,12 +8,15 @@
 #include <gtest/gtest.h>
 #include <torch/optim/adamw.h>
 
+#include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
 #include <vector>
 
 #include "support/temp_dir.h"
+#include "torch_ext/optim/adamw_update.h"
 
 namespace torch_ext {
 namespace {
@@ -190,6 +193,61 @@ TEST_F(OffloadedAdamWTest, AStateDictBringsTheStateBack) {
   EXPECT_TRUE(equal());
   for (std::size_t i = 0; i < 3; ++i) {
     EXPECT_TRUE(at::equal(others[i], parameters_[i]));
+  }
+}
+
+// The core's update of whole parameters, with what a step multiplies with.
+void step_packed(StateFormat format, std::uint64_t step, std::uint32_t ordinal,
+                 const at::Tensor& parameter, const at::Tensor& gradient,
+                 std::vector<std::byte>* moments) {
+  const auto t = static_cast<double>(step);
+  AdamWRun run;
+  run.count = static_cast<std::uint64_t>(parameter.numel());
+  run.exp_avg = {moments[0].data(), moments[2].data()};
+  run.exp_avg_sq = {moments[1].data(), moments[3].data()};
+  run.gradient = gradient.const_data_ptr<float>();
+  run.master = parameter.mutable_data_ptr<float>();
+  update_adamw(
+      format, run,
+      {.decay = static_cast<float>(1 - 0.02 * 0.3),
+       .exp_avg = static_cast<float>(1 - 0.8),
+       .beta2 = 0.9f,
+       .exp_avg_sq = static_cast<float>(1 - 0.9),
+       .inverse_root = static_cast<float>(1 / std::sqrt(1 - std::pow(0.9, t))),
+       .eps = 1e-6f,
+       .step_size = static_cast<float>(0.02 / (1 - std::pow(0.8, t))),
+       .maximize = true},
+      {77, step, ordinal});
+}
+
+TEST_F(OffloadedAdamWTest, PackedFormatsAreTheCoresUpdateOfTheWholeParameter) {
+  for (const StateFormat format : {StateFormat::kBf16, StateFormat::kInt8}) {
+    parameters_.clear();
+    in_memory_.clear();
+    const std::vector<at::Tensor> two = make({40001, 700});
+    OffloadOptions with = offload();
+    with.state_format = format;
+    with.seed = 77;
+    OffloadedAdamW optimizer(two,
+                             options(0.02)
+                                 .betas({0.8, 0.9})
+                                 .eps(1e-6)
+                                 .weight_decay(0.3)
+                                 .maximize(true),
+                             with);
+    std::vector<std::byte> moments[2][4];
+    for (auto& of_parameter : moments) {
+      for (auto& bytes : of_parameter) bytes.resize(2 * 40001);
+    }
+    for (std::uint64_t step = 1; step < 6; ++step) {
+      for (std::uint32_t i = 0; i < 2; ++i) {
+        const at::Tensor& parameter = in_memory_[i].parameter;
+        two[i].mutable_grad() = at::randn_like(parameter);
+        step_packed(format, step, i, parameter, two[i].grad(), moments[i]);
+      }
+      optimizer.step();
+      EXPECT_TRUE(equal());
+    }
   }
 }
 

@@ -47,9 +47,9 @@ struct LaneEvent {
   double end = 0;
 };
 
-/// Optimizer state on disk. A parameter has `fields` floats for each of its
-/// elements. State is cut in tiles, whose fields lie side by side, so that a
-/// tile is one large read and one large write. Three lanes run at once: tiles
+/// Optimizer state on disk: fields of a parameter, each with something for
+/// every element. State is cut in tiles, whose fields lie side by side, so that
+/// a tile is one large read and one large write. Three lanes run at once: tiles
 /// ahead are read, one is updated by the calling thread, those behind are
 /// written. Steps follow each other without a break: when step() returns, its
 /// last writes are in flight and the first tiles of the next step are being
@@ -72,10 +72,10 @@ class OptimizerOffload {
   OptimizerOffload(const OptimizerOffload&) = delete;
   OptimizerOffload& operator=(const OptimizerOffload&) = delete;
 
-  /// Registers `elements` (>= 0) with `fields` floats each, 1 to
-  /// StateSegment::kMaxFields, and returns their number, from 0. Takes no
-  /// space before the parameter's first step.
-  std::size_t add_parameter(std::uint64_t elements, int fields);
+  /// Registers `elements` (>= 0) with such fields, at least one and at most
+  /// 64 bytes for an element, and returns their number, from 0. Takes no space
+  /// before the parameter's first step.
+  std::size_t add_parameter(std::uint64_t elements, const StateFields& fields);
 
   /// Counts a step of each parameter in `active` (no number twice) and runs
   /// the kernel over their state. New state is zeros. Tiles without an active

@@ -5,24 +5,27 @@
 #include <cstdint>
 #include <span>
 
+#include "torch_ext/optim/state_format.h"
+
 namespace torch_ext {
 
 /// State of a run of one parameter's elements, in memory while an
 /// UpdateKernel works on it.
 struct StateSegment {
-  static constexpr std::size_t kMaxFields = 3;
-  /// Parameters are cut at multiples of this many elements only: torch's
-  /// fused kernels round the last elements of a tensor, fewer than a vector,
-  /// differently from the others.
-  static constexpr std::uint64_t kCut = 64;
-
   std::size_t parameter = 0;  ///< As add_parameter() returned it.
-  std::uint64_t first = 0;    ///< Element of the parameter; multiple of kCut.
-  std::uint64_t count = 0;    ///< Elements.
-  std::uint64_t step = 0;     ///< The parameter's steps, this one included.
-  /// `count` floats each, at multiples of 64 bytes; null beyond the
-  /// parameter's fields. Zeros when the state is new.
-  std::array<float*, kMaxFields> fields = {};
+  std::uint64_t first =
+      0;  ///< Element of the parameter; a multiple of StateFields::kCut.
+  std::uint64_t count = 0;  ///< Elements.
+  std::uint64_t step = 0;   ///< The parameter's steps, this one included.
+  /// At multiples of 64 bytes; null where the parameter has no such field.
+  /// Zeros when the state is new.
+  std::array<std::byte*, StateFields::kMax> fields = {};
+
+  /// A field as an array of its elements.
+  template <typename T = float>
+  T* field(std::size_t i) const {
+    return reinterpret_cast<T*>(fields[i]);
+  }
 };
 
 /// What is done to state while it is in memory.

@@ -49,9 +49,14 @@ class AdamWEngine {
     AdamWState state;
   };
 
-  /// `options.scratch_bytes` is chosen here.
-  explicit AdamWEngine(const OptimizerOffloadOptions& options)
-      : directory_(first_of(options.store.directory)),
+  /// `options.scratch_bytes` is chosen here. `seed` is for the rounding of
+  /// formats that are not exact.
+  explicit AdamWEngine(const OptimizerOffloadOptions& options,
+                       StateFormat format = StateFormat::kExact,
+                       std::uint64_t seed = 0)
+      : format_(format),
+        seed_(seed),
+        directory_(first_of(options.store.directory)),
         offload_(with_scratch(options)) {}
 
   /// Checks a parameter and gives it a slot; takes no space yet.
@@ -63,7 +68,7 @@ class AdamWEngine {
 
   /// A step of the parameters in the groups.
   void step(const std::vector<Group>& groups) {
-    AdamWKernel kernel(make_scratch());
+    AdamWKernel kernel(format_, seed_, make_scratch());
     for (const Group& group : groups) {
       for (const Trained& trained : group.trained) {
         check(trained.parameter);
@@ -77,7 +82,7 @@ class AdamWEngine {
         numbers.push_back(number_of(parameter));
         kernel.add(numbers.back(),
                    {tensor.detach(), OrderedReader(gradient, tensor.strides()),
-                    &group.hyper});
+                    &group.hyper, ordinal_of(parameter)});
         // Autograd must see that what it saved has changed.
         if (!tensor.is_inference()) {
           tensor.unsafeGetTensorImpl()->bump_version();
@@ -101,13 +106,12 @@ class AdamWEngine {
   /// to the process, over a file in the directory which is gone with the
   /// tensors. Later steps do not change it.
   std::vector<Saved> save(const std::vector<Parameter>& parameters) {
-    AdamWSnapshot snapshot(make_scratch());
+    AdamWSnapshot snapshot(format_, make_scratch());
     std::vector<Saved> saved;
     for (const Parameter& parameter : parameters) {
       if (!has_state(parameter.slot)) continue;
       check(parameter);
-      snapshot.add(number_of(parameter), parameter.tensor.detach(),
-                   fields_of(parameter.tensor));
+      snapshot.add(number_of(parameter), parameter.tensor.detach());
       saved.push_back({parameter, {}});
     }
     snapshot.open(directory_);
@@ -122,11 +126,11 @@ class AdamWEngine {
   /// Forgets all state and takes this. Also after an error.
   void load(const std::vector<Saved>& saved) {
     for (const Saved& entry : saved) check_saved(entry);
-    AdamWLoader loader(make_scratch());
+    AdamWLoader loader(format_, seed_, make_scratch());
     std::vector<OptimizerOffload::ParameterStep> steps;
     for (const auto& [parameter, state] : saved) {
       const std::size_t number = number_of(parameter, /*anew=*/true);
-      loader.add(number, parameter.tensor, fields_of(parameter.tensor), state);
+      loader.add(number, parameter.tensor, ordinal_of(parameter), state);
       steps.push_back({number, state.step});
     }
     offload_.write_state(steps, loader);
@@ -179,8 +183,14 @@ class AdamWEngine {
     return options;
   }
 
-  static int fields_of(const at::Tensor& parameter) {
-    return parameter.scalar_type() == at::kFloat ? 2 : 3;
+  StateFields fields_of(const at::Tensor& parameter) const {
+    return adamw_fields(format_, master_format(parameter.scalar_type()));
+  }
+
+  /// The place among the parameters ever added: rounding shall not depend on
+  /// which of them have been trained.
+  static std::uint32_t ordinal_of(const Parameter& parameter) {
+    return static_cast<std::uint32_t>(parameter.slot);
   }
 
   AdamWKernel::MakeScratch make_scratch() {
@@ -282,6 +292,8 @@ class AdamWEngine {
     return *slot.number;
   }
 
+  const StateFormat format_;
+  const std::uint64_t seed_;
   const std::filesystem::path directory_;
   OptimizerOffload offload_;
   std::vector<Slot> slots_;

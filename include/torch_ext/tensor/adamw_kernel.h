@@ -4,10 +4,10 @@
 #include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <c10/core/GradMode.h>
-#include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -17,6 +17,8 @@
 #include <vector>
 
 #include "torch_ext/base/align.h"
+#include "torch_ext/optim/adamw_update.h"
+#include "torch_ext/optim/state_format.h"
 #include "torch_ext/optim/update_kernel.h"
 #include "torch_ext/tensor/dense_tensor.h"
 
@@ -45,50 +47,65 @@ class AdamWScratch {
   /// For what is needed for a moment only.
   std::span<std::byte> small() const { return small_; }
 
-  /// Elements of a chunk, whose gradients take half of the rest if the
-  /// parameter is on another device, else all of it.
-  std::uint64_t chunk(bool on_host) const {
-    return align_down(large_.size() / (on_host ? 4 : 8), StateSegment::kCut);
+  /// Elements of a chunk, for which there are three parts of 4 bytes each.
+  std::uint64_t chunk() const {
+    return align_down(large_.size() / 12, StateFields::kCut);
   }
   float* gradient() const { return reinterpret_cast<float*>(large_.data()); }
-  /// The other half: parameters from a device.
-  std::span<std::byte> staging() const {
-    return large_.subspan(chunk(/*on_host=*/false) * 4);
-  }
+  /// Parameters from a device.
+  std::span<std::byte> staging() const { return part(1); }
+  /// State as float.
+  float* state() const { return reinterpret_cast<float*>(part(2).data()); }
 
  private:
+  std::span<std::byte> part(std::size_t i) const {
+    return large_.subspan(i * chunk() * 4, chunk() * 4);
+  }
+
   static constexpr std::size_t kSmall = std::size_t{128} << 10;
   std::span<std::byte> small_;
   std::span<std::byte> large_;
 };
 
-/// Makes `master`, `count` floats, agree with a bfloat16 or float16 parameter
-/// in host memory, whose word is final: an element that does not round to the
+/// Makes `master`, `count` floats, agree with a float16 parameter in host
+/// memory, whose word is final: an element that does not round to the
 /// parameter's takes its value. So whatever writes to the parameter between
 /// steps (model.load_state_dict, zero_, clamp_) counts.
 /// `memory` is host memory for some such elements.
-inline void adopt_parameter(float* master, const void* parameter,
-                            std::span<std::byte> memory, std::uint64_t count,
-                            c10::ScalarType dtype) {
+inline void adopt_parameter(float* master, const c10::Half* parameter,
+                            std::span<std::byte> memory, std::uint64_t count) {
   const auto* ours = reinterpret_cast<const std::uint16_t*>(memory.data());
-  const auto* theirs = static_cast<const std::uint16_t*>(parameter);
   for (std::uint64_t done = 0; done < count;) {
     const std::uint64_t piece =
         std::min<std::uint64_t>(memory.size() / 2, count - done);
-    convert(memory.data(), dtype, master + done, at::kFloat, piece);
-    if (std::memcmp(memory.data(), theirs + done, 2 * piece) != 0) {
+    convert(memory.data(), at::kHalf, master + done, at::kFloat, piece);
+    if (std::memcmp(memory.data(), parameter + done, 2 * piece) != 0) {
       for (std::uint64_t i = 0; i < piece; ++i) {
-        const std::uint16_t bits = theirs[done + i];
-        if (ours[i] == bits) continue;
-        master[done + i] =
-            dtype == at::kHalf
-                ? static_cast<float>(c10::Half(bits, c10::Half::from_bits()))
-                : static_cast<float>(
-                      c10::BFloat16(bits, c10::BFloat16::from_bits()));
+        const c10::Half theirs = parameter[done + i];
+        if (ours[i] != theirs.x) master[done + i] = static_cast<float>(theirs);
       }
     }
     done += piece;
   }
+}
+
+/// What is kept of a parameter besides its moments.
+inline MasterFormat master_format(c10::ScalarType dtype) {
+  return dtype == at::kFloat      ? MasterFormat::kNone
+         : dtype == at::kBFloat16 ? MasterFormat::kLow16
+                                  : MasterFormat::kFloat;
+}
+
+/// Where a moment of a segment begins, at element `done` of it; a multiple of
+/// StateFields::kCut.
+inline Moment moment_at(const StateSegment& segment, StateFormat format,
+                        std::size_t field, std::uint64_t done) {
+  if (format == StateFormat::kBf16) return {segment.fields[field] + 2 * done};
+  const std::size_t scales = field == AdamWFields::kExpAvg
+                                 ? AdamWFields::kExpAvgScale
+                                 : AdamWFields::kExpAvgSqScale;
+  return {segment.fields[field] + done,
+          segment.fields[scales] + done / StateFields::kCut};
 }
 
 /// Elements of a dense parameter as a tensor in host memory: in place on the
@@ -102,13 +119,13 @@ inline at::Tensor host_part(const at::Tensor& parameter, std::uint64_t first,
   return here.copy_(there);
 }
 
-/// AdamW by PyTorch's own fused CPU kernel. Fields of the state are exp_avg,
-/// exp_avg_sq and, for parameters of 16 bits, the master in float.
+/// AdamW. State that is float (StateFormat::kExact) is updated by PyTorch's own
+/// fused CPU kernel, other state by update_adamw().
 ///
-/// float parameters on the CPU are updated in place, bit for bit as
-/// torch.optim.AdamW(fused=True) does. Others go through scratch memory, chunk
-/// by chunk: on another device they, and the gradients, are copied to the host
-/// and back; those of 16 bits are rounded from the master.
+/// float parameters on the CPU are updated in place, with kExact bit for bit as
+/// torch.optim.AdamW(fused=True) does. What is in the way goes through scratch
+/// memory, chunk by chunk: parameters and gradients on another device, which
+/// are copied to the host and back, other dtypes, masters.
 class AdamWKernel final : public UpdateKernel {
  public:
   /// A parameter that the step updates. Dense, of float, bfloat16 or float16.
@@ -116,12 +133,13 @@ class AdamWKernel final : public UpdateKernel {
     at::Tensor parameter;
     OrderedReader gradient;
     const AdamWHyper* hyper = nullptr;
+    std::uint32_t ordinal = 0;  ///< For RoundingNoise.
   };
   using MakeScratch = std::function<std::span<std::byte>()>;
 
   /// Scratch is asked for when it is first needed.
-  explicit AdamWKernel(MakeScratch make_scratch)
-      : make_scratch_(std::move(make_scratch)) {}
+  AdamWKernel(StateFormat format, std::uint64_t seed, MakeScratch make_scratch)
+      : format_(format), seed_(seed), make_scratch_(std::move(make_scratch)) {}
 
   void add(std::size_t parameter, Target target) {
     targets_.insert_or_assign(parameter, std::move(target));
@@ -134,6 +152,7 @@ class AdamWKernel final : public UpdateKernel {
       if (batch_hyper_ != target.hyper) flush();
       batch_hyper_ = target.hyper;
       if (in_place(target)) {
+        // The fused kernel takes many tensors in one call.
         push(segment, 0, segment.count, parameter_at(target, segment.first),
              static_cast<float*>(target.gradient.pointer(segment.first)));
       } else {
@@ -144,11 +163,15 @@ class AdamWKernel final : public UpdateKernel {
   }
 
  private:
-  static bool in_place(const Target& target) {
-    return target.parameter.is_cpu() &&
+  bool in_place(const Target& target) const {
+    return format_ == StateFormat::kExact && target.parameter.is_cpu() &&
            target.parameter.scalar_type() == at::kFloat &&
-           target.gradient.direct() &&
-           target.gradient.source().scalar_type() == at::kFloat;
+           has_direct_gradient(target, at::kFloat);
+  }
+
+  static bool has_direct_gradient(const Target& target, c10::ScalarType dtype) {
+    return target.gradient.direct() &&
+           target.gradient.source().scalar_type() == dtype;
   }
 
   static float* parameter_at(const Target& target, std::uint64_t first) {
@@ -159,38 +182,118 @@ class AdamWKernel final : public UpdateKernel {
     flush();
     batch_hyper_ = target.hyper;
     const AdamWScratch scratch(make_scratch_());
-    const std::uint64_t chunk = scratch.chunk(target.parameter.is_cpu());
+    const std::uint64_t chunk = scratch.chunk();
     for (std::uint64_t done = 0; done < segment.count; done += chunk) {
-      update_chunk(segment, done, std::min(chunk, segment.count - done), target,
-                   scratch);
+      const std::uint64_t count = std::min(chunk, segment.count - done);
+      const std::uint64_t first = segment.first + done;
+      AdamWRun run;
+      run.first = first;
+      run.count = count;
+      find_gradient(target, scratch, run);
+      const at::Tensor& parameter = target.parameter;
+      const at::Tensor here =
+          host_part(parameter, first, count, scratch.staging());
+      if (format_ == StateFormat::kExact) {
+        update_exact(segment, done, run, here, scratch);
+      } else {
+        update_packed(segment, done, run, here, target, scratch);
+      }
+      if (!parameter.is_cpu()) {
+        storage_view(parameter, first, count).copy_(here);
+      }
     }
   }
 
-  void update_chunk(const StateSegment& segment, std::uint64_t done,
-                    std::uint64_t count, const Target& target,
-                    const AdamWScratch& scratch) {
-    const std::uint64_t first = segment.first + done;
-    const at::Tensor& parameter = target.parameter;
-    // Gradients from a device pass through where the parameter comes next.
-    target.gradient.copy_as_float(
-        scratch.gradient(),
-        parameter.is_cpu() ? scratch.small() : scratch.staging(), first, count);
-    const at::Tensor here =
-        host_part(parameter, first, count, scratch.staging());
-    const c10::ScalarType dtype = here.scalar_type();
-    if (dtype == at::kFloat) {
-      push(segment, done, count, here.mutable_data_ptr<float>(),
-           scratch.gradient());
-      flush();
+  void find_gradient(const Target& target, const AdamWScratch& scratch,
+                     AdamWRun& run) const {
+    const bool packed = format_ != StateFormat::kExact;
+    if (has_direct_gradient(target, at::kFloat)) {
+      run.gradient = static_cast<float*>(target.gradient.pointer(run.first));
+    } else if (packed && has_direct_gradient(target, at::kBFloat16)) {
+      run.gradient_bf16 =
+          static_cast<std::uint16_t*>(target.gradient.pointer(run.first));
     } else {
-      float* master = segment.fields[2] + done;
-      adopt_parameter(master, here.const_data_ptr(), scratch.small(), count,
-                      dtype);
-      push(segment, done, count, master, scratch.gradient());
-      flush();
-      convert(here.mutable_data_ptr(), dtype, master, at::kFloat, count);
+      // Gradients pass through where a device's parameter comes next.
+      target.gradient.copy_as_float(scratch.gradient(), scratch.staging(),
+                                    run.first, run.count);
+      run.gradient = scratch.gradient();
     }
-    if (!parameter.is_cpu()) storage_view(parameter, first, count).copy_(here);
+  }
+
+  void update_exact(const StateSegment& segment, std::uint64_t done,
+                    const AdamWRun& run, const at::Tensor& here,
+                    const AdamWScratch& scratch) {
+    auto* gradient = const_cast<float*>(run.gradient);
+    switch (master_format(here.scalar_type())) {
+      case MasterFormat::kNone:
+        push(segment, done, run.count, here.mutable_data_ptr<float>(),
+             gradient);
+        flush();
+        break;
+      case MasterFormat::kLow16: {
+        auto* parameter = static_cast<std::uint16_t*>(here.mutable_data_ptr());
+        auto* low = segment.field<std::uint16_t>(AdamWFields::kMaster) + done;
+        join_master(parameter, low, scratch.state(), run.count);
+        push(segment, done, run.count, scratch.state(), gradient);
+        flush();
+        split_master(scratch.state(), parameter, low, run.count);
+        break;
+      }
+      case MasterFormat::kFloat: {
+        float* master = adopted(segment, done, run.count, here, scratch);
+        push(segment, done, run.count, master, gradient);
+        flush();
+        convert(here.mutable_data_ptr(), at::kHalf, master, at::kFloat,
+                run.count);
+        break;
+      }
+    }
+  }
+
+  void update_packed(const StateSegment& segment, std::uint64_t done,
+                     AdamWRun run, const at::Tensor& here, const Target& target,
+                     const AdamWScratch& scratch) const {
+    run.exp_avg = moment_at(segment, format_, AdamWFields::kExpAvg, done);
+    run.exp_avg_sq = moment_at(segment, format_, AdamWFields::kExpAvgSq, done);
+    const MasterFormat kind = master_format(here.scalar_type());
+    if (kind == MasterFormat::kNone) {
+      run.master = here.mutable_data_ptr<float>();
+    } else if (kind == MasterFormat::kLow16) {
+      run.parameter_bf16 = static_cast<std::uint16_t*>(here.mutable_data_ptr());
+      run.low = segment.field<std::uint16_t>(AdamWFields::kMaster) + done;
+    } else {
+      run.master = adopted(segment, done, run.count, here, scratch);
+    }
+    update_adamw(format_, run, coefficients(*target.hyper, segment.step),
+                 {seed_, segment.step, target.ordinal});
+    if (kind == MasterFormat::kFloat) {
+      convert(here.mutable_data_ptr(), at::kHalf, run.master, at::kFloat,
+              run.count);
+    }
+  }
+
+  static float* adopted(const StateSegment& segment, std::uint64_t done,
+                        std::uint64_t count, const at::Tensor& here,
+                        const AdamWScratch& scratch) {
+    float* master = segment.field(AdamWFields::kMaster) + done;
+    adopt_parameter(master, here.const_data_ptr<c10::Half>(), scratch.small(),
+                    count);
+    return master;
+  }
+
+  static AdamWCoefficients coefficients(const AdamWHyper& hyper,
+                                        std::uint64_t step) {
+    const auto t = static_cast<double>(step);
+    return {.decay = static_cast<float>(1 - hyper.lr * hyper.weight_decay),
+            .exp_avg = static_cast<float>(1 - hyper.beta1),
+            .beta2 = static_cast<float>(hyper.beta2),
+            .exp_avg_sq = static_cast<float>(1 - hyper.beta2),
+            .inverse_root =
+                static_cast<float>(1 / std::sqrt(1 - std::pow(hyper.beta2, t))),
+            .eps = static_cast<float>(hyper.eps),
+            .step_size =
+                static_cast<float>(hyper.lr / (1 - std::pow(hyper.beta1, t))),
+            .maximize = hyper.maximize};
   }
 
   /// Adds a tensor to the next call of the fused kernel.
@@ -198,9 +301,10 @@ class AdamWKernel final : public UpdateKernel {
             std::uint64_t count, float* parameter, float* gradient) {
     parameters_.push_back(host_view(parameter, count, at::kFloat));
     gradients_.push_back(host_view(gradient, count, at::kFloat));
-    exp_avgs_.push_back(host_view(segment.fields[0] + done, count, at::kFloat));
-    exp_avg_sqs_.push_back(
-        host_view(segment.fields[1] + done, count, at::kFloat));
+    exp_avgs_.push_back(host_view(segment.field(AdamWFields::kExpAvg) + done,
+                                  count, at::kFloat));
+    exp_avg_sqs_.push_back(host_view(
+        segment.field(AdamWFields::kExpAvgSq) + done, count, at::kFloat));
     steps_.push_back(step_tensor(segment.step));
   }
 
@@ -226,6 +330,8 @@ class AdamWKernel final : public UpdateKernel {
     return step_tensor_;
   }
 
+  const StateFormat format_;
+  const std::uint64_t seed_;
   const MakeScratch make_scratch_;
   std::unordered_map<std::size_t, Target> targets_;
   const AdamWHyper* batch_hyper_ = nullptr;

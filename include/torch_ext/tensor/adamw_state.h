@@ -9,6 +9,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <filesystem>
 #include <memory>
 #include <span>
@@ -35,13 +36,13 @@ struct AdamWState {
 /// private memory over the file.
 class AdamWSnapshot final : public UpdateKernel {
  public:
-  explicit AdamWSnapshot(AdamWKernel::MakeScratch make_scratch)
-      : make_scratch_(std::move(make_scratch)) {}
+  AdamWSnapshot(StateFormat format, AdamWKernel::MakeScratch make_scratch)
+      : format_(format), make_scratch_(std::move(make_scratch)) {}
 
-  void add(std::size_t number, const at::Tensor& parameter, int fields) {
-    Place place{parameter, fields, {}};
-    for (int i = 0; i < fields; ++i) {
-      place.offsets[static_cast<std::size_t>(i)] = bytes_;
+  void add(std::size_t number, const at::Tensor& parameter) {
+    Place place{parameter, master_format(parameter.scalar_type()), {}};
+    for (std::size_t i = 0; i < place.tensors(); ++i) {
+      place.offsets[i] = bytes_;
       bytes_ += align_up(
           sizeof(float) * static_cast<std::uint64_t>(parameter.numel()), 64);
     }
@@ -58,14 +59,7 @@ class AdamWSnapshot final : public UpdateKernel {
     for (const StateSegment& segment : segments) {
       const auto found = places_.find(segment.parameter);
       if (found == places_.end()) continue;
-      const Place& place = found->second;
-      if (place.fields == 3) adopt(segment, place.parameter);
-      for (int i = 0; i < place.fields; ++i) {
-        const auto field = static_cast<std::size_t>(i);
-        file_->write(
-            place.offsets[field] + segment.first * sizeof(float),
-            std::as_bytes(std::span(segment.fields[field], segment.count)));
-      }
+      save(segment, found->second);
     }
   }
 
@@ -76,26 +70,66 @@ class AdamWSnapshot final : public UpdateKernel {
     return {.step = 0,
             .exp_avg = tensor(place, 0),
             .exp_avg_sq = tensor(place, 1),
-            .master = place.fields == 3 ? tensor(place, 2) : at::Tensor()};
+            .master = place.master != MasterFormat::kNone
+                          ? tensor(place, AdamWFields::kMaster)
+                          : at::Tensor()};
   }
 
  private:
   struct Place {
     at::Tensor parameter;
-    int fields = 0;
+    MasterFormat master = MasterFormat::kNone;
     std::array<std::uint64_t, 3> offsets = {};  ///< Bytes into the file.
+
+    std::size_t tensors() const {
+      return master == MasterFormat::kNone ? 2 : offsets.size();
+    }
   };
 
-  void adopt(const StateSegment& segment, const at::Tensor& parameter) {
+  void save(const StateSegment& segment, const Place& place) {
     const AdamWScratch scratch(make_scratch_());
-    const std::uint64_t chunk = scratch.chunk(/*on_host=*/false);
+    const std::uint64_t chunk = scratch.chunk();
     for (std::uint64_t done = 0; done < segment.count; done += chunk) {
       const std::uint64_t count = std::min(chunk, segment.count - done);
-      const at::Tensor here =
-          host_part(parameter, segment.first + done, count, scratch.staging());
-      adopt_parameter(segment.fields[2] + done, here.const_data_ptr(),
-                      scratch.small(), count, here.scalar_type());
+      for (std::size_t i = 0; i < place.tensors(); ++i) {
+        const float* values = i == AdamWFields::kMaster
+                                  ? master(segment, done, count, place, scratch)
+                                  : moment(segment, done, count, i, scratch);
+        file_->write(place.offsets[i] + (segment.first + done) * sizeof(float),
+                     std::as_bytes(std::span(values, count)));
+      }
     }
+  }
+
+  const float* moment(const StateSegment& segment, std::uint64_t done,
+                      std::uint64_t count, std::size_t field,
+                      const AdamWScratch& scratch) const {
+    if (format_ == StateFormat::kExact) return segment.field(field) + done;
+    unpack_moment(format_, field, moment_at(segment, format_, field, done),
+                  scratch.state(), count);
+    return scratch.state();
+  }
+
+  // The segment's own stays as it is: the parameter may be somebody's average
+  // of weights for the moment.
+  static const float* master(const StateSegment& segment, std::uint64_t done,
+                             std::uint64_t count, const Place& place,
+                             const AdamWScratch& scratch) {
+    const at::Tensor here = host_part(place.parameter, segment.first + done,
+                                      count, scratch.staging());
+    float* const values = scratch.state();
+    if (place.master == MasterFormat::kLow16) {
+      join_master(
+          static_cast<const std::uint16_t*>(here.const_data_ptr()),
+          segment.field<const std::uint16_t>(AdamWFields::kMaster) + done,
+          values, count);
+    } else {
+      std::memcpy(values, segment.field(AdamWFields::kMaster) + done,
+                  count * sizeof(float));
+      adopt_parameter(values, here.const_data_ptr<c10::Half>(), scratch.small(),
+                      count);
+    }
+    return values;
   }
 
   at::Tensor tensor(const Place& place, std::size_t field) const {
@@ -109,6 +143,7 @@ class AdamWSnapshot final : public UpdateKernel {
         [memory = memory_](void*) mutable { memory.reset(); }, options);
   }
 
+  const StateFormat format_;
   const AdamWKernel::MakeScratch make_scratch_;
   std::unordered_map<std::size_t, Place> places_;
   std::uint64_t bytes_ = 0;
@@ -119,39 +154,74 @@ class AdamWSnapshot final : public UpdateKernel {
 /// Fills state from tensors of any floating dtype, device and strides.
 class AdamWLoader final : public UpdateKernel {
  public:
-  explicit AdamWLoader(AdamWKernel::MakeScratch make_scratch)
-      : make_scratch_(std::move(make_scratch)) {}
+  AdamWLoader(StateFormat format, std::uint64_t seed,
+              AdamWKernel::MakeScratch make_scratch)
+      : format_(format), seed_(seed), make_scratch_(std::move(make_scratch)) {}
 
-  void add(std::size_t number, const at::Tensor& parameter, int fields,
-           const AdamWState& state) {
+  void add(std::size_t number, const at::Tensor& parameter,
+           std::uint32_t ordinal, const AdamWState& state) {
     const at::IntArrayRef strides = parameter.strides();
-    Sources sources{OrderedReader(state.exp_avg, strides),
-                    OrderedReader(state.exp_avg_sq, strides), OrderedReader()};
-    if (fields == 3) {
+    Source source{{OrderedReader(state.exp_avg, strides),
+                   OrderedReader(state.exp_avg_sq, strides), OrderedReader()},
+                  master_format(parameter.scalar_type()),
+                  ordinal};
+    if (source.master != MasterFormat::kNone) {
       const bool own = state.master.defined();
-      sources[2] = OrderedReader(own ? state.master : parameter, strides);
+      source.readers[AdamWFields::kMaster] =
+          OrderedReader(own ? state.master : parameter, strides);
     }
-    sources_.emplace(number, std::move(sources));
+    sources_.emplace(number, std::move(source));
   }
 
   void update(std::span<const StateSegment> segments) override {
     const c10::NoGradGuard no_grad;
     const AdamWScratch scratch(make_scratch_());
     for (const StateSegment& segment : segments) {
-      const Sources& sources = sources_.at(segment.parameter);
-      for (std::size_t field = 0; field < sources.size(); ++field) {
-        if (segment.fields[field] == nullptr) continue;
-        sources[field].copy_as_float(segment.fields[field], scratch.staging(),
-                                     segment.first, segment.count);
+      const Source& source = sources_.at(segment.parameter);
+      for (std::size_t i = 0; i < source.readers.size(); ++i) {
+        if (segment.fields[i] != nullptr) fill(segment, i, source, scratch);
       }
     }
   }
 
  private:
-  using Sources = std::array<OrderedReader, 3>;
+  struct Source {
+    std::array<OrderedReader, 3> readers;
+    MasterFormat master = MasterFormat::kNone;
+    std::uint32_t ordinal = 0;
+  };
 
+  void fill(const StateSegment& segment, std::size_t field,
+            const Source& source, const AdamWScratch& scratch) const {
+    const bool is_master = field == AdamWFields::kMaster;
+    const bool as_it_is = is_master ? source.master == MasterFormat::kFloat
+                                    : format_ == StateFormat::kExact;
+    const OrderedReader& reader = source.readers[field];
+    const std::uint64_t chunk = scratch.chunk();
+    for (std::uint64_t done = 0; done < segment.count; done += chunk) {
+      const std::uint64_t count = std::min(chunk, segment.count - done);
+      const std::uint64_t first = segment.first + done;
+      float* const values =
+          as_it_is ? segment.field(field) + done : scratch.state();
+      reader.copy_as_float(values, scratch.staging(), first, count);
+      if (as_it_is) continue;
+      if (is_master) {
+        // Also of a master that does not round to the parameter, which may be
+        // loaded after its state.
+        split_master(values, nullptr,
+                     segment.field<std::uint16_t>(field) + done, count);
+      } else {
+        pack_moment(format_, field, values,
+                    moment_at(segment, format_, field, done), first, count,
+                    {seed_, segment.step, source.ordinal});
+      }
+    }
+  }
+
+  const StateFormat format_;
+  const std::uint64_t seed_;
   const AdamWKernel::MakeScratch make_scratch_;
-  std::unordered_map<std::size_t, Sources> sources_;
+  std::unordered_map<std::size_t, Source> sources_;
 };
 
 }  // namespace torch_ext

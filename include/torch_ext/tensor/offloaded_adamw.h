@@ -41,6 +41,9 @@ struct OffloadOptions {
   /// Of several directories, the first holds what state_dict() returns.
   DirectoryList nvme_path = {};
   std::uint64_t host_memory = std::uint64_t{512} << 20;  ///< Bytes, at most.
+  /// What the drive holds of each moment; all but kExact lose precision.
+  StateFormat state_format = StateFormat::kExact;
+  std::uint64_t seed = 0;  ///< Of their rounding.
   AioConfig aio = {};
   std::string engine = "auto";  ///< Or one of engine_names().
   bool verify = true;           ///< Checksums are compared on reading.
@@ -73,7 +76,8 @@ class OffloadedAdamW : public torch::optim::Optimizer {
                            .aio = offload.aio,
                            .engine = offload.engine,
                            .verify = offload.verify},
-                 .host_memory = offload.host_memory}) {
+                 .host_memory = offload.host_memory},
+                offload.state_format, offload.seed) {
     add_new_parameters();
     for (const auto& group : param_groups_) hyper_of(group);
   }
