@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -25,21 +22,17 @@ from torch_ext._adamw_groups import (
 )
 from torch_ext._checks import (
     Directories,
-    Life,
-    close_quietly,
     directories_of,
     engine_of,
-    log_notes,
     seed_of,
     state_format_of,
 )
 from torch_ext._native import _C
+from torch_ext._offload import OffloadedBase
 from torch_ext.config import AioConfig, parse_size, resolve_aio_config
 
-_logger = logging.getLogger("torch_ext")
 
-
-class OffloadedAdamW(torch.optim.Optimizer):
+class OffloadedAdamW(OffloadedBase):
     """``torch.optim.AdamW`` whose state lives in a file on an NVMe drive.
 
     For float32 parameters on the CPU the result equals that of
@@ -132,43 +125,21 @@ class OffloadedAdamW(torch.optim.Optimizer):
             "decoupled_weight_decay": True,
         }
         check_group(defaults)
-        self._slots: dict[Tensor, int] = {}
-        self._life = Life("optimizer")
-        self._engine = _C.AdamWEngine(
-            directories_of(nvme_path, "nvme_path"),
-            resolve_aio_config(aio, stacklevel=3),
-            parse_size(host_memory),
-            engine_of(engine),
-            bool(verify),
-            state_format_of(state_format),
-            seed_of(seed),
-        )
-        log_notes(self._engine.notes())
-        # At exit the I/O must have ended before the interpreter is taken down.
-        self._finalizer = weakref.finalize(
-            self, close_quietly, self._engine, os.getpid(), "an OffloadedAdamW"
+        self._own(
+            _C.AdamWEngine(
+                directories_of(nvme_path, "nvme_path"),
+                resolve_aio_config(aio, stacklevel=3),
+                parse_size(host_memory),
+                engine_of(engine),
+                bool(verify),
+                state_format_of(state_format),
+                seed_of(seed),
+            )
         )
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, before or after the first step; see ``torch.optim``.
-
-        Raises:
-            ValueError, TypeError: As at construction; nothing is added then.
-            RuntimeError: The optimizer is closed or belongs to another process.
-        """
-        self._life.check()
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            check_group(group)
-            if len(set(group["params"])) < len(group["params"]):
-                raise ValueError("a parameter group has the same parameter twice")
-            slots = {p: self._engine.add(p) for p in group["params"]}
-        except Exception:
-            self.param_groups.pop()
-            raise
-        self._slots.update(slots)
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_group(group)
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -288,92 +259,6 @@ class OffloadedAdamW(torch.optim.Optimizer):
             self.state[p] = self._shown_state(p)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def stats(self) -> dict[str, int | float]:
-        """Counters since the optimizer was made.
-
-        ``steps``; ``bytes_read`` and ``bytes_written`` (of the drive, padded);
-        ``read_seconds``, ``update_seconds``, ``write_seconds`` (while a lane was
-        busy) and ``wait_seconds`` (that steps waited for I/O);
-        ``host_memory``, ``host_bytes_peak`` (bytes in use at most); ``tiles``,
-        ``tile_bytes`` (of a buffer) and ``buffers``. Also of a closed optimizer.
-
-        Raises:
-            RuntimeError: The optimizer belongs to another process.
-        """
-        self._life.check_process()
-        return self._engine.stats()
-
-    def timeline(self) -> list[tuple[str, int, float, float]]:
-        """What the last step did: (lane, tile, start, end) in order of start.
-
-        The lane is "read", "update" or "write"; times are seconds since the step
-        began, negative for what was read ahead.
-
-        Raises:
-            RuntimeError: The optimizer belongs to another process.
-        """
-        self._life.check_process()
-        return self._engine.timeline()
-
-    @property
-    def engine(self) -> str:
-        """The I/O engine in use. Raises RuntimeError as ``timeline`` does."""
-        self._life.check_process()
-        return self._engine.engine
-
-    def close(self) -> None:
-        """Waits for writes in flight and frees memory and disk space.
-
-        Idempotent. Later calls of anything but ``stats``, ``timeline`` and ``engine``
-        raise RuntimeError.
-
-        Raises:
-            OSError: An error that no call has raised; all is closed then.
-            RuntimeError: The optimizer belongs to another process.
-        """
-        self._life.check_process()
-        self._life.closed = True
-        self._engine.close()
-
-    def __enter__(self) -> OffloadedAdamW:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            self.close()
-        except Exception:
-            # The body's own exception says more than what followed from it.
-            if error is None:
-                raise
-            _logger.exception("closing an OffloadedAdamW after another error")
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(
-            "an OffloadedAdamW belongs to its process and cannot be copied or pickled: "
-            "take its state_dict()"
-        )
-
-    def _parameters(self) -> Iterable[Tensor]:
-        return chain.from_iterable(group["params"] for group in self.param_groups)
-
-    def _slot_of(self, parameter: Tensor) -> int:
-        try:
-            return self._slots[parameter]
-        except KeyError:
-            label = next(
-                label for label, p in labelled_parameters(self.param_groups) if p is parameter
-            )
-        raise RuntimeError(
-            f"{label} is a tensor that this optimizer was not given. Change a parameter in "
-            f"place (parameter.data = ...), add new ones with add_param_group(), or make a "
-            f"new optimizer"
-        )
 
     def _shown_state(self, parameter: Tensor) -> dict[str, int | None]:
         """An entry of ``state``.

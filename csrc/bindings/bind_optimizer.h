@@ -64,10 +64,28 @@ py::dict to_dict(const torch_ext::OptimizerOffloadStats& stats) {
                   "update_seconds"_a = stats.update_seconds,
                   "write_seconds"_a = stats.write_seconds,
                   "wait_seconds"_a = stats.wait_seconds,
+                  "elapsed_seconds"_a = stats.elapsed_seconds,
                   "host_memory"_a = stats.host_memory,
                   "host_bytes_peak"_a = stats.host_bytes_peak,
-                  "tiles"_a = stats.tiles, "tile_bytes"_a = stats.tile_bytes,
+                  "state_bytes"_a = stats.state_bytes,
+                  "resident_bytes"_a = stats.resident_bytes,
+                  "tile_visits"_a = stats.tile_visits,
+                  "tile_hits"_a = stats.tile_hits, "tiles"_a = stats.tiles,
+                  "tile_bytes"_a = stats.tile_bytes,
                   "buffers"_a = stats.buffers);
+}
+
+py::dict to_dict(const torch_ext::OptimizerPlan& plan) {
+  using namespace py::literals;  // NOLINT(google-build-using-namespace)
+  return py::dict("host_memory"_a = plan.host_memory,
+                  "scratch_bytes"_a = plan.scratch_bytes,
+                  "state_bytes"_a = plan.state_bytes,
+                  "tile_bytes"_a = plan.tile_bytes, "tiles"_a = plan.tiles,
+                  "lane_buffers"_a = plan.lane_buffers,
+                  "resident_tiles"_a = plan.resident_tiles,
+                  "resident_bytes"_a = plan.resident_bytes,
+                  "step_bytes"_a = plan.step_bytes,
+                  "host_memory_for_all"_a = plan.host_memory_for_all);
 }
 
 py::list to_list(const std::vector<torch_ext::LaneEvent>& timeline) {
@@ -149,6 +167,15 @@ void bind_optimizer(py::module_& m) {
                return engine.offload().stats();
              }());
            })
+      .def(
+          "plan",
+          [](AdamWEngine& engine, const std::vector<SlotArgs>& parameters) {
+            return to_dict([&] {
+              py::gil_scoped_release released;
+              return engine.plan(to_parameters(parameters));
+            }());
+          },
+          py::arg("parameters"))
       .def("timeline",
            [](AdamWEngine& engine) {
              return to_list([&] {

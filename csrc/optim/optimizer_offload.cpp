@@ -53,9 +53,11 @@ class OptimizerOffload::Impl {
       : host_memory(options.host_memory),
         scratch_bytes(align_up(options.scratch_bytes, kPage)),
         store(std::make_unique<Store>(options.store)),
-        plan(plan_tiles(options.host_memory, scratch_bytes, store->granule())),
+        granule(store->granule()),
+        plan(plan_tiles(options.host_memory, scratch_bytes, granule,
+                        options.tile_bytes)),
         pool(std::make_unique<BufferPool>(plan.tile_bytes, plan.buffers)),
-        lanes(std::make_unique<TileLanes>(*store, *pool)),
+        lanes(std::make_unique<TileLanes>(*store, *pool, plan.lanes)),
         notes(store->notes()),
         engine(store->engine()) {}
 
@@ -104,6 +106,7 @@ class OptimizerOffload::Impl {
   const std::uint64_t scratch_bytes;
   std::mutex calls;  // One at a time.
   std::unique_ptr<Store> store;
+  const std::uint64_t granule;  ///< Tiles take multiples of it on the drive.
   const TilePlan plan;
   std::unique_ptr<BufferPool> pool;
   std::unique_ptr<BufferPool> scratch;
@@ -123,19 +126,33 @@ class OptimizerOffload::Impl {
 // Gives space to parameters that have no state yet; all or none.
 void OptimizerOffload::Impl::place(std::span<const std::size_t> numbers) {
   const std::size_t before = tiles.size();
+  std::vector<Tile*> evicted;
   try {
     TileLayout layout(tiles, plan.tile_bytes);
     for (const std::size_t number : numbers) {
       const Parameter& p = parameter(number);
       if (!p.has_state) layout.add(number, p.elements, p.fields);
     }
-    for (std::size_t i = before; i < tiles.size(); ++i) {
-      tiles[i]->extent = store->allocate(tiles[i]->bytes);
+    const std::size_t count = tiles.size();
+    const std::size_t stay = plan.resident(count);
+    // Once chosen they stay so, unless all could stay before and no longer can.
+    const bool choose = before <= plan.buffers;
+    for (std::size_t i = choose ? 0 : before; i < count; ++i) {
+      Tile& tile = *tiles[i];
+      const bool resident = choose && is_chosen(i, count, stay);
+      if (i >= before) {
+        tile.resident = resident;
+      } else if (!resident) {
+        evicted.push_back(&tile);
+      }
+      if (!resident) tile.extent = store->allocate(tile.bytes);
     }
   } catch (...) {
+    for (Tile* tile : evicted) tile->extent.reset();
     tiles.resize(before);
     throw;
   }
+  for (Tile* tile : evicted) lanes->evict(*tile);
   for (const std::size_t number : numbers) parameters[number].has_state = true;
 }
 
@@ -173,7 +190,8 @@ void OptimizerOffload::Impl::run(TileLanes::Round round, UpdateKernel& kernel) {
 void OptimizerOffload::Impl::show(const Tile& tile, bool fresh,
                                   UpdateKernel& kernel) {
   std::byte* const data = tile.buffer.data();
-  if (fresh) std::fill_n(data, tile.extent->padded_size(), std::byte{0});
+  // Padding is written too.
+  if (fresh) std::fill_n(data, tile.buffer.size(), std::byte{0});
   segments.clear();
   for (const Segment& in : tile.segments) {
     const Parameter& p = parameters[in.parameter];
@@ -201,9 +219,17 @@ OptimizerOffloadStats OptimizerOffload::Impl::snapshot() const {
   now.update_seconds = seconds.update;
   now.write_seconds = seconds.write;
   now.wait_seconds = seconds.wait;
+  now.elapsed_seconds = seconds.elapsed;
   now.host_memory = host_memory;
   now.host_bytes_peak = pool->peak_in_use() * plan.tile_bytes +
                         (scratch != nullptr ? scratch_bytes : 0);
+  const TileLanes::Visits visits = lanes->visits();
+  now.tile_visits = visits.all;
+  now.tile_hits = visits.hits;
+  for (const auto& tile : tiles) {
+    now.state_bytes += tile->bytes;
+    if (tile->resident) now.resident_bytes += tile->bytes;
+  }
   now.tiles = tiles.size();
   now.tile_bytes = plan.tile_bytes;
   now.buffers = plan.buffers;
@@ -313,6 +339,38 @@ std::span<std::byte> OptimizerOffload::scratch() {
     impl_->scratch = std::make_unique<BufferPool>(impl_->scratch_bytes, 1);
   }
   return impl_->scratch->memory();
+}
+
+OptimizerPlan OptimizerOffload::plan(
+    std::span<const std::size_t> parameters) const {
+  const auto lock = impl_->enter(/*when_closed=*/true);
+  TileList tiles;
+  TileLayout layout(tiles, impl_->plan.tile_bytes);
+  OptimizerPlan plan;
+  for (const std::size_t number : parameters) {
+    const Parameter& p = impl_->parameter(number);
+    layout.add(number, p.elements, p.fields);
+  }
+  const std::size_t count = tiles.size();
+  plan.host_memory = impl_->host_memory;
+  plan.scratch_bytes = impl_->scratch_bytes;
+  plan.tile_bytes = impl_->plan.tile_bytes;
+  plan.tiles = count;
+  plan.resident_tiles = impl_->plan.resident(count);
+  plan.lane_buffers = plan.resident_tiles == count ? 0 : impl_->plan.lanes;
+  const std::uint64_t granule = impl_->granule;
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::uint64_t bytes = tiles[i]->bytes;
+    plan.state_bytes += bytes;
+    if (is_chosen(i, count, plan.resident_tiles)) {
+      plan.resident_bytes += bytes;
+    } else {
+      plan.step_bytes += 2 * align_up(bytes, granule);
+    }
+  }
+  plan.host_memory_for_all =
+      impl_->scratch_bytes + count * impl_->plan.tile_bytes;
+  return plan;
 }
 
 OptimizerOffloadStats OptimizerOffload::stats() const {

@@ -33,13 +33,15 @@ struct Tile {
 
   std::size_t number = 0;
   std::vector<Segment> segments;
-  std::uint64_t bytes = 0;  ///< Used; the extent's size.
-  std::shared_ptr<Extent> extent;
+  std::uint64_t bytes = 0;         ///< Used; the extent's size.
+  bool resident = false;           ///< Stays in memory from its first visit on.
+  std::shared_ptr<Extent> extent;  ///< Null for a resident tile.
 
   // Of TileLanes, under its lock: --------------------------------------------
   State state = State::kIdle;
   Buffer buffer;
   bool on_disk = false;          ///< Has been written in full.
+  bool in_memory = false;        ///< `buffer` has state that the disk lacks.
   bool unwanted = false;         ///< Let go of as soon as it is read.
   std::size_t rank = kUnranked;  ///< Place among the tiles to visit.
   double start = 0;              ///< When the transfer in flight began.

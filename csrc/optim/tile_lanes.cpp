@@ -29,8 +29,8 @@ double TileLanes::BusyClock::read(double now) const {
   return running > 0 ? total + now - since : total;
 }
 
-TileLanes::TileLanes(Store& store, BufferPool& pool)
-    : store_(store), pool_(pool) {}
+TileLanes::TileLanes(Store& store, BufferPool& pool, std::size_t lanes)
+    : store_(store), pool_(pool), lanes_(lanes) {}
 
 TileLanes::~TileLanes() { clear(); }
 
@@ -65,6 +65,7 @@ void TileLanes::begin(Round round) {
   if (round.repeat) {
     ++steps_;
     step_start_ = now();
+    if (steps_ == 1) first_start_ = step_start_;
     std::erase_if(events_,
                   [this](const Event& event) { return event.step < steps_; });
   }
@@ -79,10 +80,11 @@ void TileLanes::begin(Round round) {
 // be had too: otherwise it might hold the buffer that the first tile needs.
 void TileLanes::keep_only(const std::vector<Tile*>& tiles) {
   for (Tile* tile : round_.tiles) tile->rank = Tile::kUnranked;
-  for (std::size_t i = 0; i < tiles.size(); ++i) tiles[i]->rank = i;
+  std::size_t rank = 0;
+  for (Tile* tile : tiles) tile->rank = tile->resident ? 0 : rank++;
   for (std::size_t i = 0; i < fetched_; ++i) {
     Tile& tile = *round_.tiles[i];
-    if (tile.rank < pool_.count()) continue;
+    if (tile.resident || tile.rank < lanes_) continue;
     if (tile.state == Tile::State::kReady) let_go(tile);
     if (tile.state == Tile::State::kReading) tile.unwanted = true;
   }
@@ -103,7 +105,7 @@ void TileLanes::wait_for(Lock& lock, const Tile& tile) {
 void TileLanes::work_on(Tile& tile, const Work& work) {
   const double start = now();
   try {
-    work(tile, !round_.read || !tile.on_disk);
+    work(tile, !round_.read || !(tile.on_disk || tile.in_memory));
   } catch (...) {
     Lock lock(mutex_);
     fail(std::current_exception());
@@ -118,7 +120,12 @@ void TileLanes::work_on(Tile& tile, const Work& work) {
 }
 
 void TileLanes::finish(Tile& tile) {
-  if (round_.write && failure_ == nullptr) {
+  if (round_.repeat) ++visits_.all;
+  if (tile.resident && failure_ == nullptr) {
+    if (round_.repeat && tile.in_memory) ++visits_.hits;
+    tile.in_memory = tile.in_memory || round_.write;
+    tile.state = Tile::State::kReady;
+  } else if (round_.write && failure_ == nullptr) {
     start_write(tile);
   } else {
     let_go(tile);
@@ -128,13 +135,14 @@ void TileLanes::finish(Tile& tile) {
 
 void TileLanes::pump() noexcept {
   const std::size_t count = round_.tiles.size();
-  const std::size_t end = round_.repeat ? 2 * count : count;
+  // Between rounds the visits are those of the next one already.
+  const std::size_t end = running_ && round_.repeat ? 2 * count : count;
   while (failure_ == nullptr && fetched_ < end) {
     const bool this_round = fetched_ < count;
     Tile& tile = *round_.tiles[this_round ? fetched_ : fetched_ - count];
     const bool read_ahead = tile.state == Tile::State::kReading ||
                             tile.state == Tile::State::kReady;
-    if (this_round && read_ahead) {
+    if ((this_round && read_ahead) || tile.in_memory) {
       tile.unwanted = false;
     } else {
       // Not idle: its visit in this round, or its write, comes first.
@@ -152,6 +160,15 @@ void TileLanes::pump() noexcept {
     }
     ++fetched_;
   }
+}
+
+void TileLanes::evict(Tile& tile) {
+  Lock lock(mutex_);
+  tile.resident = false;
+  if (!tile.in_memory) return;
+  tile.in_memory = false;
+  tile.step = 0;
+  start_write(tile);
 }
 
 void TileLanes::start_read(Tile& tile) {
@@ -224,6 +241,7 @@ void TileLanes::write_ended(Tile& tile, std::exception_ptr error) noexcept {
 
 void TileLanes::let_go(Tile& tile) {
   tile.buffer = Buffer();
+  tile.in_memory = false;
   tile.state = Tile::State::kIdle;
   tile.unwanted = false;
 }
@@ -261,7 +279,12 @@ TileLanes::Seconds TileLanes::seconds() const {
   Lock lock(mutex_);
   const double time = now();
   return {reading_.read(time), update_seconds_, writing_.read(time),
-          wait_seconds_};
+          wait_seconds_, steps_ > 0 ? time - first_start_ : 0};
+}
+
+TileLanes::Visits TileLanes::visits() const {
+  Lock lock(mutex_);
+  return visits_;
 }
 
 std::vector<LaneEvent> TileLanes::timeline() const {

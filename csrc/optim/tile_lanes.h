@@ -32,13 +32,19 @@ class TileLanes {
   /// `fresh`: nothing is on disk yet, the bytes are undefined.
   using Work = std::function<void(Tile& tile, bool fresh)>;
 
-  TileLanes(Store& store, BufferPool& pool);
+  /// `lanes` buffers of the pool are never held by resident tiles while others
+  /// are visited.
+  TileLanes(Store& store, BufferPool& pool, std::size_t lanes);
   ~TileLanes();  ///< As clear().
 
   /// Visits the tiles; the last writes may be in flight on return. Not to be
   /// called after a failure before clear().
   /// Errors: the first failure, be it of the work or of a transfer.
   void run(Round round, const Work& work);
+
+  /// Takes a resident tile's state to the disk; it is not resident any more
+  /// and has an extent. Between rounds.
+  void evict(Tile& tile);
 
   /// Waits for all transfers, lets go of all buffers and forgets the tiles
   /// and the failure, which it returns.
@@ -51,8 +57,14 @@ class TileLanes {
     double update = 0;
     double write = 0;
     double wait = 0;
+    double elapsed = 0;  ///< Since the first step began.
   };
   Seconds seconds() const;
+  struct Visits {
+    std::uint64_t all = 0;
+    std::uint64_t hits = 0;  ///< Of tiles that had stayed in memory.
+  };
+  Visits visits() const;
   std::vector<LaneEvent> timeline() const;
 
  private:
@@ -84,6 +96,7 @@ class TileLanes {
 
   Store& store_;
   BufferPool& pool_;
+  const std::size_t lanes_;
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;
@@ -98,8 +111,10 @@ class TileLanes {
   BusyClock writing_;
   double update_seconds_ = 0;
   double wait_seconds_ = 0;
+  Visits visits_;
   std::size_t steps_ = 0;  ///< Rounds that repeat, begun so far.
   double step_start_ = 0;
+  double first_start_ = 0;
   struct Event {
     LaneEvent event;
     std::size_t step;

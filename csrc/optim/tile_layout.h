@@ -17,16 +17,35 @@ namespace torch_ext {
 struct TilePlan {
   std::uint64_t tile_bytes = 0;
   std::size_t buffers = 0;
+  /// Of them, those that tiles pass through unless all tiles can stay.
+  std::size_t lanes = 0;
+
+  /// How many of so many tiles stay in memory.
+  std::size_t resident(std::size_t tiles) const {
+    return tiles <= buffers ? tiles : buffers - lanes;
+  }
 };
 
+/// Whether tile `i` of `tiles` is one of `chosen` that are spread evenly.
+inline bool is_chosen(std::size_t i, std::size_t tiles, std::size_t chosen) {
+  return (i + 1) * chosen / tiles > i * chosen / tiles;
+}
+
+/// Few lane buffers, so that nearly all of a large budget is for tiles that
+/// stay, and yet large enough for requests that a drive likes. `tile_bytes` is
+/// a wish; 0: none.
 /// Errors: std::invalid_argument with the smallest host_memory that will do.
 inline TilePlan plan_tiles(std::uint64_t host_memory, std::uint64_t scratch,
-                           std::uint64_t granule) {
-  constexpr std::uint64_t kLanes = 3;
+                           std::uint64_t granule,
+                           std::uint64_t tile_bytes = 0) {
+  constexpr std::uint64_t kFewest = 3;  // Read, update, write.
+  constexpr std::size_t kLanes = 8;
   constexpr std::uint64_t kSmallest = std::uint64_t{64} << 10;
-  constexpr std::uint64_t kLargest = std::uint64_t{32} << 20;
-  const std::uint64_t smallest = align_up(kSmallest, granule);
-  const std::uint64_t needed = scratch + kLanes * smallest;
+  constexpr std::uint64_t kUsual = std::uint64_t{1} << 20;
+  constexpr std::uint64_t kLargest = std::uint64_t{16} << 20;
+  const std::uint64_t smallest =
+      align_up(tile_bytes > 0 ? tile_bytes : kSmallest, granule);
+  const std::uint64_t needed = scratch + kFewest * smallest;
   if (host_memory < needed) {
     throw std::invalid_argument("optimizer: host_memory must be at least " +
                                 std::to_string(needed) + " bytes (" +
@@ -35,9 +54,14 @@ inline TilePlan plan_tiles(std::uint64_t host_memory, std::uint64_t scratch,
   }
   const std::uint64_t rest = host_memory - scratch;
   TilePlan plan;
-  plan.tile_bytes =
-      std::max(smallest, align_down(std::min(rest / 8, kLargest), granule));
+  plan.tile_bytes = smallest;
+  if (tile_bytes == 0) {
+    const std::uint64_t wish =
+        std::clamp(rest / 256, std::min(rest / kLanes, kUsual), kLargest);
+    plan.tile_bytes = std::max(smallest, align_down(wish, granule));
+  }
   plan.buffers = rest / plan.tile_bytes;
+  plan.lanes = std::min(plan.buffers, kLanes);
   return plan;
 }
 

@@ -143,15 +143,19 @@ TEST_F(OptimizerFaultsTest, ARefusedStepSaysWhatFailedAndWhatToDo) {
 
 TEST_F(OptimizerFaultsTest, AnErrorOfTheLastWritesIsTheNextCallsOrClosesOwn) {
   for (const bool close : {false, true}) {
+    // Of four tiles, of which three have buffers, the last one's write.
+    auto tiles = std::make_shared<std::set<std::uint64_t>>();
     script_ = std::make_shared<FaultScript>(
-        [](std::size_t, const IoRequest& request) {
+        [tiles](std::size_t, const IoRequest& request) {
           Fault fault;
-          if (request.op == IoRequest::Op::kWrite) fault = Fault::fail(EIO);
+          if (request.op != IoRequest::Op::kWrite) return fault;
+          tiles->insert(request.offset / (64 * kKiB));
+          if (tiles->size() == 4) fault = Fault::fail(EIO);
           return fault;
         });
     OptimizerOffload offload(options());
     ScalarAdamW adamw(offload);
-    adamw.add(kPerTile);
+    adamw.add(4 * kPerTile);
     adamw.step_all();
     if (close) {
       EXPECT_THROW(offload.close(), IoError);

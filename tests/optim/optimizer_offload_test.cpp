@@ -172,9 +172,11 @@ TEST_F(OptimizerOffloadTest, AParameterThatNeverStepsTakesNoSpace) {
 
 TEST_F(OptimizerOffloadTest, AnySequenceOfActiveSetsEqualsTheOneInMemory) {
   std::mt19937 random(3);
-  for (const std::uint64_t budget : {kThreeBuffers, 330 * kKiB, 2048 * kKiB}) {
+  for (const std::uint64_t budget :
+       {kThreeBuffers, 330 * kKiB, 640 * kKiB, 1024 * kKiB, 2048 * kKiB}) {
     OptimizerOffload offload(options(budget));
     ScalarAdamW adamw(offload, 3);
+    FunctionKernel ignore([](const StateSegment&) {});
     for (int step = 0; step < 60; ++step) {
       if (step % 5 == 0) adamw.add(random() % (4 * kPerTile));
       std::vector<std::size_t> active;
@@ -184,6 +186,7 @@ TEST_F(OptimizerOffloadTest, AnySequenceOfActiveSetsEqualsTheOneInMemory) {
       std::shuffle(active.begin(), active.end(), random);
       adamw.step(active);
       ASSERT_TRUE(adamw.equal()) << budget << " at step " << step;
+      if (random() % 8 == 0) offload.read_state(ignore);
     }
     EXPECT_EQ(adamw.mismatches, 0u);
   }
@@ -251,8 +254,13 @@ TEST_F(OptimizerOffloadTest, ATileIsReadBeforeThoseThatWaitToBeWritten) {
 TEST_F(OptimizerOffloadTest, StepReturnsWithItsLastWritesInFlight) {
   OptimizerOffload offload(options());
   ScalarAdamW adamw(offload);
-  adamw.add(2 * kPerTile);
-  script_->set_plan(test::from(0, test::Fault::held()));
+  adamw.add(4 * kPerTile);
+  // The fourth tile's; the first three's make room for it.
+  script_->set_plan([](std::size_t, const IoRequest& request) {
+    const bool last =
+        request.op == IoRequest::Op::kWrite && request.offset >= 3 * 64 * kKiB;
+    return last ? test::Fault::held() : test::Fault();
+  });
   adamw.step_all();
   EXPECT_TRUE(eventually([&] { return script_->held() > 0; }));
   script_->release_all();
@@ -328,10 +336,10 @@ TEST_F(OptimizerOffloadTest, ABudgetTooSmallIsRefusedWithWhatIsNeeded) {
   OptimizerOffload offload(with);
 }
 
-TEST_F(OptimizerOffloadTest, LargeBudgetsGiveTilesOf32MiB) {
-  OptimizerOffload offload(options(std::uint64_t{1} << 30));
-  EXPECT_EQ(offload.stats().tile_bytes, std::uint64_t{32} << 20);
-  EXPECT_EQ(offload.stats().buffers, 32u);
+TEST_F(OptimizerOffloadTest, LargeBudgetsGiveTilesOf16MiB) {
+  OptimizerOffload offload(options(std::uint64_t{8} << 30));
+  EXPECT_EQ(offload.stats().tile_bytes, std::uint64_t{16} << 20);
+  EXPECT_EQ(offload.stats().buffers, 512u);
 }
 
 TEST_F(OptimizerOffloadTest, ReadStateShowsWhatTheLastStepLeft) {

@@ -19,6 +19,8 @@ struct OptimizerOffloadOptions {
   std::uint64_t host_memory = std::uint64_t{512} << 20;
   /// Bytes of it that the kernels want for themselves: see scratch().
   std::uint64_t scratch_bytes = 0;
+  /// Size of a tile, rounded up to what the drive takes; 0: by a rule.
+  std::uint64_t tile_bytes = 0;
 };
 
 /// Counters since the object was made; seconds are of wall time.
@@ -26,15 +28,34 @@ struct OptimizerOffloadStats {
   std::uint64_t steps = 0;
   std::uint64_t bytes_read = 0;  ///< Padded, of requests that ended well.
   std::uint64_t bytes_written = 0;
-  double read_seconds = 0;    ///< While at least one tile was being read.
-  double update_seconds = 0;  ///< In kernels.
-  double write_seconds = 0;   ///< While at least one tile was being written.
-  double wait_seconds = 0;    ///< That step() waited for I/O.
+  double read_seconds = 0;     ///< While at least one tile was being read.
+  double update_seconds = 0;   ///< In kernels.
+  double write_seconds = 0;    ///< While at least one tile was being written.
+  double wait_seconds = 0;     ///< That step() waited for I/O.
+  double elapsed_seconds = 0;  ///< Since the first step began.
   std::uint64_t host_memory = 0;
   std::uint64_t host_bytes_peak = 0;  ///< Of buffers and scratch, in use.
+  std::uint64_t state_bytes = 0;      ///< Of all tiles.
+  std::uint64_t resident_bytes = 0;   ///< Of those that stay in memory.
+  std::uint64_t tile_visits = 0;      ///< By steps.
+  std::uint64_t tile_hits = 0;        ///< Of them, those that cost no transfer.
   std::uint64_t tiles = 0;
-  std::uint64_t tile_bytes = 0;  ///< Size of a lane buffer.
+  std::uint64_t tile_bytes = 0;  ///< Size of a buffer.
   std::uint64_t buffers = 0;
+};
+
+/// What host_memory is used for when parameters have got state. Bytes.
+struct OptimizerPlan {
+  std::uint64_t host_memory = 0;
+  std::uint64_t scratch_bytes = 0;
+  std::uint64_t state_bytes = 0;
+  std::uint64_t tile_bytes = 0;
+  std::uint64_t tiles = 0;
+  std::uint64_t lane_buffers = 0;  ///< That tiles pass through.
+  std::uint64_t resident_tiles = 0;
+  std::uint64_t resident_bytes = 0;
+  std::uint64_t step_bytes = 0;           ///< That a step reads and writes.
+  std::uint64_t host_memory_for_all = 0;  ///< With which nothing is.
 };
 
 /// What a lane did with a tile, in seconds since the last step() began:
@@ -55,9 +76,14 @@ struct LaneEvent {
 /// last writes are in flight and the first tiles of the next step are being
 /// read into the buffers that become free.
 ///
-/// Memory: a tile is an eighth of host_memory less scratch, but 64 KiB to
-/// 32 MiB; as many buffers as the rest holds, at least 3. They are used only
-/// as far as there are tiles.
+/// Memory: a tile is a 256th of host_memory less scratch, but 1 MiB to 16 MiB,
+/// or an eighth of it where that is less, and at least 64 KiB; as many buffers
+/// as the rest holds, at least 3. Tiles pass through eight of
+/// them (or all, if there are fewer); in each of the others a tile stays, and
+/// costs no transfer. These are spread evenly over the order of visits: a step
+/// visits all tiles once, so any choice saves the same bytes, and an even one
+/// keeps the drive busy throughout. If there is a buffer for every tile, all
+/// stay. Buffers are used only as far as there are tiles.
 ///
 /// Errors: after a failed transfer or kernel the state may be half updated;
 /// the call, or the next one, throws, and all later ones are refused with the
@@ -111,6 +137,9 @@ class OptimizerOffload {
   /// counted at its first use; undefined content. Freed by close().
   std::span<std::byte> scratch();
 
+  /// Of these parameters, whether they have state yet or not, as if all got it
+  /// at once.
+  OptimizerPlan plan(std::span<const std::size_t> parameters) const;
   OptimizerOffloadStats stats() const;
   /// Of the last step, by start; complete once its writes have ended.
   std::vector<LaneEvent> timeline() const;

@@ -95,11 +95,7 @@ class AdamWEngine {
   /// Gives zero state without a step to parameters that have none.
   void init(const std::vector<Parameter>& parameters) {
     for (const Parameter& parameter : parameters) check(parameter);
-    std::vector<std::size_t> numbers;
-    for (const Parameter& parameter : parameters) {
-      numbers.push_back(number_of(parameter));
-    }
-    offload_.add_state(numbers);
+    offload_.add_state(numbers_of(parameters));
   }
 
   /// The state of those parameters that have one, in memory that is private
@@ -134,6 +130,12 @@ class AdamWEngine {
       steps.push_back({number, state.step});
     }
     offload_.write_state(steps, loader);
+  }
+
+  /// How these parameters' state is going to be kept.
+  OptimizerPlan plan(const std::vector<Parameter>& parameters) {
+    for (const Parameter& parameter : parameters) check(parameter);
+    return offload_.plan(numbers_of(parameters));
   }
 
   bool has_state(std::size_t slot) const {
@@ -290,6 +292,15 @@ class AdamWEngine {
     slot.strides = tensor.strides().vec();
     slot.dtype = tensor.scalar_type();
     return *slot.number;
+  }
+
+  std::vector<std::size_t> numbers_of(
+      const std::vector<Parameter>& parameters) {
+    std::vector<std::size_t> numbers;
+    for (const Parameter& parameter : parameters) {
+      numbers.push_back(number_of(parameter));
+    }
+    return numbers;
   }
 
   const StateFormat format_;

@@ -166,6 +166,11 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   }
 
   OptimizerOffloadStats stats() { return engine_.offload().stats(); }
+  /// What the host memory is used for, also before the first step.
+  OptimizerPlan plan() {
+    add_new_parameters();
+    return engine_.plan(entries());
+  }
   /// What a log should hold, e.g. why direct I/O is not used.
   const std::vector<std::string>& notes() { return engine_.offload().notes(); }
   /// See OptimizerOffload::close.

@@ -1,0 +1,174 @@
+"""What optimizers with their state on NVMe have in common."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Iterable
+from itertools import chain
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from torch_ext._adamw_groups import labelled_parameters
+from torch_ext._checks import Life, close_quietly, log_notes
+from torch_ext._plan import OffloadPlan
+
+_logger = logging.getLogger("torch_ext")
+_Self = TypeVar("_Self", bound="OffloadedBase")
+
+
+class OffloadedBase(torch.optim.Optimizer):
+    """A ``torch.optim.Optimizer`` around an engine of ``_C``.
+
+    A subclass makes the engine, hands it to ``_own`` and calls ``super().__init__``
+    afterwards, which adds the groups.
+    """
+
+    _engine: Any
+    _slots: dict[Tensor, int]
+    _life: Life
+
+    def _own(self, engine: Any) -> None:
+        self._slots = {}
+        self._life = Life("optimizer")
+        self._engine = engine
+        log_notes(engine.notes())
+        # At exit the I/O must have ended before the interpreter is taken down.
+        self._finalizer = weakref.finalize(
+            self, close_quietly, engine, os.getpid(), f"an {type(self).__name__}"
+        )
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raises ValueError or TypeError if a group's options cannot be used."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, before or after the first step; see ``torch.optim``.
+
+        Raises:
+            ValueError, TypeError: As at construction; nothing is added then.
+            RuntimeError: The optimizer is closed or belongs to another process.
+        """
+        self._life.check()
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+            if len(set(group["params"])) < len(group["params"]):
+                raise ValueError("a parameter group has the same parameter twice")
+            slots = {p: self._engine.add(p) for p in group["params"]}
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._slots.update(slots)
+
+    def stats(self) -> dict[str, int | float]:
+        """Counters since the optimizer was made.
+
+        ``steps``; ``bytes_read`` and ``bytes_written`` (of the drive, padded; all that
+        is written wears it); ``read_seconds``, ``update_seconds``, ``write_seconds``
+        (while a lane was busy) and ``wait_seconds`` (that steps waited for I/O), each
+        also as a share, ``read_share``, ..., of ``elapsed_seconds`` (since the first step
+        began);
+        ``host_memory``, ``host_bytes_peak`` (bytes in use at most); ``state_bytes`` and
+        ``resident_bytes`` (of those that stay in memory); ``tile_visits`` (by steps) and
+        ``tile_hits`` (those that cost no transfer); ``tiles``, ``tile_bytes`` (of a
+        buffer) and ``buffers``. Also of a closed optimizer.
+
+        Raises:
+            RuntimeError: The optimizer belongs to another process.
+        """
+        self._life.check_process()
+        stats = self._engine.stats()
+        elapsed = stats["elapsed_seconds"]
+        for lane in ("read", "update", "write", "wait"):
+            stats[f"{lane}_share"] = stats[f"{lane}_seconds"] / elapsed if elapsed else 0.0
+        return stats
+
+    def plan(self) -> OffloadPlan:
+        """What ``host_memory`` is used for, also before the first step.
+
+        ``print(optimizer.plan())`` says it in words.
+
+        Raises:
+            RuntimeError: The optimizer is closed or belongs to another process.
+        """
+        self._life.check()
+        return OffloadPlan(
+            **self._engine.plan([(self._slot_of(p), p) for p in self._parameters()])
+        )
+
+    def timeline(self) -> list[tuple[str, int, float, float]]:
+        """What the last step did: (lane, tile, start, end) in order of start.
+
+        The lane is "read", "update" or "write"; times are seconds since the step
+        began, negative for what was read ahead.
+
+        Raises:
+            RuntimeError: The optimizer belongs to another process.
+        """
+        self._life.check_process()
+        return self._engine.timeline()
+
+    @property
+    def engine(self) -> str:
+        """The I/O engine in use. Raises RuntimeError as ``timeline`` does."""
+        self._life.check_process()
+        return self._engine.engine
+
+    def close(self) -> None:
+        """Waits for writes in flight and frees memory and disk space.
+
+        Idempotent. Later calls of anything but ``stats``, ``timeline`` and ``engine``
+        raise RuntimeError.
+
+        Raises:
+            OSError: An error that no call has raised; all is closed then.
+            RuntimeError: The optimizer belongs to another process.
+        """
+        self._life.check_process()
+        self._life.closed = True
+        self._engine.close()
+
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except Exception:
+            # The body's own exception says more than what followed from it.
+            if error is None:
+                raise
+            _logger.exception("closing an %s after another error", type(self).__name__)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"an {type(self).__name__} belongs to its process and cannot be copied or "
+            f"pickled: take its state_dict()"
+        )
+
+    def _parameters(self) -> Iterable[Tensor]:
+        return chain.from_iterable(group["params"] for group in self.param_groups)
+
+    def _slot_of(self, parameter: Tensor) -> int:
+        try:
+            return self._slots[parameter]
+        except KeyError:
+            label = next(
+                label for label, p in labelled_parameters(self.param_groups) if p is parameter
+            )
+        raise RuntimeError(
+            f"{label} is a tensor that this optimizer was not given. Change a parameter in "
+            f"place (parameter.data = ...), add new ones with add_param_group(), or make a "
+            f"new optimizer"
+        )

@@ -1,0 +1,57 @@
+"""What an optimizer does with its budget of host memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class OffloadPlan:
+    """How ``host_memory`` is shared out; sizes in bytes. ``str()`` says it in words."""
+
+    #: The budget.
+    host_memory: int
+    #: Of it, for what is converted or on its way to and from a device.
+    scratch_bytes: int
+    #: State of all parameters, in the state format.
+    state_bytes: int
+    #: State is read and written in pieces of at most this size.
+    tile_bytes: int
+    tiles: int
+    #: Buffers that tiles pass through: read, updated, written.
+    lane_buffers: int
+    #: Tiles that stay in memory and cost no I/O.
+    resident_tiles: int
+    resident_bytes: int
+    #: What a step of all parameters reads and writes, together.
+    step_bytes: int
+    #: With this ``host_memory`` all tiles of this size would stay.
+    host_memory_for_all: int
+
+    def __str__(self) -> str:
+        moved = self.tiles - self.resident_tiles
+        share = self.resident_bytes / self.state_bytes if self.state_bytes else 1.0
+        lines = [
+            f"state:    {_size(self.state_bytes)} in {self.tiles} tiles of up to "
+            f"{_size(self.tile_bytes)} (a 256th of the budget, 1 MiB to 16 MiB, or an 8th if that is less)",
+            f"budget:   {_size(self.host_memory)}: {_size(self.scratch_bytes)} scratch, "
+            f"{self.lane_buffers} lane buffers, {self.resident_tiles} resident tiles",
+            f"resident: {_size(self.resident_bytes)} ({share:.0%}) stay in memory, spread evenly, "
+            f"since every tile is visited once a step",
+        ]
+        if moved:
+            lines.append(
+                f"a step:   reads and writes {moved} tiles, {_size(self.step_bytes)} together; "
+                f"up to {self.lane_buffers} are read ahead of it; with about "
+                f"host_memory={_size(self.host_memory_for_all)} nothing would be moved"
+            )
+        else:
+            lines.append("a step:   reads and writes nothing")
+        return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.4g} {name}"
+    return f"{count} bytes"
