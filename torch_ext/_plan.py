@@ -33,11 +33,12 @@ class OffloadPlan:
         share = self.resident_bytes / self.state_bytes if self.state_bytes else 1.0
         lines = [
             f"state:    {_size(self.state_bytes)} in {self.tiles} tiles of up to "
-            f"{_size(self.tile_bytes)} (a 256th of the budget, 1 MiB to 16 MiB, or an 8th if that is less)",
+            f"{_size(self.tile_bytes)} (a 256th of the budget, 1 to 16 MiB, or less than 1 MiB "
+            f"where that is an eighth)",
             f"budget:   {_size(self.host_memory)}: {_size(self.scratch_bytes)} scratch, "
             f"{self.lane_buffers} lane buffers, {self.resident_tiles} resident tiles",
-            f"resident: {_size(self.resident_bytes)} ({share:.0%}) stay in memory, spread evenly, "
-            f"since every tile is visited once a step",
+            f"resident: {_size(self.resident_bytes)} ({share:.0%}) stay in memory, spread evenly "
+            f"over the order of visits",
         ]
         if moved:
             lines.append(
