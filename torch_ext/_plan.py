@@ -37,8 +37,8 @@ class OffloadPlan:
             f"where that is an eighth)",
             f"budget:   {_size(self.host_memory)}: {_size(self.scratch_bytes)} scratch, "
             f"{self.lane_buffers} lane buffers, {self.resident_tiles} resident tiles",
-            f"resident: {_size(self.resident_bytes)} ({share:.0%}) stay in memory, spread evenly "
-            f"over the order of visits",
+            f"resident: {_size(self.resident_bytes)} ({share:.0%}) stay in memory, spread "
+            f"evenly over the order of visits",
         ]
         if moved:
             lines.append(
