@@ -95,6 +95,17 @@ def state_format_of(value: str) -> str:
     return value
 
 
+def max_grad_norm_of(value: float | None) -> float | None:
+    """Returns the argument ``max_grad_norm``."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"max_grad_norm must be a number, not {type(value).__name__}")
+    if not value > 0:
+        raise ValueError(f"max_grad_norm must be more than 0, got {value}")
+    return float(value)
+
+
 def seed_of(value: int) -> int:
     """Returns the argument ``seed``."""
     if isinstance(value, bool) or not isinstance(value, int):

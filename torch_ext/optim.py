@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -24,11 +25,13 @@ from torch_ext._checks import (
     Directories,
     directories_of,
     engine_of,
+    max_grad_norm_of,
     seed_of,
     state_format_of,
 )
 from torch_ext._native import _C
 from torch_ext._offload import OffloadedBase
+from torch_ext._overlap import Overlap, TakenGradient, overlap_of
 from torch_ext.config import AioConfig, parse_size, resolve_aio_config
 
 
@@ -73,6 +76,17 @@ class OffloadedAdamW(OffloadedBase):
             as to ``TensorSwapper``; the first has room for a ``state_dict()``.
         host_memory: Most bytes of host memory for buffers, as 2**29 or
             "512MiB"; at least 240 KiB.
+        overlap_backward: False: ``step()`` does all but the reads that ran ahead of it.
+            "prefetch": backward also brings what the step needs to host memory; loops that
+            clip, scale, accumulate or skip steps work unchanged.
+            "update": parameters are updated while backward goes on, as soon as their
+            gradients are final, and these are freed: after ``backward()`` any use of a
+            gradient raises RuntimeError. ``step()`` updates the rest; options of the
+            groups are those at the time of ``backward()``. Every backward pass of a step
+            but the last goes inside ``with optimizer.accumulate():``.
+        max_grad_norm: ``step()`` clips gradients to this norm first, as
+            ``torch.nn.utils.clip_grad_norm_`` does, and leaves the norm in ``grad_norm``.
+            "update" then behaves as "prefetch", since it takes all gradients to know it.
         state_format: What the drive holds of each moment: "exact" (float32), "bf16"
             or "int8" (8 bits, and a scale for each 256 elements), both rounded
             stochastically. See docs/formats.md.
@@ -104,6 +118,8 @@ class OffloadedAdamW(OffloadedBase):
         maximize: bool = False,
         nvme_path: Directories,
         host_memory: int | str = "512MiB",
+        overlap_backward: bool | str = False,
+        max_grad_norm: float | None = None,
         state_format: str = "exact",
         seed: int = 0,
         aio: AioConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
@@ -125,6 +141,16 @@ class OffloadedAdamW(OffloadedBase):
             "decoupled_weight_decay": True,
         }
         check_group(defaults)
+        self._max_grad_norm = max_grad_norm_of(max_grad_norm)
+        #: The norm that the last step with ``max_grad_norm`` found.
+        self.grad_norm: Tensor | None = None
+        self._overlap: Overlap | None = None
+        # A norm is known when all gradients are, and not before.
+        if overlap_of(overlap_backward) == "update" and max_grad_norm is None:
+            self._overlap = Overlap(self._take)
+        # Of the step that backward has begun: each group's numbers, and whose they are.
+        self._hypers: dict[int, tuple[Any, ...]] = {}
+        self._numbers: dict[Tensor, int] = {}
         self._own(
             _C.AdamWEngine(
                 directories_of(nvme_path, "nvme_path"),
@@ -140,6 +166,26 @@ class OffloadedAdamW(OffloadedBase):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_group(group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if self._overlap is not None:
+            self._overlap.watch(self.param_groups[-1]["params"])
+
+    def accumulate(self) -> AbstractContextManager[None]:
+        """To be around every backward pass of a step but the last.
+
+        ``with optimizer.accumulate(): loss.backward()`` leaves gradients where they are, to
+        be added to. Needed with ``overlap_backward="update"``, without effect otherwise.
+        """
+        return nullcontext() if self._overlap is None else self._overlap.accumulate()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in ``torch.optim``; gradients that were taken become None in any case."""
+        for p in self._parameters():
+            if isinstance(p.grad, TakenGradient):
+                p.grad = None
+        super().zero_grad(set_to_none)
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -164,17 +210,24 @@ class OffloadedAdamW(OffloadedBase):
             with torch.enable_grad():
                 loss = closure()
         trained = [(group, _with_gradient(group)) for group in self.param_groups]
-        if not self.state and _asks_for_state_only(trained):
+        if self._max_grad_norm is not None:
+            self.grad_norm = torch.nn.utils.clip_grad_norm_(
+                list(chain.from_iterable(group for _, group in trained)), self._max_grad_norm
+            )
+        if not self.state and not self._taken() and _asks_for_state_only(trained):
             parameters = [p for _, group in trained for p in group]
             self._engine.init([(self._slot_of(p), p) for p in parameters])
+        elif self._overlap is not None:
+            parameters = self._finish(self._overlap, trained)
         else:
+            parameters = [p for _, group in trained for p in group]
             self._engine.step(
                 [
                     (*hyper(group), [(self._slot_of(p), p, p.grad) for p in parameters])
                     for group, parameters in trained
                 ]
             )
-        for p in chain.from_iterable(parameters for _, parameters in trained):
+        for p in parameters:
             self.state[p] = self._shown_state(p)
         return loss
 
@@ -253,12 +306,59 @@ class OffloadedAdamW(OffloadedBase):
             if (entry := state_dict["state"].get(key))
         ]
         self._engine.load(entries)
+        self._forget_taken()
         self.param_groups = groups
         self.state = defaultdict(dict)
         for _, p, *_ in entries:
             self.state[p] = self._shown_state(p)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _taken(self) -> set[Tensor]:
+        return set() if self._overlap is None else self._overlap.taken
+
+    def _take(self, parameter: Tensor) -> None:
+        """Has a parameter updated whose gradient is final."""
+        self._life.check()
+        assert self._overlap is not None
+        number, group = self._group_of(parameter)
+        if number not in self._hypers:
+            self._hypers[number] = hyper(group)
+        self._engine.take(
+            (*self._hypers[number], [(self._slot_of(parameter), parameter, parameter.grad)])
+        )
+        self._overlap.taken.add(parameter)
+        parameter.grad = TakenGradient(parameter)
+
+    def _forget_taken(self) -> None:
+        self._hypers = {}
+        self._taken().clear()
+
+    def _group_of(self, parameter: Tensor) -> tuple[int, dict[str, Any]]:
+        if not self._hypers or parameter not in self._numbers:
+            self._numbers = {
+                p: i for i, group in enumerate(self.param_groups) for p in group["params"]
+            }
+        number = self._numbers[parameter]
+        return number, self.param_groups[number]
+
+    def _finish(
+        self, overlap: Overlap, trained: list[tuple[dict[str, Any], list[Tensor]]]
+    ) -> list[Tensor]:
+        """Ends a step of which some gradients may have been taken; who took part."""
+        for p in chain.from_iterable(parameters for _, parameters in trained):
+            self._take(p)
+        used, parameters = self._hypers, list(overlap.taken)
+        self._forget_taken()
+        self._engine.finish()
+        for number, numbers in used.items():
+            if numbers != hyper(self.param_groups[number]):
+                raise RuntimeError(
+                    f"options of param_groups[{number}] were changed between backward() and "
+                    f'step(). With overlap_backward="update" the step has used the ones '
+                    f"that it found in backward(): change them after step()"
+                )
+        return parameters
 
     def _shown_state(self, parameter: Tensor) -> dict[str, int | None]:
         """An entry of ``state``.
@@ -274,7 +374,11 @@ class OffloadedAdamW(OffloadedBase):
 
 
 def _with_gradient(group: dict[str, Any]) -> list[Tensor]:
-    return [p for p in group["params"] if p.grad is not None]
+    return [
+        p
+        for p in group["params"]
+        if p.grad is not None and not isinstance(p.grad, TakenGradient)
+    ]
 
 
 def _asks_for_state_only(trained: list[tuple[dict[str, Any], list[Tensor]]]) -> bool:

@@ -152,6 +152,17 @@ void bind_optimizer(py::module_& m) {
           },
           py::arg("groups"), release_gil())
       .def(
+          "take",
+          [](AdamWEngine& engine, const GroupArgs& args) {
+            for (const auto& group : to_groups({args})) {
+              for (const auto& trained : group.trained) {
+                engine.take(group.hyper, trained);
+              }
+            }
+          },
+          py::arg("group"), release_gil())
+      .def("finish", &AdamWEngine::finish, release_gil())
+      .def(
           "init",
           [](AdamWEngine& engine, const std::vector<SlotArgs>& parameters) {
             engine.init(to_parameters(parameters));

@@ -6,122 +6,9 @@
 #include <stdexcept>
 #include <utility>
 
-#include "tile_lanes.h"
-#include "tile_layout.h"
-#include "torch_ext/base/align.h"
-#include "torch_ext/base/error.h"
-#include "torch_ext/base/process.h"
-#include "torch_ext/memory/buffer_pool.h"
+#include "optimizer_impl.h"
 
 namespace torch_ext {
-namespace {
-
-constexpr std::uint64_t kPage = 4096;
-
-struct Parameter {
-  std::uint64_t elements = 0;
-  StateFields fields;
-  std::uint64_t step = 0;
-  bool has_state = false;
-  bool active = false;  ///< In the round that runs.
-};
-
-// An error as later calls shall see it.
-std::exception_ptr with_remedy(const std::exception_ptr& error) {
-  const std::string remedy =
-      "the optimizer state may be half updated: load it anew";
-  try {
-    std::rethrow_exception(error);
-  } catch (const IoError& e) {
-    IoFailure failure = e.failure();
-    if (!failure.detail.empty()) failure.detail += "; ";
-    failure.detail += remedy;
-    return std::make_exception_ptr(IoError(std::move(failure)));
-  } catch (const std::exception& e) {
-    return std::make_exception_ptr(
-        StateError(std::string(e.what()) + "; " + remedy));
-  } catch (...) {
-    return error;
-  }
-}
-
-}  // namespace
-
-class OptimizerOffload::Impl {
- public:
-  explicit Impl(const OptimizerOffloadOptions& options)
-      : host_memory(options.host_memory),
-        scratch_bytes(align_up(options.scratch_bytes, kPage)),
-        store(std::make_unique<Store>(options.store)),
-        granule(store->granule()),
-        plan(plan_tiles(options.host_memory, scratch_bytes, granule,
-                        options.tile_bytes)),
-        pool(std::make_unique<BufferPool>(plan.tile_bytes, plan.buffers)),
-        lanes(std::make_unique<TileLanes>(*store, *pool, plan.lanes)),
-        notes(store->notes()),
-        engine(store->engine()) {}
-
-  void check_process() const {
-    if (process_id() != owner) {
-      throw StateError("this optimizer was created in process " +
-                       std::to_string(owner) +
-                       " and cannot be used in a forked child; create one "
-                       "in the child");
-    }
-  }
-
-  /// To be held while the object is used.
-  std::unique_lock<std::mutex> enter(bool when_closed = false) {
-    check_process();  // Nobody unlocks a mutex that was held at the fork.
-    std::unique_lock lock(calls);
-    if (closed && !when_closed) throw StateError("this optimizer is closed");
-    return lock;
-  }
-
-  void refuse_if_failed() {
-    if (refusal != nullptr) std::rethrow_exception(refusal);
-    // A write or a read ahead that has ended since the last call.
-    if (const auto error = lanes->failure()) {
-      refusal = with_remedy(error);
-      std::rethrow_exception(error);
-    }
-  }
-
-  Parameter& parameter(std::size_t number) {
-    if (number >= parameters.size()) {
-      throw std::invalid_argument("optimizer: there is no parameter " +
-                                  std::to_string(number));
-    }
-    return parameters[number];
-  }
-
-  void place(std::span<const std::size_t> numbers);
-  void activate(std::span<const std::size_t> numbers);
-  void run(TileLanes::Round round, UpdateKernel& kernel);
-  void show(const Tile& tile, bool fresh, UpdateKernel& kernel);
-  OptimizerOffloadStats snapshot() const;
-
-  const pid_t owner = process_id();
-  const std::uint64_t host_memory;
-  const std::uint64_t scratch_bytes;
-  std::mutex calls;  // One at a time.
-  std::unique_ptr<Store> store;
-  const std::uint64_t granule;  ///< Tiles take multiples of it on the drive.
-  const TilePlan plan;
-  std::unique_ptr<BufferPool> pool;
-  std::unique_ptr<BufferPool> scratch;
-  std::vector<Parameter> parameters;
-  TileList tiles;
-  std::unique_ptr<TileLanes> lanes;
-  std::vector<StateSegment> segments;
-  std::vector<std::string> notes;
-  const std::string engine;
-  std::exception_ptr refusal;
-  std::uint64_t steps = 0;
-  bool closed = false;
-  OptimizerOffloadStats last_stats;  // As they were at close().
-  std::vector<LaneEvent> last_timeline;
-};
 
 // Gives space to parameters that have no state yet; all or none.
 void OptimizerOffload::Impl::place(std::span<const std::size_t> numbers) {
@@ -154,6 +41,13 @@ void OptimizerOffload::Impl::place(std::span<const std::size_t> numbers) {
   }
   for (Tile* tile : evicted) lanes->evict(*tile);
   for (const std::size_t number : numbers) parameters[number].has_state = true;
+  for (std::size_t i = before; i < tiles.size(); ++i) {
+    Tile* tile = tiles[i].get();
+    order.push_back(tile);
+    for (const Segment& segment : tile->segments) {
+      parameters[segment.parameter].tiles.push_back(tile);
+    }
+  }
 }
 
 void OptimizerOffload::Impl::activate(std::span<const std::size_t> numbers) {
@@ -169,12 +63,8 @@ void OptimizerOffload::Impl::activate(std::span<const std::size_t> numbers) {
 }
 
 void OptimizerOffload::Impl::run(TileLanes::Round round, UpdateKernel& kernel) {
-  for (const auto& tile : tiles) {
-    for (const Segment& segment : tile->segments) {
-      if (!parameters[segment.parameter].active) continue;
-      round.tiles.push_back(tile.get());
-      break;
-    }
+  for (Tile* tile : order) {
+    if (is_active(*tile)) round.tiles.push_back(tile);
   }
   if (round.tiles.empty()) return;
   try {
@@ -192,7 +82,8 @@ void OptimizerOffload::Impl::show(const Tile& tile, bool fresh,
   std::byte* const data = tile.buffer.data();
   // Padding is written too.
   if (fresh) std::fill_n(data, tile.buffer.size(), std::byte{0});
-  segments.clear();
+  std::vector<StateSegment> segments;
+  std::unique_lock lock(parameters_mutex);
   for (const Segment& in : tile.segments) {
     const Parameter& p = parameters[in.parameter];
     if (!p.active) continue;
@@ -205,6 +96,7 @@ void OptimizerOffload::Impl::show(const Tile& tile, bool fresh,
     }
     segments.push_back(out);
   }
+  lock.unlock();
   kernel.update(segments);
 }
 
@@ -264,6 +156,7 @@ std::size_t OptimizerOffload::add_parameter(std::uint64_t elements,
                                 std::to_string(bytes) + " bytes for " +
                                 std::to_string(StateFields::kCut));
   }
+  const std::lock_guard parameters_lock(impl_->parameters_mutex);
   impl_->parameters.push_back({.elements = elements, .fields = fields});
   return impl_->parameters.size() - 1;
 }
@@ -272,6 +165,7 @@ void OptimizerOffload::step(std::span<const std::size_t> active,
                             UpdateKernel& kernel) {
   const auto lock = impl_->enter();
   impl_->refuse_if_failed();
+  impl_->refuse_in_step();
   impl_->activate(active);
   impl_->place(active);
   for (const std::size_t number : active) ++impl_->parameters[number].step;
@@ -282,6 +176,7 @@ void OptimizerOffload::step(std::span<const std::size_t> active,
 void OptimizerOffload::add_state(std::span<const std::size_t> parameters) {
   const auto lock = impl_->enter();
   impl_->refuse_if_failed();
+  impl_->refuse_in_step();
   impl_->activate(parameters);
   impl_->place(parameters);
 }
@@ -289,7 +184,8 @@ void OptimizerOffload::add_state(std::span<const std::size_t> parameters) {
 void OptimizerOffload::read_state(UpdateKernel& kernel) {
   const auto lock = impl_->enter();
   impl_->refuse_if_failed();
-  for (Parameter& p : impl_->parameters) p.active = p.has_state;
+  impl_->refuse_in_step();
+  for (auto& p : impl_->parameters) p.active = p.has_state;
   impl_->run({.tiles = {}, .read = true, .write = false, .repeat = false},
              kernel);
 }
@@ -301,12 +197,16 @@ void OptimizerOffload::write_state(std::span<const ParameterStep> parameters,
   for (const ParameterStep& given : parameters) {
     numbers.push_back(given.parameter);
   }
+  for (const std::size_t number : numbers) impl_->parameter(number);
+  impl_->give_up_open_step();
   impl_->activate(numbers);
   impl_->lanes->clear();
+  impl_->order.clear();
   impl_->tiles.clear();
-  for (Parameter& p : impl_->parameters) {
+  for (auto& p : impl_->parameters) {
     p.has_state = false;
     p.step = 0;
+    p.tiles.clear();
   }
   impl_->refusal = nullptr;
   try {
@@ -346,31 +246,12 @@ OptimizerPlan OptimizerOffload::plan(
   const auto lock = impl_->enter(/*when_closed=*/true);
   TileList tiles;
   TileLayout layout(tiles, impl_->plan.tile_bytes);
-  OptimizerPlan plan;
   for (const std::size_t number : parameters) {
-    const Parameter& p = impl_->parameter(number);
+    const auto& p = impl_->parameter(number);
     layout.add(number, p.elements, p.fields);
   }
-  const std::size_t count = tiles.size();
-  plan.host_memory = impl_->host_memory;
-  plan.scratch_bytes = impl_->scratch_bytes;
-  plan.tile_bytes = impl_->plan.tile_bytes;
-  plan.tiles = count;
-  plan.resident_tiles = impl_->plan.resident(count);
-  plan.lane_buffers = plan.resident_tiles == count ? 0 : impl_->plan.lanes;
-  const std::uint64_t granule = impl_->granule;
-  for (std::size_t i = 0; i < count; ++i) {
-    const std::uint64_t bytes = tiles[i]->bytes;
-    plan.state_bytes += bytes;
-    if (is_chosen(i, count, plan.resident_tiles)) {
-      plan.resident_bytes += bytes;
-    } else {
-      plan.step_bytes += 2 * align_up(bytes, granule);
-    }
-  }
-  plan.host_memory_for_all =
-      impl_->scratch_bytes + count * impl_->plan.tile_bytes;
-  return plan;
+  return describe(impl_->plan, tiles, impl_->host_memory, impl_->scratch_bytes,
+                  impl_->granule);
 }
 
 OptimizerOffloadStats OptimizerOffload::stats() const {
@@ -395,10 +276,14 @@ void OptimizerOffload::close() {
   const auto lock = impl_->enter(/*when_closed=*/true);
   if (impl_->closed) return;
   impl_->closed = true;
-  const std::exception_ptr error = impl_->lanes->clear();
+  const bool gave_up = impl_->give_up_open_step();
+  impl_->updater.reset();
+  std::exception_ptr error = impl_->lanes->clear();
+  if (gave_up) error = nullptr;
   impl_->last_stats = impl_->snapshot();
   impl_->last_timeline = impl_->lanes->timeline();
   impl_->lanes.reset();
+  impl_->order.clear();
   impl_->tiles.clear();
   impl_->store.reset();
   impl_->pool.reset();

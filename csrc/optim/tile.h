@@ -36,6 +36,7 @@ struct Tile {
   std::uint64_t bytes = 0;         ///< Used; the extent's size.
   bool resident = false;           ///< Stays in memory from its first visit on.
   std::shared_ptr<Extent> extent;  ///< Null for a resident tile.
+  std::size_t active_segments = 0;  ///< Released in the step that has begun.
 
   // Of TileLanes, under its lock: --------------------------------------------
   State state = State::kIdle;
@@ -43,6 +44,8 @@ struct Tile {
   bool on_disk = false;          ///< Has been written in full.
   bool in_memory = false;        ///< `buffer` has state that the disk lacks.
   bool unwanted = false;         ///< Let go of as soon as it is read.
+  bool released = false;         ///< May be visited in this round.
+  bool visited = false;          ///< Has been.
   std::size_t rank = kUnranked;  ///< Place among the tiles to visit.
   double start = 0;              ///< When the transfer in flight began.
   std::size_t step = 0;          ///< That it is in memory for; 0: for none.

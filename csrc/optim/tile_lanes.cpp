@@ -35,32 +35,12 @@ TileLanes::TileLanes(Store& store, BufferPool& pool, std::size_t lanes)
 TileLanes::~TileLanes() { clear(); }
 
 void TileLanes::run(Round round, const Work& work) {
-  Lock lock(mutex_);
-  Round before;
-  if (!round.repeat) before = round_;
   begin(std::move(round));
-  const std::size_t count = round_.tiles.size();
-  for (std::size_t i = 0; i < count; ++i) {
-    Tile& tile = *round_.tiles[i];
-    wait_for(lock, tile);
-    tile.state = Tile::State::kBusy;
-    tile.step = round_.repeat ? steps_ : 0;
-    lock.unlock();
-    work_on(tile, work);
-    lock.lock();
-    finish(tile);
-  }
-  if (failure_ != nullptr) std::rethrow_exception(failure_);
-  running_ = false;
-  fetched_ -= count;
-  if (!round_.repeat) {
-    round_ = std::move(before);
-    fetched_ = 0;
-    pump();
-  }
+  visit(work);
 }
 
 void TileLanes::begin(Round round) {
+  Lock lock(mutex_);
   if (failure_ != nullptr) std::rethrow_exception(failure_);
   if (round.repeat) {
     ++steps_;
@@ -68,12 +48,85 @@ void TileLanes::begin(Round round) {
     if (steps_ == 1) first_start_ = step_start_;
     std::erase_if(events_,
                   [this](const Event& event) { return event.step < steps_; });
+  } else {
+    before_ = round_;
   }
+  for (Tile* tile : round.tiles) tile->released = tile->visited = false;
+  visited_ = 0;
+  released_.clear();
+  first_ = 0;
   keep_only(round.tiles);
   round_ = std::move(round);
   running_ = true;
+  closed_ = !round_.open;
   fetched_ = 0;
   pump();
+}
+
+void TileLanes::visit(const Work& work) {
+  Lock lock(mutex_);
+  while (Tile* tile = next(lock)) {
+    tile->visited = true;
+    ++visited_;
+    tile->state = Tile::State::kBusy;
+    tile->step = round_.repeat ? steps_ : 0;
+    lock.unlock();
+    work_on(*tile, work);
+    lock.lock();
+    finish(*tile);
+  }
+  if (failure_ != nullptr) std::rethrow_exception(failure_);
+  running_ = false;
+  if (!round_.repeat) {
+    round_ = std::exchange(before_, {});
+    fetched_ = 0;
+    pump();
+  } else if (round_.open) {
+    expect(std::exchange(released_, {}));
+  } else {
+    fetched_ -= round_.tiles.size();
+  }
+}
+
+void TileLanes::release(Tile& tile) {
+  const Lock lock(mutex_);
+  tile.released = true;
+  released_.push_back(&tile);
+  changed_.notify_all();
+}
+
+void TileLanes::close_round() {
+  const Lock lock(mutex_);
+  closed_ = true;
+  std::vector<Tile*> kept;
+  std::size_t fetched = 0;
+  const std::size_t count = round_.tiles.size();
+  for (std::size_t i = 0; i < count; ++i) {
+    Tile& tile = *round_.tiles[i];
+    if (tile.released || tile.visited) {
+      kept.push_back(&tile);
+      fetched += (i < fetched_ ? 1U : 0U) + (i + count < fetched_ ? 1U : 0U);
+    } else if (!tile.resident) {
+      // It gives its buffer to one that waits for it.
+      if (tile.state == Tile::State::kReady) let_go(tile);
+      if (tile.state == Tile::State::kReading) tile.unwanted = true;
+    }
+  }
+  round_.tiles = std::move(kept);
+  fetched_ = fetched;
+  first_ = 0;
+  pump();
+  changed_.notify_all();
+}
+
+void TileLanes::abort(std::exception_ptr error) {
+  const Lock lock(mutex_);
+  fail(std::move(error));
+}
+
+std::vector<Tile*> TileLanes::order() const {
+  const Lock lock(mutex_);
+  return round_.tiles;
 }
 
 // What was read ahead stays if its turn comes while every buffer before it can
@@ -82,24 +135,46 @@ void TileLanes::keep_only(const std::vector<Tile*>& tiles) {
   for (Tile* tile : round_.tiles) tile->rank = Tile::kUnranked;
   std::size_t rank = 0;
   for (Tile* tile : tiles) tile->rank = tile->resident ? 0 : rank++;
-  for (std::size_t i = 0; i < fetched_; ++i) {
-    Tile& tile = *round_.tiles[i];
-    if (tile.resident || tile.rank < lanes_) continue;
-    if (tile.state == Tile::State::kReady) let_go(tile);
-    if (tile.state == Tile::State::kReading) tile.unwanted = true;
+  for (Tile* tile : round_.tiles) {
+    if (tile->resident || tile->rank < lanes_) continue;
+    if (tile->state == Tile::State::kReady) let_go(*tile);
+    if (tile->state == Tile::State::kReading) tile->unwanted = true;
   }
 }
 
-void TileLanes::wait_for(Lock& lock, const Tile& tile) {
-  const auto settled = [this, &tile] {
-    return failure_ != nullptr || tile.state == Tile::State::kReady;
-  };
-  if (!settled()) {
+void TileLanes::expect(std::vector<Tile*> tiles) {
+  keep_only(tiles);
+  round_.tiles = std::move(tiles);
+  fetched_ = 0;
+  pump();
+}
+
+// The next tile to visit, once it is there; null after the last.
+Tile* TileLanes::next(Lock& lock) {
+  for (;;) {
+    if (failure_ != nullptr) std::rethrow_exception(failure_);
+    if (Tile* tile = ready_tile()) return tile;
+    if (closed_ && visited_ == round_.tiles.size()) return nullptr;
+    const bool for_transfer = closed_;
     const double start = now();
-    changed_.wait(lock, settled);
-    wait_seconds_ += now() - start;
+    changed_.wait(lock);
+    if (for_transfer) wait_seconds_ += now() - start;
   }
-  if (failure_ != nullptr) std::rethrow_exception(failure_);
+}
+
+Tile* TileLanes::ready_tile() {
+  const std::vector<Tile*>& tiles = round_.tiles;
+  while (first_ < tiles.size() && tiles[first_]->visited) ++first_;
+  const std::size_t end = round_.open ? std::min(fetched_, tiles.size())
+                                      : std::min(first_ + 1, tiles.size());
+  for (std::size_t i = first_; i < end; ++i) {
+    Tile& tile = *tiles[i];
+    const bool may = tile.released || !round_.open;
+    if (may && !tile.visited && tile.state == Tile::State::kReady) {
+      return &tile;
+    }
+  }
+  return nullptr;
 }
 
 void TileLanes::work_on(Tile& tile, const Work& work) {

@@ -14,13 +14,14 @@
 
 namespace torch_ext {
 
-/// Brings tiles into memory in the order of a round, hands them to the
-/// calling thread one by one, and takes them away.
+/// Brings tiles into memory in the order of a round, hands them to the thread
+/// that visits them one by one, and takes them away.
 ///
 /// A buffer that becomes free is filled at once, on whichever thread freed
 /// it, with the next tile; after the last of a round that repeats with the
 /// first. So reads go on between rounds, with no thread of their own.
-/// Threads: one calls; the store's threads report the ends of transfers.
+/// Threads: one begins rounds and one visits, or the same; the store's threads
+/// report the ends of transfers.
 class TileLanes {
  public:
   struct Round {
@@ -28,6 +29,9 @@ class TileLanes {
     bool read = true;          ///< Else they come with undefined bytes.
     bool write = true;         ///< Else changes are lost.
     bool repeat = true;        ///< The next round is expected to be the same.
+    /// Tiles are visited once they have been released and are there, and the
+    /// next round is expected in the order of the releases.
+    bool open = false;
   };
   /// `fresh`: nothing is on disk yet, the bytes are undefined.
   using Work = std::function<void(Tile& tile, bool fresh)>;
@@ -37,10 +41,28 @@ class TileLanes {
   TileLanes(Store& store, BufferPool& pool, std::size_t lanes);
   ~TileLanes();  ///< As clear().
 
-  /// Visits the tiles; the last writes may be in flight on return. Not to be
-  /// called after a failure before clear().
-  /// Errors: the first failure, be it of the work or of a transfer.
+  /// begin() and visit().
   void run(Round round, const Work& work);
+
+  /// Has the first tiles read. Not to be called after a failure before clear().
+  /// Errors: a failure since the last round.
+  void begin(Round round);
+
+  /// Visits the tiles; the last writes may be in flight on return.
+  /// Errors: the first failure, be it of the work or of a transfer.
+  void visit(const Work& work);
+
+  /// Of an open round, from any thread, before close_round().
+  void release(Tile& tile);
+
+  /// Tiles of the open round that have not been released are left out.
+  void close_round();
+
+  /// As if a transfer had failed.
+  void abort(std::exception_ptr error);
+
+  /// Tiles as they are expected in the next round.
+  std::vector<Tile*> order() const;
 
   /// Takes a resident tile's state to the disk; it is not resident any more
   /// and has an extent. Between rounds.
@@ -80,9 +102,10 @@ class TileLanes {
     double read(double now) const;
   };
 
-  void begin(Round round);
   void keep_only(const std::vector<Tile*>& tiles);
-  void wait_for(Lock& lock, const Tile& tile);
+  void expect(std::vector<Tile*> tiles);
+  Tile* next(Lock& lock);
+  Tile* ready_tile();
   void work_on(Tile& tile, const Work& work);
   void finish(Tile& tile);
   void pump() noexcept;
@@ -100,10 +123,15 @@ class TileLanes {
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;
-  Round round_;  ///< The one that runs, else the one that is expected.
+  Round round_;   ///< The one that runs, else the one that is expected.
+  Round before_;  ///< What is expected after one that does not repeat.
   bool running_ = false;
+  bool closed_ = true;  ///< Nothing is released any more.
   /// Its visits, and on to those of the next, whose tile has got a buffer.
   std::size_t fetched_ = 0;
+  std::vector<Tile*> released_;  ///< In the order of the releases.
+  std::size_t visited_ = 0;
+  std::size_t first_ = 0;  ///< All before it have been visited.
   std::size_t in_flight_ = 0;
   std::exception_ptr failure_;
 

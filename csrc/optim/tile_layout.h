@@ -9,6 +9,7 @@
 #include "tile.h"
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/size.h"
+#include "torch_ext/optim/optimizer_offload.h"
 #include "torch_ext/optim/state_format.h"
 
 namespace torch_ext {
@@ -62,6 +63,32 @@ inline TilePlan plan_tiles(std::uint64_t host_memory, std::uint64_t scratch,
   }
   plan.buffers = rest / plan.tile_bytes;
   plan.lanes = std::min(plan.buffers, kLanes);
+  return plan;
+}
+
+/// In the words of the public header. Tiles take multiples of `granule` on the
+/// drive.
+inline OptimizerPlan describe(const TilePlan& from, const TileList& tiles,
+                              std::uint64_t host_memory, std::uint64_t scratch,
+                              std::uint64_t granule) {
+  const std::size_t count = tiles.size();
+  OptimizerPlan plan;
+  plan.host_memory = host_memory;
+  plan.scratch_bytes = scratch;
+  plan.tile_bytes = from.tile_bytes;
+  plan.tiles = count;
+  plan.resident_tiles = from.resident(count);
+  plan.lane_buffers = plan.resident_tiles == count ? 0 : from.lanes;
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::uint64_t bytes = tiles[i]->bytes;
+    plan.state_bytes += bytes;
+    if (is_chosen(i, count, plan.resident_tiles)) {
+      plan.resident_bytes += bytes;
+    } else {
+      plan.step_bytes += 2 * align_up(bytes, granule);
+    }
+  }
+  plan.host_memory_for_all = scratch + count * from.tile_bytes;
   return plan;
 }
 

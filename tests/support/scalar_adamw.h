@@ -69,15 +69,28 @@ class ScalarAdamW final : public UpdateKernel {
     return offload_.add_parameter(elements, StateFields::floats(fields_));
   }
 
+  /// New gradients for a parameter, and its step in vectors.
+  void prepare(std::size_t number) {
+    ScalarParameter& p = parameters[number];
+    draw(seed_, p.gradients.data(), p.gradients.size());
+    scalar_adamw(++p.step, p.m.size(), p.expected.data(), p.gradients.data(),
+                 p.m.data(), p.v.data());
+  }
+
   /// A step of both kinds with new gradients for `active`.
   void step(const std::vector<std::size_t>& active) {
-    for (const std::size_t number : active) {
-      ScalarParameter& p = parameters[number];
-      draw(seed_, p.gradients.data(), p.gradients.size());
-      scalar_adamw(++p.step, p.m.size(), p.expected.data(), p.gradients.data(),
-                   p.m.data(), p.v.data());
-    }
+    for (const std::size_t number : active) prepare(number);
     offload_.step(active, *this);
+  }
+
+  /// Begins anew with the weights that there are.
+  void forget() {
+    for (ScalarParameter& p : parameters) {
+      p.expected = p.weights;
+      std::fill(p.m.begin(), p.m.end(), 0.0f);
+      std::fill(p.v.begin(), p.v.end(), 0.0f);
+      p.step = 0;
+    }
   }
 
   void step_all() {

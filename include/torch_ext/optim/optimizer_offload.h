@@ -87,7 +87,8 @@ struct LaneEvent {
 ///
 /// Errors: after a failed transfer or kernel the state may be half updated;
 /// the call, or the next one, throws, and all later ones are refused with the
-/// same error until write_state() has succeeded.
+/// same error until write_state() has succeeded, which also gives up a step
+/// that has begun.
 /// Threads: any, one call at a time. Forked children: StateError.
 class OptimizerOffload {
  public:
@@ -109,6 +110,27 @@ class OptimizerOffload {
   /// Errors: IoError, also of an earlier call's writes; ENOSPC for new state
   /// comes before anything has changed. Whatever the kernel throws.
   void step(std::span<const std::size_t> active, UpdateKernel& kernel);
+
+  /// Begins a step in which parameters become active one by one. What is
+  /// updated meanwhile is so by a thread of this object, which calls the
+  /// kernel until end_step() has returned. Until then only release(),
+  /// end_step(), write_state(), close() and what counts may be called.
+  /// Errors: those of earlier calls' writes, as step(); StateError if a step
+  /// has begun.
+  void begin_step(UpdateKernel& kernel);
+
+  /// Counts a step of a parameter, whose state is updated when that of all
+  /// others in its tile may be and when it is there. The order in which tiles
+  /// could be updated is the one in which the next step has them read. State of
+  /// a parameter that has none yet is made and updated by end_step(), and lies
+  /// on the drive in the order of these calls. Returns at once. Errors:
+  /// StateError if no step has begun; std::invalid_argument if there is no such
+  /// parameter or it has been released in this step. A failure of the step is
+  /// end_step()'s to throw.
+  void release(std::size_t parameter);
+
+  /// Updates what is left of the released parameters. Errors: as step().
+  void end_step();
 
   /// Gives parameters without state zeros and no steps.
   /// Errors: IoError (ENOSPC), before anything has changed.

@@ -33,9 +33,14 @@ class UpdateKernel {
  public:
   virtual ~UpdateKernel() = default;
 
+  /// Called on a thread of OptimizerOffload before update() is, in each step
+  /// that begin_step() began.
+  virtual void enter_thread() {}
+
   /// Works on segments of one tile, in place, on the thread that called
-  /// OptimizerOffload. No two are of one parameter's same elements. Errors:
-  /// any; the state is lost then.
+  /// OptimizerOffload or, between begin_step() and end_step(), on its own. No
+  /// two are of one parameter's same elements. Errors: any; the state is lost
+  /// then.
   virtual void update(std::span<const StateSegment> segments) = 0;
 };
 

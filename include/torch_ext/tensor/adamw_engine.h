@@ -5,12 +5,15 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <filesystem>
+#include <memory>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <system_error>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -77,19 +80,35 @@ class AdamWEngine {
     }
     std::vector<std::size_t> numbers;
     for (const Group& group : groups) {
-      for (const auto& [parameter, gradient] : group.trained) {
-        const at::Tensor& tensor = parameter.tensor;
-        numbers.push_back(number_of(parameter));
-        kernel.add(numbers.back(),
-                   {tensor.detach(), OrderedReader(gradient, tensor.strides()),
-                    &group.hyper, ordinal_of(parameter)});
-        // Autograd must see that what it saved has changed.
-        if (!tensor.is_inference()) {
-          tensor.unsafeGetTensorImpl()->bump_version();
-        }
+      for (const Trained& trained : group.trained) {
+        numbers.push_back(add_target(kernel, trained, group.hyper));
       }
     }
     offload_.step(numbers, kernel);
+  }
+
+  /// A gradient that is final, of a step that ends with finish(): state is
+  /// updated by a thread of the OptimizerOffload as soon as it is there, and
+  /// the gradient let go of. Once for a parameter in a step, with `hyper` of
+  /// that moment; the first begins the step. Returns at once.
+  /// Errors: as step(); a failed update is finish()'s to throw.
+  void take(const AdamWHyper& hyper, const Trained& trained) {
+    check(trained.parameter);
+    check_gradient(trained.gradient, trained.parameter.tensor);
+    begin_open_step();
+    if (!open_->taken.insert(trained.parameter.slot).second) {
+      fail<StateError>("a gradient of a parameter is taken twice in a step");
+    }
+    const std::size_t number =
+        add_target(open_->kernel, trained, open_->kept(hyper));
+    offload_.release(number);
+  }
+
+  /// Updates what is left of what was taken, and ends the step.
+  void finish() {
+    begin_open_step();
+    const std::unique_ptr<OpenStep> step = std::move(open_);
+    offload_.end_step();
   }
 
   /// Gives zero state without a step to parameters that have none.
@@ -130,6 +149,7 @@ class AdamWEngine {
       steps.push_back({number, state.step});
     }
     offload_.write_state(steps, loader);
+    open_.reset();
   }
 
   /// How these parameters' state is going to be kept.
@@ -158,6 +178,42 @@ class AdamWEngine {
     std::vector<std::int64_t> strides;
     c10::ScalarType dtype = at::kFloat;
   };
+
+  /// A step whose gradients come one by one.
+  struct OpenStep {
+    AdamWKernel kernel;
+    std::deque<AdamWHyper> hypers = {};
+    std::unordered_set<std::size_t> taken = {};  ///< Slots.
+
+    /// At an address that stays.
+    const AdamWHyper& kept(const AdamWHyper& hyper) {
+      for (const AdamWHyper& known : hypers) {
+        if (known == hyper) return known;
+      }
+      return hypers.emplace_back(hyper);
+    }
+  };
+
+  void begin_open_step() {
+    if (open_ != nullptr) return;
+    std::unique_ptr<OpenStep> step(
+        new OpenStep{.kernel = {format_, seed_, make_scratch()}});
+    offload_.begin_step(step->kernel);
+    open_ = std::move(step);
+  }
+
+  std::size_t add_target(AdamWKernel& kernel, const Trained& trained,
+                         const AdamWHyper& hyper) {
+    const auto& [parameter, gradient] = trained;
+    const at::Tensor& tensor = parameter.tensor;
+    const std::size_t number = number_of(parameter);
+    kernel.add(number,
+               {tensor.detach(), OrderedReader(gradient, tensor.strides()),
+                &hyper, ordinal_of(parameter)});
+    // Autograd must see that what it saved has changed.
+    if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+    return number;
+  }
 
   /// Made absolute. The store, which is made next, refuses an empty path, and
   /// where there is none at all.
@@ -306,6 +362,7 @@ class AdamWEngine {
   const StateFormat format_;
   const std::uint64_t seed_;
   const std::filesystem::path directory_;
+  std::unique_ptr<OpenStep> open_;  // Outlives offload_, whose thread uses it.
   OptimizerOffload offload_;
   std::vector<Slot> slots_;
 };

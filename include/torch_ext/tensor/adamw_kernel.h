@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/scalar_tensor.h>
@@ -12,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <mutex>
 #include <span>
 #include <unordered_map>
 #include <vector>
@@ -21,6 +23,9 @@
 #include "torch_ext/optim/state_format.h"
 #include "torch_ext/optim/update_kernel.h"
 #include "torch_ext/tensor/dense_tensor.h"
+
+/// Of the OpenMP that PyTorch brings, if it does: for the calling thread only.
+extern "C" void omp_set_num_threads(int) noexcept __attribute__((weak));
 
 namespace torch_ext {
 
@@ -134,6 +139,7 @@ class AdamWKernel final : public UpdateKernel {
     OrderedReader gradient;
     const AdamWHyper* hyper = nullptr;
     std::uint32_t ordinal = 0;  ///< For RoundingNoise.
+    std::uint64_t left = 0;     ///< Elements that are not updated yet.
   };
   using MakeScratch = std::function<std::span<std::byte>()>;
 
@@ -141,14 +147,25 @@ class AdamWKernel final : public UpdateKernel {
   AdamWKernel(StateFormat format, std::uint64_t seed, MakeScratch make_scratch)
       : format_(format), seed_(seed), make_scratch_(std::move(make_scratch)) {}
 
+  /// From any thread, also while others are updated. The kernel lets go of the
+  /// gradient when all elements are updated.
   void add(std::size_t parameter, Target target) {
+    target.left = static_cast<std::uint64_t>(target.parameter.numel());
+    const std::lock_guard lock(targets_mutex_);
     targets_.insert_or_assign(parameter, std::move(target));
+  }
+
+  /// PyTorch's worker threads are those of backward, which goes on meanwhile:
+  /// more threads than cores wait for one another.
+  void enter_thread() override {
+    at::get_num_threads();  // PyTorch sets its number at its first use.
+    if (omp_set_num_threads != nullptr) omp_set_num_threads(1);
   }
 
   void update(std::span<const StateSegment> segments) override {
     const c10::NoGradGuard no_grad;
     for (const StateSegment& segment : segments) {
-      const Target& target = targets_.at(segment.parameter);
+      const Target& target = target_of(segment);
       if (batch_hyper_ != target.hyper) flush();
       batch_hyper_ = target.hyper;
       if (in_place(target)) {
@@ -160,9 +177,24 @@ class AdamWKernel final : public UpdateKernel {
       }
     }
     flush();
+    for (const StateSegment& segment : segments) let_go_of_updated(segment);
   }
 
  private:
+  // Others may be added meanwhile; this one stays where it is.
+  const Target& target_of(const StateSegment& segment) {
+    const std::lock_guard lock(targets_mutex_);
+    return targets_.at(segment.parameter);
+  }
+
+  void let_go_of_updated(const StateSegment& segment) {
+    decltype(targets_)::node_type updated;
+    const std::lock_guard lock(targets_mutex_);
+    const auto found = targets_.find(segment.parameter);
+    found->second.left -= segment.count;
+    if (found->second.left == 0) updated = targets_.extract(found);
+  }
+
   bool in_place(const Target& target) const {
     return format_ == StateFormat::kExact && target.parameter.is_cpu() &&
            target.parameter.scalar_type() == at::kFloat &&
@@ -333,6 +365,7 @@ class AdamWKernel final : public UpdateKernel {
   const StateFormat format_;
   const std::uint64_t seed_;
   const MakeScratch make_scratch_;
+  std::mutex targets_mutex_;
   std::unordered_map<std::size_t, Target> targets_;
   const AdamWHyper* batch_hyper_ = nullptr;
   std::vector<at::Tensor> parameters_, gradients_, exp_avgs_, exp_avg_sqs_;

@@ -1,11 +1,15 @@
 #pragma once
 
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/stack.h>
 #include <torch/optim/optimizer.h>
 
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <unordered_map>
@@ -15,6 +19,7 @@
 #include "torch_ext/base/error.h"
 #include "torch_ext/config/aio_config.h"
 #include "torch_ext/tensor/adamw_engine.h"
+#include "torch_ext/tensor/gradient_hook.h"
 
 namespace torch_ext {
 
@@ -36,6 +41,16 @@ struct OffloadedAdamWOptions
   void set_lr(const double lr) override { this->lr(lr); }
 };
 
+/// What is done during backward; Python's overlap_backward.
+enum class OverlapBackward {
+  kOff,
+  kPrefetch,
+  /// Parameters are updated as soon as their gradients are final, and these
+  /// are freed: any use of a gradient after backward() is an error. Every
+  /// backward pass of a step but the last has an AccumulateGuard around it.
+  kUpdate,
+};
+
 /// Where and in how much memory the state is kept.
 struct OffloadOptions {
   /// Of several directories, the first holds what state_dict() returns.
@@ -44,6 +59,10 @@ struct OffloadOptions {
   /// What the drive holds of each moment; all but kExact lose precision.
   StateFormat state_format = StateFormat::kExact;
   std::uint64_t seed = 0;  ///< Of their rounding.
+  OverlapBackward overlap_backward = OverlapBackward::kOff;
+  /// step() clips gradients to this norm first, as
+  /// torch::nn::utils::clip_grad_norm_ does. kUpdate then is as kPrefetch.
+  std::optional<double> max_grad_norm = {};
   AioConfig aio = {};
   std::string engine = "auto";  ///< Or one of engine_names().
   bool verify = true;           ///< Checksums are compared on reading.
@@ -77,7 +96,17 @@ class OffloadedAdamW : public torch::optim::Optimizer {
                            .engine = offload.engine,
                            .verify = offload.verify},
                  .host_memory = offload.host_memory},
-                offload.state_format, offload.seed) {
+                offload.state_format, offload.seed),
+        max_grad_norm_(offload.max_grad_norm) {
+    if (max_grad_norm_ && !(*max_grad_norm_ > 0)) {
+      throw std::invalid_argument("OffloadedAdamW: max_grad_norm is " +
+                                  std::to_string(*max_grad_norm_));
+    }
+    if (offload.overlap_backward == OverlapBackward::kUpdate &&
+        !max_grad_norm_) {
+      on_gradient_ = std::make_shared<const GradientHook::Function>(
+          [this](const at::Tensor& parameter) { on_gradient(parameter); });
+    }
     add_new_parameters();
     for (const auto& group : param_groups_) hyper_of(group);
   }
@@ -100,21 +129,47 @@ class OffloadedAdamW : public torch::optim::Optimizer {
     }
     const c10::NoGradGuard no_grad;
     add_new_parameters();
+    clip();
     std::vector<AdamWEngine::Group> groups;
     for (const auto& group : param_groups_) {
       groups.push_back({hyper_of(group), {}});
       for (const at::Tensor& parameter : group.params()) {
-        if (!parameter.grad().defined()) continue;
+        if (!parameter.grad().defined() || is_taken(parameter)) continue;
         groups.back().trained.push_back(
             {entry_of(parameter), parameter.grad()});
       }
     }
-    engine_.step(groups);
-    for (const auto& group : groups) {
-      for (const auto& trained : group.trained) show(trained.parameter);
+    if (on_gradient_ == nullptr) {
+      engine_.step(groups);
+      for (const auto& group : groups) {
+        for (const auto& trained : group.trained) show(trained.parameter);
+      }
+      return loss;
     }
+    for (const auto& group : groups) {
+      for (const auto& trained : group.trained) take(group.hyper, trained);
+    }
+    const auto taken = std::exchange(taken_, {});
+    engine_.finish();
+    for (const AdamWEngine::Parameter& parameter : taken) show(parameter);
     return loss;
   }
+
+  /// Around every backward pass of a step but the last, with kUpdate: leaves
+  /// gradients where they are, to be added to. Must not outlive the optimizer.
+  class AccumulateGuard {
+   public:
+    explicit AccumulateGuard(OffloadedAdamW& optimizer)
+        : optimizer_(optimizer) {
+      ++optimizer_.accumulating_;
+    }
+    ~AccumulateGuard() { --optimizer_.accumulating_; }
+    AccumulateGuard(const AccumulateGuard&) = delete;
+    AccumulateGuard& operator=(const AccumulateGuard&) = delete;
+
+   private:
+    OffloadedAdamW& optimizer_;
+  };
 
   /// The state of parameter `i` of all groups, counted in their order. Its
   /// tensors are private memory over an unnamed file in nvme_path, which
@@ -187,7 +242,51 @@ class OffloadedAdamW : public torch::optim::Optimizer {
         const void* key = parameter.unsafeGetTensorImpl();
         if (slots_.contains(key)) continue;
         slots_.emplace(key, engine_.add(parameter));
+        if (on_gradient_ != nullptr && parameter.is_leaf() &&
+            parameter.requires_grad()) {
+          GradientHook::add(parameter, on_gradient_);
+        }
       }
+    }
+  }
+
+  void on_gradient(const at::Tensor& parameter) {
+    if (accumulating_ > 0) return;
+    const c10::NoGradGuard no_grad;
+    for (const auto& group : param_groups_) {
+      for (const at::Tensor& known : group.params()) {
+        if (known.unsafeGetTensorImpl() != parameter.unsafeGetTensorImpl()) {
+          continue;
+        }
+        take(hyper_of(group), {entry_of(known), known.grad()});
+        return;
+      }
+    }
+  }
+
+  void take(const AdamWHyper& hyper, const AdamWEngine::Trained& trained) {
+    engine_.take(hyper, trained);
+    taken_.push_back(trained.parameter);
+    mark_as_taken(trained.parameter.tensor);
+  }
+
+  // As torch::nn::utils::clip_grad_norm_, whose header includes all of ATen.
+  void clip() {
+    if (!max_grad_norm_) return;
+    std::vector<at::Tensor> gradients, norms;
+    for (const auto& entry : entries()) {
+      if (!entry.tensor.grad().defined()) continue;
+      gradients.push_back(entry.tensor.grad().detach());
+      norms.push_back(at::linalg_vector_norm(gradients.back(), 2));
+      norms.back() = norms.back().to(norms.front().device());
+    }
+    if (gradients.empty()) return;
+    const at::Tensor norm = at::linalg_vector_norm(at::stack(norms), 2);
+    const at::Tensor factor = at::scalar_tensor(*max_grad_norm_, norm.options())
+                                  .div(norm.add(1e-6))
+                                  .clamp_max(1);
+    for (const at::Tensor& gradient : gradients) {
+      gradient.mul_(factor.to(gradient.device()));
     }
   }
 
@@ -242,6 +341,10 @@ class OffloadedAdamW : public torch::optim::Optimizer {
 
   AdamWEngine engine_;
   std::unordered_map<const void*, std::size_t> slots_;
+  const std::optional<double> max_grad_norm_;
+  std::shared_ptr<const GradientHook::Function> on_gradient_;  // With kUpdate.
+  std::vector<AdamWEngine::Parameter> taken_;
+  std::size_t accumulating_ = 0;
 };
 
 }  // namespace torch_ext

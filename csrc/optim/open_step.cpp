@@ -1,0 +1,117 @@
+// Steps in which parameters become active one by one.
+
+#include <algorithm>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "optimizer_impl.h"
+
+namespace torch_ext {
+
+void OptimizerOffload::Impl::release(std::size_t number) {
+  Parameter& p = parameter(number);
+  if (p.active) {
+    throw std::invalid_argument("optimizer: parameter " +
+                                std::to_string(number) +
+                                " is released twice in a step");
+  }
+  {
+    const std::lock_guard lock(parameters_mutex);
+    p.active = true;
+    if (p.has_state) ++p.step;
+  }
+  if (!p.has_state) {
+    newcomers.push_back(number);
+    return;
+  }
+  for (Tile* tile : p.tiles) {
+    if (++tile->active_segments == tile->segments.size()) lanes->release(*tile);
+  }
+}
+
+void OptimizerOffload::Impl::finish_open_step() {
+  for (Tile* tile : order) {
+    const std::size_t active = tile->active_segments;
+    if (active > 0 && active < tile->segments.size()) lanes->release(*tile);
+  }
+  lanes->close_round();
+  if (const auto error = updater->wait()) {
+    refusal = with_remedy(error);
+    std::rethrow_exception(error);
+  }
+  // Tiles that were left out come last.
+  std::vector<Tile*> next = lanes->order();
+  for (Tile* tile : order) {
+    if (!tile->visited) next.push_back(tile);
+  }
+  order = std::move(next);
+  if (newcomers.empty()) return;
+  activate(newcomers);
+  place(newcomers);
+  for (const std::size_t number : newcomers) ++parameters[number].step;
+  // What comes in the next step is all of it.
+  const bool alone = newcomers.size() == parameters.size();
+  TileLanes::Round round;
+  round.repeat = alone;
+  run(std::move(round), *open_kernel);
+}
+
+// Whether there was one, without any failure so far.
+bool OptimizerOffload::Impl::give_up_open_step() {
+  if (open_kernel == nullptr) return false;
+  const bool sound = lanes->failure() == nullptr;
+  lanes->abort(std::make_exception_ptr(
+      StateError("optimizer: the step was given up before its end")));
+  updater->wait();
+  open_kernel = nullptr;
+  return sound;
+}
+
+void OptimizerOffload::begin_step(UpdateKernel& kernel) {
+  const auto lock = impl_->enter();
+  impl_->refuse_if_failed();
+  impl_->refuse_in_step();
+  impl_->activate({});
+  for (Tile* tile : impl_->order) tile->active_segments = 0;
+  if (impl_->updater == nullptr) impl_->updater = std::make_unique<Updater>();
+  impl_->newcomers.clear();
+  TileLanes::Round round;
+  round.tiles = impl_->order;
+  round.open = true;
+  impl_->lanes->begin(std::move(round));
+  impl_->open_kernel = &kernel;
+  impl_->updater->start([impl = impl_.get(), &kernel] {
+    kernel.enter_thread();
+    impl->lanes->visit([impl, &kernel](Tile& tile, bool fresh) {
+      impl->show(tile, fresh, kernel);
+    });
+  });
+}
+
+void OptimizerOffload::release(std::size_t parameter) {
+  const auto lock = impl_->enter();
+  if (impl_->open_kernel == nullptr) {
+    throw StateError("optimizer: no step has begun");
+  }
+  impl_->release(parameter);
+}
+
+void OptimizerOffload::end_step() {
+  const auto lock = impl_->enter();
+  if (impl_->open_kernel == nullptr) {
+    throw StateError("optimizer: no step has begun");
+  }
+  try {
+    impl_->finish_open_step();
+  } catch (...) {
+    impl_->open_kernel = nullptr;
+    throw;
+  }
+  impl_->open_kernel = nullptr;
+  ++impl_->steps;
+}
+
+}  // namespace torch_ext

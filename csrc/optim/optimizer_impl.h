@@ -1,0 +1,127 @@
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "remedy.h"
+#include "tile_lanes.h"
+#include "tile_layout.h"
+#include "torch_ext/base/align.h"
+#include "torch_ext/base/error.h"
+#include "torch_ext/base/process.h"
+#include "torch_ext/memory/buffer_pool.h"
+#include "torch_ext/optim/optimizer_offload.h"
+#include "updater.h"
+
+namespace torch_ext {
+
+class OptimizerOffload::Impl {
+ public:
+  static constexpr std::uint64_t kPage = 4096;
+
+  struct Parameter {
+    std::uint64_t elements = 0;
+    StateFields fields;
+    std::uint64_t step = 0;
+    bool has_state = false;
+    bool active = false;  ///< In the round that runs.
+    std::vector<Tile*> tiles = {};
+  };
+
+  explicit Impl(const OptimizerOffloadOptions& options)
+      : host_memory(options.host_memory),
+        scratch_bytes(align_up(options.scratch_bytes, kPage)),
+        store(std::make_unique<Store>(options.store)),
+        granule(store->granule()),
+        plan(plan_tiles(options.host_memory, scratch_bytes, granule,
+                        options.tile_bytes)),
+        pool(std::make_unique<BufferPool>(plan.tile_bytes, plan.buffers)),
+        lanes(std::make_unique<TileLanes>(*store, *pool, plan.lanes)),
+        notes(store->notes()),
+        engine(store->engine()) {}
+
+  void check_process() const {
+    if (process_id() != owner) {
+      throw StateError("this optimizer was created in process " +
+                       std::to_string(owner) +
+                       " and cannot be used in a forked child; create one "
+                       "in the child");
+    }
+  }
+
+  /// To be held while the object is used.
+  std::unique_lock<std::mutex> enter(bool when_closed = false) {
+    check_process();  // Nobody unlocks a mutex that was held at the fork.
+    std::unique_lock lock(calls);
+    if (closed && !when_closed) throw StateError("this optimizer is closed");
+    return lock;
+  }
+
+  void refuse_if_failed() {
+    if (refusal != nullptr) std::rethrow_exception(refusal);
+    // A write or a read ahead that has ended since the last call.
+    if (const auto error = lanes->failure()) {
+      refusal = with_remedy(error);
+      std::rethrow_exception(error);
+    }
+  }
+
+  void refuse_in_step() const {
+    if (open_kernel == nullptr) return;
+    throw StateError("optimizer: a step has begun and has not ended");
+  }
+
+  Parameter& parameter(std::size_t number) {
+    if (number >= parameters.size()) {
+      throw std::invalid_argument("optimizer: there is no parameter " +
+                                  std::to_string(number));
+    }
+    return parameters[number];
+  }
+
+  void place(std::span<const std::size_t> numbers);
+  void activate(std::span<const std::size_t> numbers);
+  void run(TileLanes::Round round, UpdateKernel& kernel);
+  void release(std::size_t number);
+  void finish_open_step();
+  bool give_up_open_step();
+  void show(const Tile& tile, bool fresh, UpdateKernel& kernel);
+  bool is_active(const Tile& tile) const {
+    return std::any_of(tile.segments.begin(), tile.segments.end(),
+                       [this](const Segment& segment) {
+                         return parameters[segment.parameter].active;
+                       });
+  }
+  OptimizerOffloadStats snapshot() const;
+
+  const pid_t owner = process_id();
+  const std::uint64_t host_memory;
+  const std::uint64_t scratch_bytes;
+  std::mutex calls;  // One at a time.
+  std::unique_ptr<Store> store;
+  const std::uint64_t granule;  ///< Tiles take multiples of it on the drive.
+  const TilePlan plan;
+  std::unique_ptr<BufferPool> pool;
+  std::unique_ptr<BufferPool> scratch;
+  std::vector<Parameter> parameters;
+  std::mutex parameters_mutex;  // What the updater reads of them.
+  TileList tiles;
+  std::vector<Tile*> order;  ///< Of the visits.
+  std::unique_ptr<TileLanes> lanes;
+  std::unique_ptr<Updater> updater;     // From the first open step on.
+  UpdateKernel* open_kernel = nullptr;  // Of the step that has begun.
+  std::vector<std::size_t> newcomers;   // Released in it, without state.
+  std::vector<std::string> notes;
+  const std::string engine;
+  std::exception_ptr refusal;
+  std::uint64_t steps = 0;
+  bool closed = false;
+  OptimizerOffloadStats last_stats;  // As they were at close().
+  std::vector<LaneEvent> last_timeline;
+};
+
+}  // namespace torch_ext

@@ -1,0 +1,80 @@
+#pragma once
+
+#include <pthread.h>
+
+#include <condition_variable>
+#include <csignal>
+#include <exception>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <utility>
+
+namespace torch_ext {
+
+/// A thread for one job at a time.
+class Updater {
+ public:
+  using Job = std::function<void()>;
+
+  Updater() {
+    // Signals are for the threads of the application.
+    sigset_t all, old;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    thread_ = std::thread([this] { run(); });
+    pthread_setname_np(thread_.native_handle(), "torch_ext step");
+    pthread_sigmask(SIG_SETMASK, &old, nullptr);
+  }
+
+  ~Updater() {
+    {
+      const std::lock_guard lock(mutex_);
+      quit_ = true;
+    }
+    changed_.notify_all();
+    thread_.join();
+  }
+
+  void start(Job job) {
+    const std::lock_guard lock(mutex_);
+    job_ = std::move(job);
+    changed_.notify_all();
+  }
+
+  /// Until the job has ended; returns what it threw.
+  std::exception_ptr wait() {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [this] { return job_ == nullptr; });
+    return std::exchange(error_, nullptr);
+  }
+
+ private:
+  void run() {
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      changed_.wait(lock, [this] { return quit_ || job_ != nullptr; });
+      if (job_ == nullptr) return;
+      lock.unlock();
+      std::exception_ptr error;
+      try {
+        job_();
+      } catch (...) {
+        error = std::current_exception();
+      }
+      lock.lock();
+      error_ = error;
+      job_ = nullptr;
+      changed_.notify_all();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  Job job_;
+  std::exception_ptr error_;
+  bool quit_ = false;
+  std::thread thread_;
+};
+
+}  // namespace torch_ext

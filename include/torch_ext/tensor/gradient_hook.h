@@ -1,0 +1,55 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_strided.h>
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <functional>
+#include <memory>
+#include <utility>
+
+namespace torch_ext {
+
+/// Calls a function when backward has accumulated a parameter's gradient, after
+/// the hooks that the parameter has already.
+class GradientHook final : public torch::autograd::PostAccumulateGradHook {
+ public:
+  using Function = std::function<void(const at::Tensor& parameter)>;
+
+  /// The function is not called once `owner` is gone.
+  static void add(const at::Tensor& parameter,
+                  const std::shared_ptr<const Function>& owner) {
+    auto& hooks = torch::autograd::impl::post_acc_grad_hooks(parameter);
+    hooks = std::unique_ptr<PostAccumulateGradHook>(
+        new GradientHook(owner, std::move(hooks)));
+  }
+
+  void operator()(const at::Tensor& parameter) override {
+    if (before_ != nullptr) (*before_)(parameter);
+    if (const auto function = function_.lock()) (*function)(parameter);
+  }
+
+ private:
+  GradientHook(std::weak_ptr<const Function> function,
+               std::unique_ptr<PostAccumulateGradHook> before)
+      : function_(std::move(function)), before_(std::move(before)) {}
+
+  std::weak_ptr<const Function> function_;
+  std::unique_ptr<PostAccumulateGradHook> before_;
+};
+
+/// Takes the place of a gradient that an optimizer has taken: on the meta
+/// device, so that whoever asks for its values gets an error, and adding to it
+/// is one.
+inline void mark_as_taken(const at::Tensor& parameter) {
+  parameter.mutable_grad() =
+      at::empty_strided(parameter.sizes(), parameter.strides(),
+                        parameter.options().device(c10::kMeta));
+}
+
+inline bool is_taken(const at::Tensor& parameter) {
+  return parameter.grad().defined() && parameter.grad().is_meta();
+}
+
+}  // namespace torch_ext

@@ -1,0 +1,351 @@
+"""Updates while backward goes on."""
+
+import gc
+import time
+
+import pytest
+import torch
+from optim_support import SMALL, equal_states
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from torch_ext import OffloadedAdamW
+from torch_ext._overlap import TakenGradient
+
+OVERLAPS = [False, "prefetch", "update"]
+
+
+def make_model(seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    layers = []
+    for width in (24, 300, 300, 300, 24):
+        layers += [nn.Linear(layers[-2].out_features if layers else 24, width), nn.GELU()]
+    return nn.Sequential(*layers).to(dtype)
+
+
+def batch(seed, dtype=torch.float32):
+    return torch.randn(8, 24, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def loss_of(model, seed):
+    x = batch(seed, next(model.parameters()).dtype)
+    return (model(x) - x).float().square().mean()
+
+
+def train(model, optimizer, steps, accumulate=1):
+    for step in range(steps):
+        for i in range(accumulate - 1):
+            with getattr(optimizer, "accumulate", torch.enable_grad)():
+                loss_of(model, 100 * step + i).backward()
+        loss_of(model, 100 * step + 99).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def same_parameters(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("host_memory", [SMALL, "1MiB", "64MiB"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_update_during_backward_equals_adamw_bit_for_bit(nvme_dir, host_memory, accumulate):
+    ours, theirs = make_model(), make_model()
+    optimizer = OffloadedAdamW(
+        ours.parameters(),
+        lr=1e-2,
+        nvme_path=nvme_dir,
+        host_memory=host_memory,
+        overlap_backward="update",
+    )
+    other = torch.optim.AdamW(theirs.parameters(), lr=1e-2, fused=True)
+    train(ours, optimizer, 12, accumulate)
+    train(theirs, other, 12, accumulate)
+    assert same_parameters(ours, theirs)
+    assert equal_states(optimizer.state_dict(), other.state_dict())
+    assert {entry["step"] for entry in optimizer.state.values()} == {12}
+
+
+@pytest.mark.parametrize("state_format", ["exact", "bf16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_mode_changes_the_result(nvme_dir, state_format, dtype):
+    models = [make_model(dtype=dtype) for _ in OVERLAPS]
+    for model, overlap in zip(models, OVERLAPS, strict=True):
+        optimizer = OffloadedAdamW(
+            model.parameters(),
+            lr=1e-2,
+            nvme_path=nvme_dir,
+            host_memory="512KiB",
+            state_format=state_format,
+            overlap_backward=overlap,
+        )
+        train(model, optimizer, 6)
+    assert same_parameters(models[0], models[1])
+    assert same_parameters(models[0], models[2])
+
+
+def test_tiles_are_updated_before_step_is_called(nvme_dir):
+    model = make_model()
+    optimizer = OffloadedAdamW(
+        model.parameters(), nvme_path=nvme_dir, host_memory="64MiB", overlap_backward="update"
+    )
+    train(model, optimizer, 2)
+    before = [p.detach().clone() for p in model.parameters()]
+    loss_of(model, 7).backward()
+    deadline = time.monotonic() + 60
+    while any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    optimizer.step()
+
+
+def test_a_taken_gradient_is_freed(nvme_dir):
+    model = make_model()
+    storages = []
+    for parameter in model.parameters():  # These hooks come first.
+        parameter.register_post_accumulate_grad_hook(
+            lambda p: storages.append(StorageWeakRef(p.grad.untyped_storage()))
+        )
+    optimizer = OffloadedAdamW(
+        model.parameters(), nvme_path=nvme_dir, host_memory="64MiB", overlap_backward="update"
+    )
+    train(model, optimizer, 1)
+    storages.clear()
+    loss_of(model, 3).backward()
+    assert len(storages) == len(list(model.parameters()))
+    optimizer.step()
+    assert all(storage.expired() for storage in storages)
+    assert all(isinstance(p.grad, TakenGradient) for p in model.parameters())
+
+
+def unscale(optimizer):
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(1))
+    scaler.unscale_(optimizer)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, optimizer: nn.utils.clip_grad_norm_(model.parameters(), 1.0),
+        lambda model, optimizer: unscale(optimizer),
+        lambda model, optimizer: model[0].weight.grad.norm(),
+        lambda model, optimizer: model[0].weight.grad + 1,
+        lambda model, optimizer: model[0].weight.grad.mul_(0.5),
+        lambda model, optimizer: loss_of(model, 5).backward(),
+        lambda model, optimizer: model[0].weight.grad.tolist(),
+    ],
+    ids=["clip", "scaler", "norm", "add", "mul_", "backward", "tolist"],
+)
+def test_any_use_of_a_taken_gradient_raises(nvme_dir, use):
+    model = make_model()
+    optimizer = OffloadedAdamW(
+        model.parameters(), nvme_path=nvme_dir, host_memory=SMALL, overlap_backward="update"
+    )
+    train(model, optimizer, 1)
+    loss_of(model, 4).backward()
+    with pytest.raises(RuntimeError, match="accumulate|taken|subclass"):
+        use(model, optimizer)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_gradients_may_also_be_zeroed_in_place(nvme_dir):
+    model = make_model()
+    optimizer = OffloadedAdamW(
+        model.parameters(), nvme_path=nvme_dir, host_memory=SMALL, overlap_backward="update"
+    )
+    loss_of(model, 4).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    loss_of(model, 5).backward()
+    optimizer.step()
+    assert optimizer.stats()["steps"] == 2
+
+
+def test_a_second_backward_before_step_raises_even_if_gradients_were_zeroed(nvme_dir):
+    model = make_model()
+    optimizer = OffloadedAdamW(
+        model.parameters(), nvme_path=nvme_dir, host_memory=SMALL, overlap_backward="update"
+    )
+    loss_of(model, 4).backward()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="accumulate"):
+        loss_of(model, 5).backward()
+
+
+def test_changed_options_between_backward_and_step_raise(nvme_dir):
+    model = make_model()
+    optimizer = OffloadedAdamW(
+        model.parameters(), nvme_path=nvme_dir, host_memory=SMALL, overlap_backward="update"
+    )
+    loss_of(model, 4).backward()
+    optimizer.param_groups[0]["lr"] = 0.5
+    with pytest.raises(RuntimeError, match="between backward"):
+        optimizer.step()
+
+
+def test_schedules_and_groups_equal_those_of_adamw(nvme_dir):
+    models = make_model(), make_model()
+    optimizers = []
+    for model, kind in zip(models, (OffloadedAdamW, torch.optim.AdamW), strict=True):
+        groups = [
+            {"params": model[0].parameters(), "lr": 1e-3},
+            {"params": model[2:].parameters(), "weight_decay": 0.1, "betas": (0.8, 0.9)},
+        ]
+        more = {"nvme_path": nvme_dir, "host_memory": SMALL, "overlap_backward": "update"}
+        options = more if kind is OffloadedAdamW else {"fused": True}
+        optimizers.append(kind(groups, lr=1e-2, **options))
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 10) for o in optimizers]
+    for _ in range(10):
+        for model, optimizer, schedule in zip(models, optimizers, schedules, strict=True):
+            train(model, optimizer, 1)
+            schedule.step()
+    assert same_parameters(*models)
+
+
+def test_parameters_without_a_gradient_are_left_alone(nvme_dir):
+    ours, theirs = make_model(), make_model()
+    optimizer = OffloadedAdamW(
+        ours.parameters(), nvme_path=nvme_dir, host_memory=SMALL, overlap_backward="update"
+    )
+    other = torch.optim.AdamW(theirs.parameters(), fused=True)
+    for step in range(8):
+        for model, o in ((ours, optimizer), (theirs, other)):
+            # Another half of the layers each time.
+            layer = model[: 4 if step % 2 else 8]
+            (layer(batch(step)) ** 2).mean().backward()
+            o.step()
+            o.zero_grad()
+    assert same_parameters(ours, theirs)
+    assert equal_states(optimizer.state_dict(), other.state_dict())
+
+
+def test_gradients_set_by_hand_are_taken_by_step(nvme_dir):
+    ours, theirs = make_model(), make_model()
+    optimizer = OffloadedAdamW(
+        ours.parameters(), nvme_path=nvme_dir, host_memory=SMALL, overlap_backward="update"
+    )
+    other = torch.optim.AdamW(theirs.parameters(), fused=True)
+    for step in range(3):
+        for model, o in ((ours, optimizer), (theirs, other)):
+            for p in model.parameters():
+                p.grad = torch.full_like(p, 0.1 * (step + 1))
+            o.step()
+    assert same_parameters(ours, theirs)
+
+
+def test_a_closure_may_call_backward(nvme_dir):
+    ours, theirs = make_model(), make_model()
+    optimizer = OffloadedAdamW(
+        ours.parameters(), nvme_path=nvme_dir, host_memory=SMALL, overlap_backward="update"
+    )
+    other = torch.optim.AdamW(theirs.parameters(), fused=True)
+    for step in range(3):
+        for model, o in ((ours, optimizer), (theirs, other)):
+
+            def closure(model=model, o=o, step=step):
+                o.zero_grad()
+                loss = loss_of(model, step)
+                loss.backward()
+                return loss
+
+            o.step(closure)
+    assert same_parameters(ours, theirs)
+
+
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_max_grad_norm_clips_as_torch_does(nvme_dir, overlap):
+    ours, theirs = make_model(), make_model()
+    optimizer = OffloadedAdamW(
+        ours.parameters(),
+        nvme_path=nvme_dir,
+        host_memory=SMALL,
+        overlap_backward=overlap,
+        max_grad_norm=0.05,
+    )
+    other = torch.optim.AdamW(theirs.parameters(), fused=True)
+    for step in range(5):
+        loss_of(ours, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss_of(theirs, step).backward()
+        norm = nn.utils.clip_grad_norm_(theirs.parameters(), 0.05)
+        other.step()
+        other.zero_grad()
+        assert torch.equal(optimizer.grad_norm, norm)
+    assert same_parameters(ours, theirs)
+
+
+@pytest.mark.parametrize("overlap", [False, "prefetch"])
+def test_clipping_scaling_and_skipping_work_unchanged(nvme_dir, overlap):
+    ours, theirs = make_model(), make_model()
+    optimizer = OffloadedAdamW(
+        ours.parameters(), nvme_path=nvme_dir, host_memory=SMALL, overlap_backward=overlap
+    )
+    other = torch.optim.AdamW(theirs.parameters(), fused=True)
+    for model, o in ((ours, optimizer), (theirs, other)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for step in range(6):
+            scaler.scale(loss_of(model, step)).backward()
+            if step == 3:
+                next(model.parameters()).grad[0, 0] = float("inf")
+            scaler.unscale_(o)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            scaler.step(o)
+            scaler.update()
+            o.zero_grad()
+    assert same_parameters(ours, theirs)
+    assert optimizer.stats()["steps"] == 5
+
+
+def test_a_state_may_be_loaded_in_the_middle_of_a_step(nvme_dir):
+    model = make_model()
+    optimizer = OffloadedAdamW(
+        model.parameters(), nvme_path=nvme_dir, host_memory=SMALL, overlap_backward="update"
+    )
+    train(model, optimizer, 2)
+    state = optimizer.state_dict()
+    loss_of(model, 4).backward()
+    with pytest.raises(RuntimeError, match="step"):
+        optimizer.state_dict()
+    optimizer.load_state_dict(state)
+    optimizer.zero_grad()
+    assert equal_states(optimizer.state_dict(), state)
+    train(model, optimizer, 1)
+    assert {entry["step"] for entry in optimizer.state.values()} == {3}
+
+
+def test_an_optimizer_may_be_closed_or_dropped_in_the_middle_of_a_step(nvme_dir):
+    for close in (True, False):
+        model = make_model()
+        optimizer = OffloadedAdamW(
+            model.parameters(),
+            nvme_path=nvme_dir,
+            host_memory=SMALL,
+            overlap_backward="update",
+        )
+        train(model, optimizer, 2)
+        loss_of(model, 4).backward()
+        if close:
+            optimizer.close()
+        del optimizer
+        gc.collect()
+        model.zero_grad()
+        loss_of(model, 5).backward()  # Nobody takes gradients any more.
+        assert all(type(p.grad) is torch.Tensor for p in model.parameters())
+
+
+@pytest.mark.parametrize("value", [True, None, "on", "updates", 1, []])
+def test_an_unknown_mode_is_refused(nvme_dir, value):
+    with pytest.raises(ValueError, match="overlap_backward"):
+        OffloadedAdamW(make_model().parameters(), nvme_path=nvme_dir, overlap_backward=value)
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [(0, ValueError), (-1.0, ValueError), (float("nan"), ValueError), ("1", TypeError)],
+)
+def test_a_norm_that_is_none_is_refused(nvme_dir, value, error):
+    with pytest.raises(error, match="max_grad_norm"):
+        OffloadedAdamW(make_model().parameters(), nvme_path=nvme_dir, max_grad_norm=value)

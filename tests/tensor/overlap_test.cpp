@@ -1,0 +1,168 @@
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/randn.h>
+#include <gtest/gtest.h>
+#include <torch/nn/utils/clip_grad.h>
+
+#include <cstddef>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <vector>
+
+#include "support/temp_dir.h"
+#include "torch_ext/tensor/offloaded_adamw.h"
+
+namespace torch_ext {
+namespace {
+
+using Tensors = std::vector<at::Tensor>;
+
+/// Updates during backward, through LibTorch.
+class OverlapTest : public testing::Test {
+ protected:
+  OffloadOptions offload(OverlapBackward overlap,
+                         StateFormat format = StateFormat::kExact) const {
+    OffloadOptions options;
+    options.nvme_path = temp_.path();
+    options.host_memory = std::uint64_t{240} << 10;
+    options.state_format = format;
+    options.overlap_backward = overlap;
+    return options;
+  }
+
+  /// Weights of a net of four layers, the same each time.
+  static Tensors weights(c10::ScalarType dtype = at::kFloat) {
+    Tensors weights;
+    for (int i = 0; i < 4; ++i) {
+      const at::Tensor drawn = at::randn(
+          {72, 72},
+          at::detail::createCPUGenerator(static_cast<std::uint64_t>(i + 1)));
+      weights.push_back(drawn.mul(0.1).to(dtype));
+      weights.back().requires_grad_(true);
+    }
+    return weights;
+  }
+
+  static at::Tensor loss_of(const Tensors& weights, double scale = 1) {
+    at::Tensor x = at::full({4, 72}, scale, weights[0].options());
+    for (const at::Tensor& weight : weights) x = x.matmul(weight).tanh();
+    return x.square().sum();
+  }
+
+  static void train(const Tensors& weights, OffloadedAdamW& optimizer) {
+    for (int step = 1; step <= 6; ++step) {
+      optimizer.zero_grad();
+      loss_of(weights, 0.1 * step).backward();
+      optimizer.step();
+    }
+  }
+
+  static bool equal(const Tensors& a, const Tensors& b) {
+    for (std::size_t i = 0; i < a.size(); ++i) {
+      if (!at::equal(a[i], b[i])) return false;
+    }
+    return true;
+  }
+
+  test::TempDir temp_;
+};
+
+TEST_F(OverlapTest, NoModeChangesTheResultOfAnyFormat) {
+  for (const auto format :
+       {StateFormat::kExact, StateFormat::kBf16, StateFormat::kInt8}) {
+    for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+      std::vector<Tensors> trained;
+      for (const auto overlap :
+           {OverlapBackward::kOff, OverlapBackward::kPrefetch,
+            OverlapBackward::kUpdate}) {
+        trained.push_back(weights(dtype));
+        OffloadedAdamW optimizer(trained.back(), OffloadedAdamWOptions(1e-2),
+                                 offload(overlap, format));
+        train(trained.back(), optimizer);
+        EXPECT_EQ(optimizer.stats().steps, 6u);
+      }
+      EXPECT_TRUE(equal(trained[0], trained[1]));
+      EXPECT_TRUE(equal(trained[0], trained[2]));
+      EXPECT_FALSE(equal(trained[0], weights(dtype)));
+    }
+  }
+}
+
+TEST_F(OverlapTest, AGradientThatWasTakenCannotBeUsed) {
+  const Tensors ours = weights();
+  OffloadedAdamW optimizer(ours, OffloadedAdamWOptions(1e-2),
+                           offload(OverlapBackward::kUpdate));
+  loss_of(ours).backward();
+  EXPECT_ANY_THROW(torch::nn::utils::clip_grad_norm_(ours, 1.0));
+  EXPECT_ANY_THROW(ours[0].grad().norm().item());
+  EXPECT_ANY_THROW(loss_of(ours).backward());
+  optimizer.step();
+  optimizer.zero_grad();
+  EXPECT_FALSE(ours[0].grad().defined());
+}
+
+TEST_F(OverlapTest, GradientsAreAddedUpInsideAGuard) {
+  std::vector<Tensors> trained;
+  for (const auto overlap : {OverlapBackward::kOff, OverlapBackward::kUpdate}) {
+    trained.push_back(weights());
+    const Tensors& ours = trained.back();
+    OffloadedAdamW optimizer(ours, OffloadedAdamWOptions(1e-2),
+                             offload(overlap));
+    for (int step = 0; step < 3; ++step) {
+      optimizer.zero_grad();
+      {
+        const OffloadedAdamW::AccumulateGuard guard(optimizer);
+        loss_of(ours, 0.5).backward();
+        EXPECT_FALSE(ours[0].grad().is_meta());
+      }
+      loss_of(ours, 0.25).backward();
+      optimizer.step();
+    }
+  }
+  EXPECT_TRUE(equal(trained[0], trained[1]));
+}
+
+TEST_F(OverlapTest, ANormIsClippedAsTorchDoes) {
+  const Tensors ours = weights(), theirs = weights();
+  OffloadOptions with = offload(OverlapBackward::kUpdate);
+  with.max_grad_norm = 0.01;
+  OffloadedAdamW optimizer(ours, OffloadedAdamWOptions(1e-2), with);
+  OffloadedAdamW other(theirs, OffloadedAdamWOptions(1e-2),
+                       offload(OverlapBackward::kOff));
+  for (int step = 0; step < 4; ++step) {
+    optimizer.zero_grad();
+    other.zero_grad();
+    loss_of(ours).backward();
+    loss_of(theirs).backward();
+    optimizer.step();
+    torch::nn::utils::clip_grad_norm_(theirs, 0.01);
+    other.step();
+  }
+  EXPECT_TRUE(equal(ours, theirs));
+  with.max_grad_norm = 0;
+  EXPECT_THROW(OffloadedAdamW(weights(), OffloadedAdamWOptions(), with),
+               std::invalid_argument);
+}
+
+TEST_F(OverlapTest, HooksOfAnOptimizerThatIsGoneDoNothing) {
+  const Tensors ours = weights();
+  int calls = 0;
+  const auto mine = std::make_shared<const GradientHook::Function>(
+      [&](const at::Tensor&) { ++calls; });
+  GradientHook::add(ours[0], mine);
+  {
+    OffloadedAdamW optimizer(ours, OffloadedAdamWOptions(1e-2),
+                             offload(OverlapBackward::kUpdate));
+    train(ours, optimizer);
+    EXPECT_EQ(calls, 6);
+    optimizer.zero_grad();
+  }
+  loss_of(ours).backward();
+  EXPECT_EQ(calls, 7);
+  EXPECT_TRUE(ours[0].grad().is_cpu());
+}
+
+}  // namespace
+}  // namespace torch_ext

@@ -1,0 +1,111 @@
+"""Gradients that an optimizer takes while backward goes on."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MODES = (False, "prefetch", "update")
+
+
+def overlap_of(value: bool | str) -> bool | str:
+    """Returns the argument ``overlap_backward``.
+
+    Raises:
+        ValueError: It is none of the modes.
+    """
+    if value is False or (isinstance(value, str) and value in _MODES):
+        return value
+    raise ValueError(f'overlap_backward must be False, "prefetch" or "update", got {value!r}')
+
+
+class TakenGradient(Tensor):
+    """Stands where a gradient was that the optimizer has taken: any use raises.
+
+    Without it ``clip_grad_norm_`` would find no gradient, return 0 and clip nothing.
+    """
+
+    @staticmethod
+    def __new__(cls, like: Tensor) -> TakenGradient:
+        return torch.Tensor._make_wrapper_subclass(
+            cls, like.size(), strides=like.stride(), dtype=like.dtype, device=like.device
+        )
+
+    def __init__(self, like: Tensor) -> None:
+        pass
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"TakenGradient(size={tuple(self.size())})"
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise RuntimeError(
+            f"{function} on a gradient that OffloadedAdamW has taken during backward, with "
+            f'overlap_backward="update". Call backward once before step() and zero_grad(), '
+            f"earlier ones inside `with optimizer.accumulate():`. To clip, pass "
+            f"max_grad_norm to the optimizer; with a GradScaler, or to look at gradients, use "
+            f'overlap_backward="prefetch"'
+        )
+
+
+class Overlap:
+    """Calls ``take(parameter)`` for each gradient that is final in a backward pass."""
+
+    def __init__(self, take: Callable[[Tensor], None]) -> None:
+        # Parameters hold their hooks, and may outlive the optimizer.
+        self._take = weakref.WeakMethod(take)
+        self._handles: list[Any] = []
+        self._accumulating = 0
+        self.taken: set[Tensor] = set()
+
+    def watch(self, parameters: Iterable[Tensor]) -> None:
+        """Hooks those that are trained; ``step()`` finds the gradients of others."""
+        hook = _Hook(self)
+        for parameter in parameters:
+            if parameter.requires_grad and parameter.is_leaf:
+                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        self._accumulating += 1
+        try:
+            yield
+        finally:
+            self._accumulating -= 1
+
+    def stop(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def on_gradient(self, parameter: Tensor) -> None:
+        if self._accumulating:
+            return
+        take = self._take()
+        if take is None:
+            return
+        if parameter in self.taken:
+            raise RuntimeError(
+                "a second backward pass before step(): its gradient would not be counted. "
+                "All but the last go inside `with optimizer.accumulate():`"
+            )
+        take(parameter)
+
+
+class _Hook:
+    """Keeps neither the optimizer nor what it owns alive."""
+
+    def __init__(self, overlap: Overlap) -> None:
+        self._overlap = weakref.ref(overlap)
+
+    def __call__(self, parameter: Tensor) -> None:
+        overlap = self._overlap()
+        if overlap is not None:
+            overlap.on_gradient(parameter)
