@@ -95,6 +95,13 @@ def state_format_of(value: str) -> str:
     return value
 
 
+def update_on_of(value: str) -> str:
+    """Returns the argument ``update_on``; the library knows the names."""
+    if not isinstance(value, str):
+        raise TypeError(f"update_on must be 'cpu' or 'cuda', not {type(value).__name__}")
+    return value
+
+
 def seed_of(value: int) -> int:
     """Returns the argument ``seed``."""
     if isinstance(value, bool) or not isinstance(value, int):

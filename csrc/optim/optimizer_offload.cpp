@@ -99,6 +99,7 @@ class OptimizerOffload::Impl {
   void activate(std::span<const std::size_t> numbers);
   void run(TileLanes::Round round, UpdateKernel& kernel);
   void show(const Tile& tile, bool fresh, UpdateKernel& kernel);
+  void pin(BufferPool& memory, const std::shared_ptr<Device>& device);
   OptimizerOffloadStats snapshot() const;
 
   const pid_t owner = process_id();
@@ -206,6 +207,13 @@ void OptimizerOffload::Impl::show(const Tile& tile, bool fresh,
     segments.push_back(out);
   }
   kernel.update(segments);
+}
+
+void OptimizerOffload::Impl::pin(BufferPool& memory,
+                                 const std::shared_ptr<Device>& device) {
+  const std::string why_not = memory.pin(device);
+  if (why_not.empty() || std::ranges::count(notes, why_not) > 0) return;
+  notes.push_back(why_not);
 }
 
 OptimizerOffloadStats OptimizerOffload::Impl::snapshot() const {
@@ -339,6 +347,16 @@ std::span<std::byte> OptimizerOffload::scratch() {
     impl_->scratch = std::make_unique<BufferPool>(impl_->scratch_bytes, 1);
   }
   return impl_->scratch->memory();
+}
+
+void OptimizerOffload::pin_scratch(const std::shared_ptr<Device>& device) {
+  const auto lock = impl_->enter();
+  if (!scratch().empty()) impl_->pin(*impl_->scratch, device);
+}
+
+void OptimizerOffload::pin_tiles(const std::shared_ptr<Device>& device) {
+  const auto lock = impl_->enter();
+  impl_->pin(*impl_->pool, device);
 }
 
 OptimizerPlan OptimizerOffload::plan(

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "torch_ext/device/device.h"
 #include "torch_ext/optim/update_kernel.h"
 #include "torch_ext/store/store.h"
 
@@ -136,6 +137,12 @@ class OptimizerOffload {
   /// Page-aligned memory of options.scratch_bytes for kernels, made and
   /// counted at its first use; undefined content. Freed by close().
   std::span<std::byte> scratch();
+
+  /// Page-locks scratch(), or the memory that tiles come to, for the device
+  /// and all others of its type, until close(). If that cannot be, the memory
+  /// stays as it is and notes() say why.
+  void pin_scratch(const std::shared_ptr<Device>& device);
+  void pin_tiles(const std::shared_ptr<Device>& device);
 
   /// Of these parameters, whether they have state yet or not, as if all got it
   /// at once.

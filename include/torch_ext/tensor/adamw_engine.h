@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <filesystem>
 #include <optional>
 #include <sstream>
@@ -53,25 +54,33 @@ class AdamWEngine {
   /// formats that are not exact.
   explicit AdamWEngine(const OptimizerOffloadOptions& options,
                        StateFormat format = StateFormat::kExact,
-                       std::uint64_t seed = 0)
+                       std::uint64_t seed = 0,
+                       UpdateOn update_on = UpdateOn::kCpu)
       : format_(format),
         seed_(seed),
+        update_on_(update_on),
         directory_(first_of(options.store.directory)),
-        offload_(with_scratch(options)) {}
+        offload_(with_scratch(options)) {
+    check_update_on(update_on, format);
+  }
 
   /// Checks a parameter and gives it a slot; takes no space yet.
   std::size_t add(const at::Tensor& parameter) {
     check_parameter(parameter);
+    check_place(parameter, update_on_);
     slots_.emplace_back();
     return slots_.size() - 1;
   }
 
   /// A step of the parameters in the groups.
   void step(const std::vector<Group>& groups) {
-    AdamWKernel kernel(format_, seed_, make_scratch());
+    AdamWKernel kernel(
+        format_, seed_, [this] { return offload_.scratch(); }, lanes_,
+        update_on_);
     for (const Group& group : groups) {
       for (const Trained& trained : group.trained) {
         check(trained.parameter);
+        check_place(trained.parameter.tensor, update_on_);
         check_gradient(trained.gradient, trained.parameter.tensor);
       }
     }
@@ -80,16 +89,18 @@ class AdamWEngine {
       for (const auto& [parameter, gradient] : group.trained) {
         const at::Tensor& tensor = parameter.tensor;
         numbers.push_back(number_of(parameter));
+        DeviceLane* const lane = lane_of(tensor);
         kernel.add(numbers.back(),
                    {tensor.detach(), OrderedReader(gradient, tensor.strides()),
-                    &group.hyper, ordinal_of(parameter)});
+                    &group.hyper, ordinal_of(parameter), lane,
+                    lane != nullptr ? &lane->ready() : nullptr});
         // Autograd must see that what it saved has changed.
         if (!tensor.is_inference()) {
           tensor.unsafeGetTensorImpl()->bump_version();
         }
       }
     }
-    offload_.step(numbers, kernel);
+    lanes_.around([&] { offload_.step(numbers, kernel); });
   }
 
   /// Gives zero state without a step to parameters that have none.
@@ -150,6 +161,18 @@ class AdamWEngine {
 
   OptimizerOffload& offload() { return offload_; }
 
+  /// As OptimizerOffload::close(), after what is queued on devices.
+  void close() {
+    std::exception_ptr error;
+    try {
+      lanes_.settle();
+    } catch (...) {
+      error = std::current_exception();
+    }
+    offload_.close();
+    if (error != nullptr) std::rethrow_exception(error);
+  }
+
  private:
   /// What the state of a parameter was made for.
   struct Slot {
@@ -196,7 +219,23 @@ class AdamWEngine {
   }
 
   AdamWKernel::MakeScratch make_scratch() {
-    return [this] { return offload_.scratch(); };
+    return [this] {
+      lanes_.make_way_for(nullptr);
+      return offload_.scratch();
+    };
+  }
+
+  /// Of the tensor's device; null for the CPU.
+  DeviceLane* lane_of(const at::Tensor& tensor) {
+    if (tensor.is_cpu()) return nullptr;
+    if (DeviceLane* known = lanes_.find(tensor)) return known;
+    DeviceLane* const lane = lanes_.add(tensor.device());
+    if (update_on_ == UpdateOn::kCpu) {
+      offload_.pin_scratch(lane->device());
+    } else {
+      offload_.pin_tiles(lane->device());
+    }
+    return lane;
   }
 
   template <typename Error, typename... Parts>
@@ -219,6 +258,20 @@ class AdamWEngine {
           "a parameter with sizes ", tensor.sizes(), " and strides ",
           tensor.strides(), " is not dense: its elements overlap or have gaps");
     }
+  }
+
+  static void check_update_on(UpdateOn update_on, StateFormat format) {
+    if (update_on == UpdateOn::kCpu || format == StateFormat::kExact) return;
+    fail<std::invalid_argument>(
+        "update_on \"cuda\" is for state_format \"exact\"; with \"",
+        state_format_name(format), "\" the update is on the CPU");
+  }
+
+  static void check_place(const at::Tensor& parameter, UpdateOn update_on) {
+    if (update_on == UpdateOn::kCpu || !parameter.is_cpu()) return;
+    fail<std::invalid_argument>(
+        "a parameter is on the CPU, and update_on is \"cuda\": move the model "
+        "to the device first, or take update_on \"cpu\"");
   }
 
   void check(const Parameter& parameter) {
@@ -248,6 +301,10 @@ class AdamWEngine {
     const c10::ScalarType dtype = gradient.scalar_type();
     if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) {
       fail<TypeError>("a gradient of dtype ", dtype, " is not supported");
+    }
+    if (gradient.device() != parameter.device()) {
+      fail<std::invalid_argument>("a gradient is on ", gradient.device(),
+                                  ", its parameter on ", parameter.device());
     }
     check_sizes("gradient", gradient, parameter);
   }
@@ -305,8 +362,10 @@ class AdamWEngine {
 
   const StateFormat format_;
   const std::uint64_t seed_;
+  const UpdateOn update_on_;
   const std::filesystem::path directory_;
   OptimizerOffload offload_;
+  DeviceLanes lanes_;  // After what they copy to and from.
   std::vector<Slot> slots_;
 };
 

@@ -44,6 +44,9 @@ struct OffloadOptions {
   /// What the drive holds of each moment; all but kExact lose precision.
   StateFormat state_format = StateFormat::kExact;
   std::uint64_t seed = 0;  ///< Of their rounding.
+  /// Where parameters on a device are updated; kDevice is for kExact only, and
+  /// no parameter may be on the CPU.
+  UpdateOn update_on = UpdateOn::kCpu;
   AioConfig aio = {};
   std::string engine = "auto";  ///< Or one of engine_names().
   bool verify = true;           ///< Checksums are compared on reading.
@@ -77,7 +80,7 @@ class OffloadedAdamW : public torch::optim::Optimizer {
                            .engine = offload.engine,
                            .verify = offload.verify},
                  .host_memory = offload.host_memory},
-                offload.state_format, offload.seed) {
+                offload.state_format, offload.seed, offload.update_on) {
     add_new_parameters();
     for (const auto& group : param_groups_) hyper_of(group);
   }
@@ -174,7 +177,7 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   /// What a log should hold, e.g. why direct I/O is not used.
   const std::vector<std::string>& notes() { return engine_.offload().notes(); }
   /// See OptimizerOffload::close.
-  void close() { engine_.offload().close(); }
+  void close() { engine_.close(); }
 
  private:
   static constexpr const char* kNoArchive =
