@@ -106,6 +106,13 @@ def max_grad_norm_of(value: float | None) -> float | None:
     return float(value)
 
 
+def update_on_of(value: str) -> str:
+    """Returns the argument ``update_on``; the library knows the names."""
+    if not isinstance(value, str):
+        raise TypeError(f"update_on must be 'cpu' or 'cuda', not {type(value).__name__}")
+    return value
+
+
 def seed_of(value: int) -> int:
     """Returns the argument ``seed``."""
     if isinstance(value, bool) or not isinstance(value, int):

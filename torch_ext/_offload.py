@@ -36,11 +36,17 @@ class OffloadedBase(torch.optim.Optimizer):
         self._slots = {}
         self._life = Life("optimizer")
         self._engine = engine
-        log_notes(engine.notes())
+        self._notes_logged = 0
+        self._log_notes()
         # At exit the I/O must have ended before the interpreter is taken down.
         self._finalizer = weakref.finalize(
             self, close_quietly, engine, os.getpid(), f"an {type(self).__name__}"
         )
+
+    def _log_notes(self) -> None:
+        notes = self._engine.notes()
+        log_notes(notes[self._notes_logged :])
+        self._notes_logged = len(notes)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raises ValueError or TypeError if a group's options cannot be used."""

@@ -28,6 +28,7 @@ from torch_ext._checks import (
     max_grad_norm_of,
     seed_of,
     state_format_of,
+    update_on_of,
 )
 from torch_ext._native import _C
 from torch_ext._offload import OffloadedBase
@@ -43,7 +44,7 @@ class OffloadedAdamW(OffloadedBase):
     parameters have a float32 master, of which the file holds what they lack: each
     step updates the master and rounds it to the parameter. The parameter has the last
     word: what writes to it between steps (``model.load_state_dict``, ``clamp_``) counts.
-    Parameters on another device are updated on the CPU.
+    Parameters on another device are updated where ``update_on`` says.
 
     A step reads, updates and writes the state tile by tile, all three at once,
     in buffers that together take no more than ``host_memory``; the first tiles
@@ -91,6 +92,12 @@ class OffloadedAdamW(OffloadedBase):
             or "int8" (8 bits, and a scale for each 256 elements), both rounded
             stochastically. See docs/formats.md.
         seed: Of that rounding, 0 to 2**64 - 1: the same seed gives the same bits.
+        update_on: Where parameters on a device are updated. "cpu": they and their
+            gradients, cast on the device, are copied to the host and back. "cuda":
+            their state is copied to the device and back, and torch's fused kernel
+            of the device updates them; with ``state_format="exact"`` and without
+            parameters on the CPU. The results are those of torch's kernel for the CPU
+            or the device, which round differently, so the choice is never made for you.
         aio: What ``get_aio_config`` takes or returns; None: the defaults.
         engine: "auto", or one that ``python -m torch_ext info`` lists.
         verify: Whether checksums are kept and compared on reading.
@@ -122,6 +129,7 @@ class OffloadedAdamW(OffloadedBase):
         max_grad_norm: float | None = None,
         state_format: str = "exact",
         seed: int = 0,
+        update_on: str = "cpu",
         aio: AioConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
         engine: str = "auto",
         verify: bool = True,
@@ -160,6 +168,7 @@ class OffloadedAdamW(OffloadedBase):
                 bool(verify),
                 state_format_of(state_format),
                 seed_of(seed),
+                update_on_of(update_on),
             )
         )
         super().__init__(params, defaults)
@@ -227,6 +236,7 @@ class OffloadedAdamW(OffloadedBase):
                     for group, parameters in trained
                 ]
             )
+        self._log_notes()
         for p in parameters:
             self.state[p] = self._shown_state(p)
         return loss

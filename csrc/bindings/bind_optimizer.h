@@ -130,7 +130,7 @@ void bind_optimizer(py::module_& m) {
       .def(py::init([](const Directories& directories, const AioConfig& aio,
                        std::uint64_t host_memory, std::string engine,
                        bool verify, const std::string& state_format,
-                       std::uint64_t seed) {
+                       std::uint64_t seed, const std::string& update_on) {
              py::gil_scoped_release released;
              return std::unique_ptr<AdamWEngine, DeleteWithoutGil>(
                  new AdamWEngine({.store = {.directory = to_list(directories),
@@ -139,11 +139,11 @@ void bind_optimizer(py::module_& m) {
                                             .verify = verify},
                                   .host_memory = host_memory},
                                  torch_ext::parse_state_format(state_format),
-                                 seed));
+                                 seed, torch_ext::parse_update_on(update_on)));
            }),
            py::arg("directories"), py::arg("aio"), py::arg("host_memory"),
            py::arg("engine"), py::arg("verify"), py::arg("state_format"),
-           py::arg("seed"))
+           py::arg("seed"), py::arg("update_on"))
       .def("add", &AdamWEngine::add, py::arg("parameter"))
       .def(
           "step",
@@ -197,8 +197,7 @@ void bind_optimizer(py::module_& m) {
       .def("notes",
            [](AdamWEngine& engine) { return engine.offload().notes(); })
       .def(
-          "close", [](AdamWEngine& engine) { engine.offload().close(); },
-          release_gil())
+          "close", [](AdamWEngine& engine) { engine.close(); }, release_gil())
       .def_property_readonly("engine", [](AdamWEngine& engine) {
         return engine.offload().engine();
       });

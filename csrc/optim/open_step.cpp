@@ -59,15 +59,15 @@ void OptimizerOffload::Impl::finish_open_step() {
   run(std::move(round), *open_kernel);
 }
 
-// Whether there was one, without any failure so far.
-bool OptimizerOffload::Impl::give_up_open_step() {
-  if (open_kernel == nullptr) return false;
-  const bool sound = lanes->failure() == nullptr;
-  lanes->abort(std::make_exception_ptr(
-      StateError("optimizer: the step was given up before its end")));
+void OptimizerOffload::Impl::give_up_open_step() {
+  if (open_kernel == nullptr) return;
+  const auto error = std::make_exception_ptr(
+      StateError("optimizer: the step was given up before its end"));
+  // What has failed already is close()'s to throw.
+  if (lanes->failure() == nullptr) refusal = with_remedy(error);
+  lanes->abort(error);
   updater->wait();
   open_kernel = nullptr;
-  return sound;
 }
 
 void OptimizerOffload::begin_step(UpdateKernel& kernel) {
@@ -112,6 +112,11 @@ void OptimizerOffload::end_step() {
   }
   impl_->open_kernel = nullptr;
   ++impl_->steps;
+}
+
+void OptimizerOffload::abandon_step() {
+  const auto lock = impl_->enter(/*when_closed=*/true);
+  impl_->give_up_open_step();
 }
 
 }  // namespace torch_ext

@@ -88,7 +88,7 @@ class OptimizerOffload::Impl {
   void run(TileLanes::Round round, UpdateKernel& kernel);
   void release(std::size_t number);
   void finish_open_step();
-  bool give_up_open_step();
+  void give_up_open_step();
   void show(const Tile& tile, bool fresh, UpdateKernel& kernel);
   bool is_active(const Tile& tile) const {
     return std::any_of(tile.segments.begin(), tile.segments.end(),
@@ -96,6 +96,7 @@ class OptimizerOffload::Impl {
                          return parameters[segment.parameter].active;
                        });
   }
+  void pin(BufferPool& memory, const std::shared_ptr<Device>& device);
   OptimizerOffloadStats snapshot() const;
 
   const pid_t owner = process_id();
@@ -108,7 +109,7 @@ class OptimizerOffload::Impl {
   std::unique_ptr<BufferPool> pool;
   std::unique_ptr<BufferPool> scratch;
   std::vector<Parameter> parameters;
-  std::mutex parameters_mutex;  // What the updater reads of them.
+  std::mutex parameters_mutex;  // Of what the updater looks at besides tiles.
   TileList tiles;
   std::vector<Tile*> order;  ///< Of the visits.
   std::unique_ptr<TileLanes> lanes;

@@ -100,6 +100,13 @@ void OptimizerOffload::Impl::show(const Tile& tile, bool fresh,
   kernel.update(segments);
 }
 
+void OptimizerOffload::Impl::pin(BufferPool& memory,
+                                 const std::shared_ptr<Device>& device) {
+  const std::string why_not = memory.pin(device);
+  if (why_not.empty() || std::ranges::count(notes, why_not) > 0) return;
+  notes.push_back(why_not);
+}
+
 OptimizerOffloadStats OptimizerOffload::Impl::snapshot() const {
   OptimizerOffloadStats now;
   const StoreStats io = store->stats();
@@ -235,10 +242,21 @@ std::uint64_t OptimizerOffload::step_of(std::size_t parameter) const {
 std::span<std::byte> OptimizerOffload::scratch() {
   impl_->check_process();
   if (impl_->scratch_bytes == 0) return {};
+  const std::lock_guard lock(impl_->parameters_mutex);
   if (impl_->scratch == nullptr) {
     impl_->scratch = std::make_unique<BufferPool>(impl_->scratch_bytes, 1);
   }
   return impl_->scratch->memory();
+}
+
+void OptimizerOffload::pin_scratch(const std::shared_ptr<Device>& device) {
+  const auto lock = impl_->enter();
+  if (!scratch().empty()) impl_->pin(*impl_->scratch, device);
+}
+
+void OptimizerOffload::pin_tiles(const std::shared_ptr<Device>& device) {
+  const auto lock = impl_->enter();
+  impl_->pin(*impl_->pool, device);
 }
 
 OptimizerPlan OptimizerOffload::plan(
@@ -276,10 +294,9 @@ void OptimizerOffload::close() {
   const auto lock = impl_->enter(/*when_closed=*/true);
   if (impl_->closed) return;
   impl_->closed = true;
-  const bool gave_up = impl_->give_up_open_step();
+  impl_->give_up_open_step();
   impl_->updater.reset();
-  std::exception_ptr error = impl_->lanes->clear();
-  if (gave_up) error = nullptr;
+  const std::exception_ptr error = impl_->lanes->clear();
   impl_->last_stats = impl_->snapshot();
   impl_->last_timeline = impl_->lanes->timeline();
   impl_->lanes.reset();

@@ -116,6 +116,88 @@ def test_offloaded_adamw_trains_cuda_parameters(nvme_dir):
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.parametrize("update_on", ["cpu", "cuda"])
+def test_offloaded_adamw_sees_late_gradients_and_is_seen_by_later_work(nvme_dir, update_on):
+    from torch_ext import OffloadedAdamW
+
+    weight = torch.zeros(3_000_000, device="cuda", requires_grad=True)
+    weight.grad = torch.zeros_like(weight)
+    optimizer = OffloadedAdamW(
+        [weight], lr=1.0, weight_decay=0.0, nvme_path=nvme_dir, update_on=update_on
+    )
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for turn in range(1, 4):
+            long_kernel()
+            weight.grad.fill_(1.0)
+            optimizer.step()
+            seen = weight.detach().clone()
+            assert torch.allclose(seen, torch.full_like(seen, -turn))
+
+
+@pytest.mark.parametrize("update_on", ["cpu", "cuda"])
+def test_the_optimizers_memory_is_page_locked(nvme_dir, update_on, caplog):
+    from torch_ext import OffloadedAdamW
+
+    weight = torch.zeros(1000, device="cuda", requires_grad=True)
+    weight.grad = torch.ones_like(weight)
+    OffloadedAdamW(
+        [weight], nvme_path=nvme_dir, host_memory="32MiB", update_on=update_on
+    ).step()
+    assert "page-locked" not in caplog.text
+
+
+def test_an_update_on_cuda_is_that_of_torchs_fused_kernel(nvme_dir):
+    from torch_ext import OffloadedAdamW
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    ours = [torch.randn(n, device="cuda", generator=generator) for n in (1, 999, 3_000_001)]
+    theirs = [p.clone() for p in ours]
+    optimizers = [
+        OffloadedAdamW(ours, nvme_path=nvme_dir, host_memory="4MiB", update_on="cuda"),
+        torch.optim.AdamW(theirs, fused=True),
+    ]
+    for _ in range(5):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape, device="cuda", generator=generator)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("state_format", ["exact", "bf16", "int8"])
+def test_an_update_on_the_cpu_is_that_of_parameters_on_the_cpu(nvme_dir, state_format, dtype):
+    from torch_ext import OffloadedAdamW
+
+    here = torch.randn(300_001).to(dtype).requires_grad_()
+    there = here.detach().cuda().requires_grad_()
+    options = {"nvme_path": nvme_dir, "host_memory": "2MiB", "state_format": state_format}
+    optimizers = [OffloadedAdamW([p], **options) for p in (here, there)]
+    for _ in range(3):
+        here.grad = torch.randn(here.shape).to(dtype)
+        there.grad = here.grad.cuda()
+        for optimizer in optimizers:
+            optimizer.step()
+        assert torch.equal(here, there.cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_update_on_cuda_keeps_the_masters_of_halves(nvme_dir, dtype):
+    from torch_ext import OffloadedAdamW
+
+    weight = torch.ones(100_000, device="cuda", dtype=dtype, requires_grad=True)
+    optimizer = OffloadedAdamW(
+        [weight], lr=1e-5, weight_decay=0.0, nvme_path=nvme_dir, update_on="cuda"
+    )
+    for _ in range(200):  # Each step alone is less than half of a bfloat16's last place.
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    master = optimizer.state_dict()["state"][0]["master_param"]
+    assert torch.allclose(master, torch.full_like(master, 1 - 200e-5), atol=1e-5)
+    assert torch.allclose(weight.float().cpu(), master, atol=4e-3)
+
+
 def test_aio_handle_moves_cuda_tensors_in_order_with_kernels(nvme_dir):
     name = str(nvme_dir / "x")
     with aio_handle(strict=True, host_memory="16MiB") as handle:

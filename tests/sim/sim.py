@@ -42,6 +42,7 @@ def install() -> None:
     _library.sim_sleep.argtypes = [ctypes.c_int, ctypes.c_double]
     _library.sim_fail_copy.argtypes = [ctypes.c_int64]
     _library.sim_hold_copies.argtypes = [ctypes.c_bool]
+    _library.sim_hold_copies_after.argtypes = [ctypes.c_int64]
     for function in (_library.sim_hold, _library.sim_release):
         function.argtypes = [ctypes.c_int, ctypes.c_int64]
     torch.utils.rename_privateuse1_backend("sim")
@@ -70,6 +71,11 @@ def release(stream: torch.Stream | None = None) -> None:
 def hold_copies() -> None:
     """No asynchronous copy starts on any stream until release_copies()."""
     _library.sim_hold_copies(True)
+
+
+def hold_copies_after(count: int) -> None:
+    """Calls hold_copies() when ``count`` more have been queued and another one is."""
+    _library.sim_hold_copies_after(count)
 
 
 def release_copies() -> None:

@@ -26,6 +26,8 @@
 #include <chrono>
 #include <string>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include "sim/sim_runtime.h"
 
@@ -369,6 +371,27 @@ at::Tensor& fill(at::Tensor& self, const at::Scalar& value) {
 
 at::Tensor& zero(at::Tensor& self) { return fill(self, 0); }
 
+// A late kernel of an operator that takes lists of tensors, all on the device,
+// and changes them.
+void run_late(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const c10::Device device = stack->at(0).toTensorVector().at(0).device();
+  for (c10::IValue& argument : *stack) {
+    if (!argument.isTensorList()) continue;
+    std::vector<at::Tensor> tensors = argument.toTensorVector();
+    for (at::Tensor& tensor : tensors) {
+      TORCH_CHECK(tensor.device() == device, "sim: an argument is elsewhere");
+      tensor = host_view(tensor);
+    }
+    argument = std::move(tensors);
+  }
+  machine().current(device.index()).run([op, args = std::move(*stack)] {
+    const at::NoGradGuard no_grad;
+    torch::jit::Stack own = args;
+    op.callBoxed(&own);
+  });
+  stack->clear();
+}
+
 at::Scalar local_scalar(const at::Tensor& self) {
   const at::Tensor host =
       at::empty(self.sizes(), self.options().device(c10::kCPU));
@@ -398,6 +421,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from_and_resize", copy_from_and_resize);
   m.impl("_local_scalar_dense", local_scalar);
   m.impl("fill_.Scalar", fill);
+  m.impl("_fused_adamw_",
+         torch::CppFunction::makeFromBoxedFunction<&run_late>());
   m.impl("zero_", zero);
   m.impl("record_stream", record_stream);
 }
@@ -443,7 +468,7 @@ bool sim_await_copies(std::int64_t count, double seconds) {
       [count] { return machine().counts().async_copies >= count; });
 }
 
-/// A kernel that takes `seconds`, on the device's current stream.
+/// A kernel that takes so long, on the device's current stream.
 void sim_sleep(int device, double seconds) {
   machine().current(device).run([seconds] {
     std::this_thread::sleep_for(std::chrono::duration<double>(seconds));
@@ -452,6 +477,9 @@ void sim_sleep(int device, double seconds) {
 
 /// See Machine::fail_copy.
 void sim_fail_copy(std::int64_t more) { machine().fail_copy(more); }
+
+/// See Machine::hold_copies_after.
+void sim_hold_copies_after(std::int64_t n) { machine().hold_copies_after(n); }
 
 /// See Machine::reset.
 void sim_reset() { machine().reset(); }

@@ -185,6 +185,7 @@ class Machine {
   void queue_async_copy(LateStream& stream, const void* on_device,
                         std::size_t bytes, std::function<void()> copy) {
     const bool fails = copies_until_failure_.fetch_sub(1) == 0;
+    if (copies_until_hold_.fetch_sub(1) == 0) clock_->hold_copies(true);
     stream.run_copy([this, on_device, fails, copy = std::move(copy)] {
       if (fails) {
         throw std::runtime_error("sim: an injected fault: the copy failed");
@@ -203,6 +204,10 @@ class Machine {
   /// the next event on its stream throws.
   void fail_copy(std::int64_t more) { copies_until_failure_ = more; }
 
+  /// When `more` asynchronous copies have been queued and another one is, the
+  /// copies are held: see LateClock::hold_copies.
+  void hold_copies_after(std::int64_t more) { copies_until_hold_ = more; }
+
   /// Returns when all streams have done all that they can.
   void settle() {
     std::unique_lock lock(clock_->mutex);
@@ -219,6 +224,7 @@ class Machine {
   /// As after a start, but memory and streams stay.
   void reset() {
     fail_copy(-1);
+    hold_copies_after(-1);
     clock_->hold_copies(false);
     for (Streams& streams : streams_) {
       streams.for_each([](LateStream& stream) { stream.release(); });
@@ -281,6 +287,7 @@ class Machine {
   std::array<Streams, kDevices> streams_{Streams(clock_), Streams(clock_)};
   Counts counts_;
   std::atomic<std::int64_t> copies_until_failure_ = -1;
+  std::atomic<std::int64_t> copies_until_hold_ = -1;
 
   std::mutex memory_mutex_;
   std::map<const std::byte*, std::unique_ptr<Block>> blocks_;

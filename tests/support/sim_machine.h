@@ -24,6 +24,9 @@ class SimMachine {
     call<void>("sim_release", device, stream);
   }
   void hold_copies(bool hold) { call<void>("sim_hold_copies", hold); }
+  bool await_copies(std::int64_t count, double seconds = 20) {
+    return call<bool>("sim_await_copies", count, seconds);
+  }
   void settle() { call<void>("sim_settle"); }
   void fail_copy(std::int64_t more) { call<void>("sim_fail_copy", more); }
   void reset() { call<void>("sim_reset"); }

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "torch_ext/device/device.h"
 #include "torch_ext/optim/update_kernel.h"
 #include "torch_ext/store/store.h"
 
@@ -132,6 +133,10 @@ class OptimizerOffload {
   /// Updates what is left of the released parameters. Errors: as step().
   void end_step();
 
+  /// Gives up a step that has begun, if one has, and returns when nobody calls
+  /// its kernel any more. State may be half updated, as after an error.
+  void abandon_step();
+
   /// Gives parameters without state zeros and no steps.
   /// Errors: IoError (ENOSPC), before anything has changed.
   void add_state(std::span<const std::size_t> parameters);
@@ -158,6 +163,12 @@ class OptimizerOffload {
   /// Page-aligned memory of options.scratch_bytes for kernels, made and
   /// counted at its first use; undefined content. Freed by close().
   std::span<std::byte> scratch();
+
+  /// Page-locks scratch(), or the memory that tiles come to, for the device
+  /// and all others of its type, until close(). If that cannot be, the memory
+  /// stays as it is and notes() say why.
+  void pin_scratch(const std::shared_ptr<Device>& device);
+  void pin_tiles(const std::shared_ptr<Device>& device);
 
   /// Of these parameters, whether they have state yet or not, as if all got it
   /// at once.

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <exception>
 #include <filesystem>
 #include <memory>
 #include <optional>
@@ -56,25 +57,44 @@ class AdamWEngine {
   /// formats that are not exact.
   explicit AdamWEngine(const OptimizerOffloadOptions& options,
                        StateFormat format = StateFormat::kExact,
-                       std::uint64_t seed = 0)
+                       std::uint64_t seed = 0,
+                       UpdateOn update_on = UpdateOn::kCpu)
       : format_(format),
         seed_(seed),
+        update_on_(update_on),
         directory_(first_of(options.store.directory)),
-        offload_(with_scratch(options)) {}
+        offload_(with_scratch(options)) {
+    check_update_on(update_on, format);
+  }
+
+  ~AdamWEngine() {
+    if (open_ == nullptr) return;
+    try {
+      offload_.abandon_step();  // Whose thread uses the lanes.
+    } catch (...) {
+      // A destructor has nobody to tell.
+    }
+  }
+  AdamWEngine(const AdamWEngine&) = delete;
+  AdamWEngine& operator=(const AdamWEngine&) = delete;
 
   /// Checks a parameter and gives it a slot; takes no space yet.
   std::size_t add(const at::Tensor& parameter) {
     check_parameter(parameter);
+    check_place(parameter, update_on_);
     slots_.emplace_back();
     return slots_.size() - 1;
   }
 
   /// A step of the parameters in the groups.
   void step(const std::vector<Group>& groups) {
-    AdamWKernel kernel(format_, seed_, make_scratch());
+    AdamWKernel kernel(
+        format_, seed_, [this] { return offload_.scratch(); }, lanes_,
+        update_on_);
     for (const Group& group : groups) {
       for (const Trained& trained : group.trained) {
         check(trained.parameter);
+        check_place(trained.parameter.tensor, update_on_);
         check_gradient(trained.gradient, trained.parameter.tensor);
       }
     }
@@ -84,7 +104,7 @@ class AdamWEngine {
         numbers.push_back(add_target(kernel, trained, group.hyper));
       }
     }
-    offload_.step(numbers, kernel);
+    lanes_.around([&] { offload_.step(numbers, kernel); });
   }
 
   /// A gradient that is final, of a step that ends with finish(): state is
@@ -94,13 +114,15 @@ class AdamWEngine {
   /// Errors: as step(); a failed update is finish()'s to throw.
   void take(const AdamWHyper& hyper, const Trained& trained) {
     check(trained.parameter);
+    check_place(trained.parameter.tensor, update_on_);
     check_gradient(trained.gradient, trained.parameter.tensor);
+    lane_of(trained.parameter.tensor);  // For the thread that now begins.
     begin_open_step();
     if (!open_->taken.insert(trained.parameter.slot).second) {
       fail<StateError>("a gradient of a parameter is taken twice in a step");
     }
-    const std::size_t number =
-        add_target(open_->kernel, trained, open_->kept(hyper));
+    const std::size_t number = add_target(
+        open_->kernel, trained, open_->kept(hyper), /*of_its_own=*/true);
     offload_.release(number);
   }
 
@@ -108,7 +130,7 @@ class AdamWEngine {
   void finish() {
     begin_open_step();
     const std::unique_ptr<OpenStep> step = std::move(open_);
-    offload_.end_step();
+    lanes_.around([&] { offload_.end_step(); });
   }
 
   /// Gives zero state without a step to parameters that have none.
@@ -170,6 +192,19 @@ class AdamWEngine {
 
   OptimizerOffload& offload() { return offload_; }
 
+  /// As OptimizerOffload::close(), after what is queued on devices.
+  void close() {
+    offload_.abandon_step();
+    std::exception_ptr error;
+    try {
+      lanes_.settle();
+    } catch (...) {
+      error = std::current_exception();
+    }
+    offload_.close();
+    if (error != nullptr) std::rethrow_exception(error);
+  }
+
  private:
   /// What the state of a parameter was made for.
   struct Slot {
@@ -197,19 +232,32 @@ class AdamWEngine {
   void begin_open_step() {
     if (open_ != nullptr) return;
     std::unique_ptr<OpenStep> step(
-        new OpenStep{.kernel = {format_, seed_, make_scratch()}});
+        new OpenStep{.kernel = {format_, seed_,
+                                [this] { return offload_.scratch(); }, lanes_,
+                                update_on_}});
     offload_.begin_step(step->kernel);
     open_ = std::move(step);
   }
 
+  /// With `of_its_own` the gradient is what the thread's stream makes of it so
+  /// far, else what it does until the step.
   std::size_t add_target(AdamWKernel& kernel, const Trained& trained,
-                         const AdamWHyper& hyper) {
+                         const AdamWHyper& hyper, bool of_its_own = false) {
     const auto& [parameter, gradient] = trained;
     const at::Tensor& tensor = parameter.tensor;
     const std::size_t number = number_of(parameter);
-    kernel.add(number,
-               {tensor.detach(), OrderedReader(gradient, tensor.strides()),
-                &hyper, ordinal_of(parameter)});
+    AdamWKernel::Target target{tensor.detach(),
+                               OrderedReader(gradient, tensor.strides()),
+                               &hyper, ordinal_of(parameter)};
+    if (DeviceLane* const lane = lane_of(tensor)) {
+      target.lane = lane;
+      target.ready = &lane->ready();
+      if (of_its_own) {
+        target.own_ready = lane->now();
+        target.ready = target.own_ready.get();
+      }
+    }
+    kernel.add(number, std::move(target));
     // Autograd must see that what it saved has changed.
     if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
     return number;
@@ -252,7 +300,23 @@ class AdamWEngine {
   }
 
   AdamWKernel::MakeScratch make_scratch() {
-    return [this] { return offload_.scratch(); };
+    return [this] {
+      lanes_.make_way_for(nullptr);
+      return offload_.scratch();
+    };
+  }
+
+  /// Of the tensor's device; null for the CPU.
+  DeviceLane* lane_of(const at::Tensor& tensor) {
+    if (tensor.is_cpu()) return nullptr;
+    if (DeviceLane* known = lanes_.find(tensor)) return known;
+    DeviceLane* const lane = lanes_.add(tensor.device());
+    if (update_on_ == UpdateOn::kCpu) {
+      offload_.pin_scratch(lane->device());
+    } else {
+      offload_.pin_tiles(lane->device());
+    }
+    return lane;
   }
 
   template <typename Error, typename... Parts>
@@ -275,6 +339,20 @@ class AdamWEngine {
           "a parameter with sizes ", tensor.sizes(), " and strides ",
           tensor.strides(), " is not dense: its elements overlap or have gaps");
     }
+  }
+
+  static void check_update_on(UpdateOn update_on, StateFormat format) {
+    if (update_on == UpdateOn::kCpu || format == StateFormat::kExact) return;
+    fail<std::invalid_argument>(
+        "update_on \"cuda\" is for state_format \"exact\"; with \"",
+        state_format_name(format), "\" the update is on the CPU");
+  }
+
+  static void check_place(const at::Tensor& parameter, UpdateOn update_on) {
+    if (update_on == UpdateOn::kCpu || !parameter.is_cpu()) return;
+    fail<std::invalid_argument>(
+        "a parameter is on the CPU, and update_on is \"cuda\": move the model "
+        "to the device first, or take update_on \"cpu\"");
   }
 
   void check(const Parameter& parameter) {
@@ -304,6 +382,10 @@ class AdamWEngine {
     const c10::ScalarType dtype = gradient.scalar_type();
     if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) {
       fail<TypeError>("a gradient of dtype ", dtype, " is not supported");
+    }
+    if (gradient.device() != parameter.device()) {
+      fail<std::invalid_argument>("a gradient is on ", gradient.device(),
+                                  ", its parameter on ", parameter.device());
     }
     check_sizes("gradient", gradient, parameter);
   }
@@ -361,9 +443,11 @@ class AdamWEngine {
 
   const StateFormat format_;
   const std::uint64_t seed_;
+  const UpdateOn update_on_;
   const std::filesystem::path directory_;
   std::unique_ptr<OpenStep> open_;  // Outlives offload_, whose thread uses it.
   OptimizerOffload offload_;
+  DeviceLanes lanes_;  // After what they copy to and from.
   std::vector<Slot> slots_;
 };
 

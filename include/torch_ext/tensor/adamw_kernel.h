@@ -13,64 +13,26 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <span>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
-#include "torch_ext/base/align.h"
 #include "torch_ext/optim/adamw_update.h"
 #include "torch_ext/optim/state_format.h"
 #include "torch_ext/optim/update_kernel.h"
+#include "torch_ext/tensor/adamw_options.h"
+#include "torch_ext/tensor/adamw_scratch.h"
 #include "torch_ext/tensor/dense_tensor.h"
+#include "torch_ext/tensor/device_lane.h"
+#include "torch_ext/tensor/fused_on_device.h"
 
 /// Of the OpenMP that PyTorch brings, if it does: for the calling thread only.
 extern "C" void omp_set_num_threads(int) noexcept __attribute__((weak));
 
 namespace torch_ext {
-
-/// What the parameters of a group have in common in a step.
-struct AdamWHyper {
-  double lr = 1e-3;
-  double beta1 = 0.9;
-  double beta2 = 0.999;
-  double eps = 1e-8;
-  double weight_decay = 1e-2;
-  bool maximize = false;
-
-  bool operator==(const AdamWHyper&) const = default;
-};
-
-/// Host memory for a chunk of elements on their way.
-class AdamWScratch {
- public:
-  explicit AdamWScratch(std::span<std::byte> memory)
-      : small_(
-            memory.first(align_down(std::min(memory.size() / 3, kSmall), 64))),
-        large_(memory.subspan(small_.size())) {}
-
-  /// For what is needed for a moment only.
-  std::span<std::byte> small() const { return small_; }
-
-  /// Elements of a chunk, for which there are three parts of 4 bytes each.
-  std::uint64_t chunk() const {
-    return align_down(large_.size() / 12, StateFields::kCut);
-  }
-  float* gradient() const { return reinterpret_cast<float*>(large_.data()); }
-  /// Parameters from a device.
-  std::span<std::byte> staging() const { return part(1); }
-  /// State as float.
-  float* state() const { return reinterpret_cast<float*>(part(2).data()); }
-
- private:
-  std::span<std::byte> part(std::size_t i) const {
-    return large_.subspan(i * chunk() * 4, chunk() * 4);
-  }
-
-  static constexpr std::size_t kSmall = std::size_t{128} << 10;
-  std::span<std::byte> small_;
-  std::span<std::byte> large_;
-};
 
 /// Makes `master`, `count` floats, agree with a float16 parameter in host
 /// memory, whose word is final: an element that does not round to the
@@ -129,8 +91,12 @@ inline at::Tensor host_part(const at::Tensor& parameter, std::uint64_t first,
 ///
 /// float parameters on the CPU are updated in place, with kExact bit for bit as
 /// torch.optim.AdamW(fused=True) does. What is in the way goes through scratch
-/// memory, chunk by chunk: parameters and gradients on another device, which
-/// are copied to the host and back, other dtypes, masters.
+/// memory, chunk by chunk: other dtypes, masters, and parameters on a device
+/// with their gradients, which are copied to the host and back, the next chunk
+/// while one is updated. Or, with UpdateOn::kDevice, these are updated there.
+///
+/// update() does not look at the thread's current streams: what it queues on a
+/// device comes after Target::ready and before the lane's leave().
 class AdamWKernel final : public UpdateKernel {
  public:
   /// A parameter that the step updates. Dense, of float, bfloat16 or float16.
@@ -139,13 +105,25 @@ class AdamWKernel final : public UpdateKernel {
     OrderedReader gradient;
     const AdamWHyper* hyper = nullptr;
     std::uint32_t ordinal = 0;  ///< For RoundingNoise.
+    /// Of the device that both are on; null for the CPU.
+    DeviceLane* lane = nullptr;
+    /// After it the gradient and the parameter are what they shall be; lives
+    /// as long as the target does.
+    const c10::Event* ready = nullptr;
+    std::shared_ptr<const c10::Event> own_ready;  ///< `ready`, if not a lane's.
     std::uint64_t left = 0;     ///< Elements that are not updated yet.
   };
   using MakeScratch = std::function<std::span<std::byte>()>;
 
-  /// Scratch is asked for when it is first needed.
-  AdamWKernel(StateFormat format, std::uint64_t seed, MakeScratch make_scratch)
-      : format_(format), seed_(seed), make_scratch_(std::move(make_scratch)) {}
+  /// Scratch, which is also that of the lanes, is asked for when it is first
+  /// needed. UpdateOn::kDevice goes with kExact only.
+  AdamWKernel(StateFormat format, std::uint64_t seed, MakeScratch make_scratch,
+              DeviceLanes& lanes, UpdateOn update_on = UpdateOn::kCpu)
+      : format_(format),
+        seed_(seed),
+        make_scratch_(std::move(make_scratch)),
+        lanes_(lanes),
+        update_on_(update_on) {}
 
   /// From any thread, also while others are updated. The kernel lets go of the
   /// gradient when all elements are updated.
@@ -158,14 +136,20 @@ class AdamWKernel final : public UpdateKernel {
   /// PyTorch's worker threads are those of backward, which goes on meanwhile:
   /// more threads than cores wait for one another.
   void enter_thread() override {
+    lanes_.enter_thread();
     at::get_num_threads();  // PyTorch sets its number at its first use.
     if (omp_set_num_threads != nullptr) omp_set_num_threads(1);
   }
 
   void update(std::span<const StateSegment> segments) override {
     const c10::NoGradGuard no_grad;
+    on_device_.clear();
     for (const StateSegment& segment : segments) {
       const Target& target = target_of(segment);
+      if (target.lane != nullptr) {
+        on_device_.push_back({&segment, &target});
+        continue;
+      }
       if (batch_hyper_ != target.hyper) flush();
       batch_hyper_ = target.hyper;
       if (in_place(target)) {
@@ -177,6 +161,7 @@ class AdamWKernel final : public UpdateKernel {
       }
     }
     flush();
+    update_those_on_devices();
     for (const StateSegment& segment : segments) let_go_of_updated(segment);
   }
 
@@ -195,8 +180,28 @@ class AdamWKernel final : public UpdateKernel {
     if (found->second.left == 0) updated = targets_.extract(found);
   }
 
+  /// Elements: enough for fast copies, and a tile has several such chunks.
+  static constexpr std::uint64_t kMostOnTheWay = 65536;
+
+  struct OnDevice {
+    const StateSegment* segment;
+    const Target* target;
+  };
+  /// Elements of it that are on the host at one time.
+  struct Chunk {
+    const StateSegment& segment;
+    const Target& target;
+    std::uint64_t done;  ///< Elements of the segment before these.
+    std::uint64_t count;
+
+    std::uint64_t first() const { return segment.first + done; }
+    at::Tensor of(const at::Tensor& tensor) const {
+      return storage_view(tensor, first(), count);
+    }
+  };
+
   bool in_place(const Target& target) const {
-    return format_ == StateFormat::kExact && target.parameter.is_cpu() &&
+    return format_ == StateFormat::kExact &&
            target.parameter.scalar_type() == at::kFloat &&
            has_direct_gradient(target, at::kFloat);
   }
@@ -213,6 +218,7 @@ class AdamWKernel final : public UpdateKernel {
   void update_by_chunks(const StateSegment& segment, const Target& target) {
     flush();
     batch_hyper_ = target.hyper;
+    lanes_.make_way_for(nullptr);
     const AdamWScratch scratch(make_scratch_());
     const std::uint64_t chunk = scratch.chunk();
     for (std::uint64_t done = 0; done < segment.count; done += chunk) {
@@ -222,17 +228,122 @@ class AdamWKernel final : public UpdateKernel {
       run.first = first;
       run.count = count;
       find_gradient(target, scratch, run);
-      const at::Tensor& parameter = target.parameter;
-      const at::Tensor here =
-          host_part(parameter, first, count, scratch.staging());
-      if (format_ == StateFormat::kExact) {
-        update_exact(segment, done, run, here, scratch);
+      const at::Tensor here = storage_view(target.parameter, first, count);
+      update_chunk(segment, done, run, here, target, scratch);
+    }
+  }
+
+  void update_chunk(const StateSegment& segment, std::uint64_t done,
+                    const AdamWRun& run, const at::Tensor& here,
+                    const Target& target, const AdamWScratch& scratch) {
+    if (format_ == StateFormat::kExact) {
+      update_exact(segment, done, run, here, scratch);
+    } else {
+      update_packed(segment, done, run, here, target, scratch);
+    }
+  }
+
+  void update_those_on_devices() {
+    std::span<const OnDevice> rest = on_device_;
+    while (!rest.empty()) {
+      DeviceLane& lane = *rest[0].target->lane;
+      std::size_t same = 0;
+      while (same < rest.size() && rest[same].target->lane == &lane) {
+        lane.after(*rest[same++].target->ready);
+      }
+      lanes_.make_way_for(&lane);
+      if (update_on_ == UpdateOn::kCpu) {
+        update_here(lane, rest.first(same));
       } else {
-        update_packed(segment, done, run, here, target, scratch);
+        update_there(lane, rest.first(same));
       }
-      if (!parameter.is_cpu()) {
-        storage_view(parameter, first, count).copy_(here);
+      rest = rest.subspan(same);
+    }
+  }
+
+  void update_here(DeviceLane& lane, std::span<const OnDevice> parameters) {
+    const AdamWScratch scratch(make_scratch_(), DeviceLane::kSlots);
+    const std::uint64_t most = std::min(scratch.chunk(), kMostOnTheWay);
+    std::vector<Chunk> chunks;
+    for (const auto& [segment, target] : parameters) {
+      for (std::uint64_t done = 0; done < segment->count; done += most) {
+        chunks.push_back(
+            {*segment, *target, done, std::min(most, segment->count - done)});
       }
+    }
+    for (std::size_t i = 0; i < chunks.size(); ++i) {
+      if (i == 0) bring(lane, chunks[0], scratch, 0);
+      // Its copies are made while this one is updated.
+      if (i + 1 < chunks.size()) {
+        bring(lane, chunks[i + 1], scratch, (i + 1) % DeviceLane::kSlots);
+      }
+      update_brought(lane, chunks[i], scratch, i % DeviceLane::kSlots);
+    }
+  }
+
+  /// Queues the copies of a chunk to the host. Those to and from a slot are
+  /// made in the order in which they are queued.
+  void bring(DeviceLane& lane, const Chunk& chunk, const AdamWScratch& scratch,
+             std::size_t slot) const {
+    const at::Tensor& parameter = chunk.target.parameter;
+    lane.queue([&] {
+      const at::Tensor gradient = chunk.of(chunk.target.gradient.source());
+      const c10::ScalarType dtype = brought_dtype(gradient.scalar_type());
+      host_view(scratch.gradient(slot), chunk.count, dtype)
+          .copy_(gradient.to(dtype), /*non_blocking=*/true);
+      host_view(scratch.staging(slot).data(), chunk.count,
+                parameter.scalar_type())
+          .copy_(chunk.of(parameter), /*non_blocking=*/true);
+    });
+    lane.mark(slot);
+  }
+
+  void update_brought(DeviceLane& lane, const Chunk& chunk,
+                      const AdamWScratch& scratch, std::size_t slot) {
+    const Target& target = chunk.target;
+    batch_hyper_ = target.hyper;
+    AdamWRun run;
+    run.first = chunk.first();
+    run.count = chunk.count;
+    float* const gradient = scratch.gradient(slot);
+    if (brought_dtype(target.gradient.source().scalar_type()) == at::kFloat) {
+      run.gradient = gradient;
+    } else {
+      run.gradient_bf16 = reinterpret_cast<std::uint16_t*>(gradient);
+    }
+    const at::Tensor here = host_view(scratch.staging(slot).data(), run.count,
+                                      target.parameter.scalar_type());
+    lane.await(slot);
+    update_chunk(chunk.segment, chunk.done, run, here, target, scratch);
+    lane.queue(
+        [&] { chunk.of(target.parameter).copy_(here, /*non_blocking=*/true); });
+  }
+
+  /// As which a gradient is copied to the host: what the update takes.
+  c10::ScalarType brought_dtype(c10::ScalarType dtype) const {
+    const bool as_it_is =
+        format_ != StateFormat::kExact && dtype == at::kBFloat16;
+    return as_it_is ? dtype : at::kFloat;
+  }
+
+  void update_there(DeviceLane& lane, std::span<const OnDevice> parameters) {
+    try {
+      lane.queue([&] {
+        FusedOnDevice fused;
+        for (const auto& [segment, target] : parameters) {
+          fused.add(
+              *segment, *target->hyper,
+              storage_view(target->parameter, segment->first, segment->count),
+              storage_view(target->gradient.source(), segment->first,
+                           segment->count));
+        }
+        fused.flush();
+      });
+      lane.settle();
+    } catch (...) {
+      // Copies to and from the segments may be on their way.
+      DeviceLanes::settle_quietly(lane);
+      throw;
     }
   }
 
@@ -365,8 +476,11 @@ class AdamWKernel final : public UpdateKernel {
   const StateFormat format_;
   const std::uint64_t seed_;
   const MakeScratch make_scratch_;
+  DeviceLanes& lanes_;
+  const UpdateOn update_on_;
   std::mutex targets_mutex_;
   std::unordered_map<std::size_t, Target> targets_;
+  std::vector<OnDevice> on_device_;  ///< Of the tile.
   const AdamWHyper* batch_hyper_ = nullptr;
   std::vector<at::Tensor> parameters_, gradients_, exp_avgs_, exp_avg_sqs_;
   std::vector<at::Tensor> steps_;

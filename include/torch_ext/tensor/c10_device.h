@@ -64,14 +64,28 @@ class C10Device final : public Device {
     if (runtime_.cuda) runtime_.cuda->host_unregister(memory.data());
   }
 
-  EventPtr record(Stream stream) override {
+  /// The calling thread's current stream on this device, or the copy stream.
+  /// Errors: StateError if the current one is being captured into a graph.
+  c10::Stream stream(Stream which) const {
+    if (which == Stream::kCopy) return copy_stream_;
+    const c10::Stream current = guard_.getStream(device_);
+    // An event in a graph is a node of it, and never done.
+    if (runtime_.cuda && runtime_.cuda->is_capturing(current.native_handle())) {
+      throw StateError("the current stream of " + name() +
+                       " is being captured into a graph; do this outside of "
+                       "the capture");
+    }
+    return current;
+  }
+
+  EventPtr record(Stream which) override {
     auto event = std::make_shared<Event>(device_.type());
-    event->event.record(resolve(stream));
+    event->event.record(stream(which));
     return event;
   }
 
-  void wait(Stream stream, const EventPtr& event) override {
-    static_cast<const Event&>(*event).event.block(resolve(stream));
+  void wait(Stream which, const EventPtr& event) override {
+    static_cast<const Event&>(*event).event.block(stream(which));
   }
 
   bool query(const EventPtr& event) override {
@@ -118,18 +132,6 @@ class C10Device final : public Device {
         .options(at::TensorOptions().dtype(at::kByte).device(device))
         .target_device(device)
         .make_tensor();
-  }
-
-  c10::Stream resolve(Stream stream) const {
-    if (stream == Stream::kCopy) return copy_stream_;
-    const c10::Stream current = guard_.getStream(device_);
-    // An event in a graph is a node of it, and never done.
-    if (runtime_.cuda && runtime_.cuda->is_capturing(current.native_handle())) {
-      throw StateError(
-          "the current stream of " + name() +
-          " is being captured into a graph; swap outside of the capture");
-    }
-    return current;
   }
 
   const c10::impl::VirtualGuardImpl guard_;

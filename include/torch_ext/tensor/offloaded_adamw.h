@@ -63,6 +63,9 @@ struct OffloadOptions {
   /// step() clips gradients to this norm first, as
   /// torch::nn::utils::clip_grad_norm_ does. kUpdate then is as kPrefetch.
   std::optional<double> max_grad_norm = {};
+  /// Where parameters on a device are updated; kDevice is for kExact only, and
+  /// no parameter may be on the CPU.
+  UpdateOn update_on = UpdateOn::kCpu;
   AioConfig aio = {};
   std::string engine = "auto";  ///< Or one of engine_names().
   bool verify = true;           ///< Checksums are compared on reading.
@@ -96,7 +99,7 @@ class OffloadedAdamW : public torch::optim::Optimizer {
                            .engine = offload.engine,
                            .verify = offload.verify},
                  .host_memory = offload.host_memory},
-                offload.state_format, offload.seed),
+                offload.state_format, offload.seed, offload.update_on),
         max_grad_norm_(offload.max_grad_norm) {
     if (max_grad_norm_ && !(*max_grad_norm_ > 0)) {
       throw std::invalid_argument("OffloadedAdamW: max_grad_norm is " +
@@ -229,7 +232,7 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   /// What a log should hold, e.g. why direct I/O is not used.
   const std::vector<std::string>& notes() { return engine_.offload().notes(); }
   /// See OptimizerOffload::close.
-  void close() { engine_.offload().close(); }
+  void close() { engine_.close(); }
 
  private:
   static constexpr const char* kNoArchive =

@@ -1,0 +1,223 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/Device.h>
+#include <c10/core/Event.h>
+#include <c10/core/Stream.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/util/Exception.h>
+#include <sys/types.h>
+
+#include <array>
+#include <cstddef>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "torch_ext/base/error.h"
+#include "torch_ext/base/process.h"
+#include "torch_ext/tensor/c10_device.h"
+
+namespace torch_ext {
+
+/// A device's copy stream as an optimizer uses it, and the events that it
+/// takes, made once. Only enter() and leave() look at the calling thread's
+/// current stream.
+///
+/// Errors: StateError with what the device says. Threads: any, one at a time.
+class DeviceLane {
+ public:
+  /// How many chunks may be on their way to the host.
+  static constexpr std::size_t kSlots = 2;
+
+  /// Errors: as C10Device.
+  explicit DeviceLane(c10::Device device)
+      : device_(std::make_shared<C10Device>(device)),
+        stream_(device_->stream(Device::Stream::kCopy)),
+        ready_(device.type()),
+        done_(device.type()),
+        here_{c10::Event(device.type()), c10::Event(device.type())} {}
+
+  const std::shared_ptr<C10Device>& device() const { return device_; }
+
+  /// Marks the work that the thread has queued so far: see ready().
+  void enter() { ready_.record(device_->stream(Device::Stream::kCurrent)); }
+  /// What enter() has marked.
+  const c10::Event& ready() const { return ready_; }
+
+  /// An event of its own after what the thread has queued so far.
+  std::shared_ptr<const c10::Event> now() const {
+    auto event = std::make_shared<c10::Event>(stream_.device_type());
+    event->record(device_->stream(Device::Stream::kCurrent));
+    return event;
+  }
+
+  /// The thread's later work comes after all that has been queued here.
+  void leave() {
+    mark_end();
+    done_.block(device_->stream(Device::Stream::kCurrent));
+  }
+
+  /// What is queued here from now on comes after the event.
+  void after(const c10::Event& event) { event.block(stream_); }
+
+  /// Calls `work`, whose operators queue what they do here.
+  template <typename Work>
+  void queue(Work&& work) {
+    queued_ = true;
+    guarded([&] {
+      const c10::StreamGuard here(stream_);
+      std::forward<Work>(work)();
+    });
+  }
+
+  /// Marks the end of what `slot` waits for.
+  void mark(std::size_t slot) { here_.at(slot).record(stream_); }
+  /// Returns when that is done.
+  void await(std::size_t slot) {
+    guarded([&] { here_.at(slot).synchronize(); });
+  }
+
+  /// Throws what the work met that was queued before leave().
+  void check() {
+    if (!std::exchange(unseen_, false)) return;
+    guarded([&] { done_.synchronize(); });
+  }
+
+  /// Returns when all that was queued is done.
+  void settle() {
+    if (queued_) mark_end();
+    check();
+  }
+
+ private:
+  void mark_end() {
+    done_.record(stream_);
+    queued_ = false;
+    unseen_ = true;
+  }
+
+  template <typename Work>
+  void guarded(Work&& work) {
+    try {
+      std::forward<Work>(work)();
+    } catch (const c10::Error& error) {
+      throw StateError("optimizer: on " + device_->name() + ": " +
+                       error.what_without_backtrace());
+    }
+  }
+
+  const std::shared_ptr<C10Device> device_;
+  const c10::Stream stream_;
+  c10::Event ready_;  ///< On the caller's stream.
+  c10::Event done_;   ///< On this one, after all that was queued.
+  std::array<c10::Event, kSlots> here_;
+  bool queued_ = false;  ///< Something, since done_ was recorded.
+  bool unseen_ = false;  ///< The host has not waited for done_.
+};
+
+/// The lanes of an optimizer, one for each device that it has met.
+/// Threads: any; what a lane does, one at a time. Forked children: nothing happens.
+class DeviceLanes {
+ public:
+  DeviceLanes() = default;
+  DeviceLanes(const DeviceLanes&) = delete;
+  DeviceLanes& operator=(const DeviceLanes&) = delete;
+
+  ~DeviceLanes() {
+    if (in_child()) {
+      // The events are the parent's.
+      for (auto& lane : lanes_) static_cast<void>(lane.release());
+      return;
+    }
+    for (const auto& lane : lanes_) settle_quietly(*lane);
+  }
+
+  /// The lane of the tensor's device; null for the CPU.
+  DeviceLane* find(const at::Tensor& tensor) const {
+    const std::lock_guard lock(mutex_);
+    for (const auto& lane : lanes_) {
+      if (lane->device()->name() == tensor.device().str()) return lane.get();
+    }
+    return nullptr;
+  }
+
+  DeviceLane* add(c10::Device device) {
+    auto lane = std::make_unique<DeviceLane>(device);
+    const std::lock_guard lock(mutex_);
+    lanes_.push_back(std::move(lane));
+    return lanes_.back().get();
+  }
+
+  /// To be called on a thread of its own before it uses the lanes.
+  void enter_thread() {
+    const std::lock_guard lock(mutex_);
+    for (const auto& lane : lanes_) lane->device()->enter_thread();
+  }
+
+  void enter() {
+    const std::lock_guard lock(mutex_);
+    for (const auto& lane : lanes_) lane->enter();
+  }
+  void leave() {
+    const std::lock_guard lock(mutex_);
+    for (const auto& lane : lanes_) lane->leave();
+  }
+
+  /// Calls `work` between enter() and leave(), whatever it throws.
+  template <typename Work>
+  void around(Work&& work) {
+    enter();
+    try {
+      std::forward<Work>(work)();
+    } catch (...) {
+      leave_quietly();
+      throw;
+    }
+    leave();
+  }
+
+  /// Host memory that all share is `user`'s from here on; null: the host's.
+  void make_way_for(const DeviceLane* user) {
+    const std::lock_guard lock(mutex_);
+    for (const auto& lane : lanes_) {
+      if (lane.get() == user) {
+        lane->check();
+      } else {
+        lane->settle();
+      }
+    }
+  }
+
+  /// Returns when all lanes have done what was queued.
+  void settle() {
+    if (!in_child()) make_way_for(nullptr);
+  }
+
+  static void settle_quietly(DeviceLane& lane) noexcept {
+    try {
+      lane.settle();
+    } catch (...) {
+      // Whoever asks meets an earlier error, or what replaces the memory.
+    }
+  }
+
+ private:
+  bool in_child() const { return process_id() != owner_; }
+
+  void leave_quietly() noexcept {
+    try {
+      leave();
+    } catch (...) {
+      // The error that is on its way says more.
+    }
+  }
+
+  const pid_t owner_ = process_id();
+  mutable std::mutex mutex_;  // Of the list.
+  std::vector<std::unique_ptr<DeviceLane>> lanes_;
+};
+
+}  // namespace torch_ext
