@@ -169,6 +169,24 @@ TEST_F(AdamWDeviceTest, AnUpdateOnAnotherThreadComesAfterItsTargetsEvent) {
   }
 }
 
+TEST_F(AdamWDeviceTest, LaterWorkComesAfterCopiesAlsoWhereAStepHasFailed) {
+  const at::Tensor parameter = at::zeros({100}, sim_);
+  const at::Tensor host = at::ones({100});
+  machine().settle();
+  DeviceLanes lanes;
+  DeviceLane* const lane = lanes.add(sim_);
+  machine().hold_copies(true);
+  const auto step = [&] {
+    lane->queue([&] { parameter.copy_(host, /*non_blocking=*/true); });
+    throw StateError("a later tile could not be read");
+  };
+  EXPECT_THROW(lanes.around(step), StateError);
+  const at::Tensor seen = parameter.clone();
+  machine().settle();
+  machine().hold_copies(false);
+  EXPECT_TRUE(at::equal(seen.to(at::kCPU), host));
+}
+
 TEST_F(AdamWDeviceTest, MemoryOfCopiesIsPageLockedUntilClose) {
   test::FakeCuda cuda;
   const auto device = std::make_shared<C10Device>(
