@@ -27,6 +27,7 @@ from torch_ext._checks import (
     seed_of,
     state_format_of,
 )
+from torch_ext._local import any_nonzero, is_distributed, like_parameter
 from torch_ext._native import _C
 from torch_ext._offload import OffloadedBase
 from torch_ext.config import AioConfig, parse_size, resolve_aio_config
@@ -166,16 +167,22 @@ class OffloadedAdamW(OffloadedBase):
         trained = [(group, _with_gradient(group)) for group in self.param_groups]
         if not self.state and _asks_for_state_only(trained):
             parameters = [p for _, group in trained for p in group]
-            self._engine.init([(self._slot_of(p), p) for p in parameters])
+            self._engine.init([self._own_part(p) for p in parameters])
         else:
             self._engine.step(
                 [
-                    (*hyper(group), [(self._slot_of(p), p, p.grad) for p in parameters])
+                    (
+                        *hyper(group),
+                        [(*self._own_part(p), self._own_gradient(p)) for p in parameters],
+                    )
                     for group, parameters in trained
                 ]
             )
         for p in chain.from_iterable(parameters for _, parameters in trained):
             self.state[p] = self._shown_state(p)
+            if is_distributed(p):
+                # The engine has told autograd of the shard's change only.
+                torch.autograd.graph.increment_version(p)
         return loss
 
     @torch._disable_dynamo
@@ -197,19 +204,20 @@ class OffloadedAdamW(OffloadedBase):
             packed = {key: value for key, value in group.items() if key != "params"}
             packed["params"] = [number_of[p] for p in group["params"]]
             groups.append(packed)
-        by_slot = {self._slot_of(p): number for p, number in number_of.items()}
+        by_slot = {self._slot_of(p): p for p in number_of}
         state = {}
         for slot, step, exp_avg, exp_avg_sq, master in self._engine.save(
-            [(self._slots[p], p) for p in number_of]
+            [self._own_part(p) for p in number_of]
         ):
+            parameter = by_slot[slot]
             entry = {
                 "step": torch.tensor(float(step), dtype=torch.float32),
-                "exp_avg": exp_avg,
-                "exp_avg_sq": exp_avg_sq,
+                "exp_avg": like_parameter(exp_avg, parameter),
+                "exp_avg_sq": like_parameter(exp_avg_sq, parameter),
             }
             if master is not None:
-                entry["master_param"] = master
-            state[by_slot[slot]] = entry
+                entry["master_param"] = like_parameter(master, parameter)
+            state[number_of[parameter]] = entry
         state_dict = {"state": state, "param_groups": groups}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
@@ -248,14 +256,14 @@ class OffloadedAdamW(OffloadedBase):
         ]
         ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         entries = [
-            (self._slot_of(p), p, *read_entry(f"parameter {key!r}, {label}", p, entry))
+            (p, read_entry(f"parameter {key!r}, {label}", p, entry))
             for key, (label, p) in zip(ids, labelled_parameters(self.param_groups), strict=True)
             if (entry := state_dict["state"].get(key))
         ]
-        self._engine.load(entries)
+        self._engine.load([(*self._own_part(p), *entry) for p, entry in entries])
         self.param_groups = groups
         self.state = defaultdict(dict)
-        for _, p, *_ in entries:
+        for p, _ in entries:
             self.state[p] = self._shown_state(p)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -283,5 +291,6 @@ def _asks_for_state_only(trained: list[tuple[dict[str, Any], list[Tensor]]]) -> 
     return (
         bool(gradients)
         and all(float(group["lr"]) == 0.0 for group, _ in trained)
-        and not any(g.is_sparse or bool(g.any()) for g in gradients)
+        and not any(g.is_sparse for g in gradients)
+        and not any_nonzero(gradients)
     )
