@@ -1,6 +1,7 @@
 """OffloadedAdamW over the shards of FSDP2: several processes, one directory."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -8,8 +9,14 @@ import torch.distributed.checkpoint as dcp
 from optim_support import SMALL, HalfReference, equal
 from ranks import Ranks
 from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 from torch_ext import OffloadedAdamW
 
@@ -28,10 +35,10 @@ def ranks():
 class Net(torch.nn.Module):
     """With parameters of which some ranks have less than others, or nothing."""
 
-    def __init__(self):
+    def __init__(self, width=701):
         super().__init__()
-        self.first = torch.nn.Linear(64, 701)
-        self.second = torch.nn.Linear(701, 45)
+        self.first = torch.nn.Linear(64, width)
+        self.second = torch.nn.Linear(width, 45)
         self.third = torch.nn.Linear(45, 3)
         self.scale = torch.nn.Parameter(torch.ones(1))
 
@@ -80,9 +87,9 @@ def train(model, optimizer, seeds, clip=None):
     return losses
 
 
-def differences(directory, steps, clip, options):
+def differences(directory, steps, clip, make):
     """Trains in memory and offloaded; says what is not equal."""
-    ours, theirs = sharded(**options), sharded(**options)
+    ours, theirs = make(), make()
     a = offloaded(ours, directory)
     b = torch.optim.AdamW(theirs.parameters(), lr=LR, fused=True)
     losses = train(ours, a, range(steps), clip)
@@ -101,7 +108,7 @@ def differences(directory, steps, clip, options):
 
 
 def test_200_steps_on_two_ranks_are_bit_identical(ranks, nvme_dir):
-    results = ranks[2].run(differences, nvme_dir, 200, None, {})
+    results = ranks[2].run(differences, nvme_dir, 200, None, sharded)
     for found, written, _ in results:
         assert found == []
         assert written > 0
@@ -110,7 +117,7 @@ def test_200_steps_on_two_ranks_are_bit_identical(ranks, nvme_dir):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_gradients_clipped_over_all_ranks_are_bit_identical(ranks, nvme_dir, world):
-    for found, *_ in ranks[world].run(differences, nvme_dir, 20, 0.1, {}):
+    for found, *_ in ranks[world].run(differences, nvme_dir, 20, 0.1, sharded):
         assert found == []
 
 
@@ -118,13 +125,33 @@ def test_gradients_clipped_over_all_ranks_are_bit_identical(ranks, nvme_dir, wor
     "options",
     [
         {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)},
+        # Pinning, the default, is refused by torch itself where there is no GPU.
         {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
         {"reshard_after_forward": False},
     ],
     ids=lambda options: next(iter(options)),
 )
 def test_policies_of_fsdp_do_not_matter(ranks, nvme_dir, options):
-    for found, *_ in ranks[2].run(differences, nvme_dir, 20, 1.0, options):
+    make = partial(sharded, **options)
+    for found, *_ in ranks[2].run(differences, nvme_dir, 20, 1.0, make):
+        assert found == []
+
+
+def replicated_shards():
+    return sharded(mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards")))
+
+
+def tensor_parallel_shards():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shards", "parts"))
+    torch.manual_seed(1)
+    model = Net(width=700)
+    plan = {"first": ColwiseParallel(), "second": RowwiseParallel()}
+    return fully_shard(parallelize_module(model, mesh["parts"], plan), mesh=mesh["shards"])
+
+
+@pytest.mark.parametrize("make", [replicated_shards, tensor_parallel_shards])
+def test_meshes_of_two_dimensions_are_bit_identical(ranks, nvme_dir, make):
+    for found, *_ in ranks[4].run(differences, nvme_dir, 10, None, make):
         assert found == []
 
 
@@ -248,7 +275,7 @@ def refusals(directory):
     before = [shard.clone() for shard in shards(model)]
     weight = model.first.weight
     good, texts = weight.grad, {}
-    partial = DTensor.from_local(torch.zeros(weight.shape), weight.device_mesh, [Partial()])
+    summand = DTensor.from_local(torch.zeros(weight.shape), weight.device_mesh, [Partial()])
 
     def attempt(name, error, action):
         with pytest.raises(error) as caught:
@@ -258,10 +285,11 @@ def refusals(directory):
     for name, gradient in {
         "replicated": good.redistribute(placements=[Replicate()]),
         "other dim": good.redistribute(placements=[Shard(1)]),
-        "partial": partial,
+        "partial": summand,
     }.items():
         weight.grad = gradient
         attempt(name, RuntimeError, optimizer.step)
+    attempt("sum", ValueError, lambda: offloaded(torch.nn.ParameterList([summand]), directory))
     weight.grad = good
     state = optimizer.state_dict()
     moved = state["state"][1]["exp_avg"].redistribute(placements=[Replicate()])
@@ -288,11 +316,12 @@ def test_what_is_distributed_differently_is_refused(ranks, nvme_dir):
         assert "exp_avg is a DTensor with placements (Replicate" in texts["state"]
         assert "set_optimizer_state_dict" in texts["state"]
         assert "sizes" in texts["whole"]
+        assert "Partial" in texts["sum"]
 
 
 def first_step_at_rate_zero(directory):
     """Of a parameter of which the other ranks have nothing."""
-    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh("cpu", (2,))
     parameter = torch.nn.Parameter(distribute_tensor(torch.ones(1), mesh, [Shard(0)]))
     optimizer = OffloadedAdamW([parameter], lr=0.0, nvme_path=directory, host_memory=SMALL)
     parameter.grad = torch.ones_like(parameter)
@@ -305,7 +334,7 @@ def test_ranks_agree_whether_a_first_step_at_rate_zero_counts(ranks, nvme_dir):
 
 
 def change_before_backward(directory):
-    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh("cpu", (2,))
     weight = torch.nn.Parameter(distribute_tensor(torch.ones(10), mesh, [Shard(0)]))
     optimizer = OffloadedAdamW([weight], nvme_path=directory, host_memory=SMALL)
     loss = (weight * weight).sum()
