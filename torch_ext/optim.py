@@ -41,7 +41,8 @@ class OffloadedAdamW(OffloadedBase):
     parameters have a float32 master, of which the file holds what they lack: each
     step updates the master and rounds it to the parameter. The parameter has the last
     word: what writes to it between steps (``model.load_state_dict``, ``clamp_``) counts.
-    Parameters on another device are updated on the CPU.
+    Parameters on another device are updated on the CPU. Of a DTensor each process
+    updates its shard; processes may share ``nvme_path``.
 
     A step reads, updates and writes the state tile by tile, all three at once,
     in buffers that together take no more than ``host_memory``; the first tiles
@@ -154,7 +155,8 @@ class OffloadedAdamW(OffloadedBase):
 
         Raises:
             OSError: Reading or writing failed, now or since the last call.
-            RuntimeError: A gradient is sparse; a parameter was put into
+            RuntimeError: A gradient is sparse, or a DTensor on another mesh or with
+                other placements than its parameter; a parameter was put into
                 ``param_groups`` by hand; the optimizer is closed or belongs to
                 another process.
             ValueError, TypeError: A parameter or gradient cannot be used;
@@ -190,7 +192,8 @@ class OffloadedAdamW(OffloadedBase):
         """Returns the state as ``torch.optim.AdamW`` does; see the class.
 
         ``exp_avg`` and ``exp_avg_sq`` are float32 whatever the parameter is;
-        bfloat16 and float16 parameters have ``master_param`` besides.
+        bfloat16 and float16 parameters have ``master_param`` besides. What belongs to
+        a DTensor is one, with the same mesh and placements.
 
         Raises:
             OSError: Reading failed, or ``nvme_path`` has no space for a copy.
@@ -230,9 +233,10 @@ class OffloadedAdamW(OffloadedBase):
         """Takes the state of this class or of ``torch.optim.AdamW``.
 
         Tensors may have any floating dtype and device and are read one part
-        after the other; the dict is not copied. A bfloat16 or float16
-        parameter whose ``master_param`` is missing, or does not round to it,
-        is its own master.
+        after the other; the dict is not copied. Those of a DTensor parameter have
+        its mesh and placements, or are plain tensors: the local shards. A bfloat16
+        or float16 parameter whose ``master_param`` is missing, or does not round to
+        it, is its own master.
 
         Raises:
             ValueError, TypeError: The state does not fit; nothing has changed.
