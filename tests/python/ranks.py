@@ -36,7 +36,7 @@ class Ranks:
 
     def __init__(self, world):
         self.world = world
-        self._processes = []
+        self._processes, self._pipes = [], []
 
     def run(self, function, *arguments):
         """The function's results, by rank; an error if any rank had one."""
@@ -55,24 +55,27 @@ class Ranks:
             except EOFError:
                 results.append((False, f"rank {rank} died"))
         if errors := [text for ok, text in results if not ok]:
-            self.close()
+            self.close(failed=True)
             raise AssertionError("\n".join(errors))
         return [value for _, value in results]
 
-    def close(self):
-        for process in self._processes:
-            process.terminate()
+    def close(self, failed=False):
+        """Ends the processes; those of a group that failed may wait for ever."""
+        for process, pipe in zip(self._processes, self._pipes, strict=True):
+            if failed:
+                process.terminate()
+            else:
+                pipe.send(None)
         for process in self._processes:
             process.join()
         if self._processes:
             self._folder.cleanup()
-        self._processes = []
+        self._processes, self._pipes = [], []
 
     def _start(self):
         context = torch.multiprocessing.get_context("spawn")
         self._folder = TemporaryDirectory(prefix="torch_ext_test.")
         rendezvous = Path(self._folder.name, "rendezvous")
-        self._pipes = []
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         for rank in range(self.world):
             ours, theirs = context.Pipe()
