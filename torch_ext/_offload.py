@@ -176,8 +176,21 @@ class OffloadedBase(torch.optim.Optimizer):
     def _slot_of(self, parameter: Tensor) -> int:
         if (slot := self._slots.get(parameter)) is not None:
             return slot
+        if not self.state:
+            return self._adopt(parameter)
         raise RuntimeError(
             f"{self._label_of(parameter)} is a tensor that this optimizer was not given. "
             f"Change a parameter in place (parameter.data = ...), add new ones with "
             f"add_param_group(), or make a new optimizer"
         )
+
+    def _adopt(self, parameter: Tensor) -> int:
+        """Takes a parameter that stands in the place of another: before there is any
+        state accelerate puts FSDP2's shards where the whole parameters were.
+        """
+        check_parameter(parameter)
+        slot = self._engine.add(local_of(parameter))
+        # Those that are gone shall not be kept alive.
+        for gone in self._slots.keys() - set(self._parameters()):
+            del self._slots[gone]
+        return self._slots.setdefault(parameter, slot)

@@ -157,8 +157,8 @@ class OffloadedAdamW(OffloadedBase):
             OSError: Reading or writing failed, now or since the last call.
             RuntimeError: A gradient is sparse, or a DTensor on another mesh or with
                 other placements than its parameter; a parameter was put into
-                ``param_groups`` by hand; the optimizer is closed or belongs to
-                another process.
+                ``param_groups`` by hand after the first step; the optimizer is closed
+                or belongs to another process.
             ValueError, TypeError: A parameter or gradient cannot be used;
                 nothing has changed then.
         """

@@ -1,6 +1,7 @@
 """OffloadedAdamW over the shards of FSDP2: several processes, one directory."""
 
 import os
+import weakref
 from functools import partial
 
 import pytest
@@ -317,6 +318,24 @@ def test_what_is_distributed_differently_is_refused(ranks, nvme_dir):
         assert "set_optimizer_state_dict" in texts["state"]
         assert "sizes" in texts["whole"]
         assert "Partial" in texts["sum"]
+
+
+def switched(directory):
+    """As accelerate prepares a model and its optimizer for FSDP2."""
+    whole, theirs, ours = Net(), sharded(), sharded()
+    a = offloaded(whole, directory)
+    b = torch.optim.AdamW(theirs.parameters(), lr=LR, fused=True)
+    a.param_groups[0]["params"] = [torch.empty(1) for _ in whole.parameters()]
+    a.param_groups[0]["params"] = list(ours.parameters())
+    losses = train(ours, a, range(3))
+    replaced = weakref.ref(whole.first.weight)
+    del whole
+    assert replaced() is None
+    return losses == train(theirs, b, range(3)), equal(shards(ours), shards(theirs))
+
+
+def test_shards_may_take_the_place_of_parameters_before_the_first_step(ranks, nvme_dir):
+    assert ranks[2].run(switched, nvme_dir) == [(True, True)] * 2
 
 
 def first_step_at_rate_zero(directory):
