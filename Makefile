@@ -4,7 +4,7 @@ PY := .venv/bin/python
 ARGS ?=
 DEMO_ARGS ?=
 
-.PHONY: help demo test test-faults test-deepspeed test-mutants bench deps lint tidy format clean
+.PHONY: help demo test test-faults test-deepspeed test-loops test-mutants bench deps lint tidy format clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -29,6 +29,11 @@ test-deepspeed: ## DeepSpeed's ZeRO-3 on its own I/O and on ours (minutes: it co
 	@tools/setup.sh tests
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation deepspeed
 	@PATH="$$PWD/.venv/bin:$$PATH" $(PY) -m pytest tests/deepspeed $(ARGS)
+
+test-loops: ## Trainers of Hugging Face and Lightning with OffloadedAdamW (installs them)
+	@tools/setup.sh tests
+	@$(PY) -m pip install --quiet --disable-pip-version-check transformers accelerate lightning
+	@PATH="$$PWD/.venv/bin:$$PATH" $(PY) -m pytest tests/loops $(ARGS)
 
 bench: ## All benchmarks, a quarter of an hour; see benchmarks/README.md
 	@tools/setup.sh benchmarks

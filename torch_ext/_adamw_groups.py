@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_ext._local import local_of, local_state
+
 
 def check_group(group: dict[str, Any]) -> None:
     """Raises ValueError, in torch.optim.AdamW's words where it has some."""
@@ -117,7 +119,8 @@ def labelled_parameters(groups: list[dict[str, Any]]) -> Iterator[tuple[str, Ten
 def read_entry(
     label: str, parameter: Tensor, entry: Any
 ) -> tuple[int, Tensor, Tensor, Tensor | None]:
-    """The step, exp_avg, exp_avg_sq and master of a parameter's loaded state.
+    """The step, exp_avg, exp_avg_sq and master of a parameter's loaded state, of
+    which this process has a part if the parameter is a DTensor.
 
     Raises:
         ValueError, TypeError: It does not fit; the text has ``label``.
@@ -125,15 +128,18 @@ def read_entry(
     state = f"the loaded state of {label}"
     if not isinstance(entry, Mapping):
         raise TypeError(f"{state} must be a dict, not {type(entry).__name__}")
+    tensors: dict[str, Tensor] = {}
     for name in ("exp_avg", "exp_avg_sq", "master_param"):
         tensor = entry.get(name)
         if tensor is None and name == "master_param":
             continue
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{state} has no tensor {name!r}")
-        _check_saved_tensor(f"{state}: {name}", tensor, parameter)
+        what = f"{state}: {name}"
+        tensors[name] = local_state(what, tensor, parameter)
+        _check_saved_tensor(what, tensors[name], local_of(parameter))
     step = _read_step(state, entry.get("step"))
-    return step, entry["exp_avg"], entry["exp_avg_sq"], entry.get("master_param")
+    return step, tensors["exp_avg"], tensors["exp_avg_sq"], tensors.get("master_param")
 
 
 def _check_saved_tensor(what: str, tensor: Tensor, parameter: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from torch_ext._adamw_groups import labelled_parameters
 from torch_ext._checks import Life, close_quietly, log_notes
+from torch_ext._local import check_parameter, local_gradient, local_of
 from torch_ext._plan import OffloadPlan
 
 _logger = logging.getLogger("torch_ext")
@@ -66,11 +67,14 @@ class OffloadedBase(torch.optim.Optimizer):
             self._check_group(group)
             if len(set(group["params"])) < len(group["params"]):
                 raise ValueError("a parameter group has the same parameter twice")
-            slots = {p: self._engine.add(p) for p in group["params"]}
+            for p in group["params"]:
+                check_parameter(p)
+            slots = {p: self._engine.add(local_of(p)) for p in group["params"]}
         except Exception:
             self.param_groups.pop()
             raise
         self._slots.update(slots)
+        self._watch(group["params"])
 
     def stats(self) -> dict[str, int | float]:
         """Counters since the optimizer was made.
@@ -104,9 +108,7 @@ class OffloadedBase(torch.optim.Optimizer):
             RuntimeError: The optimizer is closed or belongs to another process.
         """
         self._life.check()
-        return OffloadPlan(
-            **self._engine.plan([(self._slot_of(p), p) for p in self._parameters()])
-        )
+        return OffloadPlan(**self._engine.plan([self._own_part(p) for p in self._parameters()]))
 
     def timeline(self) -> list[tuple[str, int, float, float]]:
         """What the last step did: (lane, tile, start, end) in order of start.
@@ -166,15 +168,40 @@ class OffloadedBase(torch.optim.Optimizer):
     def _parameters(self) -> Iterable[Tensor]:
         return chain.from_iterable(group["params"] for group in self.param_groups)
 
+    def _own_part(self, parameter: Tensor) -> tuple[int, Tensor]:
+        """The engine's number for a parameter, and what this process has of it."""
+        return self._slot_of(parameter), local_of(parameter)
+
+    def _own_gradient(self, parameter: Tensor) -> Tensor:
+        """What this process has of a parameter's gradient."""
+        return local_gradient(parameter, lambda: self._label_of(parameter))
+
+    def _label_of(self, parameter: Tensor) -> str:
+        labelled = labelled_parameters(self.param_groups)
+        return next(label for label, p in labelled if p is parameter)
+
     def _slot_of(self, parameter: Tensor) -> int:
-        try:
-            return self._slots[parameter]
-        except KeyError:
-            label = next(
-                label for label, p in labelled_parameters(self.param_groups) if p is parameter
-            )
+        if (slot := self._slots.get(parameter)) is not None:
+            return slot
+        if not self.state:
+            return self._adopt(parameter)
         raise RuntimeError(
-            f"{label} is a tensor that this optimizer was not given. Change a parameter in "
-            f"place (parameter.data = ...), add new ones with add_param_group(), or make a "
-            f"new optimizer"
+            f"{self._label_of(parameter)} is a tensor that this optimizer was not given. "
+            f"Change a parameter in place (parameter.data = ...), add new ones with "
+            f"add_param_group(), or make a new optimizer"
         )
+
+    def _adopt(self, parameter: Tensor) -> int:
+        """Takes a parameter that stands in the place of another: before there is any
+        state accelerate puts FSDP2's shards where the whole parameters were.
+        """
+        check_parameter(parameter)
+        slot = self._engine.add(local_of(parameter))
+        # Those that are gone shall not be kept alive.
+        for gone in self._slots.keys() - set(self._parameters()):
+            del self._slots[gone]
+        self._watch([parameter])
+        return self._slots.setdefault(parameter, slot)
+
+    def _watch(self, parameters: list[Tensor]) -> None:
+        """Called with the parameters that are new."""

@@ -30,6 +30,7 @@ from torch_ext._checks import (
     state_format_of,
     update_on_of,
 )
+from torch_ext._local import any_nonzero, is_distributed, like_parameter
 from torch_ext._native import _C
 from torch_ext._offload import OffloadedBase
 from torch_ext._overlap import Overlap, TakenGradient, overlap_of
@@ -44,7 +45,8 @@ class OffloadedAdamW(OffloadedBase):
     parameters have a float32 master, of which the file holds what they lack: each
     step updates the master and rounds it to the parameter. The parameter has the last
     word: what writes to it between steps (``model.load_state_dict``, ``clamp_``) counts.
-    Parameters on another device are updated where ``update_on`` says.
+    Parameters on another device are updated where ``update_on`` says. Of a DTensor each
+    process updates its shard; processes may share ``nvme_path``.
 
     A step reads, updates and writes the state tile by tile, all three at once,
     in buffers that together take no more than ``host_memory``; the first tiles
@@ -176,10 +178,9 @@ class OffloadedAdamW(OffloadedBase):
     def _check_group(self, group: dict[str, Any]) -> None:
         check_group(group)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
+    def _watch(self, parameters: list[Tensor]) -> None:
         if self._overlap is not None:
-            self._overlap.watch(self.param_groups[-1]["params"])
+            self._overlap.watch(parameters)
 
     def accumulate(self) -> AbstractContextManager[None]:
         """To be around every backward pass of a step but the last.
@@ -208,9 +209,10 @@ class OffloadedAdamW(OffloadedBase):
 
         Raises:
             OSError: Reading or writing failed, now or since the last call.
-            RuntimeError: A gradient is sparse; a parameter was put into
-                ``param_groups`` by hand; the optimizer is closed or belongs to
-                another process.
+            RuntimeError: A gradient is sparse, or a DTensor on another mesh or with
+                other placements than its parameter; a parameter was put into
+                ``param_groups`` by hand after the first step; the optimizer is closed
+                or belongs to another process.
             ValueError, TypeError: A parameter or gradient cannot be used;
                 nothing has changed then.
         """
@@ -225,20 +227,26 @@ class OffloadedAdamW(OffloadedBase):
             )
         if not self.state and not self._taken() and _asks_for_state_only(trained):
             parameters = [p for _, group in trained for p in group]
-            self._engine.init([(self._slot_of(p), p) for p in parameters])
+            self._engine.init([self._own_part(p) for p in parameters])
         elif self._overlap is not None:
             parameters = self._finish(self._overlap, trained)
         else:
             parameters = [p for _, group in trained for p in group]
             self._engine.step(
                 [
-                    (*hyper(group), [(self._slot_of(p), p, p.grad) for p in parameters])
+                    (
+                        *hyper(group),
+                        [(*self._own_part(p), self._own_gradient(p)) for p in parameters],
+                    )
                     for group, parameters in trained
                 ]
             )
         self._log_notes()
         for p in parameters:
             self.state[p] = self._shown_state(p)
+            if is_distributed(p) and self._overlap is None:
+                # The engine has told autograd of the shard's change only.
+                torch.autograd.graph.increment_version(p)
         return loss
 
     @torch._disable_dynamo
@@ -246,7 +254,8 @@ class OffloadedAdamW(OffloadedBase):
         """Returns the state as ``torch.optim.AdamW`` does; see the class.
 
         ``exp_avg`` and ``exp_avg_sq`` are float32 whatever the parameter is;
-        bfloat16 and float16 parameters have ``master_param`` besides.
+        bfloat16 and float16 parameters have ``master_param`` besides. What belongs to
+        a DTensor is one, with the same mesh and placements.
 
         Raises:
             OSError: Reading failed, or ``nvme_path`` has no space for a copy.
@@ -260,19 +269,20 @@ class OffloadedAdamW(OffloadedBase):
             packed = {key: value for key, value in group.items() if key != "params"}
             packed["params"] = [number_of[p] for p in group["params"]]
             groups.append(packed)
-        by_slot = {self._slot_of(p): number for p, number in number_of.items()}
+        by_slot = {self._slot_of(p): p for p in number_of}
         state = {}
         for slot, step, exp_avg, exp_avg_sq, master in self._engine.save(
-            [(self._slots[p], p) for p in number_of]
+            [self._own_part(p) for p in number_of]
         ):
+            parameter = by_slot[slot]
             entry = {
                 "step": torch.tensor(float(step), dtype=torch.float32),
-                "exp_avg": exp_avg,
-                "exp_avg_sq": exp_avg_sq,
+                "exp_avg": like_parameter(exp_avg, parameter),
+                "exp_avg_sq": like_parameter(exp_avg_sq, parameter),
             }
             if master is not None:
-                entry["master_param"] = master
-            state[by_slot[slot]] = entry
+                entry["master_param"] = like_parameter(master, parameter)
+            state[number_of[parameter]] = entry
         state_dict = {"state": state, "param_groups": groups}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
@@ -285,9 +295,10 @@ class OffloadedAdamW(OffloadedBase):
         """Takes the state of this class or of ``torch.optim.AdamW``.
 
         Tensors may have any floating dtype and device and are read one part
-        after the other; the dict is not copied. A bfloat16 or float16
-        parameter whose ``master_param`` is missing, or does not round to it,
-        is its own master.
+        after the other; the dict is not copied. Those of a DTensor parameter have
+        its mesh and placements, or are plain tensors: the local shards. A bfloat16
+        or float16 parameter whose ``master_param`` is missing, or does not round to
+        it, is its own master.
 
         Raises:
             ValueError, TypeError: The state does not fit; nothing has changed.
@@ -311,15 +322,15 @@ class OffloadedAdamW(OffloadedBase):
         ]
         ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         entries = [
-            (self._slot_of(p), p, *read_entry(f"parameter {key!r}, {label}", p, entry))
+            (p, read_entry(f"parameter {key!r}, {label}", p, entry))
             for key, (label, p) in zip(ids, labelled_parameters(self.param_groups), strict=True)
             if (entry := state_dict["state"].get(key))
         ]
-        self._engine.load(entries)
+        self._engine.load([(*self._own_part(p), *entry) for p, entry in entries])
         self._forget_taken()
         self.param_groups = groups
         self.state = defaultdict(dict)
-        for _, p, *_ in entries:
+        for p, _ in entries:
             self.state[p] = self._shown_state(p)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -334,9 +345,10 @@ class OffloadedAdamW(OffloadedBase):
         number, group = self._group_of(parameter)
         if number not in self._hypers:
             self._hypers[number] = hyper(group)
-        self._engine.take(
-            (*self._hypers[number], [(self._slot_of(parameter), parameter, parameter.grad)])
-        )
+        part, gradient = self._own_part(parameter), self._own_gradient(parameter)
+        self._engine.take((*self._hypers[number], [(*part, gradient)]))
+        if is_distributed(parameter):
+            torch.autograd.graph.increment_version(parameter)
         self._overlap.taken.add(parameter)
         parameter.grad = TakenGradient(parameter)
 
@@ -397,5 +409,6 @@ def _asks_for_state_only(trained: list[tuple[dict[str, Any], list[Tensor]]]) -> 
     return (
         bool(gradients)
         and all(float(group["lr"]) == 0.0 for group, _ in trained)
-        and not any(g.is_sparse or bool(g.any()) for g in gradients)
+        and not any(g.is_sparse for g in gradients)
+        and not any_nonzero(gradients)
     )

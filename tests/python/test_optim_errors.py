@@ -15,6 +15,12 @@ from torch_ext import OffloadedAdamW
 from torch_ext._checks import close_quietly
 
 
+class Subclass(torch.Tensor):
+    @classmethod
+    def __torch_dispatch__(cls, *_, **__):
+        raise AssertionError("nobody shall compute with it")
+
+
 @pytest.fixture
 def make(nvme_dir):
     def make(params, **options):
@@ -71,9 +77,10 @@ def test_a_wrong_value_is_named(make, options, text):
         (torch.zeros(3).to_sparse(), TypeError, "Sparse"),
         (torch.zeros(6, 4)[:, ::2], ValueError, "not dense"),
         (torch.zeros(1).expand(5), ValueError, "not dense"),
+        (torch.Tensor._make_wrapper_subclass(Subclass, (4,)), TypeError, "subclass"),
         ("text", TypeError, "optimizer can only optimize Tensors"),
     ],
-    ids=lambda value: str(value)[:30],
+    ids=lambda value: "subclass" if isinstance(value, Subclass) else str(value)[:30],
 )
 def test_a_parameter_that_cannot_be_optimized_is_refused(make, tensor, error, text):
     with pytest.raises(error, match=text):

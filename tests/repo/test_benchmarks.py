@@ -46,7 +46,7 @@ def bench(monkeypatch, disk, tmp_path):
 def module(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module
-    for name in ("common", "transfers", "report", "picture", "zero_step"):
+    for name in ("common", "transfers", "report", "picture", "zero_step", "ranks"):
         sys.modules.pop(name, None)
 
 
@@ -265,6 +265,29 @@ def test_optimizer_moves_the_bytes_of_its_state_within_its_memory(bench, disk, f
     budget, peak = int(memory[0]), int(memory[1])
     assert 0 < peak <= budget
     assert os.listdir(disk) == []
+
+
+def test_ranks_are_set_beside_their_mean(bench, disk):
+    result = bench("ranks")
+    rows = cells(result)
+    seconds = [own for (own,) in result["measurements"]["2"]]
+    mean = sum(seconds) / 2
+    for rank, own in enumerate(seconds):
+        step, ratio = map(float, rows[f"2 ranks, rank {rank}"])
+        assert step == pytest.approx(own, abs=1e-3)
+        assert ratio == pytest.approx(own / mean, abs=0.01)
+    slowest = max(seconds) / mean
+    assert float(rows["2 ranks, the slowest"][1]) == pytest.approx(slowest, abs=0.01)
+    assert result["slowest_over_mean"]["2"] == pytest.approx(slowest)
+    assert os.listdir(disk) == []
+
+
+def test_ranks_that_fail_are_an_error_with_their_words(module, disk):
+    ranks = module("ranks")
+    job = {"directory": disk, "rounds": 1, "burst": 1, "engine": "none such"}
+    options = argparse.Namespace(**job, parameters=10, host_memory=1 << 20)
+    with pytest.raises(RuntimeError, match="none such"):
+        ranks.run(options, 1)
 
 
 def test_spread_is_median_and_extremes_of_the_rounds(module):

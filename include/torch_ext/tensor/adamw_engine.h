@@ -163,6 +163,7 @@ class AdamWEngine {
   /// Forgets all state and takes this. Also after an error.
   void load(const std::vector<Saved>& saved) {
     for (const Saved& entry : saved) check_saved(entry);
+    offload_.abandon_step();
     AdamWLoader loader(format_, seed_, make_scratch());
     std::vector<OptimizerOffload::ParameterStep> steps;
     for (const auto& [parameter, state] : saved) {

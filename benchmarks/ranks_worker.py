@@ -1,0 +1,55 @@
+"""One rank, which steps an optimizer together with others; ranks.py starts it.
+
+The job comes as JSON in the only argument. Rank 0 prints a JSON list: for each
+rank the mean seconds of a step, in each round.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from torch_ext import OffloadedAdamW
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    dist.init_process_group("gloo")
+    torch.manual_seed(dist.get_rank())
+    parameter = torch.nn.Parameter(torch.empty(job["parameters"]).normal_())
+    parameter.grad = torch.empty_like(parameter).normal_()
+    with OffloadedAdamW(
+        [parameter],
+        nvme_path=job["nvme_path"],
+        host_memory=job["host_memory"],
+        aio=job["aio"],
+        engine=job["engine"],
+    ) as optimizer:
+        together(optimizer)  # State is made, and written for the first time.
+        together(optimizer)
+        seconds = [
+            sum(together(optimizer) for _ in range(job["burst"])) / job["burst"]
+            for _ in range(job["rounds"])
+        ]
+        dist.barrier()
+    of_all: list[list[float]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(of_all, seconds)
+    if dist.get_rank() == 0:
+        print(json.dumps(of_all), flush=True)
+    dist.destroy_process_group()
+
+
+def together(optimizer: OffloadedAdamW) -> float:
+    """A step that all ranks begin at once; the seconds of this one's."""
+    dist.barrier()
+    start = time.perf_counter()
+    optimizer.step()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
