@@ -131,12 +131,13 @@ def read_entry(
             continue
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{state} has no tensor {name!r}")
-        _check_saved_tensor(f"{state}: {name}", tensor, parameter)
+        check_saved_tensor(f"{state}: {name}", tensor, parameter)
     step = _read_step(state, entry.get("step"))
     return step, entry["exp_avg"], entry["exp_avg_sq"], entry.get("master_param")
 
 
-def _check_saved_tensor(what: str, tensor: Tensor, parameter: Tensor) -> None:
+def check_saved_tensor(what: str, tensor: Tensor, parameter: Tensor) -> None:
+    """Raises TypeError or ValueError if a loaded tensor cannot be a parameter's state."""
     if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
         kind = "meta" if tensor.is_meta else f"{tensor.layout} of dtype {tensor.dtype}"
         raise TypeError(f"{what} is {kind}; allowed: dense strided tensors that have memory")
