@@ -41,6 +41,19 @@ def test_a_class_that_cannot_be_offloaded_is_refused_with_the_reason(make, cls, 
         make(cls, parameters((10, 10)), **({"momentum": 0.9} if cls is Normalized else {}))
 
 
+def test_a_rate_that_begins_at_zero_hides_nothing(make):
+    class Trusting(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.add_(p.norm(), alpha=-group["lr"])
+
+    for rate in (0.0, torch.tensor(0.0)):
+        with pytest.raises(ValueError, match="Trusting is not elementwise"):
+            make(Trusting, lr=rate, momentum=0.9)
+
+
 class Half(torch.optim.Optimizer):
     """Keeps something else for each piece than for the whole."""
 
