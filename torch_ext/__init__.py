@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         get_scalar_param,
         parse_size,
     )
+    from torch_ext.generic import OffloadedOptimizer
     from torch_ext.handle import aio_handle, gds_handle
     from torch_ext.jit import load
     from torch_ext.optim import OffloadedAdamW
@@ -34,6 +35,7 @@ _MODULE_OF = {
     "AIO_DEFAULT_DICT": "config",
     "AioConfig": "config",
     "OffloadedAdamW": "optim",
+    "OffloadedOptimizer": "generic",
     "SwapTicket": "swap",
     "TensorSwapper": "swap",
     "aio_handle": "handle",
@@ -48,6 +50,7 @@ __all__ = [
     "AIO_DEFAULT_DICT",
     "AioConfig",
     "OffloadedAdamW",
+    "OffloadedOptimizer",
     "SwapTicket",
     "TensorSwapper",
     "__version__",

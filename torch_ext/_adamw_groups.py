@@ -137,12 +137,13 @@ def read_entry(
             raise ValueError(f"{state} has no tensor {name!r}")
         what = f"{state}: {name}"
         tensors[name] = local_state(what, tensor, parameter)
-        _check_saved_tensor(what, tensors[name], local_of(parameter))
+        check_saved_tensor(what, tensors[name], local_of(parameter))
     step = _read_step(state, entry.get("step"))
     return step, tensors["exp_avg"], tensors["exp_avg_sq"], tensors.get("master_param")
 
 
-def _check_saved_tensor(what: str, tensor: Tensor, parameter: Tensor) -> None:
+def check_saved_tensor(what: str, tensor: Tensor, parameter: Tensor) -> None:
+    """Raises TypeError or ValueError if a loaded tensor cannot be a parameter's state."""
     if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
         kind = "meta" if tensor.is_meta else f"{tensor.layout} of dtype {tensor.dtype}"
         raise TypeError(f"{what} is {kind}; allowed: dense strided tensors that have memory")

@@ -6,6 +6,7 @@
 #include "bind_config.h"
 #include "bind_files.h"
 #include "bind_optimizer.h"
+#include "bind_state.h"
 #include "bind_swap.h"
 #include "errors.h"
 
@@ -17,4 +18,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_swap(m);
   bind_files(m);
   bind_optimizer(m);
+  bind_state(m);
 }

@@ -1,0 +1,378 @@
+"""What OffloadedOptimizer refuses, and what follows an error."""
+
+import copy
+import errno
+import gc
+import os
+import pickle
+import signal
+
+import pytest
+import torch
+from generic_support import GenericPair, Lion, Normalized
+from optim_support import SMALL, equal, parameters, set_gradients, twins
+
+from torch_ext import OffloadedAdamW, OffloadedOptimizer
+
+
+@pytest.fixture
+def make(nvme_dir):
+    def make(cls, params=None, **options):
+        params = parameters(10) if params is None else params
+        options = {"nvme_path": nvme_dir, "host_memory": SMALL} | options
+        return OffloadedOptimizer(cls, params, **options)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("cls", "text"),
+    [
+        (torch.optim.Adafactor, "Adafactor is not elementwise.*cut at 64 elements"),
+        (Normalized, "Normalized is not elementwise.*bit for bit"),
+        (torch.optim.LBFGS, "LBFGS cannot be run piece by piece.*closure"),
+        (torch.optim.SparseAdam, "SparseAdam cannot be run piece by piece"),
+        (torch.optim.Muon, "Muon cannot be run piece by piece.*2D"),
+        (torch.optim.SGD, "SGD keeps no state with these options.*nothing to offload"),
+    ],
+)
+def test_a_class_that_cannot_be_offloaded_is_refused_with_the_reason(make, cls, text):
+    with pytest.raises(ValueError, match=text):
+        make(cls, parameters((10, 10)), **({"momentum": 0.9} if cls is Normalized else {}))
+
+
+def test_a_rate_that_begins_at_zero_hides_nothing(make):
+    class Trusting(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.add_(p.norm(), alpha=-group["lr"])
+
+    for rate in (0.0, torch.tensor(0.0)):
+        with pytest.raises(ValueError, match="Trusting is not elementwise"):
+            make(Trusting, lr=rate, momentum=0.9)
+
+
+class Half(torch.optim.Optimizer):
+    """Keeps something else for each piece than for the whole."""
+
+    keep = staticmethod(lambda p: p.abs().mean())
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            self.state[p] = {"buffer": torch.zeros_like(p), "kept": self.keep(p)}
+
+
+@pytest.mark.parametrize(
+    ("keep", "text"),
+    [
+        (lambda p: p.abs().mean(), "the state 'kept' did not agree"),
+        (lambda p: float(p.numel()), "the state 'kept' did not agree"),
+        (lambda p: torch.zeros(3), "the state 'kept' did not agree"),
+        (lambda p: torch.zeros_like(p, dtype=torch.int), "'kept' in torch.int32"),
+        (lambda p: "text", "keeps 'kept', a str"),
+    ],
+)
+def test_state_that_pieces_cannot_share_is_refused(make, keep, text):
+    cls = type("Half", (Half,), {"keep": staticmethod(keep)})
+    with pytest.raises(ValueError, match=text):
+        make(cls)
+
+
+def test_more_state_than_fits_is_refused(make):
+    class Greedy(torch.optim.Optimizer):
+        def __init__(self, params, fields):
+            super().__init__(params, {"lr": 0.1, "fields": fields})
+
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    for i in range(group["fields"]):
+                        self.state[p][str(i)] = torch.zeros_like(p)
+
+    make(Greedy, fields=5)
+    with pytest.raises(ValueError, match="more tensors than the 5"):
+        make(Greedy, fields=6)
+    with pytest.raises(ValueError, match="one less for 16-bit"):
+        make(Greedy, parameters(3, dtype=torch.bfloat16), fields=5)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "error", "text"),
+    [
+        (torch.optim.Adam, {"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
+        (torch.optim.Adam, {"betas": (1.0, 0.9)}, ValueError, "Invalid beta parameter"),
+        (torch.optim.Adam, {"rate": 1.0}, TypeError, "rate"),
+        (torch.optim.Adam, {"differentiable": True}, ValueError, "piece by piece"),
+        (torch.optim.Adam, {"host_memory": "200KiB"}, ValueError, "host_memory must be at"),
+        (torch.optim.Adam, {"engine": "steam"}, ValueError, "steam"),
+        (torch.optim.Adam, {"nvme_path": None}, TypeError, "^nvme_path must be"),
+        (torch.optim.Adam, {"params": []}, ValueError, "empty parameter list"),
+        ("Adam", {}, TypeError, "optimizer_class must be a class.*not 'Adam'"),
+        (torch.nn.Linear, {}, TypeError, "optimizer_class must be a class"),
+        (OffloadedAdamW, {}, TypeError, "OffloadedAdamW keeps its state on NVMe by itself"),
+    ],
+)
+def test_a_wrong_value_is_named(make, cls, options, error, text):
+    with pytest.raises(error, match=text):
+        make(cls, **options)
+
+
+def test_a_missing_directory_is_an_oserror_with_its_name(make, nvme_dir):
+    with pytest.raises(FileNotFoundError) as missing:
+        make(torch.optim.Adam, nvme_path=nvme_dir / "missing")
+    assert str(nvme_dir / "missing") in str(missing.value)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "error", "text"),
+    [
+        (torch.zeros(3, dtype=torch.float64), TypeError, "dtype Double"),
+        (torch.zeros(3, device="meta"), TypeError, "meta"),
+        (torch.zeros(3).to_sparse(), TypeError, "Sparse"),
+        (torch.zeros(6, 4)[:, ::2], ValueError, "not dense"),
+    ],
+    ids=str,
+)
+def test_a_parameter_that_cannot_be_optimized_is_refused(make, tensor, error, text):
+    optimizer = make(torch.optim.Adam)
+    with pytest.raises(error, match=text):
+        optimizer.add_param_group({"params": [tensor]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_wrong_gradients_are_refused_before_anything_changes(make):
+    plain, other = parameters(100, (10, 4))
+    before = plain.detach().clone()
+    optimizer = make(torch.optim.Adam, [plain, other])
+    plain.grad = torch.ones(100)
+    other.grad = torch.ones(10, 4).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse gradients are not supported"):
+        optimizer.step()
+    assert torch.equal(plain.detach(), before)
+    assert optimizer.state == {}
+    other.grad = torch.ones(10, 4)
+    optimizer.step()
+    assert optimizer.state[plain]["step"] == 1
+
+
+def test_options_that_would_change_what_is_kept_are_refused_by_the_step(make):
+    ours = parameters(100)
+    optimizer = make(torch.optim.Adam, ours)
+    set_gradients(ours, seed=0)
+    optimizer.step()
+    before = ours[0].detach().clone()
+    optimizer.param_groups[0]["amsgrad"] = True
+    with pytest.raises(ValueError, match="'max_exp_avg_sq'.* with these options"):
+        optimizer.step()
+    optimizer.param_groups[0]["amsgrad"] = False
+    optimizer.param_groups[0]["capturable"] = True
+    with pytest.raises(ValueError, match="piece by piece with these options"):
+        optimizer.step()
+    assert torch.equal(ours[0].detach(), before)
+    optimizer.param_groups[0]["capturable"] = False
+    optimizer.step()
+    assert optimizer.state[ours[0]]["step"] == 2
+
+
+def test_a_group_whose_options_break_it_is_refused(make):
+    optimizer = make(torch.optim.SGD, momentum=0.9)
+    with pytest.raises(ValueError, match="keeps no state"):
+        optimizer.add_param_group({"params": parameters(3), "momentum": 0.0})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda p: p.to(torch.bfloat16), lambda p: p.reshape(20, 10), lambda p: p[:5].clone()],
+    ids=["dtype", "shape", "size"],
+)
+def test_a_parameter_whose_kind_has_changed_needs_a_state(make, change):
+    ours = parameters((10, 20))
+    optimizer = make(torch.optim.Adam, ours)
+    set_gradients(ours, seed=0)
+    optimizer.step()
+    state = optimizer.state_dict()
+    ours[0].grad = None
+    ours[0].data = change(ours[0].data)
+    set_gradients(ours, seed=1)
+    for attempt in (optimizer.step, optimizer.state_dict):
+        with pytest.raises(RuntimeError, match="the state was made for a parameter with"):
+            attempt()
+    for name in ("exp_avg", "exp_avg_sq"):
+        state["state"][0][name] = torch.zeros(ours[0].shape)
+    optimizer.load_state_dict(state)
+    optimizer.step()
+    assert optimizer.state[ours[0]]["step"] == 2
+
+
+def test_a_parameter_put_in_place_of_another_is_named(make):
+    optimizer = make(torch.optim.Adam, [("first", parameters(10)[0])])
+    (stranger,) = parameters(10)
+    set_gradients([stranger], seed=0)
+    optimizer.param_groups[0]["params"][0] = stranger
+    for attempt in (optimizer.step, optimizer.state_dict, optimizer.plan):
+        with pytest.raises(RuntimeError, match=r"\('first'\) is a tensor that this optimizer"):
+            attempt()
+
+
+def spoil_files(directory):
+    """Overwrites the nameless files that this process has in a directory."""
+    for link in os.listdir("/proc/self/fd"):
+        path = f"/proc/self/fd/{link}"
+        if os.path.exists(path) and os.readlink(path).startswith(str(directory)):
+            with open(path, "r+b") as file:
+                file.write(b"x" * os.fstat(file.fileno()).st_size)
+                os.fsync(file.fileno())
+
+
+def test_after_an_io_error_steps_are_refused_until_a_state_is_loaded(nvme_dir):
+    pair = GenericPair(torch.optim.RMSprop, parameters(200_000), nvme_dir)
+    pair.steps(2)
+    state = pair.a.state_dict()  # All writes have ended.
+    spoil_files(nvme_dir)
+    set_gradients(pair.ours, seed=2)
+    with pytest.raises(OSError, match="checksum"):
+        pair.a.step()
+    for attempt in (pair.a.step, pair.a.state_dict):
+        with pytest.raises(OSError, match="the optimizer state may be half updated: load it"):
+            attempt()
+    for p, q in zip(pair.ours, pair.theirs, strict=True):
+        p.data.copy_(q)
+    pair.a.load_state_dict(state)
+    pair.steps(2, first=5)
+    assert pair.equal()
+
+
+class Failing(torch.optim.SGD):
+    left = 10**9
+
+    def step(self, closure=None):
+        Failing.left -= 1
+        if Failing.left == 0:
+            raise ArithmeticError("the class's own words")
+        return super().step(closure)
+
+
+def test_what_the_class_raises_comes_out_and_later_steps_are_refused(make, monkeypatch):
+    ours = parameters(200_000)
+    optimizer = make(Failing, ours, lr=0.1, momentum=0.9)
+    set_gradients(ours, seed=0)
+    optimizer.step()
+    state = optimizer.state_dict()
+    monkeypatch.setattr(Failing, "left", 3)
+    with pytest.raises(ArithmeticError, match="^the class's own words$"):
+        optimizer.step()
+    with pytest.raises(
+        RuntimeError, match="own words; the optimizer state may be half updated"
+    ):
+        optimizer.step()
+    optimizer.load_state_dict(state)
+    optimizer.step()
+
+
+def test_ctrl_c_waits_for_the_end_of_the_step(nvme_dir):
+    class Interrupted(torch.optim.SGD):
+        def step(self, closure=None):
+            signal.raise_signal(signal.SIGINT)
+            return super().step(closure)
+
+    ours = parameters(100_000)
+    theirs = twins(ours)
+    # The trial, at construction, is interrupted as anything is.
+    a = OffloadedOptimizer(
+        torch.optim.SGD, ours, lr=0.1, momentum=0.9, nvme_path=nvme_dir, host_memory=SMALL
+    )
+    b = torch.optim.SGD(theirs, lr=0.1, momentum=0.9)
+    a._pieces._class = Interrupted
+    a._pieces._optimizer = Interrupted([torch.zeros(1)], lr=0.1, momentum=0.9)
+    for seed in range(2):
+        set_gradients(ours, theirs, seed=seed)
+        with pytest.raises(KeyboardInterrupt):
+            a.step()
+        b.step()
+    assert a.stats()["steps"] == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert equal(ours, theirs)
+
+
+def test_a_full_disk_refuses_new_state_and_keeps_the_old(nvme_dir, monkeypatch):
+    pair = GenericPair(torch.optim.Adam, parameters(60_000, 100_000), nvme_dir)
+    pair.step(0, [0])
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    class Full:
+        def __getattr__(self, name):
+            return full if name == "step" else getattr(state, name)
+
+    state = pair.a._engine._state
+    set_gradients(pair.ours, seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.a._engine, "_state", Full())
+        with pytest.raises(OSError, match="No space left on device"):
+            pair.a.step()
+    for seed in range(2, 4):
+        pair.step(seed, [0])
+    pair.step(4)
+    assert pair.equal()
+
+
+def test_a_closed_optimizer_refuses_steps_and_keeps_its_counters(make):
+    ours = parameters(100)
+    with make(torch.optim.Adam, ours) as optimizer:
+        set_gradients(ours, seed=0)
+        optimizer.step()
+    optimizer.close()
+    for attempt in (
+        optimizer.step,
+        optimizer.state_dict,
+        optimizer.plan,
+        lambda: optimizer.load_state_dict({"state": {}, "param_groups": []}),
+        lambda: optimizer.add_param_group({"params": parameters(3)}),
+    ):
+        with pytest.raises(RuntimeError, match="this optimizer is closed"):
+            attempt()
+    assert optimizer.stats()["steps"] == 1
+    assert len(optimizer.timeline()) > 0
+    assert optimizer.engine
+
+
+def test_a_forked_child_is_told_whose_optimizer_it_is(make):
+    ours = parameters(100_000)
+    optimizer = make(Lion, ours)
+    set_gradients(ours, seed=0)
+    optimizer.step()
+    calls = [
+        optimizer.step,
+        optimizer.state_dict,
+        lambda: optimizer.add_param_group({"params": parameters(3)}),
+        optimizer.stats,
+        optimizer.close,
+    ]
+    child = os.fork()
+    if child == 0:
+        refused = 0
+        for call in calls:
+            try:
+                call()
+            except RuntimeError as error:
+                refused += f"created in process {os.getppid()}" in str(error)
+        del optimizer, calls, call
+        gc.collect()
+        os._exit(refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == len(calls)
+    optimizer.step()
+    assert optimizer.stats()["steps"] == 2
+
+
+def test_it_cannot_be_copied_or_pickled(make):
+    optimizer = make(torch.optim.Adam)
+    for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="state_dict"):
+            attempt(optimizer)

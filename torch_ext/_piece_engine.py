@@ -1,0 +1,439 @@
+"""State of parameters in tiles, updated by a PieceOptimizer."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_ext._elementwise import Kept, Piece, PieceOptimizer, State
+from torch_ext._native import _C
+from torch_ext._undisturbed import one_thread, signals_held
+from torch_ext.config import AioConfig
+
+#: The name of the float32 master of a 16-bit parameter in a state_dict().
+MASTER = "master_param"
+#: Bytes of the budget for an element of a piece: float32 copies of the parameter and
+#: the gradient, and four tensors for what a class computes in between.
+_PIECE_BYTES = 24
+_CUT = 256  # Parameters are cut at multiples of it only.
+#: Elements of a call at most: what is computed in between stays in the processor's cache.
+_MOST = 128 * _CUT
+
+
+class Trained(NamedTuple):
+    """A parameter of a step."""
+
+    slot: int
+    parameter: Tensor
+    gradient: Tensor
+
+
+class Group(NamedTuple):
+    """Parameters of a step that have options in common."""
+
+    options: State
+    kept: Kept
+    trained: list[Trained]
+
+
+class Loaded(NamedTuple):
+    """State for a parameter."""
+
+    slot: int
+    parameter: Tensor
+    kept: Kept
+    #: Tensors for the fields, and perhaps a master; values for the rest.
+    state: State
+
+
+@dataclass
+class _Slot:
+    """What the state of a parameter was made for."""
+
+    number: int | None = None
+    kind: tuple[Any, ...] = ()
+    kept: Kept | None = None
+    #: What is no field; None: there is no state.
+    scalars: State | None = None
+
+
+@dataclass
+class _Work:
+    """A parameter while its tiles pass by."""
+
+    slot: _Slot
+    parameter: Tensor
+    kept: Kept
+    group: int = 0
+    gradient: Any = None
+    sources: dict[str, Any] = field(default_factory=dict)
+    scalars: State | None = None
+
+    def __post_init__(self) -> None:
+        self.reader = _C.OrderedReader(self.parameter, self.parameter)
+
+
+class PieceEngine:
+    """As ``_C.AdamWEngine`` is for AdamW. Holds no parameter.
+
+    One call at a time. Signals wait until a call has ended.
+    """
+
+    def __init__(
+        self,
+        directories: list[tuple[str | bytes, int]],
+        aio: AioConfig,
+        host_memory: int,
+        engine: str,
+        verify: bool,
+        optimizer: PieceOptimizer,
+    ) -> None:
+        scratch = min(max(host_memory // 16 // 4096 * 4096, 48 << 10), _MOST * _PIECE_BYTES)
+        self._state = _C.StateEngine(directories, aio, host_memory, scratch, engine, verify)
+        self._directory = os.path.abspath(os.fsencode(directories[0][0]))
+        self._optimizer = optimizer
+        self._most = scratch // _PIECE_BYTES // _CUT * _CUT
+        self._slots: list[_Slot] = []
+
+    def add(self, parameter: Tensor) -> int:
+        """Checks a parameter and gives it a slot; takes no space yet."""
+        _C.check_trained(parameter)
+        self._slots.append(_Slot())
+        return len(self._slots) - 1
+
+    def expect(self, slot: int, parameter: Tensor, kept: Kept, anew: bool = False) -> None:
+        """Prepares for a parameter as it is now, unless it has a state that fits.
+
+        Raises:
+            RuntimeError, ValueError: It has one that does not.
+        """
+        _C.check_trained(parameter)
+        own = self._slots[slot]
+        kind = _kind_of(parameter)
+        if own.scalars is not None and not anew:
+            self._check_same(own, kind, kept)
+            return
+        if own.number is None or own.kind != kind or not own.kept.same(kept):
+            sizes = [f.itemsize for f in kept.fields.values()]
+            own.number = self._state.add(parameter.numel(), sizes + _master_size(parameter))
+        own.kind, own.kept = kind, kept
+
+    def _check_same(self, own: _Slot, kind: tuple[Any, ...], kept: Kept) -> None:
+        names = ("dtype", "sizes", "strides")
+        if own.kind != kind:
+            was, now = (
+                ", ".join(f"{n} {v}" for n, v in zip(names, k, strict=True))
+                for k in (own.kind, kind)
+            )
+            raise RuntimeError(
+                f"OffloadedOptimizer: the state was made for a parameter with {was}; it has "
+                f"now {now}. Load a state to go on"
+            )
+        if not own.kept.same(kept):
+            raise ValueError(
+                f"{self._optimizer.name} keeps {list(kept.names)} with these options, but the "
+                f"state was made for {list(own.kept.names)}: load a state that has them, or "
+                f"make a new optimizer"
+            )
+
+    def names(self, slot: int) -> list[str]:
+        """Of what is kept, fields and others."""
+        return list(self._slots[slot].kept.names)
+
+    def scalars(self, slot: int) -> State:
+        """What is kept in memory."""
+        return self._slots[slot].scalars or {}
+
+    # Steps ------------------------------------------------------------------------------
+
+    def step(self, groups: list[Group]) -> None:
+        for group in groups:
+            for slot, parameter, gradient in group.trained:
+                self.expect(slot, parameter, group.kept)
+                _C.check_gradient(gradient, parameter)
+        works = {}
+        for i, group in enumerate(groups):
+            for slot, parameter, gradient in group.trained:
+                own = self._slots[slot]
+                reader = _C.OrderedReader(gradient, parameter)
+                works[own.number] = _Work(own, parameter, group.kept, i, reader)
+        with signals_held(), one_thread():
+            self._state.step(
+                list(works), lambda segments: self._update(segments, works, groups)
+            )
+            for work in works.values():
+                if work.parameter.numel() == 0:
+                    fields = [f.view(torch.uint8) for f in _no_elements(work)]
+                    self._update([(work.slot.number, 0, 0, fields)], works, groups)
+                work.slot.scalars = work.scalars
+
+    def _update(
+        self, segments: list[Any], works: dict[int, _Work], groups: list[Group]
+    ) -> None:
+        batch: list[_TilePiece] = []
+        elements = 0
+        for tile_piece in self._cut(segments, works):
+            elements += tile_piece.count
+            if batch and (elements > self._most or not batch[-1].joins(tile_piece)):
+                self._run(batch, groups)
+                batch = []
+                elements = tile_piece.count
+            batch.append(tile_piece)
+        if batch:
+            self._run(batch, groups)
+
+    def _run(self, batch: list[_TilePiece], groups: list[Group]) -> None:
+        pieces = [tile_piece.loaded() for tile_piece in batch]
+        self._optimizer.update(groups[batch[0].work.group].options, pieces)
+        for tile_piece, piece in zip(batch, pieces, strict=True):
+            tile_piece.store(piece, self._optimizer.name)
+
+    def _cut(self, segments: list[Any], works: dict[int, _Work]) -> Iterator[_TilePiece]:
+        for number, first, count, raw in segments:
+            work = works.get(number)
+            if work is None:
+                continue  # State of a parameter that is in no group any more.
+            dtypes = [like.dtype for like in _no_elements(work)]
+            views = [r.view(dtype) for r, dtype in zip(raw, dtypes, strict=True)]
+            for done in range(0, max(count, 1), self._most):
+                n = min(self._most, count - done)
+                fields = [v.narrow(0, done, n) for v in views]
+                yield _TilePiece(work, first + done, n, fields)
+
+    # Saved states -----------------------------------------------------------------------
+
+    def save(self, parameters: list[tuple[int, Tensor, Kept, State]]) -> list[State | None]:
+        """The state of each parameter, given with its slot, what is kept and options.
+
+        Tensors are memory over a file that is gone with them. None where there is none.
+        """
+        works: dict[int, _Work] = {}
+        shown: list[tuple[_Work, State] | None] = []
+        for slot, parameter, kept, options in parameters:
+            own = self._slots[slot]
+            if own.scalars is None and not kept.from_start:
+                shown.append(None)
+                continue
+            self.expect(slot, parameter, kept)
+            work = _Work(own, parameter, kept)
+            work.scalars = own.scalars
+            shown.append((work, options))
+            if own.scalars is not None:
+                works[own.number] = work
+        places, size = _places([entry[0] for entry in shown if entry])
+        file = _C.SnapshotFile(self._directory, size)
+        with signals_held(), one_thread():
+            self._state.read(lambda segments: self._show(segments, works, places, file))
+        for entry in shown:
+            if entry and entry[0].scalars is None:
+                self._show_first(*entry, places, file)
+        flat = [place for entry in shown if entry for place in places[id(entry[0])].values()]
+        tensors = iter(file.tensors(flat))
+        states: list[State | None] = []
+        for entry in shown:
+            if entry is None:
+                states.append(None)
+                continue
+            work = entry[0]
+            found = {name: next(tensors) for name in places[id(work)]}
+            state = {
+                name: found[name] if name in found else _copied(work.scalars[name])
+                for name in work.kept.names
+            }
+            states.append(state | {n: t for n, t in found.items() if n == MASTER})
+        return states
+
+    def _show(
+        self, segments: list[Any], works: dict[int, _Work], places: Any, file: Any
+    ) -> None:
+        for piece in self._cut(segments, works):
+            place = places[id(piece.work)]
+            for name, values in piece.shown().items():
+                offset = place[name][0] + piece.first * values.itemsize
+                file.write(offset, values)
+
+    def _show_first(self, work: _Work, options: State, places: Any, file: Any) -> None:
+        """The state that the class has made before the first step."""
+        total = work.parameter.numel()
+        for first in range(0, max(total, 1), self._most):
+            n = min(self._most, total - first)
+            values = work.reader.read(first, n).float()
+            state = self._optimizer.first_state(options, values) | {MASTER: values}
+            work.scalars = {k: state[k] for k in state if k not in (*work.kept.fields, MASTER)}
+            for name, (offset, _, like) in places[id(work)].items():
+                file.write(offset + first * like.itemsize, state[name].detach().contiguous())
+
+    def load(self, states: list[Loaded]) -> None:
+        """Forgets all state and takes this. Also after an error."""
+        works = {}
+        for slot, parameter, kept, state in states:
+            self.expect(slot, parameter, kept, anew=True)
+            own = self._slots[slot]
+            work = _Work(own, parameter, kept)
+            work.scalars = {k: state[k] for k in kept.names if k not in kept.fields}
+            names = [*kept.fields, *([MASTER] if _master_dtype(parameter) else [])]
+            for name in names:
+                source = state.get(name, parameter)
+                work.sources[name] = _C.OrderedReader(source, parameter)
+            works[own.number] = work
+        for own in self._slots:
+            own.scalars = None
+        with signals_held(), one_thread():
+            self._state.write(list(works), lambda segments: self._fill(segments, works))
+            for work in works.values():
+                work.slot.scalars = work.scalars
+
+    def _fill(self, segments: list[Any], works: dict[int, _Work]) -> None:
+        for piece in self._cut(segments, works):
+            for (name, source), values in zip(
+                piece.work.sources.items(), piece.fields, strict=True
+            ):
+                given = source.read(piece.first, piece.count)
+                if name == MASTER and values.dtype == torch.int16:
+                    _C.split_master(given.float(), None, values)
+                else:
+                    values.copy_(given)
+
+    # The rest ---------------------------------------------------------------------------
+
+    def plan(self, parameters: Iterable[tuple[int, Tensor]]) -> dict[str, int]:
+        return self._state.plan([self._slots[slot].number for slot, _ in parameters])
+
+    def stats(self) -> dict[str, int | float]:
+        return self._state.stats()
+
+    def timeline(self) -> list[tuple[str, int, float, float]]:
+        return self._state.timeline()
+
+    def notes(self) -> list[str]:
+        return self._state.notes()
+
+    @property
+    def engine(self) -> str:
+        return self._state.engine
+
+    def close(self) -> None:
+        self._state.close()
+
+
+class _TilePiece:
+    """Elements of a parameter whose state is in a tile."""
+
+    __slots__ = ("count", "fields", "first", "here", "work")
+
+    def __init__(self, work: _Work, first: int, count: int, fields: list[Tensor]) -> None:
+        self.work = work
+        self.first = first
+        self.count = count
+        self.fields = fields
+        self.here: Tensor | None = None
+
+    def joins(self, other: _TilePiece) -> bool:
+        """Whether one call may update both."""
+        own, others = self.work, other.work
+        fresh = own.slot.scalars is None
+        return own.group == others.group and fresh == (others.slot.scalars is None)
+
+    def loaded(self) -> Piece:
+        work = self.work
+        gradient = work.gradient.read(self.first, self.count).float()
+        own = work.slot.scalars
+        state = None
+        if own is not None:
+            named = dict(zip(work.kept.fields, self.fields, strict=False))
+            state = {
+                name: named[name] if name in named else _copied(own[name])
+                for name in work.kept.names
+            }
+        return Piece(self._values(), gradient, state)
+
+    def _values(self) -> Tensor:
+        """The parameter in float32, which is its own place if it can be."""
+        self.here = here = self.work.reader.read(self.first, self.count)
+        if here.dtype == torch.float32:
+            return here
+        kept = self.fields[-1]
+        if here.dtype == torch.bfloat16:
+            return _C.join_master(here, kept)
+        # A master that does not round to the parameter is replaced by it.
+        same = kept.half().view(torch.int16) == here.view(torch.int16)
+        return torch.where(same, kept, here.float())
+
+    def store(self, piece: Piece, name: str) -> None:
+        work = self.work
+        state = piece.state
+        if state.keys() != work.kept.names.keys():
+            raise RuntimeError(
+                f"{name} keeps {list(state)} but {list(work.kept.names)} in the trial"
+            )
+        for key, values in zip(work.kept.fields, self.fields, strict=False):
+            if state[key].data_ptr() != values.data_ptr():
+                values.copy_(state[key])
+        work.scalars = {k: v for k, v in state.items() if k not in work.kept.fields}
+        here = self.here
+        if here.dtype == torch.bfloat16:
+            _C.split_master(piece.values, here, self.fields[-1])
+        elif here.dtype == torch.float16:
+            self.fields[-1].copy_(piece.values)
+            here.copy_(piece.values)
+        if not work.parameter.is_cpu:
+            there = work.parameter.detach()
+            first = there.storage_offset() + self.first
+            there.as_strided((self.count,), (1,), first).copy_(here)
+
+    def shown(self) -> dict[str, Tensor]:
+        """What a state_dict() has of it, by name."""
+        shown = dict(zip(self.work.kept.fields, self.fields, strict=False))
+        if _master_dtype(self.work.parameter):
+            shown[MASTER] = self._values()
+        return shown
+
+
+def _places(works: list[_Work]) -> tuple[dict[int, dict[str, Any]], int]:
+    """Where each tensor lies in a file: (offset, what it looks like, its dtype)."""
+    places, size = {}, 0
+    for work in works:
+        dtypes = dict(work.kept.fields)
+        if _master_dtype(work.parameter):
+            dtypes[MASTER] = torch.empty(0)
+        place = places[id(work)] = {}
+        for name, like in dtypes.items():
+            place[name] = (size, work.parameter.detach(), like)
+            size += (work.parameter.numel() * like.itemsize + 63) // 64 * 64
+    return places, size
+
+
+def _no_elements(work: _Work) -> list[Tensor]:
+    """The fields of no elements."""
+    return [
+        *work.kept.fields.values(),
+        *(torch.empty(0, dtype=dtype) for dtype in _master_dtype(work.parameter)),
+    ]
+
+
+def _master_dtype(parameter: Tensor) -> list[torch.dtype]:
+    """Of what is kept of the parameter itself; see docs/formats.md."""
+    return {torch.bfloat16: [torch.int16], torch.float16: [torch.float32]}.get(
+        parameter.dtype, []
+    )
+
+
+def _master_size(parameter: Tensor) -> list[int]:
+    return [dtype.itemsize for dtype in _master_dtype(parameter)]
+
+
+def _kind_of(parameter: Tensor) -> tuple[Any, ...]:
+    """Dtype, sizes and the strides that matter."""
+    sizes = list(parameter.shape)
+    strides = [s if n != 1 else 0 for n, s in zip(sizes, parameter.stride(), strict=True)]
+    return parameter.dtype, sizes, strides if parameter.numel() else []
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else copy.copy(value)

@@ -1,0 +1,313 @@
+"""Any elementwise optimizer of torch, with its state on NVMe."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_ext._adamw_groups import (
+    check_saved_tensor,
+    check_state_dict,
+    labelled_parameters,
+    paired,
+)
+from torch_ext._checks import Directories, directories_of, engine_of
+from torch_ext._elementwise import Kept, PieceOptimizer, options_of
+from torch_ext._offload import OffloadedBase
+from torch_ext._piece_engine import MASTER, Group, Loaded, PieceEngine, Trained
+from torch_ext._plan import OffloadPlan
+from torch_ext.config import AioConfig, parse_size, resolve_aio_config
+
+_MOST_FIELDS = 5
+#: How a class computes, not what: it is this process's own, whatever is loaded.
+_WAYS = ("foreach", "capturable", "differentiable", "fused")
+
+
+class OffloadedOptimizer(OffloadedBase):
+    """An optimizer class of torch, or of yours, whose state lives in a file on an NVMe drive.
+
+    The class updates pieces of parameters: 1-D float32 tensors on the CPU with their
+    gradients and state, of which a few are in memory at a time. Float32 parameters on the
+    CPU get the bits that the class gives them whole (on one thread: torch's
+    own kernels round the last elements of a thread's share differently).
+
+    So the class must be elementwise: what becomes of an element depends on that element's
+    gradient, value and state, and on numbers such as ``step``. Whether it is, and what
+    state it keeps, a trial finds out at construction, and again when options of a group
+    change that may decide it: one small parameter, whole and cut at 64 elements, must
+    agree bit for bit after 3 steps. SGD with momentum, Adam, AdamW, RMSprop, Adagrad,
+    Adamax, NAdam and their like are; Adafactor, Muon, LBFGS are not.
+    State of a parameter's shape is kept on the drive, other state in memory.
+
+    The rest is as with ``OffloadedAdamW``, which is faster than this with ``AdamW``:
+    masters of bfloat16 and float16 parameters (``master_param`` in a ``state_dict()``),
+    ``state`` without tensors, what follows an I/O error, one call at a time, fork, pickle.
+    ``state_dict()`` is as that of the class itself: either loads the other's. Ctrl-C
+    takes effect when a call has ended.
+
+    Args:
+        optimizer_class: A subclass of ``torch.optim.Optimizer``.
+        params: Parameters, named parameters or groups of them. Dense, float32,
+            bfloat16 or float16.
+        nvme_path: As for ``OffloadedAdamW``; also those that follow.
+        host_memory: Most bytes of host memory for state; 768 KiB of it (less of a
+            small budget) are for what the class computes in between.
+        aio: What ``get_aio_config`` takes or returns; None: the defaults.
+        engine: "auto", or one that ``python -m torch_ext info`` lists.
+        verify: Whether checksums are kept and compared on reading.
+        options: For ``optimizer_class``, by name.
+
+    Raises:
+        OSError: The directory cannot be used.
+        ValueError: The class is not elementwise or keeps no state; a value is out
+            of range; a parameter is not dense.
+        TypeError: A parameter cannot be optimized; what is given is no such class.
+
+    Example:
+        >>> optimizer = OffloadedOptimizer(
+        ...     torch.optim.RMSprop, model.parameters(), lr=1e-3, nvme_path="/mnt/nvme"
+        ... )
+    """
+
+    _engine: PieceEngine
+
+    def __init__(
+        self,
+        optimizer_class: type[torch.optim.Optimizer],
+        params: Any,
+        *,
+        nvme_path: Directories,
+        host_memory: int | str = "512MiB",
+        aio: AioConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+        engine: str = "auto",
+        verify: bool = True,
+        **options: Any,
+    ) -> None:
+        _check_class(optimizer_class)
+        self._pieces = PieceOptimizer(optimizer_class, options)
+        self._own(
+            PieceEngine(
+                directories_of(nvme_path, "nvme_path"),
+                resolve_aio_config(aio, stacklevel=3),
+                parse_size(host_memory),
+                engine_of(engine),
+                bool(verify),
+                self._pieces,
+            )
+        )
+        super().__init__(params, self._pieces.defaults)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        kept = self._kept(group)
+        for parameter in group["params"]:
+            half = parameter.dtype != torch.float32
+            if not kept.fields and not half:
+                raise ValueError(
+                    f"{self._pieces.name} keeps no state with these options: there is "
+                    f"nothing to offload, use the class itself"
+                )
+            if len(kept.fields) + half > _MOST_FIELDS:
+                raise ValueError(
+                    f"{self._pieces.name} keeps {list(kept.fields)}: more tensors than the "
+                    f"{_MOST_FIELDS} (one less for 16-bit parameters) that can be offloaded"
+                )
+
+    def _kept(self, group: dict[str, Any]) -> Kept:
+        return self._pieces.kept(options_of(group))
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Performs a step and returns what ``closure``, if given, returned.
+
+        When it returns, the parameters are updated; the last tiles of the state
+        may still be on their way to the drive.
+
+        Raises:
+            OSError: Reading or writing failed, now or since the last call.
+            RuntimeError: A gradient is sparse; a parameter was put into
+                ``param_groups`` by hand; the optimizer is closed or belongs to
+                another process.
+            ValueError, TypeError: A parameter, gradient or option cannot be used;
+                nothing has changed then.
+            Exception: What the class raises. The state is half updated then.
+        """
+        self._life.check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = []
+        for group in self.param_groups:
+            self._check_group(group)
+            trained = [
+                Trained(self._slot_of(p), p, p.grad)
+                for p in group["params"]
+                if p.grad is not None
+            ]
+            groups.append(Group(options_of(group), self._kept(group), trained))
+        self._engine.step(groups)
+        for trained in chain.from_iterable(group.trained for group in groups):
+            self.state[trained.parameter] = self._shown_state(trained.parameter)
+        return loss
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state as the class itself does.
+
+        Tensors are memory over an unnamed file in ``nvme_path``. bfloat16 and float16
+        parameters have ``master_param`` besides.
+
+        Raises:
+            OSError: Reading failed, or ``nvme_path`` has no space for a copy.
+            RuntimeError: As for ``step``.
+        """
+        self._life.check()
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        number_of = {p: i for i, p in enumerate(self._parameters())}
+        groups, asked = [], []
+        for group in self.param_groups:
+            packed = {key: value for key, value in group.items() if key != "params"}
+            groups.append(packed | {"params": [number_of[p] for p in group["params"]]})
+            kept, options = self._kept(group), options_of(group)
+            asked += [(self._slot_of(p), p, kept, options) for p in group["params"]]
+        states = enumerate(self._engine.save(asked))
+        state_dict = {
+            "state": {number: state for number, state in states if state is not None},
+            "param_groups": groups,
+        }
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state_dict)
+            if changed is not None:
+                state_dict = changed
+        return state_dict
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the state of this class or of the optimizer class itself.
+
+        Tensors may have any floating dtype and device and are read one part
+        after the other; the dict is not copied. A bfloat16 or float16
+        parameter whose ``master_param`` is missing, or does not round to it,
+        is its own master.
+
+        Raises:
+            ValueError, TypeError: The state does not fit; nothing has changed.
+                The text names the parameter.
+            RuntimeError: As for ``step``.
+            OSError: Writing failed; the old state is gone.
+        """
+        self._life.check()
+        check_state_dict(state_dict)
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            if changed is not None:
+                state_dict = changed
+        check_state_dict(state_dict)
+        state = state_dict["state"]
+        saved = state_dict["param_groups"]
+        groups = [_merged(*both) for both in paired(self.param_groups, saved, state)]
+        labels = iter(labelled_parameters(self.param_groups))
+        loaded = []
+        for group, other in zip(groups, saved, strict=True):
+            self._check_group(group)
+            kept = self._kept(group)
+            for key in other["params"]:
+                label, p = next(labels)
+                if entry := state.get(key):
+                    read = _read_entry(f"parameter {key!r}, {label}", p, kept, entry)
+                    loaded.append(Loaded(self._slot_of(p), p, kept, read))
+        self._engine.load(loaded)
+        self.param_groups = groups
+        self.state = defaultdict(dict)
+        for entry in loaded:
+            self.state[entry.parameter] = self._shown_state(entry.parameter)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def plan(self) -> OffloadPlan:
+        """As ``OffloadedAdamW.plan``."""
+        self._life.check()
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._engine.expect(self._slot_of(p), p, self._kept(group))
+        return super().plan()
+
+    def _shown_state(self, parameter: Tensor) -> dict[str, Any]:
+        """An entry of ``state``: all names, and no tensors, which others would move."""
+        slot = self._slots[parameter]
+        shown = dict.fromkeys(self._engine.names(slot))
+        for name, value in self._engine.scalars(slot).items():
+            shown[name] = value.item() if isinstance(value, Tensor) else value
+        if parameter.dtype != torch.float32:
+            shown[MASTER] = None
+        return shown
+
+
+def _check_class(optimizer_class: Any) -> None:
+    if not (
+        isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)
+    ):
+        raise TypeError(
+            f"optimizer_class must be a class of optimizers such as torch.optim.RMSprop, "
+            f"not {optimizer_class!r:.80}"
+        )
+    if issubclass(optimizer_class, OffloadedBase):
+        raise TypeError(f"{optimizer_class.__name__} keeps its state on NVMe by itself")
+
+
+def _merged(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """The saved group with this optimizer's parameters and way of computing."""
+    own = {key: group[key] for key in (*_WAYS, "params") if key in group}
+    given = {key: deepcopy(value) for key, value in saved.items() if key not in own}
+    return group | given | own
+
+
+def _read_entry(label: str, parameter: Tensor, kept: Kept, entry: Any) -> dict[str, Any]:
+    """A parameter's loaded state, its numbers in the form that the class keeps.
+
+    Raises:
+        ValueError, TypeError: It does not fit; the text has ``label``.
+    """
+    text = f"the loaded state of {label}"
+    if not isinstance(entry, Mapping):
+        raise TypeError(f"{text} must be a dict, not {type(entry).__name__}")
+    given = {name: value for name, value in entry.items() if value is not None}
+    if strangers := given.keys() - kept.names.keys() - {MASTER}:
+        raise ValueError(
+            f"{text} has {sorted(map(str, strangers))}, which is not kept with these options; "
+            f"kept are {list(kept.names)}"
+        )
+    for name in (*kept.fields, MASTER):
+        tensor = given.get(name)
+        if tensor is None and name == MASTER:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{text} has no tensor {name!r}")
+        check_saved_tensor(f"{text}: {name}", tensor, parameter)
+    for name in kept.names.keys() - kept.fields.keys():
+        given[name] = _as_kept(f"{text}: {name!r}", kept.names[name], entry.get(name))
+    return given
+
+
+def _as_kept(what: str, like: Any, value: Any) -> Any:
+    if like is None and value is None:
+        return None
+    try:
+        number = value.item() if isinstance(value, Tensor) else value
+        if isinstance(like, Tensor):
+            return torch.full_like(like, number)
+        return number if like is None else type(like)(number)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"{what} is {value!r:.80}, which is no number") from None
