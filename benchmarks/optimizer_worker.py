@@ -29,7 +29,8 @@ def main() -> None:
     import_what_a_step_imports()
     tell(peak=peak_memory())
     if job["kind"] == "memory":
-        step, stats = in_memory(parameters), dict
+        alone = in_memory(parameters, lr=LEARNING_RATE)
+        step, stats = (lambda: alone(LEARNING_RATE)), dict
     else:
         optimizer = OffloadedAdamW(
             parameters,
@@ -71,17 +72,24 @@ def import_what_a_step_imports() -> None:
     torch.optim.AdamW([parameter], fused=True).step()
 
 
-def in_memory(parameters: list[torch.nn.Parameter]) -> Callable[[], None]:
-    """torch's own AdamW; below fp32 with a master copy, as the offloaded one has."""
-    if parameters[0].dtype == torch.float32:
-        return torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True).step
-    masters = [torch.nn.Parameter(p.detach().float()) for p in parameters]
-    for master in masters:
-        master.grad = torch.empty_like(master)
-    optimizer = torch.optim.AdamW(masters, lr=LEARNING_RATE, fused=True)
+def in_memory(
+    parameters: list[torch.nn.Parameter], **arguments: Any
+) -> Callable[[float], None]:
+    """A step, given its learning rate, of torch's own AdamW; below fp32 with a master
+    copy, as the offloaded one has."""
+    exact = parameters[0].dtype == torch.float32
+    masters = parameters if exact else [torch.nn.Parameter(p.detach().float()) for p in parameters]
+    optimizer = torch.optim.AdamW(masters, **arguments, fused=True)
+    if not exact:
+        for master in masters:
+            master.grad = torch.empty_like(master)
 
     @torch.no_grad()
-    def step() -> None:
+    def step(lr: float) -> None:
+        optimizer.param_groups[0]["lr"] = lr
+        if exact:
+            optimizer.step()
+            return
         for master, parameter in zip(masters, parameters, strict=True):
             master.grad.copy_(parameter.grad)
         optimizer.step()
