@@ -28,9 +28,11 @@ CASES = [(dtype, state) for dtype in ("float32", "bfloat16") for state in NAMES]
 def main() -> None:
     options = parse()
     machine = common.machine(options.directory)
-    with common.work_folder(options.directory) as folder:
-        with ThreadPoolExecutor(options.jobs) as pool:
-            seeds = list(pool.map(lambda seed: run(options, folder, seed), range(options.rounds)))
+    with (
+        common.work_folder(options.directory) as folder,
+        ThreadPoolExecutor(options.jobs) as pool,
+    ):
+        seeds = list(pool.map(lambda seed: run(options, folder, seed), range(options.rounds)))
     runs = {case: [seed[i] for seed in seeds] for i, case in enumerate(CASES)}
     result = {
         "machine": machine,

@@ -20,7 +20,7 @@ def main() -> None:
         "--into",
         type=Path,
         metavar="FILE",
-        help=f"replace what stands between its marks <!-- {FIGURES} --> and <!-- /{FIGURES} -->",
+        help=f"replace what stands between <!-- {FIGURES} --> and <!-- /{FIGURES} -->",
     )
     options = parser.parse_args()
     text = "\n".join(

@@ -121,6 +121,7 @@ def remove(group: Path) -> None:
     """The kernel lets go of a process some time after it was waited for."""
     for _ in range(100):
         try:
-            return group.rmdir()
+            group.rmdir()
+            return
         except OSError:
             time.sleep(0.05)
