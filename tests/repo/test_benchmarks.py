@@ -95,6 +95,26 @@ def test_io_sets_every_transfer_beside_fio(bench, disk, fake_fio):
     assert os.listdir(disk) == []
 
 
+def test_io_stands_beside_the_better_of_fios_engines(bench, fake_fio, capsys):
+    twice = json.dumps({"jobs": [FIO_JOB | {"read": {"io_bytes": 3 << 30, "runtime": 500}}]})
+    fake_fio(f"case \"$*\" in *io_uring*) echo '{twice}';; *) {FIO};; esac")
+    result = bench("io")
+    (sample,) = result["measurements"]["4 MiB tensor"]["read"]
+    assert sample["fio, libaio"]["gib_per_second"] == pytest.approx(4.0)
+    assert sample["fio, io_uring"]["gib_per_second"] == pytest.approx(8.0)
+    ours, fio, ratio, *_ = cells(result)["4 MiB tensor, read"]
+    assert fio == "8.00"
+    assert float(ratio) == pytest.approx(sample["ours"]["gib_per_second"] / 8, abs=0.01)
+
+
+def test_io_goes_on_where_fio_has_no_io_uring(bench, fake_fio, capsys):
+    fake_fio(f'case "$*" in *io_uring*) exit 1;; *) {FIO};; esac')
+    result = bench("io")
+    assert result["fio_engines"] == ["libaio"]
+    assert "io_uring does not work here" in capsys.readouterr().err
+    assert cells(result)["4 MiB tensor, read"][1] == "4.00"
+
+
 def test_io_without_fio_says_so_and_has_our_figures(bench, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     rows = cells(bench("io", "--engine", "threads"))
