@@ -282,6 +282,8 @@ def run_both(task: Run, limit_by: str) -> tuple[list[Run], str]:
 
 
 if __name__ == "__main__":
+    # So that the group of a run that is stopped goes, too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         sys.exit(main())
     except KeyboardInterrupt:
