@@ -89,7 +89,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     options.hidden = HIDDEN
     if options.quick:
-        options.rounds, options.burst, options.parameters = 1, 1, 1_000_000
+        options.rounds, options.burst, options.parameters = 1, 1, 8_000_000
         options.dtypes, options.formats = ["bfloat16"], ["int8"]
         options.least_memory, options.fio_size, options.hidden = MIB, 8 * MIB, 256
     return options

@@ -58,7 +58,7 @@ def make_offloaded(parameters: list[torch.nn.Parameter], job: dict[str, Any]) ->
     wanted, least = job["resident"], job["least_memory"]
     optimizer = make(least)
     most = optimizer.plan().host_memory_for_all
-    # More memory may mean larger tiles, so there is no formula.
+    # More memory may mean larger tiles, which need more of it: there is no formula.
     for _ in range(10 if wanted else 0):
         budget = most if wanted == 1 else (least + most) // 2
         optimizer.close()
@@ -67,7 +67,10 @@ def make_offloaded(parameters: list[torch.nn.Parameter], job: dict[str, Any]) ->
         missing = wanted * plan.state_bytes - plan.resident_bytes
         if abs(missing) <= plan.state_bytes / 100:
             break
-        least, most = (budget, most) if missing > 0 else (least, budget)
+        if missing > 0:
+            least, most = budget, max(most, plan.host_memory_for_all)
+        else:
+            most = budget
     return optimizer
 
 
