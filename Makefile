@@ -4,7 +4,7 @@ PY := .venv/bin/python
 ARGS ?=
 DEMO_ARGS ?=
 
-.PHONY: help demo test test-faults test-deepspeed test-loops test-mutants bench deps lint tidy format clean
+.PHONY: help demo demo-large test test-faults test-deepspeed test-loops test-mutants bench deps lint tidy format clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -12,6 +12,10 @@ help: ## This list
 demo: ## Train a small GPT twice: AdamW in memory, AdamW on NVMe (ARGS="--help")
 	@tools/setup.sh package
 	@$(PY) examples/train_gpt.py $(DEMO_ARGS) $(ARGS)
+
+demo-large: ## Train a model whose state is twice the memory it may have (minutes)
+	@tools/setup.sh package
+	@$(PY) examples/demo_large.py $(DEMO_ARGS) $(ARGS)
 
 test: ## GoogleTest and pytest (ARGS go to pytest)
 	@tools/setup.sh tests

@@ -1,8 +1,9 @@
 """TensorSwapper beside fio: one large tensor, and many small ones.
 
-In every round each case has its own pair of runs, ours and fio's, one right
-after the other; who goes first alternates. Both overwrite space that has been
-written before, but for the rows of new space.
+In every round each case has its own runs, ours and fio's, one right after the
+other; who goes first alternates. fio runs with each of its engines that works here,
+and the better of a round counts. All overwrite space that has been written before, but
+for the rows of new space.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import common
@@ -17,6 +19,7 @@ from common import GIB, KIB, MIB, Json, Rate
 from transfers import Buffers, Transfer
 
 NEW_SPACE = ", new space"
+FIO_ENGINES = ("libaio", "io_uring")
 
 
 @dataclass
@@ -34,10 +37,12 @@ class Case:
     def small(self) -> bool:
         return self.buffers.count > 1
 
-    def fio(self, operation: str) -> Rate:
+    def fio(self, operation: str, engine: str) -> Rate:
         rw = f"rand{operation}" if self.small else operation
         block = self.buffers.size if self.small else common.AIO["block_size"]
-        return common.fio(rw, self.fio_file, self.buffers.nbytes, block)
+        if self.new_space:
+            self.fio_file.unlink(missing_ok=True)
+        return common.fio(rw, self.fio_file, self.buffers.nbytes, block, ioengine=engine)
 
     def ours(self, operation: str) -> Rate:
         action = self.transfer.write if operation == "write" else self.transfer.read
@@ -49,8 +54,8 @@ def main() -> None:
     machine = common.machine(options.directory)
     with common.work_folder(options.directory) as folder:
         cases = make_cases(options, folder, machine["memory_alignment"] // 2)
-        fio = common.have_fio()
-        prepare(cases, fio)
+        fio = engines_of_fio(folder) if common.have_fio() else []
+        prepare(cases, bool(fio))
         for round_ in range(options.rounds):
             common.say(f"round {round_ + 1} of {options.rounds}")
             for case in cases:
@@ -61,6 +66,7 @@ def main() -> None:
         result = {
             "machine": machine,
             "engine": engine,
+            "fio_engines": fio,
             "measurements": {case.name: case.samples for case in cases},
             "tables": [tabulate(cases, engine)],
         }
@@ -106,6 +112,18 @@ def make_cases(options: argparse.Namespace, folder: Path, shift: int) -> list[Ca
     return cases
 
 
+def engines_of_fio(folder: Path) -> list[str]:
+    """libaio, and what else this fio and this kernel have."""
+    found = [FIO_ENGINES[0]]
+    for engine in FIO_ENGINES[1:]:
+        try:
+            common.fio("write", folder / "fio.probe", MIB, MIB, ioengine=engine)
+            found.append(engine)
+        except RuntimeError:
+            common.say(f"fio's engine {engine} does not work here: beside {found[0]} only")
+    return found
+
+
 def prepare(cases: list[Case], fio: bool) -> None:
     """Makes files that are as long as they will be, and written throughout."""
     for case in cases:
@@ -116,16 +134,21 @@ def prepare(cases: list[Case], fio: bool) -> None:
             common.fio("write", case.fio_file, case.buffers.nbytes, MIB)
 
 
-def measure(case: Case, ours_first: bool, fio: bool) -> None:
+def measure(case: Case, ours_first: bool, fio: list[str]) -> None:
     for operation in ["write"] if case.new_space else ["write", "read"]:
         if case.new_space:
             case.transfer.renew()
-            case.fio_file.unlink(missing_ok=True)
-        runs: dict[str, Callable[[str], Rate]] = {"ours": case.ours}
-        if fio:
-            runs = {"fio": case.fio} | runs
+        runs: dict[str, Callable[[str], Rate]] = {
+            f"fio, {engine}": partial(case.fio, engine=engine) for engine in fio
+        }
+        runs["ours"] = case.ours
         order = list(runs) if not ours_first else list(reversed(runs))
         sample = {who: asdict(runs[who](operation)) for who in order}
+        if fio:
+            sample["fio"] = max(
+                (sample[f"fio, {engine}"] for engine in fio),
+                key=lambda rate: rate["gib_per_second"],
+            )
         case.samples.setdefault(operation, []).append(sample)
 
 

@@ -8,6 +8,7 @@ optimizer state, then one for each line of input.
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -27,19 +28,54 @@ def main() -> None:
     torch.manual_seed(0)
     parameters = make_parameters(job)
     import_what_a_step_imports()
-    tell(peak=peak_memory())
+    first_peak = peak_memory()
     if job["kind"] == "memory":
-        step, stats = in_memory(parameters), dict
-    else:
-        optimizer = OffloadedAdamW(
+        tell(peak=first_peak)
+        alone = in_memory(parameters, lr=LEARNING_RATE)
+        serve(lambda: alone(LEARNING_RATE), dict)
+        return
+    optimizer = make_offloaded(parameters, job)
+    tell(peak=first_peak, host_memory=optimizer.plan().host_memory)
+    serve(optimizer.step, optimizer.stats)
+
+
+def make_offloaded(parameters: list[torch.nn.Parameter], job: dict[str, Any]) -> OffloadedAdamW:
+    """With a budget in which the job's share of the state stays."""
+
+    def make(host_memory: int) -> OffloadedAdamW:
+        overlap = job.get("overlap_backward")
+        return OffloadedAdamW(
             parameters,
             lr=LEARNING_RATE,
             nvme_path=job["nvme_path"],
-            host_memory=job["host_memory"],
+            host_memory=host_memory,
             aio=job["aio"],
             engine=job["engine"],
+            state_format=job["state_format"],
+            **({"overlap_backward": overlap} if overlap else {}),
         )
-        step, stats = optimizer.step, optimizer.stats
+
+    wanted, least = job["resident"], job["least_memory"]
+    optimizer = make(least)
+    most = optimizer.plan().host_memory_for_all
+    # More memory may mean larger tiles, which need more of it: there is no formula.
+    for _ in range(10 if wanted else 0):
+        budget = most if wanted == 1 else (least + most) // 2
+        optimizer.close()
+        optimizer = make(budget)
+        plan = optimizer.plan()
+        missing = wanted * plan.state_bytes - plan.resident_bytes
+        if abs(missing) <= plan.state_bytes / 100:
+            break
+        if missing > 0:
+            least, most = budget, max(most, plan.host_memory_for_all)
+        else:
+            most = budget
+    return optimizer
+
+
+def serve(step: Callable[[], Any], stats: Callable[[], dict[str, Any]]) -> None:
+    """Answers each line of input with a burst of steps."""
     settled = settle(stats)
     for line in sys.stdin:
         steps = int(line)
@@ -71,17 +107,26 @@ def import_what_a_step_imports() -> None:
     torch.optim.AdamW([parameter], fused=True).step()
 
 
-def in_memory(parameters: list[torch.nn.Parameter]) -> Callable[[], None]:
-    """torch's own AdamW; below fp32 with a master copy, as the offloaded one has."""
-    if parameters[0].dtype == torch.float32:
-        return torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True).step
-    masters = [torch.nn.Parameter(p.detach().float()) for p in parameters]
-    for master in masters:
-        master.grad = torch.empty_like(master)
-    optimizer = torch.optim.AdamW(masters, lr=LEARNING_RATE, fused=True)
+def in_memory(
+    parameters: list[torch.nn.Parameter], **arguments: Any
+) -> Callable[[float], None]:
+    """A step, given its learning rate, of torch's own AdamW; below fp32 with a master
+    copy, as the offloaded one has."""
+    exact = parameters[0].dtype == torch.float32
+    masters = (
+        parameters if exact else [torch.nn.Parameter(p.detach().float()) for p in parameters]
+    )
+    optimizer = torch.optim.AdamW(masters, **arguments, fused=True)
+    if not exact:
+        for master in masters:
+            master.grad = torch.empty_like(master)
 
     @torch.no_grad()
-    def step() -> None:
+    def step(lr: float) -> None:
+        optimizer.param_groups[0]["lr"] = lr
+        if exact:
+            optimizer.step()
+            return
         for master, parameter in zip(masters, parameters, strict=True):
             master.grad.copy_(parameter.grad)
         optimizer.step()
@@ -102,21 +147,32 @@ def burst(
     """
     step()
     before = stats()
+    cpu = cpu_seconds()
     start = time.perf_counter()
     for _ in range(steps):
         step()
     seconds = time.perf_counter() - start
+    cpu = cpu_seconds() - cpu
     after = stats()
     return {
         "seconds": seconds / steps,
+        "cpu_seconds": cpu / steps,
         "moved": {
             name: (after[name] - before[name]) / steps
             for name in after
             if name.endswith("_seconds") or name in MOVED
         },
         "host_bytes_peak": after.get("host_bytes_peak", 0),
+        "state_bytes": after.get("state_bytes", 0),
+        "resident_bytes": after.get("resident_bytes", 0),
         "peak": peak_memory(),
     }
+
+
+def cpu_seconds() -> float:
+    """Of all threads, user and system."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
 
 
 def settle(stats: Callable[[], dict[str, Any]]) -> list[int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import common
 from common import Json
 
-BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
+FIGURES = "figures"  # The name of the marks between which tables stand.
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
         "--into",
         type=Path,
         metavar="FILE",
-        help=f"replace what stands between {BEGIN} and {END}",
+        help=f"replace what stands between <!-- {FIGURES} --> and <!-- /{FIGURES} -->",
     )
     options = parser.parse_args()
     text = "\n".join(
@@ -76,12 +76,13 @@ def title(name: str) -> str:
     return re.sub(r"^BM_|/(process_time|real_time)\b", "", name)
 
 
-def replace(file: Path, text: str) -> None:
-    before, found, rest = file.read_text().partition(BEGIN)
-    _, ended, after = rest.partition(END)
+def replace(file: Path, text: str, name: str = FIGURES) -> None:
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, found, rest = file.read_text().partition(begin)
+    _, ended, after = rest.partition(end)
     if not (found and ended):
-        raise SystemExit(f"{file} has no lines {BEGIN} and {END}")
-    file.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+        raise SystemExit(f"{file} has no lines {begin} and {end}")
+    file.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
 
 
 if __name__ == "__main__":

@@ -69,18 +69,45 @@ def read_text() -> tuple[bytes, dict[str, Any]]:
     }
 
 
+class ProductIn32Bits(torch.autograd.Function):
+    """A Linear's product; only one layer's float32 copies exist at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float(), bias.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, weight = ctx.saved_tensors
+        rows = gradients[0].flatten(0, -2).float()
+        of_x = (rows @ weight.float()).view(x.shape).to(x.dtype)
+        of_weight = (rows.t() @ x.flatten(0, -2).float()).to(weight.dtype)
+        return of_x, of_weight, rows.sum(0).to(weight.dtype)
+
+
+class LinearIn32Bits(nn.Linear):
+    """For bfloat16 parameters, whose products take minutes on CPUs without instructions
+    for them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ProductIn32Bits.apply(x, self.weight, self.bias)
+
+
 class Block(nn.Module):
     """Attention, then a two-layer perceptron, each behind a LayerNorm."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, linear: type[nn.Linear] = nn.Linear) -> None:
         super().__init__()
         self.heads = heads
         self.norm_1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.projection = nn.Linear(width, width)
+        self.qkv = linear(width, 3 * width)
+        self.projection = linear(width, width)
         self.norm_2 = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
+        self.up = linear(width, 4 * width)
+        self.down = linear(4 * width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, time_, width = x.shape
@@ -94,14 +121,21 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A decoder-only transformer over bytes."""
 
-    def __init__(self, layers: int, width: int, heads: int, context: int) -> None:
+    def __init__(
+        self,
+        layers: int,
+        width: int,
+        heads: int,
+        context: int,
+        linear: type[nn.Linear] = nn.Linear,
+    ) -> None:
         super().__init__()
         self.context = context
         self.bytes = nn.Embedding(VOCABULARY, width)
         self.positions = nn.Embedding(context, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, linear) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, VOCABULARY)
+        self.head = linear(width, VOCABULARY)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 ends_block = name.endswith(("projection.weight", "down.weight"))

@@ -9,11 +9,15 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tree
 
 FOLDER = tree.ROOT / "benchmarks"
+
+
+MODULES = ("ranks", "common", "contenders", "optimizer", "transfers", "report", "picture", "zero_step")
 
 
 @pytest.fixture
@@ -38,7 +42,7 @@ def bench(monkeypatch, disk, tmp_path):
         return json.loads(result.read_text()) if result.exists() else None
 
     yield run
-    for name in ("common", "transfers"):
+    for name in ("common", "contenders", "optimizer", "transfers"):
         sys.modules.pop(name, None)
 
 
@@ -46,7 +50,7 @@ def bench(monkeypatch, disk, tmp_path):
 def module(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module
-    for name in ("common", "transfers", "report", "picture", "zero_step", "ranks"):
+    for name in MODULES:
         sys.modules.pop(name, None)
 
 
@@ -93,6 +97,26 @@ def test_io_sets_every_transfer_beside_fio(bench, disk, fake_fio):
     assert fio == "4.00"
     assert float(ratio) == pytest.approx(sample["ours"]["gib_per_second"] / 4, abs=0.01)
     assert os.listdir(disk) == []
+
+
+def test_io_stands_beside_the_better_of_fios_engines(bench, fake_fio, capsys):
+    twice = json.dumps({"jobs": [FIO_JOB | {"read": {"io_bytes": 3 << 30, "runtime": 500}}]})
+    fake_fio(f"case \"$*\" in *io_uring*) echo '{twice}';; *) {FIO};; esac")
+    result = bench("io")
+    (sample,) = result["measurements"]["4 MiB tensor"]["read"]
+    assert sample["fio, libaio"]["gib_per_second"] == pytest.approx(4.0)
+    assert sample["fio, io_uring"]["gib_per_second"] == pytest.approx(8.0)
+    ours, fio, ratio, *_ = cells(result)["4 MiB tensor, read"]
+    assert fio == "8.00"
+    assert float(ratio) == pytest.approx(sample["ours"]["gib_per_second"] / 8, abs=0.01)
+
+
+def test_io_goes_on_where_fio_has_no_io_uring(bench, fake_fio, capsys):
+    fake_fio(f'case "$*" in *io_uring*) exit 1;; *) {FIO};; esac')
+    result = bench("io")
+    assert result["fio_engines"] == ["libaio"]
+    assert "io_uring does not work here" in capsys.readouterr().err
+    assert cells(result)["4 MiB tensor, read"][1] == "4.00"
 
 
 def test_io_without_fio_says_so_and_has_our_figures(bench, monkeypatch, capsys):
@@ -255,15 +279,66 @@ def test_cuda_without_a_gpu_says_so_and_ends_well(bench, monkeypatch, capsys):
     assert "no GPU" in capsys.readouterr().err
 
 
-def test_optimizer_moves_the_bytes_of_its_state_within_its_memory(bench, disk, fake_fio):
+def test_optimizer_moves_the_bytes_of_its_state_within_its_memory(
+    bench, disk, fake_fio, monkeypatch, capsys
+):
     fake_fio(FIO)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
     result = bench("optimizer")
-    (row,) = (row for name, row in cells(result).items() if name.endswith("MiB"))
-    # Two moments in fp32 and half a master, each read and written; some padding.
+    assert "without DeepSpeed" in capsys.readouterr().err
+    rows = cells(result)
+    # Two moments in a byte and half a master, each read and written; scales, padding.
+    _, _, nothing, _, ratio, _ = rows["bfloat16, int8, nothing resident"]
+    assert 8 <= float(nothing) < 8.2
+    assert float(rows["bfloat16, int8, half resident"][2]) == pytest.approx(4, rel=0.05)
+    assert rows["bfloat16, int8, all resident"][0] == "100.0%"
+    assert float(rows["bfloat16, int8, all resident"][2]) == 0
+    burst, alone = (
+        next(c for c in result["measurements"][0]["contenders"] if c["name"] == name)["bursts"][
+            0
+        ]
+        for name in ("int8, nothing resident", "int8, all resident")
+    )
+    moved = burst["moved"]["bytes_read"] + burst["moved"]["bytes_written"]
+    limit = max(moved / (4 << 30), alone["seconds"])
+    assert float(ratio) == pytest.approx(burst["seconds"] / limit, abs=0.01)
+    budget, peak, *_ = cells(result, 2)["bfloat16, int8, nothing resident"]
+    assert 0 < int(peak) <= int(budget)
+    assert os.listdir(disk) == []
+
+
+def test_optimizer_is_set_beside_deepspeed_per_parameter(module):
+    def contender(name, seconds, **start):
+        bursts = [
+            {"seconds": s, "bytes_per_step": 8e9, "cpu_seconds": 0.5, "peak": 2 << 30}
+            for s in seconds
+        ]
+        worker = SimpleNamespace(start={"peak": 1 << 30} | start, bursts=bursts)
+        return module("contenders").Contender(name, worker)
+
+    optimizer = module("optimizer")
+    group = optimizer.Group(
+        "bfloat16",
+        contender("in memory", [1.0, 1.0]),
+        contender("DeepSpeed", [10.0, 8.0], parameters=500_000_000),
+        {("exact", "nothing resident"): contender("exact", [5.0, 5.0])},
+    )
+    rows = cells({"tables": [optimizer.speed_table([group], 10**9)]})
+    assert rows["bfloat16, DeepSpeed"][1:3] == ["18.00 (16.00 to 20.00)", "16.00"]
+    # 5 s for twice the parameters, beside 10 and 8.
+    assert rows["bfloat16, exact"][-1] == "0.28 (0.25 to 0.31)"
+
+
+def test_iteration_is_set_beside_its_parts(bench, disk, fake_fio, monkeypatch):
+    fake_fio(FIO)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    result = bench("iteration")
+    compute, alone, whole, *_ = (c["bursts"][0] for c in result["measurements"])
+    row = cells(result)["exact, overlap off"]
     assert 20 <= float(row[1]) < 21
-    (memory,) = cells(result, 2).values()
-    budget, peak = int(memory[0]), int(memory[1])
-    assert 0 < peak <= budget
+    moved = whole["moved"]["bytes_read"] + whole["moved"]["bytes_written"]
+    limit = max(compute["seconds"] + alone["seconds"], moved / (4 << 30))
+    assert float(row[3]) == pytest.approx(whole["seconds"] / limit, abs=0.01)
     assert os.listdir(disk) == []
 
 

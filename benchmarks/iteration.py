@@ -1,0 +1,135 @@
+"""Forward, backward and step with OffloadedAdamW beside DeepSpeed's NVMe optimizer.
+
+Nothing of the state stays in memory. --rows says how long forward and backward take; the
+share that they have of DeepSpeed's step is in the title of the table: 0.35 to 0.45
+is what is asked for. Rounds and fio are as in optimizer.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import statistics
+from pathlib import Path
+
+import common
+import contenders
+import optimizer
+from common import GIB, MIB, Json
+from contenders import Contender, Limit, Worker
+
+from torch_ext import OffloadedAdamW
+
+
+def main() -> None:
+    options = parse()
+    machine = common.machine(options.directory)
+    fio = common.have_fio()
+    deepspeed = contenders.have_deepspeed("iteration")
+    shape = optimizer.shape(options)
+    with common.work_folder(options.directory) as folder:
+        field = make_contenders(options, folder, shape, deepspeed)
+        limit = Limit(folder / "fio", options.fio_size, fio)
+        contenders.run(list(field.values()), options.rounds, options.burst, limit, "iteration")
+    result: Json = {
+        "machine": machine,
+        "options": {"rows": options.rows, "hidden": options.hidden, **shape},
+        "measurements": [c.record() for c in field.values()],
+        "tables": [tabulate(field, shape["parameters"], options.rows)],
+    }
+    common.publish("iteration", options, result)
+
+
+def parse() -> argparse.Namespace:
+    parser = common.parser(__doc__)
+    parser.add_argument("--parameters", type=lambda text: int(float(text)), default="1e8")
+    parser.add_argument("--rows", type=int, default=100, help="of the batch (%(default)s)")
+    parser.add_argument("--formats", nargs="+", default=["exact", "bf16", "int8"])
+    parser.add_argument("--least-memory", type=common.size, default=16 * MIB)
+    parser.add_argument("--burst", type=int, default=2, help="iterations (%(default)s)")
+    parser.add_argument("--fio-size", type=common.size, default=GIB)
+    options = parser.parse_args()
+    options.hidden = optimizer.HIDDEN
+    if options.quick:
+        options.rounds, options.burst, options.parameters, options.rows = 1, 1, 1_000_000, 4
+        options.formats, options.least_memory = ["exact"], MIB
+        options.hidden, options.fio_size = 256, 8 * MIB
+    return options
+
+
+def overlaps() -> list[str]:
+    """What the installed optimizer can do while backward runs."""
+    known = "overlap_backward" in inspect.signature(OffloadedAdamW).parameters
+    return ["", "update"] if known else [""]
+
+
+def make_contenders(
+    options: argparse.Namespace, folder: Path, shape: Json, deepspeed: bool
+) -> dict[str, Contender]:
+    place = {"nvme_path": str(folder), "aio": common.AIO, "engine": options.engine}
+    job = {"hidden": options.hidden, "rows": options.rows, **shape, **place}
+    compute = Worker("iteration_worker.py", kind="compute", **job)
+    field = {"compute": Contender("forward and backward", compute, offloaded=False)}
+    if deepspeed:
+        worker = Worker("optimizer_deepspeed.py", iteration=True, **job)
+        field["deepspeed"] = Contender("DeepSpeed", worker)
+    job |= {"kind": "offloaded", "least_memory": options.least_memory}
+    for state in options.formats:
+        alone = Worker(
+            "optimizer_worker.py",
+            **job | {"tensors": shape["layers"], "dtype": "bfloat16"},
+            state_format=state,
+            resident=1.0,
+        )
+        field[f"{state} alone"] = Contender(f"{state}, update alone", alone, offloaded=False)
+        for overlap in overlaps():
+            worker = Worker(
+                "iteration_worker.py",
+                state_format=state,
+                resident=0.0,
+                overlap_backward=overlap,
+                **job,
+            )
+            name = f"{state}, overlap {overlap or 'off'}"
+            field[name] = Contender(name, worker)
+    return field
+
+
+def tabulate(field: dict[str, Contender], parameters: int, rows_of_batch: int) -> Json:
+    """ "limit": the larger of forward, backward and update alone, and of the bytes."""
+    theirs, compute = field.get("deepspeed"), field["compute"].seconds()
+    rows = []
+    for name, c in field.items():
+        ratios = []
+        if name.partition(",")[0] + " alone" in field:
+            alone = field[name.partition(",")[0] + " alone"].seconds()
+            ratios = [
+                seconds / max(computing + updating, moving)
+                for seconds, computing, updating, moving in zip(
+                    c.seconds(), compute, alone, c.moving(), strict=False
+                )
+            ]
+        rows.append(
+            [
+                c.name,
+                common.cell([s / (parameters / 1e9) for s in c.seconds()]),
+                common.cell([b["bytes_per_step"] / parameters for b in c.bursts]),
+                common.cell(c.limits),
+                common.cell(ratios),
+                common.cell(c.beside(theirs)),
+                common.cell([b["cpu_seconds"] / (parameters / 1e9) for b in c.bursts]),
+            ]
+        )
+    title = f"A whole iteration, {parameters:.3g} bfloat16 parameters, {rows_of_batch} rows"
+    if theirs:
+        share = statistics.median(
+            b["compute_seconds"] / b["step_seconds"] for b in theirs.bursts
+        )
+        title += f"; DeepSpeed's forward and backward take {share:.2f} of its step"
+    header = ["", "s per 10^9", "bytes per parameter", "fio mixed, GiB/s"]
+    header += ["iteration / limit", "iteration / DeepSpeed's", "CPU s per 10^9"]
+    return common.table(title, header, rows)
+
+
+if __name__ == "__main__":
+    main()
