@@ -20,6 +20,7 @@ from torch_ext._adamw_groups import (
 )
 from torch_ext._checks import Directories, directories_of, engine_of
 from torch_ext._elementwise import Kept, PieceOptimizer, options_of
+from torch_ext._local import is_distributed
 from torch_ext._offload import OffloadedBase
 from torch_ext._piece_engine import MASTER, Group, Loaded, PieceEngine, Trained
 from torch_ext._plan import OffloadPlan
@@ -107,6 +108,11 @@ class OffloadedOptimizer(OffloadedBase):
     def _check_group(self, group: dict[str, Any]) -> None:
         kept = self._kept(group)
         for parameter in group["params"]:
+            if is_distributed(parameter):
+                raise TypeError(
+                    "OffloadedOptimizer: a parameter is a DTensor; of these only "
+                    "OffloadedAdamW keeps state"
+                )
             half = parameter.dtype != torch.float32
             if not kept.fields and not half:
                 raise ValueError(

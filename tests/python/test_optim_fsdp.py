@@ -116,6 +116,29 @@ def test_200_steps_on_two_ranks_are_bit_identical(ranks, nvme_dir):
     assert min(least for *_, least in results) == 0
 
 
+def overlapped_differences(directory, steps, **more):
+    """As ``differences``, with updates during backward."""
+    ours, theirs = sharded(), sharded()
+    a = offloaded(ours, directory, overlap_backward="update", **more)
+    b = torch.optim.AdamW(theirs.parameters(), lr=LR, fused=True)
+    losses = train(ours, a, range(steps))
+    others = []
+    for seed in range(steps):
+        b.zero_grad()
+        others.append(forward_backward(theirs, seed))
+        if more:
+            torch.nn.utils.clip_grad_norm_(theirs.parameters(), more["max_grad_norm"])
+        b.step()
+    same = equal(shards(ours), shards(theirs))
+    return losses == others and same, a.stats()["steps"]
+
+
+@pytest.mark.parametrize("more", [{}, {"max_grad_norm": 0.1}], ids=["free", "clipped"])
+def test_updates_during_backward_are_bit_identical(ranks, nvme_dir, more):
+    run = partial(overlapped_differences, **more)
+    assert ranks[2].run(run, nvme_dir, 20) == [(True, 20)] * 2
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_gradients_clipped_over_all_ranks_are_bit_identical(ranks, nvme_dir, world):
     for found, *_ in ranks[world].run(differences, nvme_dir, 20, 0.1, sharded):

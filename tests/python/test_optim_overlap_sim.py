@@ -1,9 +1,11 @@
 """Updates while backward goes on, of parameters on a device, which is simulated."""
 
+import threading
+
 import pytest
 import torch
 from optim_support import SMALL
-from test_optim_sim import is_all, on_sim
+from test_optim_sim import is_all, on_sim, released_by
 
 from torch_ext import OffloadedAdamW
 
@@ -68,13 +70,13 @@ def one(sim, nvme_dir):
 
 def test_the_update_waits_for_the_work_that_makes_the_gradient(sim, nvme_dir):
     weight, optimizer = one(sim, nvme_dir)
-    gradient = torch.zeros(1000).to("sim")
+    weight.grad = torch.full((1000,), -1.0).to("sim")
     sim.settle()
+    sim.reset()
     sim.hold()
-    gradient.add_(1.0)  # Queued, and not done when backward has returned.
-    weight.backward(gradient)
-    sim.release()
-    optimizer.step()
+    weight.grad.fill_(1.0)  # Queued; the device is late.
+    with released_by(sim, threading.Thread(target=optimizer.step)):
+        sim.await_copies(2)
     assert is_all(weight, -1.0)
 
 
@@ -82,7 +84,7 @@ def test_work_after_the_step_sees_the_parameters(sim, nvme_dir):
     weight, optimizer = one(sim, nvme_dir)
     sim.reset()
     sim.hold_copies_after(2)  # To the host; what comes back is late.
-    weight.backward(torch.ones(1000).to("sim"))
+    weight.grad = torch.ones(1000).to("sim")
     optimizer.step()
     seen = weight.detach().clone()
     sim.release_copies()

@@ -17,7 +17,16 @@ import tree
 FOLDER = tree.ROOT / "benchmarks"
 
 
-MODULES = ("ranks", "common", "contenders", "optimizer", "transfers", "report", "picture", "zero_step")
+MODULES = (
+    "ranks",
+    "common",
+    "contenders",
+    "optimizer",
+    "transfers",
+    "report",
+    "picture",
+    "zero_step",
+)
 
 
 @pytest.fixture

@@ -232,10 +232,9 @@ class AdamWEngine {
 
   void begin_open_step() {
     if (open_ != nullptr) return;
-    std::unique_ptr<OpenStep> step(
-        new OpenStep{.kernel = {format_, seed_,
-                                [this] { return offload_.scratch(); }, lanes_,
-                                update_on_}});
+    std::unique_ptr<OpenStep> step(new OpenStep{
+        .kernel = {format_, seed_, [this] { return offload_.scratch(); },
+                   lanes_, update_on_}});
     offload_.begin_step(step->kernel);
     open_ = std::move(step);
   }

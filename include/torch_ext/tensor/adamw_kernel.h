@@ -111,7 +111,7 @@ class AdamWKernel final : public UpdateKernel {
     /// as long as the target does.
     const c10::Event* ready = nullptr;
     std::shared_ptr<const c10::Event> own_ready;  ///< `ready`, if not a lane's.
-    std::uint64_t left = 0;     ///< Elements that are not updated yet.
+    std::uint64_t left = 0;  ///< Elements that are not updated yet.
   };
   using MakeScratch = std::function<std::span<std::byte>()>;
 

@@ -119,7 +119,8 @@ class DeviceLane {
 };
 
 /// The lanes of an optimizer, one for each device that it has met.
-/// Threads: any; what a lane does, one at a time. Forked children: nothing happens.
+/// Threads: any; what a lane does, one at a time. Forked children: nothing
+/// happens.
 class DeviceLanes {
  public:
   DeviceLanes() = default;
