@@ -79,9 +79,10 @@ class OffloadedAdamW(OffloadedBase):
             as to ``TensorSwapper``; the first has room for a ``state_dict()``.
         host_memory: Most bytes of host memory for buffers, as 2**29 or
             "512MiB"; at least 240 KiB.
-        overlap_backward: False: ``step()`` does all but the reads that ran ahead of it.
-            "prefetch": backward also brings what the step needs to host memory; loops that
-            clip, scale, accumulate or skip steps work unchanged.
+        overlap_backward: False or "prefetch": parameters are updated in ``step()``; the
+            first tiles of the state are read before it, while forward and backward run. Loops
+            that clip, scale, accumulate or skip steps work unchanged. The two are the same
+            today: gradients on a device are copied to the host in ``step()`` with both.
             "update": parameters are updated while backward goes on, as soon as their
             gradients are final, and these are freed: after ``backward()`` any use of a
             gradient raises RuntimeError. ``step()`` updates the rest; options of the
@@ -181,6 +182,14 @@ class OffloadedAdamW(OffloadedBase):
     def _watch(self, parameters: list[Tensor]) -> None:
         if self._overlap is not None:
             self._overlap.watch(parameters)
+
+    def close(self) -> None:
+        self._life.check_process()
+        if self._overlap is not None:
+            self._overlap.stop()
+        super().close()
+
+    close.__doc__ = OffloadedBase.close.__doc__
 
     def accumulate(self) -> AbstractContextManager[None]:
         """To be around every backward pass of a step but the last.

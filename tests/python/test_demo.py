@@ -29,7 +29,7 @@ def run(*arguments):
 @pytest.mark.slow
 def test_demo_trains_twice_and_compares(nvme_dir):
     output = nvme_dir / "out"
-    done = run(*SMALL, "--output", output, "--nvme-path", nvme_dir, "--host-memory", "1MiB")
+    done = run(*SMALL, "--output", output, "--nvme-path", nvme_dir, "--host-memory", "240KiB")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "equal to the bit: yes" in done.stdout
     assert str(output / "train_gpt.png") in done.stdout
@@ -39,10 +39,10 @@ def test_demo_trains_twice_and_compares(nvme_dir):
     assert figures["equal"] is True
     assert len(figures["offloaded"]["steps"]) == 4
     assert figures["offloaded"]["last_loss"] < figures["offloaded"]["first_loss"]
-    # Each step writes all state; the first has none to read.
+    # With the least memory each step writes all state; the first has none to read.
     assert figures["io"]["bytes_written"] >= 4 * figures["state_bytes"]
     assert figures["io"]["bytes_read"] >= 3 * figures["state_bytes"]
-    assert figures["io"]["host_bytes_peak"] <= 1 << 20
+    assert figures["io"]["host_bytes_peak"] <= 240 << 10
     assert 0 <= figures["io"]["hidden_share"] <= 1
     lanes = {lane for step in figures["timeline"] for lane, *_ in step}
     assert lanes == {"read", "update", "write"}

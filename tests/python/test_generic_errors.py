@@ -211,9 +211,10 @@ def test_a_parameter_whose_kind_has_changed_needs_a_state(make, change):
 
 
 def test_a_parameter_put_in_place_of_another_is_named(make):
-    optimizer = make(torch.optim.Adam, [("first", parameters(10)[0])])
-    (stranger,) = parameters(10)
-    set_gradients([stranger], seed=0)
+    own, stranger = parameters(10, 10)
+    optimizer = make(torch.optim.Adam, [("first", own)])
+    set_gradients([own, stranger], seed=0)
+    optimizer.step()
     optimizer.param_groups[0]["params"][0] = stranger
     for attempt in (optimizer.step, optimizer.state_dict, optimizer.plan):
         with pytest.raises(RuntimeError, match=r"\('first'\) is a tensor that this optimizer"):

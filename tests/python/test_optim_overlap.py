@@ -329,8 +329,9 @@ def test_an_optimizer_may_be_closed_or_dropped_in_the_middle_of_a_step(nvme_dir)
         loss_of(model, 4).backward()
         if close:
             optimizer.close()
-        del optimizer
-        gc.collect()
+        else:
+            del optimizer
+            gc.collect()
         model.zero_grad()
         loss_of(model, 5).backward()  # Nobody takes gradients any more.
         assert all(type(p.grad) is torch.Tensor for p in model.parameters())

@@ -44,7 +44,7 @@ struct OffloadedAdamWOptions
 /// What is done during backward; Python's overlap_backward.
 enum class OverlapBackward {
   kOff,
-  kPrefetch,
+  kPrefetch,  ///< As kOff today: the first tiles of a step are read before it.
   /// Parameters are updated as soon as their gradients are final, and these
   /// are freed: any use of a gradient after backward() is an error. Every
   /// backward pass of a step but the last has an AccumulateGuard around it.
