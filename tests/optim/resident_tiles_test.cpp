@@ -162,11 +162,11 @@ TEST_F(ResidentTilesTest, OfALargeBudgetNearlyAllIsForTilesThatStay) {
 }
 
 TEST_F(ResidentTilesTest, ThoseThatStayAreSpreadEvenlyOverTheVisits) {
-  for (const std::size_t tiles : {1, 7, 30, 101}) {
+  for (const std::size_t tiles : {1U, 7U, 30U, 101U}) {
     for (std::size_t stay = 0; stay <= tiles; ++stay) {
       std::size_t chosen = 0;
       for (std::size_t i = 0; i < tiles; ++i) {
-        chosen += is_chosen(i, tiles, stay) ? 1 : 0;
+        chosen += is_chosen(i, tiles, stay) ? 1U : 0U;
         const double even =
             static_cast<double>((i + 1) * stay) / static_cast<double>(tiles);
         EXPECT_LE(std::abs(static_cast<double>(chosen) - even), 1.0);
