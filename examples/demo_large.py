@@ -76,7 +76,7 @@ def make_parser() -> Parser:
             metavar="N",
             help=f"{text} (%(default)s)",
         )
-    parser.add_argument("--lr", type=rate, default=2e-4, help="learning rate (%(default)s)")
+    parser.add_argument("--lr", type=rate, default=3e-5, help="learning rate (%(default)s)")
     parser.add_argument(
         "--quick",
         action="store_true",

@@ -162,6 +162,7 @@ class OffloadedAdamW(OffloadedBase):
         # Of the step that backward has begun: each group's numbers, and whose they are.
         self._hypers: dict[int, tuple[Any, ...]] = {}
         self._numbers: dict[Tensor, int] = {}
+        self._placed: set[Tensor] = set()  # Have room for their state.
         self._own(
             _C.AdamWEngine(
                 directories_of(nvme_path, "nvme_path"),
@@ -281,7 +282,7 @@ class OffloadedAdamW(OffloadedBase):
         by_slot = {self._slot_of(p): p for p in number_of}
         state = {}
         for slot, step, exp_avg, exp_avg_sq, master in self._engine.save(
-            [self._own_part(p) for p in number_of]
+            [self._own_part(p) for p in number_of if p in self.state]
         ):
             parameter = by_slot[slot]
             entry = {
@@ -335,7 +336,9 @@ class OffloadedAdamW(OffloadedBase):
             for key, (label, p) in zip(ids, labelled_parameters(self.param_groups), strict=True)
             if (entry := state_dict["state"].get(key))
         ]
+        self._placed = set()
         self._engine.load([(*self._own_part(p), *entry) for p, entry in entries])
+        self._placed = {p for p, _ in entries}
         self._forget_taken()
         self.param_groups = groups
         self.state = defaultdict(dict)
@@ -351,6 +354,8 @@ class OffloadedAdamW(OffloadedBase):
         """Has a parameter updated whose gradient is final."""
         self._life.check()
         assert self._overlap is not None
+        if not self._overlap.taken:
+            self._make_room()
         number, group = self._group_of(parameter)
         if number not in self._hypers:
             self._hypers[number] = hyper(group)
@@ -360,6 +365,15 @@ class OffloadedAdamW(OffloadedBase):
             torch.autograd.graph.increment_version(parameter)
         self._overlap.taken.add(parameter)
         parameter.grad = TakenGradient(parameter)
+
+    def _make_room(self) -> None:
+        """Gives parameters state before their first gradient comes, so that the first step
+        need not keep all gradients either. Backward mostly goes the other way round.
+        """
+        new = [p for p in self._parameters() if p.requires_grad and p not in self._placed]
+        if new:
+            self._engine.init([self._own_part(p) for p in reversed(new)])
+            self._placed.update(new)
 
     def _forget_taken(self) -> None:
         self._hypers = {}

@@ -4,6 +4,7 @@
 #include <ATen/ops/stack.h>
 #include <torch/optim/optimizer.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -186,8 +187,14 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   std::vector<ParameterState> state_dict() {
     add_new_parameters();
     const std::vector<AdamWEngine::Parameter> all = entries();
+    std::vector<AdamWEngine::Parameter> stepped;
+    for (const AdamWEngine::Parameter& parameter : all) {
+      if (state_.count(parameter.tensor.unsafeGetTensorImpl()) > 0) {
+        stepped.push_back(parameter);
+      }
+    }
     std::vector<ParameterState> states;
-    for (auto& saved : engine_.save(all)) {
+    for (auto& saved : engine_.save(stepped)) {
       std::size_t i = 0;
       while (all[i].slot != saved.parameter.slot) ++i;
       states.push_back({i, std::move(saved.state)});
@@ -256,6 +263,7 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   void on_gradient(const at::Tensor& parameter) {
     if (accumulating_ > 0) return;
     const c10::NoGradGuard no_grad;
+    if (taken_.empty()) make_room();
     for (const auto& group : param_groups_) {
       for (const at::Tensor& known : group.params()) {
         if (known.unsafeGetTensorImpl() != parameter.unsafeGetTensorImpl()) {
@@ -265,6 +273,18 @@ class OffloadedAdamW : public torch::optim::Optimizer {
         return;
       }
     }
+  }
+
+  // State before the first gradient comes, so that the first step need not keep
+  // all gradients either. Backward mostly goes the other way round.
+  void make_room() {
+    std::vector<AdamWEngine::Parameter> all = entries();
+    std::erase_if(all, [this](const AdamWEngine::Parameter& parameter) {
+      return !parameter.tensor.requires_grad() ||
+             engine_.has_state(parameter.slot);
+    });
+    std::reverse(all.begin(), all.end());
+    if (!all.empty()) engine_.init(all);
   }
 
   void take(const AdamWHyper& hyper, const AdamWEngine::Trained& trained) {
