@@ -115,7 +115,8 @@ class OptimizerOffload {
   /// Begins a step in which parameters become active one by one. What is
   /// updated meanwhile is so by a thread of this object, which calls the
   /// kernel until end_step() has returned. Until then only release(),
-  /// end_step(), write_state(), close() and what counts may be called.
+  /// end_step(), abandon_step(), write_state(), close() and what counts may be
+  /// called.
   /// Errors: those of earlier calls' writes, as step(); StateError if a step
   /// has begun.
   void begin_step(UpdateKernel& kernel);
@@ -130,7 +131,8 @@ class OptimizerOffload {
   /// end_step()'s to throw.
   void release(std::size_t parameter);
 
-  /// Updates what is left of the released parameters. Errors: as step().
+  /// Updates what is left of the released parameters. Errors: as step(), but
+  /// when ENOSPC for new state comes, state that there was has been updated.
   void end_step();
 
   /// Gives up a step that has begun, if one has, and returns when nobody calls
