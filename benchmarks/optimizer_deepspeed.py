@@ -62,8 +62,8 @@ def settings(job: dict[str, Any]) -> dict[str, Any]:
                 "nvme_path": job["nvme_path"],
                 "pipeline_read": True,
                 "pipeline_write": True,
-                # Its documentation: at least 4, for parameter, gradient and two moments.
-                "buffer_count": 4,
+                # Parameter, gradient and two moments of the three that a pipeline holds.
+                "buffer_count": 12,
             },
         },
         # As fio and ours have it.

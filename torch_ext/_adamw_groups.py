@@ -14,6 +14,30 @@ from torch import Tensor
 from torch_ext._local import local_of, local_state
 
 
+def as_lists(params: Any) -> Any:
+    """``params`` of an optimizer with lists instead of iterators, which are read once."""
+    if not isinstance(params, (Iterator, list)):
+        return params
+    return [
+        {**entry, "params": list(entry["params"])}
+        if isinstance(entry, dict) and isinstance(entry.get("params"), Iterator)
+        else entry
+        for entry in params
+    ]
+
+
+def elements_on_devices(params: Any) -> int:
+    """Of the parameters on accelerators; ``params`` need not be well-formed."""
+    if isinstance(params, Tensor):
+        local = local_of(params)
+        return 0 if local.is_cpu else local.numel()
+    if isinstance(params, dict):
+        return elements_on_devices(params.get("params", ()))
+    if isinstance(params, (list, tuple)):
+        return sum(map(elements_on_devices, params))
+    return 0
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Raises ValueError, in torch.optim.AdamW's words where it has some."""
     lr, betas = group["lr"], group["betas"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from torch_ext._native import _C
 
 _MODES = (False, "prefetch", "update")
 
@@ -56,11 +59,18 @@ class TakenGradient(Tensor):
 
 
 class Overlap:
-    """Calls ``take(parameter)`` for each gradient that is final in a backward pass."""
+    """Calls ``take(parameter)`` for each gradient that is final in a backward pass.
 
-    def __init__(self, take: Callable[[Tensor], None]) -> None:
+    A hook that comes later may change it still, as ``DistributedDataParallel``'s do: then
+    ``take`` is not called, and with ``must`` backward raises RuntimeError.
+    """
+
+    def __init__(self, take: Callable[[Tensor], None], must: bool) -> None:
         # Parameters hold their hooks, and may outlive the optimizer.
         self._take = weakref.WeakMethod(take)
+        self._must = must
+        # PyTorch calls hooks on a thread for each device.
+        self._lock = threading.Lock()
         self._handles: list[Any] = []
         self._accumulating = 0
         self.taken: set[Tensor] = set()
@@ -91,12 +101,21 @@ class Overlap:
         take = self._take()
         if take is None:
             return
+        if _C.may_change_later(parameter):
+            if not self._must:
+                return
+            raise RuntimeError(
+                "a hook, such as DistributedDataParallel's, changes gradients after backward "
+                'has accumulated them, which overlap_backward="update" would not see: take '
+                '"prefetch" or False, or FSDP2'
+            )
         if parameter in self.taken:
             raise RuntimeError(
                 "a second backward pass before step(): its gradient would not be counted. "
                 "All but the last go inside `with optimizer.accumulate():`"
             )
-        take(parameter)
+        with self._lock:
+            take(parameter)
 
 
 class _Hook:

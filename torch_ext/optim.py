@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from torch_ext._adamw_groups import (
+    as_lists,
     check_group,
     check_state_dict,
+    elements_on_devices,
     hyper,
     labelled_parameters,
     merged,
@@ -30,7 +32,12 @@ from torch_ext._checks import (
     state_format_of,
     update_on_of,
 )
-from torch_ext._local import any_nonzero, is_distributed, like_parameter
+from torch_ext._local import (
+    any_nonzero,
+    is_distributed,
+    like_parameter,
+    local_of,
+)
 from torch_ext._native import _C
 from torch_ext._offload import OffloadedBase
 from torch_ext._overlap import Overlap, TakenGradient, overlap_of
@@ -81,13 +88,18 @@ class OffloadedAdamW(OffloadedBase):
             "512MiB"; at least 240 KiB.
         overlap_backward: False or "prefetch": parameters are updated in ``step()``; the
             first tiles of the state are read before it, while forward and backward run. Loops
-            that clip, scale, accumulate or skip steps work unchanged. The two are the same
-            today: gradients on a device are copied to the host in ``step()`` with both.
+            that clip, scale, accumulate or skip steps work unchanged. With "prefetch",
+            gradients on a device are copied to the host while backward goes on, into at most
+            a quarter of ``host_memory`` (if that is 1 MiB or more), for parameters that are
+            on the device when the optimizer is made; ``step()`` copies again what has changed
+            since, as by clipping, and what had no room. On the CPU the two are the same.
             "update": parameters are updated while backward goes on, as soon as their
             gradients are final, and these are freed: after ``backward()`` any use of a
             gradient raises RuntimeError. ``step()`` updates the rest; options of the
             groups are those at the time of ``backward()``. Every backward pass of a step
-            but the last goes inside ``with optimizer.accumulate():``.
+            but the last goes inside ``with optimizer.accumulate():``. Not with
+            ``DistributedDataParallel``, which changes gradients later: ``backward()`` raises
+            RuntimeError.
         max_grad_norm: ``step()`` clips gradients to this norm first, as
             ``torch.nn.utils.clip_grad_norm_`` does, and leaves the norm in ``grad_norm``.
             "update" then behaves as "prefetch", since it takes all gradients to know it.
@@ -156,9 +168,17 @@ class OffloadedAdamW(OffloadedBase):
         #: The norm that the last step with ``max_grad_norm`` found.
         self.grad_norm: Tensor | None = None
         self._overlap: Overlap | None = None
-        # A norm is known when all gradients are, and not before.
-        if overlap_of(overlap_backward) == "update" and max_grad_norm is None:
-            self._overlap = Overlap(self._take)
+        self._takes = False  # Whether gradients are taken during backward.
+        early_elements = 0
+        if overlap_of(overlap_backward) is not False:
+            # A norm is known when all gradients are, and not before.
+            self._takes = overlap_backward == "update" and max_grad_norm is None
+            self._overlap = Overlap(self._take if self._takes else self._prefetch, self._takes)
+        if self._overlap is not None and not self._takes:
+            params = as_lists(params)
+            early_elements = elements_on_devices(params)
+            if early_elements == 0:
+                self._overlap = None
         # Of the step that backward has begun: each group's numbers, and whose they are.
         self._hypers: dict[int, tuple[Any, ...]] = {}
         self._numbers: dict[Tensor, int] = {}
@@ -173,6 +193,7 @@ class OffloadedAdamW(OffloadedBase):
                 state_format_of(state_format),
                 seed_of(seed),
                 update_on_of(update_on),
+                early_elements,
             )
         )
         super().__init__(params, defaults)
@@ -196,7 +217,8 @@ class OffloadedAdamW(OffloadedBase):
         """To be around every backward pass of a step but the last.
 
         ``with optimizer.accumulate(): loss.backward()`` leaves gradients where they are, to
-        be added to. Needed with ``overlap_backward="update"``, without effect otherwise.
+        be added to. Needed with ``overlap_backward="update"``; with "prefetch" it saves
+        copies; without effect with False.
         """
         return nullcontext() if self._overlap is None else self._overlap.accumulate()
 
@@ -238,8 +260,8 @@ class OffloadedAdamW(OffloadedBase):
         if not self.state and not self._taken() and _asks_for_state_only(trained):
             parameters = [p for _, group in trained for p in group]
             self._engine.init([self._own_part(p) for p in parameters])
-        elif self._overlap is not None:
-            parameters = self._finish(self._overlap, trained)
+        elif self._takes:
+            parameters = self._finish(trained)
         else:
             parameters = [p for _, group in trained for p in group]
             self._engine.step(
@@ -254,7 +276,7 @@ class OffloadedAdamW(OffloadedBase):
         self._log_notes()
         for p in parameters:
             self.state[p] = self._shown_state(p)
-            if is_distributed(p) and self._overlap is None:
+            if is_distributed(p) and not self._takes:
                 # The engine has told autograd of the shard's change only.
                 torch.autograd.graph.increment_version(p)
         return loss
@@ -353,8 +375,7 @@ class OffloadedAdamW(OffloadedBase):
     def _take(self, parameter: Tensor) -> None:
         """Has a parameter updated whose gradient is final."""
         self._life.check()
-        assert self._overlap is not None
-        if not self._overlap.taken:
+        if not self._taken():
             self._make_room()
         number, group = self._group_of(parameter)
         if number not in self._hypers:
@@ -363,8 +384,16 @@ class OffloadedAdamW(OffloadedBase):
         self._engine.take((*self._hypers[number], [(*part, gradient)]))
         if is_distributed(parameter):
             torch.autograd.graph.increment_version(parameter)
-        self._overlap.taken.add(parameter)
+        self._taken().add(parameter)
         parameter.grad = TakenGradient(parameter)
+
+    def _prefetch(self, parameter: Tensor) -> None:
+        """Has a gradient copied to the host that may be final."""
+        self._life.check()
+        if parameter not in self._slots or parameter.is_cpu:
+            return
+        gradient = local_of(parameter.grad)
+        self._engine.prefetch(self._slots[parameter], local_of(parameter), gradient)
 
     def _make_room(self) -> None:
         """Gives parameters state before their first gradient comes, so that the first step
@@ -387,13 +416,11 @@ class OffloadedAdamW(OffloadedBase):
         number = self._numbers[parameter]
         return number, self.param_groups[number]
 
-    def _finish(
-        self, overlap: Overlap, trained: list[tuple[dict[str, Any], list[Tensor]]]
-    ) -> list[Tensor]:
+    def _finish(self, trained: list[tuple[dict[str, Any], list[Tensor]]]) -> list[Tensor]:
         """Ends a step of which some gradients may have been taken; who took part."""
         for p in chain.from_iterable(parameters for _, parameters in trained):
             self._take(p)
-        used, parameters = self._hypers, list(overlap.taken)
+        used, parameters = self._hypers, list(self._taken())
         self._forget_taken()
         self._engine.finish()
         for number, numbers in used.items():

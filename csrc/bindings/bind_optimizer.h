@@ -21,6 +21,7 @@
 #include "errors.h"
 #include "gil.h"
 #include "torch_ext/tensor/adamw_engine.h"
+#include "torch_ext/tensor/gradient_hook.h"
 
 namespace {
 
@@ -125,12 +126,14 @@ void load(AdamWEngine& engine, const std::vector<SavedArgs>& from) {
 }
 
 void bind_optimizer(py::module_& m) {
+  m.def("may_change_later", &torch_ext::may_change_later, py::arg("parameter"));
   py::class_<AdamWEngine, std::unique_ptr<AdamWEngine, DeleteWithoutGil>>(
       m, "AdamWEngine", py::module_local())
       .def(py::init([](const Directories& directories, const AioConfig& aio,
                        std::uint64_t host_memory, std::string engine,
                        bool verify, const std::string& state_format,
-                       std::uint64_t seed, const std::string& update_on) {
+                       std::uint64_t seed, const std::string& update_on,
+                       std::uint64_t early_elements) {
              py::gil_scoped_release released;
              return std::unique_ptr<AdamWEngine, DeleteWithoutGil>(
                  new AdamWEngine({.store = {.directory = to_list(directories),
@@ -139,11 +142,12 @@ void bind_optimizer(py::module_& m) {
                                             .verify = verify},
                                   .host_memory = host_memory},
                                  torch_ext::parse_state_format(state_format),
-                                 seed, torch_ext::parse_update_on(update_on)));
+                                 seed, torch_ext::parse_update_on(update_on),
+                                 early_elements));
            }),
            py::arg("directories"), py::arg("aio"), py::arg("host_memory"),
            py::arg("engine"), py::arg("verify"), py::arg("state_format"),
-           py::arg("seed"), py::arg("update_on"))
+           py::arg("seed"), py::arg("update_on"), py::arg("early_elements"))
       .def("add", &AdamWEngine::add, py::arg("parameter"))
       .def(
           "step",
@@ -162,6 +166,14 @@ void bind_optimizer(py::module_& m) {
           },
           py::arg("group"), release_gil())
       .def("finish", &AdamWEngine::finish, release_gil())
+      .def(
+          "prefetch",
+          [](AdamWEngine& engine, std::size_t slot, const at::Tensor& parameter,
+             const at::Tensor& gradient) {
+            engine.prefetch({{slot, parameter}, gradient});
+          },
+          py::arg("slot"), py::arg("parameter"), py::arg("gradient"),
+          release_gil())
       .def(
           "init",
           [](AdamWEngine& engine, const std::vector<SlotArgs>& parameters) {

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from optim_support import SMALL, equal_states
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -355,3 +356,31 @@ def test_an_unknown_mode_is_refused(nvme_dir, value):
 def test_a_norm_that_is_none_is_refused(nvme_dir, value, error):
     with pytest.raises(error, match="max_grad_norm"):
         OffloadedAdamW(make_model().parameters(), nvme_path=nvme_dir, max_grad_norm=value)
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process only."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_gradients_that_ddp_changes_later_are_not_taken(nvme_dir, alone, overlap):
+    ours, theirs = make_model(), make_model()
+    wrapped = nn.parallel.DistributedDataParallel(ours)
+    optimizer = OffloadedAdamW(
+        ours.parameters(), nvme_path=nvme_dir, host_memory=SMALL, overlap_backward=overlap
+    )
+    reference = torch.optim.AdamW(theirs.parameters(), fused=True)
+    if overlap == "update":
+        with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+            wrapped(batch(0)).sum().backward()
+        return
+    for _ in range(2):
+        for model, own in ((wrapped, optimizer), (theirs, reference)):
+            own.zero_grad()
+            (model(batch(0)) ** 2).sum().backward()
+            own.step()
+    assert same_parameters(ours, theirs)

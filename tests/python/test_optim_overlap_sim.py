@@ -90,3 +90,193 @@ def test_work_after_the_step_sees_the_parameters(sim, nvme_dir):
     sim.release_copies()
     assert is_all(seen, -1.0)
     assert is_all(weight, -1.0)
+
+
+ROOMY = "2MiB"
+
+
+def pair(nvme_dir, dtype=torch.float32, **options):
+    """Parameters and optimizer on the CPU, and on the device with "prefetch"."""
+    cpu, device = make("cpu", dtype), make("sim", dtype)
+    options = {"lr": 1e-2, "nvme_path": nvme_dir, "host_memory": ROOMY} | options
+    return (
+        (cpu, OffloadedAdamW(cpu, **options)),
+        (device, OffloadedAdamW(device, overlap_backward="prefetch", **options)),
+    )
+
+
+def same(cpu, device):
+    return all(
+        torch.equal(p.detach(), q.detach().cpu()) for p, q in zip(cpu, device, strict=True)
+    )
+
+
+def copies_of(sim, function, *args):
+    before = sim.counts()["async_copies"]
+    function(*args)
+    return sim.counts()["async_copies"] - before
+
+
+@pytest.mark.parametrize("state_format", ["exact", "bf16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_are_copied_while_backward_runs(sim, nvme_dir, dtype, state_format):
+    (cpu, a), (device, b) = pair(nvme_dir, dtype, state_format=state_format)
+    for step in range(4):
+        backward(cpu, step)
+        assert copies_of(sim, backward, device, step) == len(SIZES)
+        a.step()
+        in_step = copies_of(sim, b.step)
+        assert in_step % 2 == 0  # Parameters, there and back.
+        a.zero_grad()
+        b.zero_grad()
+        assert same(cpu, device)
+    assert in_step == copies_without_gradients(sim, nvme_dir, dtype, state_format)
+    assert b.stats()["host_bytes_peak"] <= b.stats()["host_memory"]
+
+
+def copies_without_gradients(sim, nvme_dir, dtype, state_format):
+    """Two of the three copies of a chunk."""
+    parameters = make("sim", dtype)
+    optimizer = OffloadedAdamW(
+        parameters, nvme_path=nvme_dir, host_memory=ROOMY, state_format=state_format
+    )
+    backward(parameters, 0)
+    copies = copies_of(sim, optimizer.step)
+    assert copies % 3 == 0
+    return copies // 3 * 2
+
+
+def halve(p):
+    p.grad.mul_(0.5)
+
+
+def halve_unseen(p):
+    p.grad.data.mul_(0.5)
+
+
+def negate_unseen(p):
+    p.grad.data.neg_()
+
+
+def replace(p):
+    p.grad = p.grad * 0.5
+
+
+def add_another(p):
+    p.backward(torch.ones(p.shape).to(p.device))
+
+
+def swap_halves_unseen(p):
+    flat = p.grad.data.view(-1)
+    flat.copy_(torch.roll(flat.cpu(), len(flat) // 2).to(flat.device))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [halve, halve_unseen, negate_unseen, replace, add_another, swap_halves_unseen],
+)
+def test_what_changes_gradients_after_backward_counts(sim, nvme_dir, change):
+    (cpu, a), (device, b) = pair(nvme_dir)
+    for step in range(3):
+        for parameters, optimizer in ((cpu, a), (device, b)):
+            optimizer.zero_grad()
+            backward(parameters, step)
+            for p in parameters[1:3]:
+                change(p)
+            optimizer.step()
+        assert same(cpu, device)
+
+
+def test_a_step_that_is_skipped_or_repeated_uses_no_old_copy(sim, nvme_dir):
+    (cpu, a), (device, b) = pair(nvme_dir)
+    for parameters, optimizer in ((cpu, a), (device, b)):
+        backward(parameters, 0)
+        optimizer.zero_grad(set_to_none=False)
+        optimizer.step()
+        optimizer.zero_grad()
+        backward(parameters, 1)  # Skipped, as a GradScaler does.
+        optimizer.zero_grad()
+        backward(parameters, 2)
+        optimizer.step()
+        optimizer.step()
+    assert same(cpu, device)
+
+
+def test_clipping_by_the_optimizer_is_that_of_the_cpu(sim, nvme_dir):
+    for norm in (1e9, 0.5):  # Nothing to clip, much to clip.
+        (cpu, a), (device, b) = pair(nvme_dir, max_grad_norm=norm)
+        for step in range(3):
+            for parameters, optimizer in ((cpu, a), (device, b)):
+                optimizer.zero_grad()
+                backward(parameters, step)
+                optimizer.step()
+            assert same(cpu, device)
+
+
+def test_a_copy_waits_for_the_gradient(sim, nvme_dir):
+    (cpu, a), (device, b) = pair(nvme_dir)
+    gradient = torch.zeros(3000).to("sim")
+    sim.settle()
+    sim.reset()
+    sim.hold()
+    gradient.fill_(2.0)  # Queued; the device is late.
+    device[1].grad = gradient
+    # Backward itself waits for this device.
+    with released_by(sim, threading.Thread(target=b._prefetch, args=(device[1],))):
+        sim.await_copies(1)
+    cpu[1].grad = torch.full((3000,), 2.0)
+    a.step()
+    assert copies_of(sim, b.step) == 2  # The parameter, there and back.
+    assert same(cpu, device)
+
+
+def test_copies_have_a_quarter_of_the_budget(sim, nvme_dir):
+    generator = torch.Generator().manual_seed(1)
+    # Of 4 bytes each: the last two have room in a quarter of 2 MiB.
+    start = [torch.randn(60_000, generator=generator) for _ in range(5)]
+    trained = []
+    for device in ("cpu", "sim"):
+        parameters = [t.clone().to(device).requires_grad_() for t in start]
+        optimizer = OffloadedAdamW(
+            parameters, nvme_path=nvme_dir, host_memory=ROOMY, overlap_backward="prefetch"
+        )
+        for _ in range(3):
+            optimizer.zero_grad()
+            before = sim.counts()["async_copies"]
+            sum((p * p).sum() for p in parameters).backward()
+            copies = sim.counts()["async_copies"] - before
+            optimizer.step()
+        assert copies == (2 if device == "sim" else 0)
+        assert optimizer.stats()["host_bytes_peak"] <= 2 << 20
+        trained.append(parameters)
+    assert same(*trained)
+
+
+def test_nothing_is_copied_while_gradients_are_accumulated(sim, nvme_dir):
+    (cpu, a), (device, b) = pair(nvme_dir)
+    for parameters, optimizer in ((cpu, a), (device, b)):
+        with optimizer.accumulate():
+            assert copies_of(sim, backward, parameters, 0) == 0
+        backward(parameters, 1)
+        optimizer.step()
+    assert same(cpu, device)
+
+
+def test_a_copy_that_fails_is_an_error_of_the_step(sim, nvme_dir):
+    _, (device, b) = pair(nvme_dir)
+    sim.fail_copy()
+    backward(device, 0)
+    with pytest.raises(RuntimeError, match="sim"):
+        b.step()
+
+
+def test_parameters_may_come_from_an_iterator_in_a_group(sim, nvme_dir):
+    parameters = make("sim")
+    optimizer = OffloadedAdamW(
+        iter([{"params": iter(parameters)}]),
+        nvme_path=nvme_dir,
+        host_memory=ROOMY,
+        overlap_backward="prefetch",
+    )
+    assert copies_of(sim, backward, parameters, 0) == len(SIZES)
+    assert len(optimizer.param_groups[0]["params"]) == len(SIZES)

@@ -86,6 +86,30 @@ TEST_F(AdamWDeviceTest, ACpuParameterOrAPackedFormatIsNotUpdatedOnADevice) {
       std::invalid_argument);
 }
 
+TEST_F(AdamWDeviceTest, GradientsAreCopiedDuringBackwardWhenAsked) {
+  const at::Tensor start = at::randn({5000});
+  std::vector<at::Tensor> results;
+  for (const auto overlap :
+       {OverlapBackward::kOff, OverlapBackward::kPrefetch}) {
+    const at::Tensor parameter = start.clone().to(sim_).requires_grad_(true);
+    OffloadedAdamW optimizer({parameter}, OffloadedAdamWOptions(0.01),
+                             {.nvme_path = temp_.path(),
+                              .host_memory = std::uint64_t{1} << 20,
+                              .overlap_backward = overlap});
+    for (int step = 0; step < 3; ++step) {
+      optimizer.zero_grad();
+      const std::int64_t before = machine().count("async_copies");
+      parameter.backward(at::full({5000}, step + 0.5).to(sim_));
+      EXPECT_EQ(machine().count("async_copies") - before,
+                overlap == OverlapBackward::kPrefetch ? 1 : 0);
+      optimizer.step();
+    }
+    results.push_back(parameter.detach().to(at::kCPU));
+  }
+  EXPECT_FALSE(at::equal(results[0], start));
+  EXPECT_TRUE(at::equal(results[1], results[0]));
+}
+
 TEST_F(AdamWDeviceTest, AGradientOnAnotherDeviceIsRefused) {
   AdamWEngine engine(options());
   const at::Tensor parameter = at::zeros({3}, sim_);

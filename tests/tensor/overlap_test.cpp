@@ -146,6 +146,24 @@ TEST_F(OverlapTest, ANormIsClippedAsTorchDoes) {
                std::invalid_argument);
 }
 
+/// As DistributedDataParallel adds to what accumulates a gradient.
+struct LaterHook final : torch::autograd::FunctionPostHook {
+  torch::autograd::variable_list operator()(
+      const torch::autograd::variable_list& outputs,
+      const torch::autograd::variable_list&) override {
+    return outputs;
+  }
+};
+
+TEST_F(OverlapTest, AGradientThatAHookChangesLaterIsNotTaken) {
+  const Tensors ours = weights();
+  OffloadedAdamW optimizer(ours, OffloadedAdamWOptions(0.01),
+                           offload(OverlapBackward::kUpdate));
+  const auto accumulator = torch::autograd::impl::grad_accumulator(ours[1]);
+  accumulator->add_post_hook(std::make_unique<LaterHook>());
+  EXPECT_THROW(loss_of(ours).backward(), StateError);
+}
+
 TEST_F(OverlapTest, HooksOfAnOptimizerThatIsGoneDoNothing) {
   const Tensors ours = weights();
   int calls = 0;

@@ -10,6 +10,7 @@
 #include <filesystem>
 #include <memory>
 #include <optional>
+#include <span>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -21,9 +22,10 @@
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/error.h"
 #include "torch_ext/optim/optimizer_offload.h"
+#include "torch_ext/tensor/adamw_checks.h"
 #include "torch_ext/tensor/adamw_kernel.h"
 #include "torch_ext/tensor/adamw_state.h"
-#include "torch_ext/tensor/tensor_check.h"
+#include "torch_ext/tensor/early_gradients.h"
 
 namespace torch_ext {
 
@@ -54,17 +56,24 @@ class AdamWEngine {
   };
 
   /// `options.scratch_bytes` is chosen here. `seed` is for the rounding of
-  /// formats that are not exact.
+  /// formats that are not exact. `early_elements`: of gradients on devices that
+  /// prefetch() shall have room for; at most a quarter of the host memory is
+  /// for them, and nothing of one below 1 MiB.
   explicit AdamWEngine(const OptimizerOffloadOptions& options,
                        StateFormat format = StateFormat::kExact,
                        std::uint64_t seed = 0,
-                       UpdateOn update_on = UpdateOn::kCpu)
+                       UpdateOn update_on = UpdateOn::kCpu,
+                       std::uint64_t early_elements = 0)
       : format_(format),
         seed_(seed),
         update_on_(update_on),
         directory_(first_of(options.store.directory)),
-        offload_(with_scratch(options)) {
-    check_update_on(update_on, format);
+        scratch_bytes_(scratch_bytes_for(options.host_memory)),
+        early_bytes_(update_on == UpdateOn::kCpu
+                         ? early_bytes_for(options.host_memory, early_elements)
+                         : 0),
+        offload_(with_scratch(options, scratch_bytes_ + early_bytes_)) {
+    adamw::check_update_on(update_on, format);
   }
 
   ~AdamWEngine() {
@@ -80,8 +89,8 @@ class AdamWEngine {
 
   /// Checks a parameter and gives it a slot; takes no space yet.
   std::size_t add(const at::Tensor& parameter) {
-    check_parameter(parameter);
-    check_place(parameter, update_on_);
+    adamw::check_parameter(parameter);
+    adamw::check_place(parameter, update_on_);
     slots_.emplace_back();
     return slots_.size() - 1;
   }
@@ -89,22 +98,40 @@ class AdamWEngine {
   /// A step of the parameters in the groups.
   void step(const std::vector<Group>& groups) {
     AdamWKernel kernel(
-        format_, seed_, [this] { return offload_.scratch(); }, lanes_,
-        update_on_);
+        format_, seed_, [this] { return scratch(); }, lanes_, update_on_);
     for (const Group& group : groups) {
       for (const Trained& trained : group.trained) {
         check(trained.parameter);
-        check_place(trained.parameter.tensor, update_on_);
-        check_gradient(trained.gradient, trained.parameter.tensor);
+        adamw::check_place(trained.parameter.tensor, update_on_);
+        adamw::check_gradient(trained.gradient, trained.parameter.tensor);
       }
     }
+    const std::vector<std::byte*> on_host = claim_early(groups);
     std::vector<std::size_t> numbers;
     for (const Group& group : groups) {
       for (const Trained& trained : group.trained) {
-        numbers.push_back(add_target(kernel, trained, group.hyper));
+        AdamWKernel::Target target = target_of(trained, group.hyper);
+        if (!on_host.empty()) target.on_host = on_host[numbers.size()];
+        numbers.push_back(add_target(kernel, trained, std::move(target)));
       }
     }
     lanes_.around([&] { offload_.step(numbers, kernel); });
+  }
+
+  /// A gradient on a device that may be final: queues its copy to the host
+  /// behind what the thread has queued there, for a step() that gets the same
+  /// gradient unchanged. Returns at once; does nothing where there is no room,
+  /// for tensors that step() would refuse, or during a graph's capture.
+  /// Errors: StateError with what the device says.
+  void prefetch(const Trained& trained) {
+    const at::Tensor& parameter = trained.parameter.tensor;
+    if (early_bytes_ == 0 || parameter.is_cpu() || !may_be_early(trained)) {
+      return;
+    }
+    DeviceLane* const lane = lane_of(parameter);
+    if (lane->device()->is_captured()) return;
+    early_.bring(early_of(trained), *lane,
+                 offload_.scratch().subspan(scratch_bytes_, early_bytes_));
   }
 
   /// A gradient that is final, of a step that ends with finish(): state is
@@ -114,16 +141,20 @@ class AdamWEngine {
   /// Errors: as step(); a failed update is finish()'s to throw.
   void take(const AdamWHyper& hyper, const Trained& trained) {
     check(trained.parameter);
-    check_place(trained.parameter.tensor, update_on_);
-    check_gradient(trained.gradient, trained.parameter.tensor);
+    adamw::check_place(trained.parameter.tensor, update_on_);
+    adamw::check_gradient(trained.gradient, trained.parameter.tensor);
     lane_of(trained.parameter.tensor);  // For the thread that now begins.
     begin_open_step();
     if (!open_->taken.insert(trained.parameter.slot).second) {
-      fail<StateError>("a gradient of a parameter is taken twice in a step");
+      adamw::fail<StateError>(
+          "a gradient of a parameter is taken twice in a step");
     }
-    const std::size_t number = add_target(
-        open_->kernel, trained, open_->kept(hyper), /*of_its_own=*/true);
-    offload_.release(number);
+    AdamWKernel::Target target = target_of(trained, open_->kept(hyper));
+    if (target.lane != nullptr) {
+      target.own_ready = target.lane->now();
+      target.ready = target.own_ready.get();
+    }
+    offload_.release(add_target(open_->kernel, trained, std::move(target)));
   }
 
   /// Updates what is left of what was taken, and ends the step.
@@ -162,7 +193,8 @@ class AdamWEngine {
 
   /// Forgets all state and takes this. Also after an error.
   void load(const std::vector<Saved>& saved) {
-    for (const Saved& entry : saved) check_saved(entry);
+    for (const Saved& entry : saved)
+      adamw::check_saved(entry.parameter.tensor, entry.state);
     offload_.abandon_step();
     AdamWLoader loader(format_, seed_, make_scratch());
     std::vector<OptimizerOffload::ParameterStep> steps;
@@ -173,6 +205,7 @@ class AdamWEngine {
     }
     offload_.write_state(steps, loader);
     open_.reset();
+    early_.clear();
   }
 
   /// How these parameters' state is going to be kept.
@@ -207,6 +240,8 @@ class AdamWEngine {
   }
 
  private:
+  static constexpr std::uint64_t kPage = 4096;
+
   /// What the state of a parameter was made for.
   struct Slot {
     std::optional<std::size_t> number;  ///< In the OptimizerOffload.
@@ -232,35 +267,74 @@ class AdamWEngine {
 
   void begin_open_step() {
     if (open_ != nullptr) return;
-    std::unique_ptr<OpenStep> step(new OpenStep{
-        .kernel = {format_, seed_, [this] { return offload_.scratch(); },
-                   lanes_, update_on_}});
+    std::unique_ptr<OpenStep> step(
+        new OpenStep{.kernel = {format_, seed_, [this] { return scratch(); },
+                                lanes_, update_on_}});
     offload_.begin_step(step->kernel);
     open_ = std::move(step);
   }
 
-  /// With `of_its_own` the gradient is what the thread's stream makes of it so
-  /// far, else what it does until the step.
+  /// After what the thread's stream does until the step.
+  AdamWKernel::Target target_of(const Trained& trained,
+                                const AdamWHyper& hyper) {
+    const at::Tensor& tensor = trained.parameter.tensor;
+    AdamWKernel::Target target{
+        .parameter = tensor.detach(),
+        .gradient = OrderedReader(trained.gradient, tensor.strides()),
+        .hyper = &hyper,
+        .ordinal = ordinal_of(trained.parameter),
+        .lane = lane_of(tensor)};
+    if (target.lane != nullptr) target.ready = &target.lane->ready();
+    return target;
+  }
+
   std::size_t add_target(AdamWKernel& kernel, const Trained& trained,
-                         const AdamWHyper& hyper, bool of_its_own = false) {
-    const auto& [parameter, gradient] = trained;
-    const at::Tensor& tensor = parameter.tensor;
-    const std::size_t number = number_of(parameter);
-    AdamWKernel::Target target{tensor.detach(),
-                               OrderedReader(gradient, tensor.strides()),
-                               &hyper, ordinal_of(parameter)};
-    if (DeviceLane* const lane = lane_of(tensor)) {
-      target.lane = lane;
-      target.ready = &lane->ready();
-      if (of_its_own) {
-        target.own_ready = lane->now();
-        target.ready = target.own_ready.get();
-      }
-    }
+                         AdamWKernel::Target target) {
+    const at::Tensor& tensor = trained.parameter.tensor;
+    const std::size_t number = number_of(trained.parameter);
     kernel.add(number, std::move(target));
     // Autograd must see that what it saved has changed.
     if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
     return number;
+  }
+
+  static bool may_be_early(const Trained& trained) {
+    const auto& [parameter, gradient] = trained;
+    const at::Tensor& tensor = parameter.tensor;
+    return gradient.defined() && gradient.layout() == c10::Layout::Strided &&
+           gradient.device() == tensor.device() &&
+           gradient.sizes() == tensor.sizes() &&
+           c10::isFloatingType(gradient.scalar_type()) &&
+           gradient.element_size() <= 4 &&
+           gradient.is_non_overlapping_and_dense() &&
+           same_order(gradient.sizes(), gradient.strides(), tensor.strides());
+  }
+
+  EarlyGradients::Wanted early_of(const Trained& trained) const {
+    return {trained.parameter.slot, trained.gradient,
+            dtype_on_host(trained.gradient.scalar_type(), format_)};
+  }
+
+  /// Where the gradients are on the host, or null; empty if none can be.
+  std::vector<std::byte*> claim_early(const std::vector<Group>& groups) {
+    std::vector<std::byte*> found;
+    if (early_bytes_ == 0) return found;
+    std::vector<EarlyGradients::Wanted> wanted;
+    std::vector<std::size_t> places;
+    for (const Group& group : groups) {
+      for (const Trained& trained : group.trained) {
+        if (!trained.gradient.is_cpu() && may_be_early(trained)) {
+          wanted.push_back(early_of(trained));
+          places.push_back(found.size());
+        }
+        found.push_back(nullptr);
+      }
+    }
+    const std::vector<std::byte*> claimed = early_.claim(wanted);
+    for (std::size_t i = 0; i < claimed.size(); ++i) {
+      found[places[i]] = claimed[i];
+    }
+    return found;
   }
 
   /// Made absolute. The store, which is made next, refuses an empty path, and
@@ -280,13 +354,30 @@ class AdamWEngine {
     return result;
   }
 
-  static OptimizerOffloadOptions with_scratch(OptimizerOffloadOptions options) {
+  static std::uint64_t scratch_bytes_for(std::uint64_t host_memory) {
     // At the most, the gradients of a tile of 16-bit parameters in one go.
     constexpr std::uint64_t kLeast = std::uint64_t{48} << 10;
     constexpr std::uint64_t kMost = std::uint64_t{12} << 20;
-    options.scratch_bytes =
-        std::clamp(align_down(options.host_memory / 16, 4096), kLeast, kMost);
+    return std::clamp(align_down(host_memory / 16, kPage), kLeast, kMost);
+  }
+
+  static std::uint64_t early_bytes_for(std::uint64_t host_memory,
+                                       std::uint64_t elements) {
+    constexpr std::uint64_t kLeast = std::uint64_t{1} << 20;
+    if (host_memory < kLeast) return 0;
+    const std::uint64_t most = align_down(host_memory / 4, kPage);
+    return elements > most / 4 ? most : align_up(4 * elements, kPage);
+  }
+
+  static OptimizerOffloadOptions with_scratch(OptimizerOffloadOptions options,
+                                              std::uint64_t bytes) {
+    options.scratch_bytes = bytes;
     return options;
+  }
+
+  /// Of the kernels; what follows is for early gradients.
+  std::span<std::byte> scratch() {
+    return offload_.scratch().first(scratch_bytes_);
   }
 
   StateFields fields_of(const at::Tensor& parameter) const {
@@ -302,7 +393,7 @@ class AdamWEngine {
   AdamWKernel::MakeScratch make_scratch() {
     return [this] {
       lanes_.make_way_for(nullptr);
-      return offload_.scratch();
+      return scratch();
     };
   }
 
@@ -319,44 +410,8 @@ class AdamWEngine {
     return lane;
   }
 
-  template <typename Error, typename... Parts>
-  [[noreturn]] static void fail(const Parts&... parts) {
-    std::ostringstream text;
-    text << "OffloadedAdamW: ";
-    (text << ... << parts);
-    throw Error(text.str());
-  }
-
-  static void check_parameter(const at::Tensor& tensor) {
-    check_has_plain_memory(tensor, "OffloadedAdamW");
-    const c10::ScalarType dtype = tensor.scalar_type();
-    if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) {
-      fail<TypeError>("a parameter of dtype ", dtype,
-                      " is not supported, only float32, bfloat16 and float16");
-    }
-    if (tensor.is_neg() || !tensor.is_non_overlapping_and_dense()) {
-      fail<std::invalid_argument>(
-          "a parameter with sizes ", tensor.sizes(), " and strides ",
-          tensor.strides(), " is not dense: its elements overlap or have gaps");
-    }
-  }
-
-  static void check_update_on(UpdateOn update_on, StateFormat format) {
-    if (update_on == UpdateOn::kCpu || format == StateFormat::kExact) return;
-    fail<std::invalid_argument>(
-        "update_on \"cuda\" is for state_format \"exact\"; with \"",
-        state_format_name(format), "\" the update is on the CPU");
-  }
-
-  static void check_place(const at::Tensor& parameter, UpdateOn update_on) {
-    if (update_on == UpdateOn::kCpu || !parameter.is_cpu()) return;
-    fail<std::invalid_argument>(
-        "a parameter is on the CPU, and update_on is \"cuda\": move the model "
-        "to the device first, or take update_on \"cpu\"");
-  }
-
   void check(const Parameter& parameter) {
-    check_parameter(parameter.tensor);
+    adamw::check_parameter(parameter.tensor);
     if (!has_state(parameter.slot)) return;
     const Slot& slot = slots_[parameter.slot];
     const at::Tensor& tensor = parameter.tensor;
@@ -366,53 +421,11 @@ class AdamWEngine {
         same_order(sizes, tensor.strides(), strides)) {
       return;
     }
-    fail<StateError>("the state was made for a parameter with dtype ",
-                     slot.dtype, ", sizes ", sizes, " and strides ", strides,
-                     "; it has now dtype ", tensor.scalar_type(), ", sizes ",
-                     tensor.sizes(), " and strides ", tensor.strides(),
-                     ". Load a state to go on");
-  }
-
-  static void check_gradient(const at::Tensor& gradient,
-                             const at::Tensor& parameter) {
-    if (gradient.defined() && gradient.layout() != c10::Layout::Strided) {
-      fail<StateError>("sparse gradients are not supported");
-    }
-    check_has_plain_memory(gradient, "OffloadedAdamW: gradient");
-    const c10::ScalarType dtype = gradient.scalar_type();
-    if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) {
-      fail<TypeError>("a gradient of dtype ", dtype, " is not supported");
-    }
-    if (gradient.device() != parameter.device()) {
-      fail<std::invalid_argument>("a gradient is on ", gradient.device(),
-                                  ", its parameter on ", parameter.device());
-    }
-    check_sizes("gradient", gradient, parameter);
-  }
-
-  static void check_sizes(const char* what, const at::Tensor& tensor,
-                          const at::Tensor& parameter) {
-    if (tensor.sizes() == parameter.sizes()) return;
-    fail<std::invalid_argument>(what, " has sizes ", tensor.sizes(),
-                                ", its parameter ", parameter.sizes());
-  }
-
-  static void check_saved(const Saved& saved) {
-    const at::Tensor& parameter = saved.parameter.tensor;
-    check_parameter(parameter);
-    const auto check_one = [&](const char* name, const at::Tensor& tensor) {
-      check_has_plain_memory(tensor, std::string("OffloadedAdamW: ") + name);
-      check_sizes(name, tensor, parameter);
-      if (!c10::isFloatingType(tensor.scalar_type()) ||
-          tensor.element_size() > 8) {
-        fail<TypeError>(name, " has dtype ", tensor.scalar_type());
-      }
-    };
-    check_one("exp_avg", saved.state.exp_avg);
-    check_one("exp_avg_sq", saved.state.exp_avg_sq);
-    if (saved.state.master.defined()) {
-      check_one("master_param", saved.state.master);
-    }
+    adamw::fail<StateError>(
+        "the state was made for a parameter with dtype ", slot.dtype,
+        ", sizes ", sizes, " and strides ", strides, "; it has now dtype ",
+        tensor.scalar_type(), ", sizes ", tensor.sizes(), " and strides ",
+        tensor.strides(), ". Load a state to go on");
   }
 
   // Registers the parameter as it is now, unless it has state that stays.
@@ -445,8 +458,11 @@ class AdamWEngine {
   const std::uint64_t seed_;
   const UpdateOn update_on_;
   const std::filesystem::path directory_;
+  const std::uint64_t scratch_bytes_;
+  const std::uint64_t early_bytes_;
   std::unique_ptr<OpenStep> open_;  // Outlives offload_, whose thread uses it.
   OptimizerOffload offload_;
+  EarlyGradients early_;
   DeviceLanes lanes_;  // After what they copy to and from.
   std::vector<Slot> slots_;
 };

@@ -5,13 +5,11 @@
 #include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <c10/core/GradMode.h>
-#include <c10/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -24,6 +22,7 @@
 #include "torch_ext/optim/state_format.h"
 #include "torch_ext/optim/update_kernel.h"
 #include "torch_ext/tensor/adamw_options.h"
+#include "torch_ext/tensor/adamw_parts.h"
 #include "torch_ext/tensor/adamw_scratch.h"
 #include "torch_ext/tensor/dense_tensor.h"
 #include "torch_ext/tensor/device_lane.h"
@@ -33,58 +32,6 @@
 extern "C" void omp_set_num_threads(int) noexcept __attribute__((weak));
 
 namespace torch_ext {
-
-/// Makes `master`, `count` floats, agree with a float16 parameter in host
-/// memory, whose word is final: an element that does not round to the
-/// parameter's takes its value. So whatever writes to the parameter between
-/// steps (model.load_state_dict, zero_, clamp_) counts.
-/// `memory` is host memory for some such elements.
-inline void adopt_parameter(float* master, const c10::Half* parameter,
-                            std::span<std::byte> memory, std::uint64_t count) {
-  const auto* ours = reinterpret_cast<const std::uint16_t*>(memory.data());
-  for (std::uint64_t done = 0; done < count;) {
-    const std::uint64_t piece =
-        std::min<std::uint64_t>(memory.size() / 2, count - done);
-    convert(memory.data(), at::kHalf, master + done, at::kFloat, piece);
-    if (std::memcmp(memory.data(), parameter + done, 2 * piece) != 0) {
-      for (std::uint64_t i = 0; i < piece; ++i) {
-        const c10::Half theirs = parameter[done + i];
-        if (ours[i] != theirs.x) master[done + i] = static_cast<float>(theirs);
-      }
-    }
-    done += piece;
-  }
-}
-
-/// What is kept of a parameter besides its moments.
-inline MasterFormat master_format(c10::ScalarType dtype) {
-  return dtype == at::kFloat      ? MasterFormat::kNone
-         : dtype == at::kBFloat16 ? MasterFormat::kLow16
-                                  : MasterFormat::kFloat;
-}
-
-/// Where a moment of a segment begins, at element `done` of it; a multiple of
-/// StateFields::kCut.
-inline Moment moment_at(const StateSegment& segment, StateFormat format,
-                        std::size_t field, std::uint64_t done) {
-  if (format == StateFormat::kBf16) return {segment.fields[field] + 2 * done};
-  const std::size_t scales = field == AdamWFields::kExpAvg
-                                 ? AdamWFields::kExpAvgScale
-                                 : AdamWFields::kExpAvgSqScale;
-  return {segment.fields[field] + done,
-          segment.fields[scales] + done / StateFields::kCut};
-}
-
-/// Elements of a dense parameter as a tensor in host memory: in place on the
-/// CPU, else copied to `staging`.
-inline at::Tensor host_part(const at::Tensor& parameter, std::uint64_t first,
-                            std::uint64_t count, std::span<std::byte> staging) {
-  const at::Tensor there = storage_view(parameter, first, count);
-  if (parameter.is_cpu()) return there;
-  const at::Tensor here =
-      host_view(staging.data(), count, parameter.scalar_type());
-  return here.copy_(there);
-}
 
 /// AdamW. State that is float (StateFormat::kExact) is updated by PyTorch's own
 /// fused CPU kernel, other state by update_adamw().
@@ -112,6 +59,9 @@ class AdamWKernel final : public UpdateKernel {
     const c10::Event* ready = nullptr;
     std::shared_ptr<const c10::Event> own_ready;  ///< `ready`, if not a lane's.
     std::uint64_t left = 0;  ///< Elements that are not updated yet.
+    /// Where the gradient is on the host, as dtype_on_host(), once the lane has
+    /// done what it was queued before; null if it has not been copied yet.
+    std::byte* on_host = nullptr;
   };
   using MakeScratch = std::function<std::span<std::byte>()>;
 
@@ -287,10 +237,12 @@ class AdamWKernel final : public UpdateKernel {
              std::size_t slot) const {
     const at::Tensor& parameter = chunk.target.parameter;
     lane.queue([&] {
-      const at::Tensor gradient = chunk.of(chunk.target.gradient.source());
-      const c10::ScalarType dtype = brought_dtype(gradient.scalar_type());
-      host_view(scratch.gradient(slot), chunk.count, dtype)
-          .copy_(gradient.to(dtype), /*non_blocking=*/true);
+      if (chunk.target.on_host == nullptr) {
+        const at::Tensor gradient = chunk.of(chunk.target.gradient.source());
+        const c10::ScalarType dtype = dtype_on_host(chunk.target);
+        host_view(scratch.gradient(slot), chunk.count, dtype)
+            .copy_(gradient.to(dtype), /*non_blocking=*/true);
+      }
       host_view(scratch.staging(slot).data(), chunk.count,
                 parameter.scalar_type())
           .copy_(chunk.of(parameter), /*non_blocking=*/true);
@@ -305,11 +257,15 @@ class AdamWKernel final : public UpdateKernel {
     AdamWRun run;
     run.first = chunk.first();
     run.count = chunk.count;
-    float* const gradient = scratch.gradient(slot);
-    if (brought_dtype(target.gradient.source().scalar_type()) == at::kFloat) {
-      run.gradient = gradient;
+    const c10::ScalarType dtype = dtype_on_host(target);
+    void* const gradient =
+        target.on_host == nullptr
+            ? static_cast<void*>(scratch.gradient(slot))
+            : target.on_host + run.first * c10::elementSize(dtype);
+    if (dtype == at::kFloat) {
+      run.gradient = static_cast<float*>(gradient);
     } else {
-      run.gradient_bf16 = reinterpret_cast<std::uint16_t*>(gradient);
+      run.gradient_bf16 = static_cast<std::uint16_t*>(gradient);
     }
     const at::Tensor here = host_view(scratch.staging(slot).data(), run.count,
                                       target.parameter.scalar_type());
@@ -319,11 +275,9 @@ class AdamWKernel final : public UpdateKernel {
         [&] { chunk.of(target.parameter).copy_(here, /*non_blocking=*/true); });
   }
 
-  /// As which a gradient is copied to the host: what the update takes.
-  c10::ScalarType brought_dtype(c10::ScalarType dtype) const {
-    const bool as_it_is =
-        format_ != StateFormat::kExact && dtype == at::kBFloat16;
-    return as_it_is ? dtype : at::kFloat;
+  c10::ScalarType dtype_on_host(const Target& target) const {
+    return torch_ext::dtype_on_host(target.gradient.source().scalar_type(),
+                                    format_);
   }
 
   void update_there(DeviceLane& lane, std::span<const OnDevice> parameters) {
@@ -407,8 +361,8 @@ class AdamWKernel final : public UpdateKernel {
     } else {
       run.master = adopted(segment, done, run.count, here, scratch);
     }
-    update_adamw(format_, run, coefficients(*target.hyper, segment.step),
-                 {seed_, segment.step, target.ordinal});
+    update_in_parallel(format_, run, coefficients(*target.hyper, segment.step),
+                       {seed_, segment.step, target.ordinal});
     if (kind == MasterFormat::kFloat) {
       convert(here.mutable_data_ptr(), at::kHalf, run.master, at::kFloat,
               run.count);

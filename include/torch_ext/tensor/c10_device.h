@@ -68,14 +68,19 @@ class C10Device final : public Device {
   /// Errors: StateError if the current one is being captured into a graph.
   c10::Stream stream(Stream which) const {
     if (which == Stream::kCopy) return copy_stream_;
-    const c10::Stream current = guard_.getStream(device_);
     // An event in a graph is a node of it, and never done.
-    if (runtime_.cuda && runtime_.cuda->is_capturing(current.native_handle())) {
+    if (is_captured()) {
       throw StateError("the current stream of " + name() +
                        " is being captured into a graph; do this outside of "
                        "the capture");
     }
-    return current;
+    return guard_.getStream(device_);
+  }
+
+  /// Whether the calling thread's current stream is being captured.
+  bool is_captured() const {
+    return runtime_.cuda && runtime_.cuda->is_capturing(
+                                guard_.getStream(device_).native_handle());
   }
 
   EventPtr record(Stream which) override {

@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_strided.h>
+#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -38,6 +39,13 @@ class GradientHook final : public torch::autograd::PostAccumulateGradHook {
   std::weak_ptr<const Function> function_;
   std::unique_ptr<PostAccumulateGradHook> before_;
 };
+
+/// Whether a hook comes after those of the parameter's gradient and may change
+/// it, as DistributedDataParallel's do, which average it over processes.
+inline bool may_change_later(const at::Tensor& parameter) {
+  const auto node = torch::autograd::impl::try_get_grad_accumulator(parameter);
+  return node != nullptr && !node->post_hooks().empty();
+}
 
 /// Takes the place of a gradient that an optimizer has taken: on the meta
 /// device, so that whoever asks for its values gets an error, and adding to it

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -45,10 +46,17 @@ struct OffloadedAdamWOptions
 /// What is done during backward; Python's overlap_backward.
 enum class OverlapBackward {
   kOff,
-  kPrefetch,  ///< As kOff today: the first tiles of a step are read before it.
+  /// Gradients on devices are copied to the host as soon as they may be final;
+  /// the update is step()'s. Copies take a part of host_memory, at most a
+  /// quarter, for the parameters that are on a device when the optimizer is
+  /// made; where a gradient has changed since, or there is no room, step()
+  /// copies. Without effect on the CPU.
+  kPrefetch,
   /// Parameters are updated as soon as their gradients are final, and these
   /// are freed: any use of a gradient after backward() is an error. Every
   /// backward pass of a step but the last has an AccumulateGuard around it.
+  /// Not with hooks that change gradients later, as
+  /// DistributedDataParallel's: backward() throws StateError.
   kUpdate,
 };
 
@@ -100,14 +108,18 @@ class OffloadedAdamW : public torch::optim::Optimizer {
                            .engine = offload.engine,
                            .verify = offload.verify},
                  .host_memory = offload.host_memory},
-                offload.state_format, offload.seed, offload.update_on),
-        max_grad_norm_(offload.max_grad_norm) {
+                offload.state_format, offload.seed, offload.update_on,
+                offload.overlap_backward == OverlapBackward::kOff
+                    ? 0
+                    : elements_on_devices(groups)),
+        max_grad_norm_(offload.max_grad_norm),
+        takes_(offload.overlap_backward == OverlapBackward::kUpdate &&
+               !offload.max_grad_norm) {
     if (max_grad_norm_ && !(*max_grad_norm_ > 0)) {
       throw std::invalid_argument("OffloadedAdamW: max_grad_norm is " +
                                   std::to_string(*max_grad_norm_));
     }
-    if (offload.overlap_backward == OverlapBackward::kUpdate &&
-        !max_grad_norm_) {
+    if (offload.overlap_backward != OverlapBackward::kOff) {
       on_gradient_ = std::make_shared<const GradientHook::Function>(
           [this](const at::Tensor& parameter) { on_gradient(parameter); });
     }
@@ -143,7 +155,7 @@ class OffloadedAdamW : public torch::optim::Optimizer {
             {entry_of(parameter), parameter.grad()});
       }
     }
-    if (on_gradient_ == nullptr) {
+    if (!takes_) {
       engine_.step(groups);
       for (const auto& group : groups) {
         for (const auto& trained : group.trained) show(trained.parameter);
@@ -245,6 +257,11 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   static constexpr const char* kNoArchive =
       "OffloadedAdamW has no archive format: save the tensors of state_dict()";
 
+  static constexpr const char* kChangesLater =
+      "OffloadedAdamW: a hook, such as DistributedDataParallel's, changes "
+      "gradients after backward has accumulated them, which "
+      "OverlapBackward::kUpdate would not see: take kPrefetch or kOff";
+
   // The base class's add_param_group is not virtual: new ones are found here.
   void add_new_parameters() {
     for (const auto& group : param_groups_) {
@@ -260,19 +277,42 @@ class OffloadedAdamW : public torch::optim::Optimizer {
     }
   }
 
+  // PyTorch calls hooks on a thread for each device.
   void on_gradient(const at::Tensor& parameter) {
+    const std::lock_guard lock(gradients_mutex_);
     if (accumulating_ > 0) return;
     const c10::NoGradGuard no_grad;
-    if (taken_.empty()) make_room();
+    const bool changes = may_change_later(parameter);
+    if (!takes_ && changes) return;
+    if (changes) throw StateError(kChangesLater);
+    if (takes_ && taken_.empty()) make_room();
     for (const auto& group : param_groups_) {
       for (const at::Tensor& known : group.params()) {
         if (known.unsafeGetTensorImpl() != parameter.unsafeGetTensorImpl()) {
           continue;
         }
-        take(hyper_of(group), {entry_of(known), known.grad()});
+        const AdamWEngine::Trained trained{entry_of(known), known.grad()};
+        if (takes_) {
+          take(hyper_of(group), trained);
+        } else {
+          engine_.prefetch(trained);
+        }
         return;
       }
     }
+  }
+
+  static std::uint64_t elements_on_devices(
+      const std::vector<torch::optim::OptimizerParamGroup>& groups) {
+    std::uint64_t elements = 0;
+    for (const auto& group : groups) {
+      for (const at::Tensor& parameter : group.params()) {
+        if (parameter.defined() && !parameter.is_cpu()) {
+          elements += static_cast<std::uint64_t>(parameter.numel());
+        }
+      }
+    }
+    return elements;
   }
 
   // State before the first gradient comes, so that the first step need not keep
@@ -365,7 +405,9 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   AdamWEngine engine_;
   std::unordered_map<const void*, std::size_t> slots_;
   const std::optional<double> max_grad_norm_;
-  std::shared_ptr<const GradientHook::Function> on_gradient_;  // With kUpdate.
+  const bool takes_;  // Gradients during backward: with kUpdate.
+  std::shared_ptr<const GradientHook::Function> on_gradient_;  // Unless kOff.
+  std::mutex gradients_mutex_;
   std::vector<AdamWEngine::Parameter> taken_;
   std::size_t accumulating_ = 0;
 };

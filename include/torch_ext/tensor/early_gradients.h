@@ -1,0 +1,185 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/sum.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/StorageImpl.h>
+#include <c10/util/intrusive_ptr.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "torch_ext/base/align.h"
+#include "torch_ext/tensor/dense_tensor.h"
+#include "torch_ext/tensor/device_lane.h"
+
+namespace torch_ext {
+
+/// Sums of a dense 1-D tensor's bits that change with nearly every change of
+/// an element, on its device: of each 64th element in the integer type of that
+/// size, modulo its range, so that it takes no memory to speak of.
+inline at::Tensor sums_of_bits(const at::Tensor& flat) {
+  constexpr std::int64_t kColumns = 64;
+  const at::Tensor bits =
+      flat.view(flat.element_size() == 2 ? at::kShort : at::kInt);
+  const std::int64_t count = bits.numel();
+  const std::int64_t rows = count / kColumns;
+  const at::Tensor sums =
+      at::sum(bits.narrow(0, 0, rows * kColumns).view({rows, kColumns}), {0},
+              /*keepdim=*/false, bits.scalar_type());
+  return at::cat({sums, bits.narrow(0, rows * kColumns, count % kColumns)});
+}
+
+/// Gradients on devices that have been copied to the host while backward went
+/// on, for a step that updates there.
+///
+/// A copy counts only if the step's gradient is the one that was copied and has
+/// not changed: it is of the same storage and version, and its bits have the
+/// same sums, which also show what a version does not (`.data`, a collective's
+/// kernel). Whatever else comes is copied again by the step.
+///
+/// Memory: copies lie one after the other in the span of the constructor, in
+/// the order in which their gradients first came; those for which there is no
+/// room are not made. Gradients are not kept alive.
+/// Errors: StateError with what a device says. Threads: any.
+class EarlyGradients {
+ public:
+  /// A gradient whose elements lie in memory as its parameter's do; `dtype` is
+  /// that of the copy.
+  struct Wanted {
+    std::size_t number = 0;
+    at::Tensor gradient;
+    c10::ScalarType dtype = at::kFloat;
+  };
+
+  /// Queues a copy as `dtype` into `memory`, which is the same in each call,
+  /// after what the calling thread has queued so far on the gradient's device.
+  void bring(const Wanted& wanted, DeviceLane& lane,
+             std::span<std::byte> memory) {
+    const at::Tensor& gradient = wanted.gradient;
+    if (gradient.is_inference() || gradient.is_neg() || gradient.numel() == 0) {
+      return;
+    }
+    const c10::NoGradGuard no_grad;
+    const std::lock_guard lock(mutex_);
+    Copy& copy = copies_[wanted.number];
+    copy.source.reset();
+    const auto count = static_cast<std::uint64_t>(gradient.numel());
+    const std::uint64_t bytes = count * c10::elementSize(wanted.dtype);
+    if (copy.memory.size() < bytes) {
+      if (memory.size() - used_ < bytes) return;
+      copy.memory = memory.subspan(used_, bytes);
+      used_ += std::min(align_up(bytes, 64), memory.size() - used_);
+    }
+    copy.memory = copy.memory.first(bytes);
+    const at::Tensor flat = storage_view(gradient, 0, count);
+    lane.after(*lane.now());
+    lane.queue([&] {
+      host_view(copy.memory.data(), count, wanted.dtype)
+          .copy_(flat.to(wanted.dtype), /*non_blocking=*/true);
+    });
+    copy.sums = sums_of_bits(flat);
+    copy.offset = gradient.storage_offset();
+    copy.dtype = wanted.dtype;
+    copy.version = version_of(gradient);
+    copy.source = gradient.storage().getWeakStorageImpl();
+  }
+
+  /// For each, where its copy is, or null. A copy is handed out once. It is
+  /// there when what its lane is queued next is done. Returns when the work
+  /// is done that made the gradients.
+  std::vector<std::byte*> claim(const std::vector<Wanted>& all) {
+    const c10::NoGradGuard no_grad;
+    const std::lock_guard lock(mutex_);
+    std::vector<std::byte*> found(all.size(), nullptr);
+    std::vector<std::size_t> candidates;
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      const auto copy = copies_.find(all[i].number);
+      if (copy == copies_.end() || !is_of(copy->second, all[i])) continue;
+      found[i] = copy->second.memory.data();
+      candidates.push_back(i);
+    }
+    while (!candidates.empty()) {
+      drop_changed(all, candidates, found);
+    }
+    forget();
+    return found;
+  }
+
+  /// No copy counts any more.
+  void clear() {
+    const std::lock_guard lock(mutex_);
+    forget();
+  }
+
+ private:
+  struct Copy {
+    std::span<std::byte> memory;
+    /// Of the gradient, while the copy may be claimed.
+    std::optional<c10::weak_intrusive_ptr<c10::StorageImpl>> source;
+    std::int64_t offset = 0;
+    std::int64_t version = 0;
+    c10::ScalarType dtype = at::kFloat;
+    at::Tensor sums;
+  };
+
+  static std::int64_t version_of(const at::Tensor& tensor) {
+    return tensor.unsafeGetTensorImpl()->version_counter().current_version();
+  }
+
+  static bool is_of(const Copy& copy, const Wanted& wanted) {
+    const at::Tensor& gradient = wanted.gradient;
+    return copy.source && !gradient.is_inference() &&
+           copy.source->lock().get() ==
+               gradient.storage().unsafeGetStorageImpl() &&
+           copy.offset == gradient.storage_offset() &&
+           copy.dtype == wanted.dtype && copy.version == version_of(gradient) &&
+           copy.memory.size() == static_cast<std::uint64_t>(gradient.numel()) *
+                                     c10::elementSize(wanted.dtype);
+  }
+
+  /// Compares those on the device of the first, and takes them off the list.
+  void drop_changed(const std::vector<Wanted>& all,
+                    std::vector<std::size_t>& candidates,
+                    std::vector<std::byte*>& found) {
+    const c10::Device device = all[candidates.front()].gradient.device();
+    std::vector<std::size_t> here;
+    std::vector<at::Tensor> equal;
+    std::erase_if(candidates, [&](std::size_t i) {
+      const at::Tensor& gradient = all[i].gradient;
+      if (gradient.device() != device) return false;
+      const at::Tensor now = sums_of_bits(storage_view(
+          gradient, 0, static_cast<std::uint64_t>(gradient.numel())));
+      here.push_back(i);
+      equal.push_back(now.eq(copies_.at(all[i].number).sums).all());
+      return true;
+    });
+    const at::Tensor answers = at::stack(equal).to(at::kCPU);
+    for (std::size_t i = 0; i < here.size(); ++i) {
+      if (!answers.const_data_ptr<bool>()[i]) found[here[i]] = nullptr;
+    }
+  }
+
+  void forget() {
+    for (auto& [number, copy] : copies_) {
+      copy.source.reset();
+      copy.sums = at::Tensor();
+    }
+  }
+
+  std::mutex mutex_;
+  std::unordered_map<std::size_t, Copy> copies_;
+  std::uint64_t used_ = 0;
+};
+
+}  // namespace torch_ext
