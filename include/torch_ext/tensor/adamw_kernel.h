@@ -170,7 +170,8 @@ class AdamWKernel final : public UpdateKernel {
     batch_hyper_ = target.hyper;
     lanes_.make_way_for(nullptr);
     const AdamWScratch scratch(make_scratch_());
-    const std::uint64_t chunk = scratch.chunk();
+    const std::uint64_t chunk =
+        needs_scratch(target) ? scratch.chunk() : segment.count;
     for (std::uint64_t done = 0; done < segment.count; done += chunk) {
       const std::uint64_t count = std::min(chunk, segment.count - done);
       const std::uint64_t first = segment.first + done;
@@ -181,6 +182,14 @@ class AdamWKernel final : public UpdateKernel {
       const at::Tensor here = storage_view(target.parameter, first, count);
       update_chunk(segment, done, run, here, target, scratch);
     }
+  }
+
+  /// Else all is where update_adamw() takes it.
+  bool needs_scratch(const Target& target) const {
+    return format_ == StateFormat::kExact ||
+           target.parameter.scalar_type() == at::kHalf ||
+           !(has_direct_gradient(target, at::kFloat) ||
+             has_direct_gradient(target, at::kBFloat16));
   }
 
   void update_chunk(const StateSegment& segment, std::uint64_t done,

@@ -6,9 +6,11 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <span>
 
 #include "torch_ext/optim/adamw_update.h"
@@ -105,22 +107,44 @@ inline AdamWRun part_of(const AdamWRun& run, StateFormat format,
   return part;
 }
 
-/// update_adamw() on as many threads as PyTorch has for the calling one.
+/// Calls `work` for each number below `parts`, on the calling thread and, as
+/// far as they come in time, on those of PyTorch's inter-op pool: all in all on
+/// as many as PyTorch has for an operator of the calling thread. (Of
+/// at::parallel_for() a caller that is built without OpenMP gets one.)
+/// `work` does not throw.
+template <typename Work>
+void run_in_parallel(std::size_t parts, const Work& work) {
+  struct Shared {
+    std::atomic<std::size_t> next = 0;
+    std::atomic<std::size_t> done = 0;
+  };
+  const auto shared = std::make_shared<Shared>();
+  // Who comes late finds nothing to do, and no `work` any more.
+  const auto help = [shared, parts, &work] {
+    for (std::size_t i = shared->next++; i < parts; i = shared->next++) {
+      work(i);
+      if (++shared->done == parts) shared->done.notify_all();
+    }
+  };
+  const auto threads = static_cast<std::size_t>(at::get_num_threads());
+  for (std::size_t i = 1; i < std::min(threads, parts); ++i) at::launch(help);
+  help();
+  for (std::size_t done = shared->done; done < parts; done = shared->done) {
+    shared->done.wait(done);
+  }
+}
+
+/// update_adamw() by run_in_parallel().
 inline void update_in_parallel(StateFormat format, const AdamWRun& run,
                                const AdamWCoefficients& with,
                                const RoundingNoise& noise) {
-  constexpr std::uint64_t kCut = StateFields::kCut;
-  const std::uint64_t cuts = (run.count + kCut - 1) / kCut;
-  at::parallel_for(
-      0, static_cast<std::int64_t>(cuts), kQuietPiece / kCut,
-      [&](std::int64_t begin, std::int64_t end) {
-        const std::uint64_t done = static_cast<std::uint64_t>(begin) * kCut;
-        const std::uint64_t last = static_cast<std::uint64_t>(end) * kCut;
-        update_adamw(
-            format,
-            part_of(run, format, done, std::min(last, run.count) - done), with,
-            noise);
-      });
+  // Much longer than it takes to wake a thread.
+  constexpr std::uint64_t kPart = 128 * StateFields::kCut;
+  run_in_parallel((run.count + kPart - 1) / kPart, [&](std::size_t i) {
+    const std::uint64_t done = i * kPart;
+    const std::uint64_t count = std::min(kPart, run.count - done);
+    update_adamw(format, part_of(run, format, done, count), with, noise);
+  });
 }
 
 }  // namespace torch_ext
