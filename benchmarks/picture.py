@@ -12,6 +12,8 @@ from common import Json
 
 NUMBER = r"(\d+(?:\.\d+)?)"
 CELL = re.compile(rf"{NUMBER}(?: \({NUMBER} to {NUMBER}\))?")
+TITLE = re.compile(r"(?P<what>ours|step|iteration) / (?P<other>.+?)(?:'s)?")
+NOT_OURS = re.compile("in memory|alone|DeepSpeed$")
 
 
 @dataclass
@@ -38,20 +40,25 @@ def main() -> None:
 
 
 def ratios_of(result: Json) -> list[Ratio]:
-    """Of all columns named "ours / OTHER"."""
+    """Of all columns named "ours / OTHER", which are rates, and of "step / OTHER" and
+    "iteration / OTHER", which are times: of those the inverse.
+    """
     found = []
     for table in result.get("tables", []):
         for column, title in enumerate(table["header"]):
-            if not title.startswith("ours / "):
+            named = TITLE.fullmatch(title)
+            if not named:
                 continue
             for row in table["rows"]:
                 numbers = CELL.fullmatch(row[column])
-                if numbers:
-                    median = float(numbers[1])
-                    least, most = (float(n) if n else median for n in numbers.groups()[1:])
-                    name = f"{table['title']}: {row[0]}"
-                    other = title.removeprefix("ours / ")
-                    found.append(Ratio(name, other, median, least, most))
+                if not numbers or NOT_OURS.search(row[0]):
+                    continue
+                median = float(numbers[1])
+                low, high = (float(n) if n else median for n in numbers.groups()[1:])
+                if named["what"] != "ours":
+                    median, low, high = 1 / median, 1 / high, 1 / low
+                name = f"{table['title'].partition(';')[0]}: {row[0]}"
+                found.append(Ratio(name, named["other"], median, low, high))
     return found
 
 

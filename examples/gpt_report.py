@@ -286,7 +286,7 @@ def draw_tiles(axes: Any, figures: Run) -> None:
     steps = figures["offloaded"]["steps"][-STEPS_SHOWN:]
     # The last but one, so that what is read ahead for the next is there too.
     shown = max(len(steps) - 2, 0)
-    begin, end = steps[shown]["optimizer_start"], steps[shown]["end"]
+    begin, end = steps[shown]["lanes_start"], steps[shown]["end"]
     until = end + 0.7 * (end - begin)
     for lane, colour in LANES.items():
         bars = [

@@ -49,6 +49,7 @@ class Job:
     context: int
     lr: float
     seed: int
+    overlap_backward: str = ""  # "update": nothing is clipped, in neither run.
 
 
 def read_text() -> tuple[bytes, dict[str, Any]]:
@@ -178,7 +179,11 @@ def make_optimizer(model: nn.Module, job: Job) -> torch.optim.Optimizer:
     if not job.offloaded:
         return torch.optim.AdamW(groups, **arguments, fused=True)
     return OffloadedAdamW(
-        groups, **arguments, nvme_path=job.nvme_path, host_memory=job.host_memory
+        groups,
+        **arguments,
+        nvme_path=job.nvme_path,
+        host_memory=job.host_memory,
+        overlap_backward=job.overlap_backward or False,
     )
 
 
@@ -237,12 +242,17 @@ class Recorder:
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
         self.lanes: list[list[tuple[str, int, float, float]]] = []
+        self.gradient: float | None = None  # When this step's first one was there.
+
+    def on_gradient(self, parameter: torch.Tensor) -> None:
+        if self.gradient is None:
+            self.gradient = time.perf_counter()
 
     def add_lanes(self, optimizer: torch.optim.Optimizer) -> None:
         """Of the last step. Called late, when its last writes have ended."""
         if not isinstance(optimizer, OffloadedAdamW) or not self.steps:
             return
-        begin = self.steps[-1]["optimizer_start"]
+        begin = self.steps[-1]["lanes_start"]
         self.lanes.append(
             [
                 (lane, tile, begin + start, begin + end)
@@ -262,6 +272,11 @@ def train(job: Job) -> dict[str, Any]:
     batches = Batches(text[:cut], job, job.seed)
     validation = Batches(text[cut:], job, job.seed + 1)
     model = GPT(job.layers, job.width, job.heads, job.context).to(job.device)
+    recorder = Recorder()
+    overlaps = job.overlap_backward == "update"
+    if overlaps and job.offloaded:
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(recorder.on_gradient)
     optimizer = make_optimizer(model, job)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate(step, job.steps)
@@ -269,17 +284,19 @@ def train(job: Job) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     tell("started", parameters_count=parameters, text=source)
 
-    recorder = Recorder()
     memory_before = memory("VmRSS")
     begin = time.perf_counter()
     for _ in range(job.steps):
         start = time.perf_counter()
         optimizer.zero_grad()
         loss = loss_of(model, batches.next())
+        if overlaps:  # The next step begins in backward.
+            recorder.add_lanes(optimizer)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not overlaps:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            recorder.add_lanes(optimizer)
         synchronize(job.device)
-        recorder.add_lanes(optimizer)
         middle = time.perf_counter()
         optimizer.step()
         synchronize(job.device)
@@ -289,8 +306,10 @@ def train(job: Job) -> dict[str, Any]:
             "loss": loss.item(),
             "start": start - begin,
             "optimizer_start": middle - begin,
+            "lanes_start": (recorder.gradient or middle) - begin,
             "end": end - begin,
         }
+        recorder.gradient = None
         recorder.steps.append(step)
         tell("step", loss=step["loss"])
     peak = memory("VmHWM")

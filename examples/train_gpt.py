@@ -90,6 +90,13 @@ def make_parser() -> Parser:
     offload.add_argument(
         "--device", default="cpu", help="where the model trains: cpu, cuda, cuda:1, ..."
     )
+    offload.add_argument(
+        "--overlap-backward",
+        choices=("off", "update"),
+        default="off",
+        help="update: each parameter during backward, as soon as its gradient is there; "
+        "gradients are clipped in neither run then",
+    )
     model = parser.add_argument_group("model and training")
     for name, default, least, most, text in (
         ("steps", 120, 1, 1_000_000, "optimizer steps of each run"),
@@ -157,6 +164,7 @@ def make_job(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "nvme_path": nvme_path,
         "host_memory": host_memory,
+        "overlap_backward": "update" if options.overlap_backward == "update" else "",
         **{name: getattr(options, name) for name in model},
     }
 

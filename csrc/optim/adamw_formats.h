@@ -5,35 +5,53 @@
 
 // ---- bfloat16 --------------------------------------------------------------
 
-TORCH_EXT_INLINE U32 join(const U32& parameter, const U32& low) {
-  const U32 own = parameter << 16;
-  const U32 joined = ((parameter - (low >> 15)) << 16) | low;
-  const I32 magnitude = as<I32>(parameter & 0x7fff);
-  const I32 ends = as<I32>(low);
-  const I32 impossible = ((magnitude == 0) & (ends >= 0x8000)) |
-                         ((magnitude == 0x7f80) & (ends > 0) & (ends < 0x8000));
-  return select(magnitude > 0x7f80, all(kNaN), select(impossible, own, joined));
+constexpr std::uint16_t kInfinity16 = 0x7f80;  // The upper halves.
+constexpr std::uint16_t kNaN16 = 0x7fc0;
+
+TORCH_EXT_INLINE Pair join(const Wide16& parameter, const Wide16& low) {
+  const auto magnitude = as<Mask16>(parameter & 0x7fff);
+  const auto infinity = as<Mask16>(all16(kInfinity16));
+  const auto ends = as<Mask16>(low);  // From 0x8000 on they are negative.
+  const Mask16 impossible =
+      ((magnitude == 0) & (ends < 0)) | ((magnitude == infinity) & (ends > 0));
+  const Mask16 is_nan = magnitude > infinity;
+  const Wide16 upper =
+      select16(is_nan, all16(kNaN16),
+               select16(impossible, parameter, parameter - (low >> 15)));
+  return join_halves(low & ~as<Wide16>(is_nan | impossible), upper);
 }
 
-TORCH_EXT_INLINE void split(const U32& master, U32& parameter, U32& low) {
-  const U32 magnitude = master & kMagnitude;
-  const I32 is_nan = as<I32>(magnitude) > kInfinity;
-  const U32 sign = (master & ~kMagnitude) >> 16;
-  parameter =
-      select(is_nan, all(kNaN >> 16), ((magnitude + 0x8000) >> 16) | sign);
-  low = select(is_nan, all(0u), master & 0xffff);
+/// Of floats, by their upper and lower halves.
+TORCH_EXT_INLINE Mask16 are_nan(const Wide16& magnitude, const Wide16& low) {
+  const auto upper = as<Mask16>(magnitude);
+  const auto infinity = as<Mask16>(all16(kInfinity16));
+  return (upper > infinity) | ((upper == infinity) & (as<Mask16>(low) != 0));
+}
+
+TORCH_EXT_INLINE void split(const Pair& master, Wide16& parameter,
+                            Wide16& low) {
+  const Wide16 upper = high_halves(master);
+  const Wide16 lower = low_halves(master);
+  const Mask16 is_nan = are_nan(upper & 0x7fff, lower);
+  // What is carried goes no further than to infinity, away from zero.
+  parameter = select16(is_nan, all16(kNaN16), upper + (lower >> 15));
+  low = lower & ~as<Wide16>(is_nan);
 }
 
 /// To the next bfloat16 up or down in magnitude, the likelier the nearer.
-TORCH_EXT_INLINE U32 round_bf16(const U32& bits, const U32& noise) {
-  const U32 magnitude = bits & kMagnitude;
-  U32 rounded = magnitude + noise;
-  const I32 overflow =
-      (as<I32>(magnitude) < kInfinity) & (as<I32>(rounded) >= kInfinity);
-  rounded = select(overflow, all(0x7f7f0000u), rounded);
-  return select(as<I32>(magnitude) > kInfinity, all(kNaN),
-                rounded | (bits & ~kMagnitude)) >>
-         16;
+TORCH_EXT_INLINE Wide16 round_bf16(const Pair& numbers, const Wide16& noise) {
+  const Wide16 upper = high_halves(numbers);
+  const Wide16 lower = low_halves(numbers);
+  const Wide16 magnitude = upper & 0x7fff;
+  const Wide16 sum = lower + noise;
+  const Wide16 rounded =
+      magnitude - as<Wide16>(sum < lower);  // Carried: -(-1).
+  const auto infinity = as<Mask16>(all16(kInfinity16));
+  const Mask16 overflow =
+      (as<Mask16>(magnitude) < infinity) & (as<Mask16>(rounded) >= infinity);
+  return select16(
+      are_nan(magnitude, lower), all16(kNaN16),
+      select16(overflow, all16(kInfinity16 - 1), rounded) | (upper & 0x8000));
 }
 
 TORCH_EXT_INLINE void unpack_bf16(const std::byte* from, float* to) {
@@ -47,11 +65,13 @@ TORCH_EXT_INLINE void pack_bf16(const float* from, std::byte* to,
   for (std::size_t group = 0; group < kBlock; group += kGroup) {
     U32 words[4];
     draw(source, first + group, words);
-#pragma GCC unroll 8
-    for (std::size_t i = 0; i < kGroup / kLanes; ++i) {
-      const std::size_t at = group + i * kLanes;
-      store_u16(to + 2 * at,
-                round_bf16(load<U32>(from + at), half_of(words, i)));
+#pragma GCC unroll 4
+    for (std::size_t i = 0; i < 4; ++i) {
+      const std::size_t at = group + 2 * i * kLanes;
+      const Pair noise =
+          pair_of(half_of(words, 2 * i), half_of(words, 2 * i + 1));
+      store(to + 2 * at, round_bf16(load_pair(from + at),
+                                    narrow(noise.first, noise.second)));
     }
   }
 }

@@ -32,49 +32,78 @@ TORCH_EXT_INLINE void pack(const float* from, const Moment& to,
   }
 }
 
-TORCH_EXT_INLINE void step(float* exp_avg, float* exp_avg_sq, const F32& grad,
-                           F32& master, const AdamWCoefficients& with) {
-  const F32 m0 = load<F32>(exp_avg);
-  const F32 m = m0 + (grad - m0) * with.exp_avg;
-  const F32 v =
-      load<F32>(exp_avg_sq) * with.beta2 + (grad * grad) * with.exp_avg_sq;
-  const F32 root = square_root(v) * with.inverse_root + with.eps;
-  master = master * with.decay - m * with.step_size / root;
-  store(exp_avg, m);
-  store(exp_avg_sq, v);
+TORCH_EXT_INLINE void average(float* exp_avg, float* exp_avg_sq,
+                              const F32& gradient,
+                              const AdamWCoefficients& with) {
+  const F32 m = load<F32>(exp_avg);
+  store(exp_avg, m + (gradient - m) * with.exp_avg);
+  store(exp_avg_sq, load<F32>(exp_avg_sq) * with.beta2 +
+                        (gradient * gradient) * with.exp_avg_sq);
 }
 
-/// Pointers into a run are to its block, which is whole.
+/// What a step takes off the masters of a block.
+TORCH_EXT_INLINE void find_changes(const float* exp_avg,
+                                   const float* exp_avg_sq, float* changes,
+                                   const AdamWCoefficients& with) {
+  for (std::size_t i = 0; i < kBlock; i += kLanes) {
+    const F32 root =
+        square_root(load<F32>(exp_avg_sq + i)) * with.inverse_root + with.eps;
+    store(changes + i, load<F32>(exp_avg + i) * with.step_size / root);
+  }
+}
+
+TORCH_EXT_INLINE void change_floats(float* masters, const float* changes,
+                                    float decay) {
+  for (std::size_t i = 0; i < kBlock; i += kLanes) {
+    store(masters + i, load<F32>(masters + i) * decay - load<F32>(changes + i));
+  }
+}
+
+TORCH_EXT_INLINE void change_halves(std::uint16_t* parameters,
+                                    std::uint16_t* lows, const float* changes,
+                                    float decay) {
+  for (std::size_t i = 0; i < kBlock; i += 2 * kLanes) {
+    Pair master = join(load<Wide16>(parameters + i), load<Wide16>(lows + i));
+    const Pair change = load_pair(changes + i);
+    master.first =
+        as<U32>(as<F32>(master.first) * decay - as<F32>(change.first));
+    master.second =
+        as<U32>(as<F32>(master.second) * decay - as<F32>(change.second));
+    Wide16 parameter, low;
+    split(master, parameter, low);
+    store(parameters + i, parameter);
+    store(lows + i, low);
+  }
+}
+
+/// Pointers into a run are to its block, which is whole. In short loops, as
+/// a processor has several of their turns under way at a time, which hides how
+/// long roots and quotients take.
 template <StateFormat kFormat>
 inline void update_block(const AdamWRun& run, std::size_t block,
                          const AdamWCoefficients& with, const Source& exp_avg,
                          const Source& exp_avg_sq) {
   alignas(64) float m[kBlock];
   alignas(64) float v[kBlock];
+  alignas(64) float changes[kBlock];
   unpack<kFormat, AdamWFields::kExpAvg>(run.exp_avg, block, m);
   unpack<kFormat, AdamWFields::kExpAvgSq>(run.exp_avg_sq, block, v);
   const U32 sign = all(with.maximize ? ~kMagnitude : 0u);
+  const std::size_t begin = block * kBlock;
   for (std::size_t i = 0; i < kBlock; i += kLanes) {
-    const std::size_t at = block * kBlock + i;
     const U32 bits = run.gradient != nullptr
-                         ? load<U32>(run.gradient + at)
-                         : load_u16(run.gradient_bf16 + at) << 16;
-    const F32 gradient = as<F32>(bits ^ sign);
-    if (run.master != nullptr) {
-      F32 master = load<F32>(run.master + at);
-      step(m + i, v + i, gradient, master, with);
-      store(run.master + at, master);
-    } else {
-      F32 master = as<F32>(
-          join(load_u16(run.parameter_bf16 + at), load_u16(run.low + at)));
-      step(m + i, v + i, gradient, master, with);
-      U32 parameter, low;
-      split(as<U32>(master), parameter, low);
-      store_u16(run.parameter_bf16 + at, parameter);
-      store_u16(run.low + at, low);
-    }
+                         ? load<U32>(run.gradient + begin + i)
+                         : load_u16(run.gradient_bf16 + begin + i) << 16;
+    average(m + i, v + i, as<F32>(bits ^ sign), with);
   }
-  const std::uint64_t first = run.first + block * kBlock;
+  find_changes(m, v, changes, with);
+  if (run.master != nullptr) {
+    change_floats(run.master + begin, changes, with.decay);
+  } else {
+    change_halves(run.parameter_bf16 + begin, run.low + begin, changes,
+                  with.decay);
+  }
+  const std::uint64_t first = run.first + begin;
   pack<kFormat, AdamWFields::kExpAvg>(m, run.exp_avg, block, exp_avg, first);
   pack<kFormat, AdamWFields::kExpAvgSq>(v, run.exp_avg_sq, block, exp_avg_sq,
                                         first);
@@ -181,40 +210,47 @@ inline void pack_all(const float* from, const Moment& to, std::uint64_t first,
   __builtin_memcpy(to.values + kBytes * kBlock * whole, out, kBytes * left);
 }
 
+TORCH_EXT_INLINE void store_pair(float* to, const Pair& pair) {
+  const Pair in_order = pair_of(pair.first, pair.second);
+  store(to, in_order.first);
+  store(to + kLanes, in_order.second);
+}
+
 inline void join_all(const std::uint16_t* parameter, const std::uint16_t* low,
                      float* master, std::size_t count) {
+  constexpr std::size_t kStep = 2 * kLanes;
   std::size_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    store(master + i, join(load_u16(parameter + i), load_u16(low + i)));
+  for (; i + kStep <= count; i += kStep) {
+    store_pair(master + i,
+               join(load<Wide16>(parameter + i), load<Wide16>(low + i)));
   }
   if (i == count) return;
-  std::uint16_t ends[2][kLanes] = {};
-  float out[kLanes];
+  std::uint16_t ends[2][kStep] = {};
+  float out[kStep];
   __builtin_memcpy(ends[0], parameter + i, 2 * (count - i));
   __builtin_memcpy(ends[1], low + i, 2 * (count - i));
-  store(out, join(load_u16(ends[0]), load_u16(ends[1])));
+  store_pair(out, join(load<Wide16>(ends[0]), load<Wide16>(ends[1])));
   __builtin_memcpy(master + i, out, 4 * (count - i));
 }
 
 inline void split_all(const float* master, std::uint16_t* parameter,
                       std::uint16_t* low, std::size_t count) {
+  constexpr std::size_t kStep = 2 * kLanes;
   std::size_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    U32 rounded, rest;
-    split(load<U32>(master + i), rounded, rest);
-    if (parameter != nullptr) store_u16(parameter + i, rounded);
-    store_u16(low + i, rest);
+  for (; i + kStep <= count; i += kStep) {
+    Wide16 rounded, rest;
+    split(load_pair(master + i), rounded, rest);
+    if (parameter != nullptr) store(parameter + i, rounded);
+    store(low + i, rest);
   }
   if (i == count) return;
-  float in[kLanes] = {};
-  std::uint16_t out[2][kLanes];
+  float in[kStep] = {};
   __builtin_memcpy(in, master + i, 4 * (count - i));
-  U32 rounded, rest;
-  split(load<U32>(in), rounded, rest);
-  store_u16(out[0], rounded);
-  store_u16(out[1], rest);
-  if (parameter != nullptr) copy_bytes(parameter + i, out[0], 2 * (count - i));
-  copy_bytes(low + i, out[1], 2 * (count - i));
+  Wide16 rounded, rest;
+  split(load_pair(in), rounded, rest);
+  if (parameter != nullptr)
+    copy_bytes(parameter + i, &rounded, 2 * (count - i));
+  copy_bytes(low + i, &rest, 2 * (count - i));
 }
 
 inline void unpack_any(StateFormat format, std::size_t field,

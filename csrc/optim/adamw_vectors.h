@@ -4,6 +4,8 @@ using F32 = float __attribute__((vector_size(32)));
 using U32 = std::uint32_t __attribute__((vector_size(32)));
 using I32 = std::int32_t __attribute__((vector_size(32)));
 using U16 = std::uint16_t __attribute__((vector_size(16)));
+using Wide16 = std::uint16_t __attribute__((vector_size(32)));
+using Mask16 = std::int16_t __attribute__((vector_size(32)));
 using U8 = std::uint8_t __attribute__((vector_size(8)));
 
 constexpr std::size_t kLanes = 8;
@@ -80,16 +82,6 @@ TORCH_EXT_INLINE U32 load_u8(const void* from) {
 #endif
 }
 
-TORCH_EXT_INLINE void store_u16(void* to, const U32& from) {
-#if defined(TORCH_EXT_LOOPS_AVX2)
-  __m128i half[2];
-  __builtin_memcpy(half, &from, sizeof from);
-  store(to, _mm_packus_epi32(half[0], half[1]));
-#else
-  store(to, __builtin_convertvector(from, U16));
-#endif
-}
-
 TORCH_EXT_INLINE void store_u8(void* to, const U32& from) {
 #if defined(TORCH_EXT_LOOPS_AVX2)
   __m128i half[2];
@@ -100,4 +92,71 @@ TORCH_EXT_INLINE void store_u8(void* to, const U32& from) {
 #else
   store(to, __builtin_convertvector(from, U8));
 #endif
+}
+
+/// Sixteen numbers of 32 bits, in the order that costs least to take their
+/// halves apart. Sixteen of 16 bits are in order.
+struct Pair {
+  U32 first, second;
+};
+
+/// Of two vectors that are in order.
+TORCH_EXT_INLINE Pair pair_of(const U32& first, const U32& second) {
+#if defined(TORCH_EXT_LOOPS_AVX2)
+  const auto a = as<__m256i>(first);
+  const auto b = as<__m256i>(second);
+  return {as<U32>(_mm256_permute2x128_si256(a, b, 0x20)),
+          as<U32>(_mm256_permute2x128_si256(a, b, 0x31))};
+#else
+  return {first, second};
+#endif
+}
+
+TORCH_EXT_INLINE Pair load_pair(const float* from) {
+  return pair_of(load<U32>(from), load<U32>(from + kLanes));
+}
+
+TORCH_EXT_INLINE Pair join_halves(const Wide16& low, const Wide16& high) {
+#if defined(TORCH_EXT_LOOPS_AVX2)
+  const auto a = as<__m256i>(low);
+  const auto b = as<__m256i>(high);
+  return {as<U32>(_mm256_unpacklo_epi16(a, b)),
+          as<U32>(_mm256_unpackhi_epi16(a, b))};
+#else
+  U16 lows[2], highs[2];
+  __builtin_memcpy(lows, &low, sizeof low);
+  __builtin_memcpy(highs, &high, sizeof high);
+  return {__builtin_convertvector(lows[0], U32) |
+              __builtin_convertvector(highs[0], U32) << 16,
+          __builtin_convertvector(lows[1], U32) |
+              __builtin_convertvector(highs[1], U32) << 16};
+#endif
+}
+
+/// Of numbers below 2^16.
+TORCH_EXT_INLINE Wide16 narrow(const U32& first, const U32& second) {
+#if defined(TORCH_EXT_LOOPS_AVX2)
+  return as<Wide16>(
+      _mm256_packus_epi32(as<__m256i>(first), as<__m256i>(second)));
+#else
+  const U16 halves[2] = {__builtin_convertvector(first, U16),
+                         __builtin_convertvector(second, U16)};
+  return load<Wide16>(halves);
+#endif
+}
+
+TORCH_EXT_INLINE Wide16 low_halves(const Pair& pair) {
+  return narrow(pair.first & 0xffff, pair.second & 0xffff);
+}
+
+TORCH_EXT_INLINE Wide16 high_halves(const Pair& pair) {
+  return narrow(pair.first >> 16, pair.second >> 16);
+}
+
+TORCH_EXT_INLINE Wide16 all16(std::uint16_t value) { return Wide16{} + value; }
+
+TORCH_EXT_INLINE Wide16 select16(const Mask16& mask, const Wide16& yes,
+                                 const Wide16& no) {
+  const auto bits = as<Wide16>(mask);
+  return (yes & bits) | (no & ~bits);
 }

@@ -27,9 +27,11 @@ def run(*arguments):
 
 
 @pytest.mark.slow
-def test_demo_trains_twice_and_compares(nvme_dir):
+@pytest.mark.parametrize("overlap", ["off", "update"])
+def test_demo_trains_twice_and_compares(nvme_dir, overlap):
     output = nvme_dir / "out"
-    done = run(*SMALL, "--output", output, "--nvme-path", nvme_dir, "--host-memory", "240KiB")
+    place = ["--output", output, "--nvme-path", nvme_dir, "--host-memory", "240KiB"]
+    done = run(*SMALL, *place, "--overlap-backward", overlap)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "equal to the bit: yes" in done.stdout
     assert str(output / "train_gpt.png") in done.stdout

@@ -237,6 +237,14 @@ def test_picture_shows_each_ratio_once(module, tmp_path, monkeypatch):
         ("Disks: b, read", "fio", 0.5, 0.5, 0.5),
         ("Disks: b, read", "DeepSpeed", 4.0, 4.0, 4.0),
     ]
+    times = {
+        "title": "A step; of 10 parameters",
+        "header": ["", "step, s", "step / DeepSpeed's"],
+        "rows": [["in memory", "1", "0.1"], ["exact", "4", "0.50 (0.25 to 0.80)"]],
+    }
+    (of_time,) = picture.ratios_of({"tables": [times]})
+    assert (of_time.name, of_time.other) == ("A step: exact", "DeepSpeed")
+    assert (of_time.median, of_time.least, of_time.most) == (2.0, 1.25, 4.0)
     png = tmp_path / "ratios.png"
     monkeypatch.setattr(sys, "argv", ["picture.py", str(tmp_path), str(png)])
     with pytest.raises(SystemExit, match="no table"):

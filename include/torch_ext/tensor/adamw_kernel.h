@@ -28,9 +28,6 @@
 #include "torch_ext/tensor/device_lane.h"
 #include "torch_ext/tensor/fused_on_device.h"
 
-/// Of the OpenMP that PyTorch brings, if it does: for the calling thread only.
-extern "C" void omp_set_num_threads(int) noexcept __attribute__((weak));
-
 namespace torch_ext {
 
 /// AdamW. State that is float (StateFormat::kExact) is updated by PyTorch's own
@@ -88,7 +85,7 @@ class AdamWKernel final : public UpdateKernel {
   void enter_thread() override {
     lanes_.enter_thread();
     at::get_num_threads();  // PyTorch sets its number at its first use.
-    if (omp_set_num_threads != nullptr) omp_set_num_threads(1);
+    OneThread::set(1);
   }
 
   void update(std::span<const StateSegment> segments) override {
@@ -104,9 +101,9 @@ class AdamWKernel final : public UpdateKernel {
       batch_hyper_ = target.hyper;
       if (in_place(target)) {
         // The fused kernel takes many tensors in one call.
-        push(segment, 0, segment.count, parameter_at(target, segment.first),
-             static_cast<float*>(target.gradient.pointer(segment.first)));
+        push(segment, target);
       } else {
+        flush();
         update_by_chunks(segment, target);
       }
     }
@@ -132,24 +129,14 @@ class AdamWKernel final : public UpdateKernel {
 
   /// Elements: enough for fast copies, and a tile has several such chunks.
   static constexpr std::uint64_t kMostOnTheWay = 65536;
+  /// Elements for a thread: much longer than it takes to wake it. Multiple of
+  /// StateFields::kCut.
+  static constexpr std::uint64_t kPart = 32768;
 
   struct OnDevice {
     const StateSegment* segment;
     const Target* target;
   };
-  /// Elements of it that are on the host at one time.
-  struct Chunk {
-    const StateSegment& segment;
-    const Target& target;
-    std::uint64_t done;  ///< Elements of the segment before these.
-    std::uint64_t count;
-
-    std::uint64_t first() const { return segment.first + done; }
-    at::Tensor of(const at::Tensor& tensor) const {
-      return storage_view(tensor, first(), count);
-    }
-  };
-
   bool in_place(const Target& target) const {
     return format_ == StateFormat::kExact &&
            target.parameter.scalar_type() == at::kFloat &&
@@ -161,26 +148,18 @@ class AdamWKernel final : public UpdateKernel {
            target.gradient.source().scalar_type() == dtype;
   }
 
-  static float* parameter_at(const Target& target, std::uint64_t first) {
-    return target.parameter.mutable_data_ptr<float>() + first;
-  }
-
   void update_by_chunks(const StateSegment& segment, const Target& target) {
-    flush();
-    batch_hyper_ = target.hyper;
     lanes_.make_way_for(nullptr);
     const AdamWScratch scratch(make_scratch_());
     const std::uint64_t chunk =
         needs_scratch(target) ? scratch.chunk() : segment.count;
     for (std::uint64_t done = 0; done < segment.count; done += chunk) {
       const std::uint64_t count = std::min(chunk, segment.count - done);
-      const std::uint64_t first = segment.first + done;
-      AdamWRun run;
-      run.first = first;
-      run.count = count;
-      find_gradient(target, scratch, run);
-      const at::Tensor here = storage_view(target.parameter, first, count);
-      update_chunk(segment, done, run, here, target, scratch);
+      update_in_parts({segment, target, done, count, scratch},
+                      [this](const Part& part, AdamWRun& run) {
+                        find_gradient(part, run);
+                        return part.of(part.target.parameter);
+                      });
     }
   }
 
@@ -192,14 +171,43 @@ class AdamWKernel final : public UpdateKernel {
              has_direct_gradient(target, at::kBFloat16));
   }
 
-  void update_chunk(const StateSegment& segment, std::uint64_t done,
-                    const AdamWRun& run, const at::Tensor& here,
-                    const Target& target, const AdamWScratch& scratch) {
-    if (format_ == StateFormat::kExact) {
-      update_exact(segment, done, run, here, scratch);
-    } else {
-      update_packed(segment, done, run, here, target, scratch);
+  /// Elements of a segment, and the scratch for them.
+  struct Part {
+    const StateSegment& segment;
+    const Target& target;
+    std::uint64_t done;  ///< Elements of the segment before these.
+    std::uint64_t count;
+    AdamWScratch scratch;
+
+    std::uint64_t first() const { return segment.first + done; }
+    at::Tensor of(const at::Tensor& tensor) const {
+      return storage_view(tensor, first(), count);
     }
+    Part from(std::uint64_t element, std::uint64_t length) const {
+      return {segment, target, done + element, length, scratch.from(element)};
+    }
+  };
+
+  /// Updates parts of a chunk on several threads. `prepare(part, run)` says
+  /// where a part's gradient is, and returns its parameter on the host.
+  template <typename Prepare>
+  void update_in_parts(const Part& chunk, const Prepare& prepare) {
+    step_tensor(chunk.segment.step);  // Before several threads ask for it.
+    run_in_parallel((chunk.count + kPart - 1) / kPart, [&](std::size_t i) {
+      const c10::NoGradGuard no_grad;
+      const std::uint64_t before = i * kPart;
+      const Part part =
+          chunk.from(before, std::min(kPart, chunk.count - before));
+      AdamWRun run;
+      run.first = part.first();
+      run.count = part.count;
+      const at::Tensor here = prepare(part, run);
+      if (format_ == StateFormat::kExact) {
+        update_exact(part, run, here);
+      } else {
+        update_packed(part, run, here);
+      }
+    });
   }
 
   void update_those_on_devices() {
@@ -223,28 +231,28 @@ class AdamWKernel final : public UpdateKernel {
   void update_here(DeviceLane& lane, std::span<const OnDevice> parameters) {
     const AdamWScratch scratch(make_scratch_(), DeviceLane::kSlots);
     const std::uint64_t most = std::min(scratch.chunk(), kMostOnTheWay);
-    std::vector<Chunk> chunks;
+    std::vector<Part> chunks;
     for (const auto& [segment, target] : parameters) {
       for (std::uint64_t done = 0; done < segment->count; done += most) {
-        chunks.push_back(
-            {*segment, *target, done, std::min(most, segment->count - done)});
+        chunks.push_back({*segment, *target, done,
+                          std::min(most, segment->count - done), scratch});
       }
     }
     for (std::size_t i = 0; i < chunks.size(); ++i) {
-      if (i == 0) bring(lane, chunks[0], scratch, 0);
+      if (i == 0) bring(lane, chunks[0], 0);
       // Its copies are made while this one is updated.
       if (i + 1 < chunks.size()) {
-        bring(lane, chunks[i + 1], scratch, (i + 1) % DeviceLane::kSlots);
+        bring(lane, chunks[i + 1], (i + 1) % DeviceLane::kSlots);
       }
-      update_brought(lane, chunks[i], scratch, i % DeviceLane::kSlots);
+      update_brought(lane, chunks[i], i % DeviceLane::kSlots);
     }
   }
 
   /// Queues the copies of a chunk to the host. Those to and from a slot are
   /// made in the order in which they are queued.
-  void bring(DeviceLane& lane, const Chunk& chunk, const AdamWScratch& scratch,
-             std::size_t slot) const {
+  void bring(DeviceLane& lane, const Part& chunk, std::size_t slot) const {
     const at::Tensor& parameter = chunk.target.parameter;
+    const AdamWScratch& scratch = chunk.scratch;
     lane.queue([&] {
       if (chunk.target.on_host == nullptr) {
         const at::Tensor gradient = chunk.of(chunk.target.gradient.source());
@@ -259,29 +267,37 @@ class AdamWKernel final : public UpdateKernel {
     lane.mark(slot);
   }
 
-  void update_brought(DeviceLane& lane, const Chunk& chunk,
-                      const AdamWScratch& scratch, std::size_t slot) {
-    const Target& target = chunk.target;
-    batch_hyper_ = target.hyper;
-    AdamWRun run;
-    run.first = chunk.first();
-    run.count = chunk.count;
+  void update_brought(DeviceLane& lane, const Part& chunk, std::size_t slot) {
+    batch_hyper_ = chunk.target.hyper;
+    const at::Tensor& parameter = chunk.target.parameter;
+    lane.await(slot);
+    update_in_parts(chunk, [&](const Part& part, AdamWRun& run) {
+      find_brought_gradient(part, slot, run);
+      // Its elements may be smaller than those of the scratch.
+      std::byte* const begin = chunk.scratch.staging(slot).data();
+      const std::uint64_t before = part.done - chunk.done;
+      return host_view(begin + before * parameter.dtype().itemsize(),
+                       part.count, parameter.scalar_type());
+    });
+    const at::Tensor here = host_view(chunk.scratch.staging(slot).data(),
+                                      chunk.count, parameter.scalar_type());
+    lane.queue([&] { chunk.of(parameter).copy_(here, /*non_blocking=*/true); });
+  }
+
+  void find_brought_gradient(const Part& part, std::size_t slot,
+                             AdamWRun& run) const {
+    const Target& target = part.target;
     const c10::ScalarType dtype = dtype_on_host(target);
-    void* const gradient =
-        target.on_host == nullptr
-            ? static_cast<void*>(scratch.gradient(slot))
-            : target.on_host + run.first * c10::elementSize(dtype);
+    // Of the chunk, from whose begin on elements lie side by side.
+    void* gradient = part.scratch.gradient(slot);
+    if (target.on_host != nullptr) {
+      gradient = target.on_host + run.first * c10::elementSize(dtype);
+    }
     if (dtype == at::kFloat) {
       run.gradient = static_cast<float*>(gradient);
     } else {
       run.gradient_bf16 = static_cast<std::uint16_t*>(gradient);
     }
-    const at::Tensor here = host_view(scratch.staging(slot).data(), run.count,
-                                      target.parameter.scalar_type());
-    lane.await(slot);
-    update_chunk(chunk.segment, chunk.done, run, here, target, scratch);
-    lane.queue(
-        [&] { chunk.of(target.parameter).copy_(here, /*non_blocking=*/true); });
   }
 
   c10::ScalarType dtype_on_host(const Target& target) const {
@@ -310,8 +326,8 @@ class AdamWKernel final : public UpdateKernel {
     }
   }
 
-  void find_gradient(const Target& target, const AdamWScratch& scratch,
-                     AdamWRun& run) const {
+  void find_gradient(const Part& part, AdamWRun& run) const {
+    const Target& target = part.target;
     const bool packed = format_ != StateFormat::kExact;
     if (has_direct_gradient(target, at::kFloat)) {
       run.gradient = static_cast<float*>(target.gradient.pointer(run.first));
@@ -320,70 +336,71 @@ class AdamWKernel final : public UpdateKernel {
           static_cast<std::uint16_t*>(target.gradient.pointer(run.first));
     } else {
       // Gradients pass through where a device's parameter comes next.
-      target.gradient.copy_as_float(scratch.gradient(), scratch.staging(),
-                                    run.first, run.count);
-      run.gradient = scratch.gradient();
+      target.gradient.copy_as_float(part.scratch.gradient(),
+                                    part.scratch.staging(), run.first,
+                                    run.count);
+      run.gradient = part.scratch.gradient();
     }
   }
 
-  void update_exact(const StateSegment& segment, std::uint64_t done,
-                    const AdamWRun& run, const at::Tensor& here,
-                    const AdamWScratch& scratch) {
-    auto* gradient = const_cast<float*>(run.gradient);
+  void update_exact(const Part& part, const AdamWRun& run,
+                    const at::Tensor& here) const {
+    const auto update = [&](float* master) {
+      Fused fused;
+      fused.add(part.segment, part.done, part.count, master,
+                const_cast<float*>(run.gradient), step_tensor_);
+      fused.call(*part.target.hyper);
+    };
     switch (master_format(here.scalar_type())) {
       case MasterFormat::kNone:
-        push(segment, done, run.count, here.mutable_data_ptr<float>(),
-             gradient);
-        flush();
+        update(here.mutable_data_ptr<float>());
         break;
       case MasterFormat::kLow16: {
         auto* parameter = static_cast<std::uint16_t*>(here.mutable_data_ptr());
-        auto* low = segment.field<std::uint16_t>(AdamWFields::kMaster) + done;
-        join_master(parameter, low, scratch.state(), run.count);
-        push(segment, done, run.count, scratch.state(), gradient);
-        flush();
-        split_master(scratch.state(), parameter, low, run.count);
+        auto* low =
+            part.segment.field<std::uint16_t>(AdamWFields::kMaster) + part.done;
+        float* const master = part.scratch.state();
+        join_master(parameter, low, master, part.count);
+        update(master);
+        split_master(master, parameter, low, part.count);
         break;
       }
       case MasterFormat::kFloat: {
-        float* master = adopted(segment, done, run.count, here, scratch);
-        push(segment, done, run.count, master, gradient);
-        flush();
+        float* const master = adopted(part, here);
+        update(master);
         convert(here.mutable_data_ptr(), at::kHalf, master, at::kFloat,
-                run.count);
+                part.count);
         break;
       }
     }
   }
 
-  void update_packed(const StateSegment& segment, std::uint64_t done,
-                     AdamWRun run, const at::Tensor& here, const Target& target,
-                     const AdamWScratch& scratch) const {
-    run.exp_avg = moment_at(segment, format_, AdamWFields::kExpAvg, done);
-    run.exp_avg_sq = moment_at(segment, format_, AdamWFields::kExpAvgSq, done);
+  void update_packed(const Part& part, AdamWRun run,
+                     const at::Tensor& here) const {
+    const StateSegment& segment = part.segment;
+    run.exp_avg = moment_at(segment, format_, AdamWFields::kExpAvg, part.done);
+    run.exp_avg_sq =
+        moment_at(segment, format_, AdamWFields::kExpAvgSq, part.done);
     const MasterFormat kind = master_format(here.scalar_type());
     if (kind == MasterFormat::kNone) {
       run.master = here.mutable_data_ptr<float>();
     } else if (kind == MasterFormat::kLow16) {
       run.parameter_bf16 = static_cast<std::uint16_t*>(here.mutable_data_ptr());
-      run.low = segment.field<std::uint16_t>(AdamWFields::kMaster) + done;
+      run.low = segment.field<std::uint16_t>(AdamWFields::kMaster) + part.done;
     } else {
-      run.master = adopted(segment, done, run.count, here, scratch);
+      run.master = adopted(part, here);
     }
-    update_in_parallel(format_, run, coefficients(*target.hyper, segment.step),
-                       {seed_, segment.step, target.ordinal});
+    update_adamw(format_, run, coefficients(*part.target.hyper, segment.step),
+                 {seed_, segment.step, part.target.ordinal});
     if (kind == MasterFormat::kFloat) {
       convert(here.mutable_data_ptr(), at::kHalf, run.master, at::kFloat,
               run.count);
     }
   }
 
-  static float* adopted(const StateSegment& segment, std::uint64_t done,
-                        std::uint64_t count, const at::Tensor& here,
-                        const AdamWScratch& scratch) {
-    float* master = segment.field(AdamWFields::kMaster) + done;
-    adopt_parameter(master, here.const_data_ptr<c10::Half>(), scratch.small(),
-                    count);
+  static float* adopted(const Part& part, const at::Tensor& here) {
+    float* master = part.segment.field(AdamWFields::kMaster) + part.done;
+    adopt_parameter(master, here.const_data_ptr<c10::Half>(), part.count);
     return master;
   }
 
@@ -402,29 +419,53 @@ class AdamWKernel final : public UpdateKernel {
             .maximize = hyper.maximize};
   }
 
-  /// Adds a tensor to the next call of the fused kernel.
-  void push(const StateSegment& segment, std::uint64_t done,
-            std::uint64_t count, float* parameter, float* gradient) {
-    parameters_.push_back(host_view(parameter, count, at::kFloat));
-    gradients_.push_back(host_view(gradient, count, at::kFloat));
-    exp_avgs_.push_back(host_view(segment.field(AdamWFields::kExpAvg) + done,
-                                  count, at::kFloat));
-    exp_avg_sqs_.push_back(host_view(
-        segment.field(AdamWFields::kExpAvgSq) + done, count, at::kFloat));
-    steps_.push_back(step_tensor(segment.step));
+  /// The tensors of a call of the fused kernel.
+  struct Fused {
+    std::vector<at::Tensor> parameters, gradients, exp_avgs, exp_avg_sqs, steps;
+
+    void add(const StateSegment& segment, std::uint64_t done,
+             std::uint64_t count, float* parameter, float* gradient,
+             const at::Tensor& step) {
+      const auto view = [count](float* data) {
+        return host_view(data, count, at::kFloat);
+      };
+      parameters.push_back(view(parameter));
+      gradients.push_back(view(gradient));
+      exp_avgs.push_back(view(segment.field(AdamWFields::kExpAvg) + done));
+      exp_avg_sqs.push_back(view(segment.field(AdamWFields::kExpAvgSq) + done));
+      steps.push_back(step);
+    }
+
+    /// On the calling thread.
+    void call(const AdamWHyper& hyper) {
+      at::_fused_adamw_(parameters, gradients, exp_avgs, exp_avg_sqs, {}, steps,
+                        hyper.lr, hyper.beta1, hyper.beta2, hyper.weight_decay,
+                        hyper.eps, /*amsgrad=*/false, hyper.maximize);
+    }
+  };
+
+  /// Puts elements that are updated in place on the list of the next flush().
+  void push(const StateSegment& segment, const Target& target) {
+    float* const parameter =
+        target.parameter.mutable_data_ptr<float>() + segment.first;
+    auto* const gradient =
+        static_cast<float*>(target.gradient.pointer(segment.first));
+    for (std::uint64_t done = 0; done < segment.count; done += kPart) {
+      if (parts_.empty() || in_last_part_ >= kPart) {
+        parts_.emplace_back();
+        in_last_part_ = 0;
+      }
+      const std::uint64_t count = std::min(kPart, segment.count - done);
+      parts_.back().add(segment, done, count, parameter + done, gradient + done,
+                        step_tensor(segment.step));
+      in_last_part_ += count;
+    }
   }
 
   void flush() {
-    if (parameters_.empty()) return;
-    const AdamWHyper& hyper = *batch_hyper_;
-    at::_fused_adamw_(parameters_, gradients_, exp_avgs_, exp_avg_sqs_, {},
-                      steps_, hyper.lr, hyper.beta1, hyper.beta2,
-                      hyper.weight_decay, hyper.eps, /*amsgrad=*/false,
-                      hyper.maximize);
-    for (auto* list :
-         {&parameters_, &gradients_, &exp_avgs_, &exp_avg_sqs_, &steps_}) {
-      list->clear();
-    }
+    run_in_parallel(parts_.size(),
+                    [this](std::size_t i) { parts_[i].call(*batch_hyper_); });
+    parts_.clear();
   }
 
   // Parameters mostly have the same number of steps, and nobody writes to it.
@@ -445,8 +486,8 @@ class AdamWKernel final : public UpdateKernel {
   std::unordered_map<std::size_t, Target> targets_;
   std::vector<OnDevice> on_device_;  ///< Of the tile.
   const AdamWHyper* batch_hyper_ = nullptr;
-  std::vector<at::Tensor> parameters_, gradients_, exp_avgs_, exp_avg_sqs_;
-  std::vector<at::Tensor> steps_;
+  std::vector<Fused> parts_;  ///< Of the next flush().
+  std::uint64_t in_last_part_ = 0;
   at::Tensor step_tensor_;
   std::uint64_t step_tensor_of_ = 0;
 };

@@ -6,17 +6,21 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <memory>
-#include <span>
 
 #include "torch_ext/optim/adamw_update.h"
 #include "torch_ext/optim/state_format.h"
 #include "torch_ext/optim/update_kernel.h"
 #include "torch_ext/tensor/dense_tensor.h"
+
+/// Of the OpenMP that PyTorch brings, if it does: for the calling thread only.
+extern "C" void omp_set_num_threads(int) noexcept __attribute__((weak));
 
 namespace torch_ext {
 
@@ -24,15 +28,14 @@ namespace torch_ext {
 /// memory, whose word is final: an element that does not round to the
 /// parameter's takes its value. So whatever writes to the parameter between
 /// steps (model.load_state_dict, zero_, clamp_) counts.
-/// `memory` is host memory for some such elements.
 inline void adopt_parameter(float* master, const c10::Half* parameter,
-                            std::span<std::byte> memory, std::uint64_t count) {
-  const auto* ours = reinterpret_cast<const std::uint16_t*>(memory.data());
+                            std::uint64_t count) {
+  constexpr std::uint64_t kPiece = 4096;
+  std::array<std::uint16_t, kPiece> ours;
   for (std::uint64_t done = 0; done < count;) {
-    const std::uint64_t piece =
-        std::min<std::uint64_t>(memory.size() / 2, count - done);
-    convert(memory.data(), at::kHalf, master + done, at::kFloat, piece);
-    if (std::memcmp(memory.data(), parameter + done, 2 * piece) != 0) {
+    const std::uint64_t piece = std::min(kPiece, count - done);
+    convert(ours.data(), at::kHalf, master + done, at::kFloat, piece);
+    if (std::memcmp(ours.data(), parameter + done, 2 * piece) != 0) {
       for (std::uint64_t i = 0; i < piece; ++i) {
         const c10::Half theirs = parameter[done + i];
         if (ours[i] != theirs.x) master[done + i] = static_cast<float>(theirs);
@@ -80,49 +83,49 @@ inline at::Tensor host_part(const at::Tensor& parameter, std::uint64_t first,
   return here.copy_(there);
 }
 
-/// A part of a run that ends at the run's end or at a multiple of
-/// StateFields::kCut, as it begins.
-inline AdamWRun part_of(const AdamWRun& run, StateFormat format,
-                        std::uint64_t done, std::uint64_t count) {
-  const auto moment = [&](const Moment& whole) {
-    const std::uint64_t bytes = format == StateFormat::kBf16 ? 2 : 1;
-    return Moment{whole.values + bytes * done,
-                  whole.scales == nullptr
-                      ? nullptr
-                      : whole.scales + done / StateFields::kCut};
-  };
-  const auto at = [done](auto* pointer) {
-    return pointer == nullptr ? nullptr : pointer + done;
-  };
-  AdamWRun part;
-  part.first = run.first + done;
-  part.count = count;
-  part.exp_avg = moment(run.exp_avg);
-  part.exp_avg_sq = moment(run.exp_avg_sq);
-  part.gradient = at(run.gradient);
-  part.gradient_bf16 = at(run.gradient_bf16);
-  part.master = at(run.master);
-  part.parameter_bf16 = at(run.parameter_bf16);
-  part.low = at(run.low);
-  return part;
-}
+/// The calling thread's operators run on it alone, for as long as this lives.
+/// PyTorch's other threads would wait for the next one without sleeping, on
+/// cores that I/O needs.
+class OneThread {
+ public:
+  OneThread() : before_(at::get_num_threads()) { set(1); }
+  ~OneThread() { set(before_); }
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+
+  /// For good.
+  static void set(int threads) {
+    if (omp_set_num_threads != nullptr) omp_set_num_threads(threads);
+  }
+
+ private:
+  const int before_;
+};
 
 /// Calls `work` for each number below `parts`, on the calling thread and, as
 /// far as they come in time, on those of PyTorch's inter-op pool: all in all on
-/// as many as PyTorch has for an operator of the calling thread. (Of
-/// at::parallel_for() a caller that is built without OpenMP gets one.)
-/// `work` does not throw.
+/// as many as PyTorch has for an operator of the calling thread. Throws what
+/// `work` has thrown first, when all is done.
 template <typename Work>
 void run_in_parallel(std::size_t parts, const Work& work) {
   struct Shared {
     std::atomic<std::size_t> next = 0;
     std::atomic<std::size_t> done = 0;
+    std::atomic_flag failed;
+    std::exception_ptr error;
   };
   const auto shared = std::make_shared<Shared>();
   // Who comes late finds nothing to do, and no `work` any more.
   const auto help = [shared, parts, &work] {
     for (std::size_t i = shared->next++; i < parts; i = shared->next++) {
-      work(i);
+      try {
+        const OneThread here;
+        work(i);
+      } catch (...) {
+        if (!shared->failed.test_and_set()) {
+          shared->error = std::current_exception();
+        }
+      }
       if (++shared->done == parts) shared->done.notify_all();
     }
   };
@@ -132,19 +135,7 @@ void run_in_parallel(std::size_t parts, const Work& work) {
   for (std::size_t done = shared->done; done < parts; done = shared->done) {
     shared->done.wait(done);
   }
-}
-
-/// update_adamw() by run_in_parallel().
-inline void update_in_parallel(StateFormat format, const AdamWRun& run,
-                               const AdamWCoefficients& with,
-                               const RoundingNoise& noise) {
-  // Much longer than it takes to wake a thread.
-  constexpr std::uint64_t kPart = 128 * StateFields::kCut;
-  run_in_parallel((run.count + kPart - 1) / kPart, [&](std::size_t i) {
-    const std::uint64_t done = i * kPart;
-    const std::uint64_t count = std::min(kPart, run.count - done);
-    update_adamw(format, part_of(run, format, done, count), with, noise);
-  });
+  if (shared->error != nullptr) std::rethrow_exception(shared->error);
 }
 
 }  // namespace torch_ext

@@ -1,9 +1,11 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <utility>
 
 #include "torch_ext/base/align.h"
 #include "torch_ext/optim/state_format.h"
@@ -13,38 +15,58 @@ namespace torch_ext {
 /// Host memory for a chunk of elements on their way, or for two.
 class AdamWScratch {
  public:
+  static constexpr std::size_t kMostChunks = 2;
+
   explicit AdamWScratch(std::span<std::byte> memory, std::size_t chunks = 1)
-      : parts_(1 + 2 * chunks),
-        small_(
-            memory.first(align_down(std::min(memory.size() / 3, kSmall), 64))),
-        large_(memory.subspan(small_.size())) {}
+      : small_(
+            memory.first(align_down(std::min(memory.size() / 3, kSmall), 64))) {
+    const std::span<std::byte> large = memory.subspan(small_.size());
+    chunk_ =
+        align_down(large.size() / (4 * (1 + 2 * chunks)), StateFields::kCut);
+    std::byte* next = large.data();
+    const auto take = [&] { return std::exchange(next, next + 4 * chunk_); };
+    state_ = take();
+    for (std::size_t i = 0; i < chunks; ++i) {
+      gradients_.at(i) = take();
+      staging_.at(i) = take();
+    }
+  }
+
+  /// The memory of a chunk's elements from `element` on.
+  AdamWScratch from(std::uint64_t element) const {
+    AdamWScratch rest = *this;
+    rest.chunk_ -= element;
+    rest.state_ += 4 * element;
+    for (std::size_t i = 0; i < kMostChunks; ++i) {
+      if (gradients_[i] == nullptr) continue;
+      rest.gradients_[i] += 4 * element;
+      rest.staging_[i] += 4 * element;
+    }
+    return rest;
+  }
 
   /// For what is needed for a moment only.
   std::span<std::byte> small() const { return small_; }
 
   /// Elements of a chunk, for which there are parts of 4 bytes each.
-  std::uint64_t chunk() const {
-    return align_down(large_.size() / (4 * parts_), StateFields::kCut);
-  }
+  std::uint64_t chunk() const { return chunk_; }
   float* gradient(std::size_t i = 0) const {
-    return reinterpret_cast<float*>(part(3 * i).data());
+    return reinterpret_cast<float*>(gradients_.at(i));
   }
   /// Parameters from a device.
   std::span<std::byte> staging(std::size_t i = 0) const {
-    return part(3 * i + 1);
+    return {staging_.at(i), 4 * chunk_};
   }
   /// State as float.
-  float* state() const { return reinterpret_cast<float*>(part(2).data()); }
+  float* state() const { return reinterpret_cast<float*>(state_); }
 
  private:
-  std::span<std::byte> part(std::size_t i) const {
-    return large_.subspan(i * chunk() * 4, chunk() * 4);
-  }
-
   static constexpr std::size_t kSmall = std::size_t{128} << 10;
-  std::size_t parts_;
   std::span<std::byte> small_;
-  std::span<std::byte> large_;
+  std::uint64_t chunk_ = 0;
+  std::byte* state_ = nullptr;
+  std::array<std::byte*, kMostChunks> gradients_ = {};
+  std::array<std::byte*, kMostChunks> staging_ = {};
 };
 
 }  // namespace torch_ext

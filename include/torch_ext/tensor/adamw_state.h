@@ -126,8 +126,7 @@ class AdamWSnapshot final : public UpdateKernel {
     } else {
       std::memcpy(values, segment.field(AdamWFields::kMaster) + done,
                   count * sizeof(float));
-      adopt_parameter(values, here.const_data_ptr<c10::Half>(), scratch.small(),
-                      count);
+      adopt_parameter(values, here.const_data_ptr<c10::Half>(), count);
     }
     return values;
   }
