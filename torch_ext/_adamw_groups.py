@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
 from typing import Any
@@ -16,7 +16,7 @@ from torch_ext._local import local_of, local_state
 
 def as_lists(params: Any) -> Any:
     """``params`` of an optimizer with lists instead of iterators, which are read once."""
-    if not isinstance(params, (Iterator, list)):
+    if not isinstance(params, (Iterator, list, tuple)):
         return params
     return [
         {**entry, "params": list(entry["params"])}
@@ -33,7 +33,7 @@ def elements_on_devices(params: Any) -> int:
         return 0 if local.is_cpu else local.numel()
     if isinstance(params, dict):
         return elements_on_devices(params.get("params", ()))
-    if isinstance(params, (list, tuple)):
+    if isinstance(params, Iterable) and not isinstance(params, (str, Iterator)):
         return sum(map(elements_on_devices, params))
     return 0
 

@@ -166,23 +166,38 @@ def add_another(p):
     p.backward(torch.ones(p.shape).to(p.device))
 
 
-def swap_halves_unseen(p):
-    flat = p.grad.data.view(-1)
-    flat.copy_(torch.roll(flat.cpu(), len(flat) // 2).to(flat.device))
+def unscale_unseen(p):
+    """As a GradScaler does on CUDA: only exponents change, and no version."""
+    p.grad.data.mul_(2.0**-16)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [halve, halve_unseen, negate_unseen, replace, add_another, swap_halves_unseen],
-)
-def test_what_changes_gradients_after_backward_counts(sim, nvme_dir, change):
-    (cpu, a), (device, b) = pair(nvme_dir)
+def flip_unseen(p):
+    p.grad.data.copy_(p.grad.data.cpu().flip(0).to(p.device))
+
+
+CHANGES = [
+    *[halve, replace, add_another],
+    *[halve_unseen, negate_unseen, unscale_unseen, flip_unseen],
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_gradients_after_backward_counts(sim, nvme_dir, change, dtype):
+    cpu = [torch.ones(256, 128, dtype=dtype).requires_grad_()]
+    device = on_sim(cpu)
+    options = {"lr": 1e-2, "eps": 1e-3, "nvme_path": nvme_dir, "host_memory": ROOMY}
+    a = OffloadedAdamW(cpu, **options)
+    b = OffloadedAdamW(device, overlap_backward="prefetch", **options)
     for step in range(3):
         for parameters, optimizer in ((cpu, a), (device, b)):
             optimizer.zero_grad()
             backward(parameters, step)
-            for p in parameters[1:3]:
-                change(p)
+            # As many of each sign, none of them zero.
+            parameters[0].grad.data.abs_().add_(0.5)[::2].neg_()
+            if optimizer is b:
+                b._prefetch(device[0])
+            change(parameters[0])
             optimizer.step()
         assert same(cpu, device)
 

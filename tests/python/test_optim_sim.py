@@ -360,3 +360,25 @@ def test_an_update_on_the_device_is_for_exact_state(sim, nvme_dir):
         OffloadedAdamW([there], nvme_path=nvme_dir, update_on="gpu")
     with pytest.raises(TypeError, match="update_on must be"):
         OffloadedAdamW([there], nvme_path=nvme_dir, update_on=None)
+
+
+@pytest.mark.parametrize("overlap", [False, "prefetch", "update"])
+@pytest.mark.parametrize("gradients", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("state_format", ["exact", "bf16", "int8"])
+def test_a_chunk_may_be_updated_by_several_threads(
+    sim, nvme_dir, state_format, gradients, overlap
+):
+    ours = parameters(200_000, dtype=torch.bfloat16)
+    device = on_sim(ours)
+    options = {"nvme_path": nvme_dir, "host_memory": "64MiB", "state_format": state_format}
+    a = OffloadedAdamW(ours, **options)
+    b = OffloadedAdamW(device, overlap_backward=overlap, **options)
+    for seed in range(3):
+        set_gradients(ours, seed=seed)
+        give(ours, ours, gradients)
+        give(ours, device, gradients)
+        if overlap == "prefetch":
+            b._prefetch(device[0])
+        a.step()
+        b.step()
+        assert equal(ours, device)

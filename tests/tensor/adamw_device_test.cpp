@@ -110,6 +110,34 @@ TEST_F(AdamWDeviceTest, GradientsAreCopiedDuringBackwardWhenAsked) {
   EXPECT_TRUE(at::equal(results[1], results[0]));
 }
 
+TEST_F(AdamWDeviceTest, BackwardAfterCloseCopiesNothing) {
+  const at::Tensor parameter = at::randn({5000}).to(sim_).requires_grad_(true);
+  OffloadedAdamW optimizer({parameter}, OffloadedAdamWOptions(0.01),
+                           {.nvme_path = temp_.path(),
+                            .host_memory = std::uint64_t{1} << 20,
+                            .overlap_backward = OverlapBackward::kPrefetch});
+  parameter.backward(at::ones({5000}).to(sim_));
+  optimizer.close();
+  const std::int64_t before = machine().count("async_copies");
+  parameter.backward(at::ones({5000}).to(sim_));
+  EXPECT_EQ(machine().count("async_copies"), before);
+}
+
+TEST_F(AdamWDeviceTest, UpdatesDuringBackwardTakeNoMemoryForGradients) {
+  const at::Tensor parameter = at::randn({5000}).to(sim_).requires_grad_(true);
+  std::vector<std::uint64_t> scratch;
+  for (const auto overlap : {OverlapBackward::kOff, OverlapBackward::kUpdate,
+                             OverlapBackward::kPrefetch}) {
+    OffloadedAdamW optimizer({parameter}, OffloadedAdamWOptions(0.01),
+                             {.nvme_path = temp_.path(),
+                              .host_memory = std::uint64_t{1} << 20,
+                              .overlap_backward = overlap});
+    scratch.push_back(optimizer.plan().scratch_bytes);
+  }
+  EXPECT_EQ(scratch[1], scratch[0]);
+  EXPECT_EQ(scratch[2], scratch[0] + 20480);
+}
+
 TEST_F(AdamWDeviceTest, AGradientOnAnotherDeviceIsRefused) {
   AdamWEngine engine(options());
   const at::Tensor parameter = at::zeros({3}, sim_);

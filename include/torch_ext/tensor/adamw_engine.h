@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <cstddef>
@@ -125,7 +126,8 @@ class AdamWEngine {
   /// Errors: StateError with what the device says.
   void prefetch(const Trained& trained) {
     const at::Tensor& parameter = trained.parameter.tensor;
-    if (early_bytes_ == 0 || parameter.is_cpu() || !may_be_early(trained)) {
+    if (early_bytes_ == 0 || closed_ || parameter.is_cpu() ||
+        !may_be_early(trained)) {
       return;
     }
     DeviceLane* const lane = lane_of(parameter);
@@ -161,6 +163,7 @@ class AdamWEngine {
   void finish() {
     begin_open_step();
     const std::unique_ptr<OpenStep> step = std::move(open_);
+    step->kernel.use_threads(static_cast<std::size_t>(at::get_num_threads()));
     lanes_.around([&] { offload_.end_step(); });
   }
 
@@ -229,6 +232,8 @@ class AdamWEngine {
   /// As OptimizerOffload::close(), after what is queued on devices.
   void close() {
     offload_.abandon_step();
+    closed_ = true;
+    early_.clear();
     std::exception_ptr error;
     try {
       lanes_.settle();
@@ -270,6 +275,9 @@ class AdamWEngine {
     std::unique_ptr<OpenStep> step(
         new OpenStep{.kernel = {format_, seed_, [this] { return scratch(); },
                                 lanes_, update_on_}});
+    // The other threads are backward's, which goes on meanwhile: more threads
+    // than cores wait for one another.
+    step->kernel.use_threads(1);
     offload_.begin_step(step->kernel);
     open_ = std::move(step);
   }
@@ -303,9 +311,11 @@ class AdamWEngine {
     const at::Tensor& tensor = parameter.tensor;
     return gradient.defined() && gradient.layout() == c10::Layout::Strided &&
            gradient.device() == tensor.device() &&
-           gradient.sizes() == tensor.sizes() &&
-           c10::isFloatingType(gradient.scalar_type()) &&
-           gradient.element_size() <= 4 &&
+           gradient.sizes() == tensor.sizes() && gradient.has_storage() &&
+           gradient.const_data_ptr() != nullptr &&
+           (gradient.scalar_type() == at::kFloat ||
+            gradient.scalar_type() == at::kBFloat16 ||
+            gradient.scalar_type() == at::kHalf) &&
            gradient.is_non_overlapping_and_dense() &&
            same_order(gradient.sizes(), gradient.strides(), tensor.strides());
   }
@@ -323,14 +333,21 @@ class AdamWEngine {
     std::vector<std::size_t> places;
     for (const Group& group : groups) {
       for (const Trained& trained : group.trained) {
-        if (!trained.gradient.is_cpu() && may_be_early(trained)) {
+        // In a capture there is no waiting; lanes_.around() says so.
+        if (!trained.gradient.is_cpu() && may_be_early(trained) &&
+            !lane_of(trained.parameter.tensor)->device()->is_captured()) {
           wanted.push_back(early_of(trained));
           places.push_back(found.size());
         }
         found.push_back(nullptr);
       }
     }
-    const std::vector<std::byte*> claimed = early_.claim(wanted);
+    std::vector<std::byte*> claimed;
+    try {
+      claimed = early_.claim(wanted);
+    } catch (const c10::Error& error) {
+      adamw::fail<StateError>(error.what_without_backtrace());
+    }
     for (std::size_t i = 0; i < claimed.size(); ++i) {
       found[places[i]] = claimed[i];
     }
@@ -463,6 +480,7 @@ class AdamWEngine {
   std::unique_ptr<OpenStep> open_;  // Outlives offload_, whose thread uses it.
   OptimizerOffload offload_;
   EarlyGradients early_;
+  bool closed_ = false;
   DeviceLanes lanes_;  // After what they copy to and from.
   std::vector<Slot> slots_;
 };

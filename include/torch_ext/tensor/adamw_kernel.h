@@ -7,6 +7,7 @@
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -80,13 +81,11 @@ class AdamWKernel final : public UpdateKernel {
     targets_.insert_or_assign(parameter, std::move(target));
   }
 
-  /// PyTorch's worker threads are those of backward, which goes on meanwhile:
-  /// more threads than cores wait for one another.
-  void enter_thread() override {
-    lanes_.enter_thread();
-    at::get_num_threads();  // PyTorch sets its number at its first use.
-    OneThread::set(1);
-  }
+  /// On how many threads a tile is updated. By default as many as PyTorch has
+  /// for the one that made the kernel. From any thread.
+  void use_threads(std::size_t threads) { threads_ = threads; }
+
+  void enter_thread() override { lanes_.enter_thread(); }
 
   void update(std::span<const StateSegment> segments) override {
     const c10::NoGradGuard no_grad;
@@ -193,7 +192,8 @@ class AdamWKernel final : public UpdateKernel {
   template <typename Prepare>
   void update_in_parts(const Part& chunk, const Prepare& prepare) {
     step_tensor(chunk.segment.step);  // Before several threads ask for it.
-    run_in_parallel((chunk.count + kPart - 1) / kPart, [&](std::size_t i) {
+    const std::uint64_t parts = (chunk.count + kPart - 1) / kPart;
+    run_in_parallel(threads_, parts, [&](std::size_t i) {
       const c10::NoGradGuard no_grad;
       const std::uint64_t before = i * kPart;
       const Part part =
@@ -272,10 +272,10 @@ class AdamWKernel final : public UpdateKernel {
     const at::Tensor& parameter = chunk.target.parameter;
     lane.await(slot);
     update_in_parts(chunk, [&](const Part& part, AdamWRun& run) {
-      find_brought_gradient(part, slot, run);
-      // Its elements may be smaller than those of the scratch.
-      std::byte* const begin = chunk.scratch.staging(slot).data();
+      // Elements may be smaller than those of the scratch.
       const std::uint64_t before = part.done - chunk.done;
+      find_brought_gradient(chunk, before, slot, run);
+      std::byte* const begin = chunk.scratch.staging(slot).data();
       return host_view(begin + before * parameter.dtype().itemsize(),
                        part.count, parameter.scalar_type());
     });
@@ -284,19 +284,20 @@ class AdamWKernel final : public UpdateKernel {
     lane.queue([&] { chunk.of(parameter).copy_(here, /*non_blocking=*/true); });
   }
 
-  void find_brought_gradient(const Part& part, std::size_t slot,
-                             AdamWRun& run) const {
-    const Target& target = part.target;
-    const c10::ScalarType dtype = dtype_on_host(target);
-    // Of the chunk, from whose begin on elements lie side by side.
-    void* gradient = part.scratch.gradient(slot);
-    if (target.on_host != nullptr) {
-      gradient = target.on_host + run.first * c10::elementSize(dtype);
-    }
+  /// Of a run that begins `before` elements after its chunk.
+  void find_brought_gradient(const Part& chunk, std::uint64_t before,
+                             std::size_t slot, AdamWRun& run) const {
+    const c10::ScalarType dtype = dtype_on_host(chunk.target);
+    const std::uint64_t item = c10::elementSize(dtype);
+    std::byte* const gradient =
+        chunk.target.on_host != nullptr
+            ? chunk.target.on_host + run.first * item
+            : reinterpret_cast<std::byte*>(chunk.scratch.gradient(slot)) +
+                  before * item;
     if (dtype == at::kFloat) {
-      run.gradient = static_cast<float*>(gradient);
+      run.gradient = reinterpret_cast<float*>(gradient);
     } else {
-      run.gradient_bf16 = static_cast<std::uint16_t*>(gradient);
+      run.gradient_bf16 = reinterpret_cast<std::uint16_t*>(gradient);
     }
   }
 
@@ -463,7 +464,7 @@ class AdamWKernel final : public UpdateKernel {
   }
 
   void flush() {
-    run_in_parallel(parts_.size(),
+    run_in_parallel(threads_, parts_.size(),
                     [this](std::size_t i) { parts_[i].call(*batch_hyper_); });
     parts_.clear();
   }
@@ -482,6 +483,8 @@ class AdamWKernel final : public UpdateKernel {
   const MakeScratch make_scratch_;
   DeviceLanes& lanes_;
   const UpdateOn update_on_;
+  std::atomic<std::size_t> threads_ =
+      static_cast<std::size_t>(at::get_num_threads());
   std::mutex targets_mutex_;
   std::unordered_map<std::size_t, Target> targets_;
   std::vector<OnDevice> on_device_;  ///< Of the tile.

@@ -103,11 +103,10 @@ class OneThread {
 };
 
 /// Calls `work` for each number below `parts`, on the calling thread and, as
-/// far as they come in time, on those of PyTorch's inter-op pool: all in all on
-/// as many as PyTorch has for an operator of the calling thread. Throws what
-/// `work` has thrown first, when all is done.
+/// far as they come in time, on those of PyTorch's inter-op pool, `threads` in
+/// all. Throws what `work` has thrown first, when all is done.
 template <typename Work>
-void run_in_parallel(std::size_t parts, const Work& work) {
+void run_in_parallel(std::size_t threads, std::size_t parts, const Work& work) {
   struct Shared {
     std::atomic<std::size_t> next = 0;
     std::atomic<std::size_t> done = 0;
@@ -129,8 +128,11 @@ void run_in_parallel(std::size_t parts, const Work& work) {
       if (++shared->done == parts) shared->done.notify_all();
     }
   };
-  const auto threads = static_cast<std::size_t>(at::get_num_threads());
-  for (std::size_t i = 1; i < std::min(threads, parts); ++i) at::launch(help);
+  try {
+    for (std::size_t i = 1; i < std::min(threads, parts); ++i) at::launch(help);
+  } catch (...) {
+    // No more help: this thread can do all of it.
+  }
   help();
   for (std::size_t done = shared->done; done < parts; done = shared->done) {
     shared->done.wait(done);

@@ -106,6 +106,11 @@ class C10Device final : public Device {
                /*non_blocking=*/true);
   }
 
+  /// The copy stream uses the tensor's memory: see torch.Tensor.record_stream.
+  void uses(const at::Tensor& tensor) {
+    guard_.recordDataPtrOnStream(tensor.storage().data_ptr(), copy_stream_);
+  }
+
   /// Queues `to.copy_(from)`, both on this device, on the copy stream.
   void copy(const at::Tensor& to, const at::Tensor& from) {
     const c10::StreamGuard on_copy_stream(copy_stream_);

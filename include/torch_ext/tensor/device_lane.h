@@ -63,6 +63,21 @@ class DeviceLane {
   /// What is queued here from now on comes after the event.
   void after(const c10::Event& event) { event.block(stream_); }
 
+  /// The memory of a tensor on the device is not given back to it before what
+  /// is queued here now is done, whoever lets go of the tensor.
+  void uses(const at::Tensor& tensor) { device_->uses(tensor); }
+
+  /// Calls `work`; what PyTorch throws in it becomes a StateError.
+  template <typename Work>
+  void guarded(Work&& work) {
+    try {
+      std::forward<Work>(work)();
+    } catch (const c10::Error& error) {
+      throw StateError("optimizer: on " + device_->name() + ": " +
+                       error.what_without_backtrace());
+    }
+  }
+
   /// Calls `work`, whose operators queue what they do here.
   template <typename Work>
   void queue(Work&& work) {
@@ -97,16 +112,6 @@ class DeviceLane {
     done_.record(stream_);
     queued_ = false;
     unseen_ = true;
-  }
-
-  template <typename Work>
-  void guarded(Work&& work) {
-    try {
-      std::forward<Work>(work)();
-    } catch (const c10::Error& error) {
-      throw StateError("optimizer: on " + device_->name() + ": " +
-                       error.what_without_backtrace());
-    }
   }
 
   const std::shared_ptr<C10Device> device_;

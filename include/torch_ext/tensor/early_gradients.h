@@ -1,7 +1,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/cat.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/sum.h>
 #include <c10/core/GradMode.h>
@@ -25,19 +25,26 @@
 
 namespace torch_ext {
 
-/// Sums of a dense 1-D tensor's bits that change with nearly every change of
-/// an element, on its device: of each 64th element in the integer type of that
-/// size, modulo its range, so that it takes no memory to speak of.
+/// Sums of a dense 1-D tensor's bits as integers, on its device: for each 2^20
+/// elements one, and one with the elements' numbers as factors. Scaling changes
+/// the first, also by powers of two, which only add to exponents; negating,
+/// where signs are balanced, and moving change the second.
 inline at::Tensor sums_of_bits(const at::Tensor& flat) {
-  constexpr std::int64_t kColumns = 64;
+  constexpr std::int64_t kBlock = std::int64_t{1} << 20;
   const at::Tensor bits =
       flat.view(flat.element_size() == 2 ? at::kShort : at::kInt);
   const std::int64_t count = bits.numel();
-  const std::int64_t rows = count / kColumns;
-  const at::Tensor sums =
-      at::sum(bits.narrow(0, 0, rows * kColumns).view({rows, kColumns}), {0},
-              /*keepdim=*/false, bits.scalar_type());
-  return at::cat({sums, bits.narrow(0, rows * kColumns, count % kColumns)});
+  const at::Tensor numbers =
+      at::arange(1, std::min(count, kBlock) + 1,
+                 at::TensorOptions().dtype(at::kLong).device(flat.device()));
+  std::vector<at::Tensor> sums;
+  for (std::int64_t done = 0; done < count; done += kBlock) {
+    const std::int64_t length = std::min(kBlock, count - done);
+    const at::Tensor block = bits.narrow(0, done, length).to(at::kLong);
+    sums.push_back(at::sum(block));
+    sums.push_back(at::sum(block.mul_(numbers.narrow(0, 0, length))));
+  }
+  return at::stack(sums);
 }
 
 /// Gradients on devices that have been copied to the host while backward went
@@ -45,12 +52,13 @@ inline at::Tensor sums_of_bits(const at::Tensor& flat) {
 ///
 /// A copy counts only if the step's gradient is the one that was copied and has
 /// not changed: it is of the same storage and version, and its bits have the
-/// same sums, which also show what a version does not (`.data`, a collective's
-/// kernel). Whatever else comes is copied again by the step.
+/// same sums, which also show what a version does not (`.data`, a GradScaler, a
+/// collective's kernel). Whatever else comes is copied again by the step.
 ///
 /// Memory: copies lie one after the other in the span of the constructor, in
 /// the order in which their gradients first came; those for which there is no
 /// room are not made. Gradients are not kept alive.
+/// On the device a copy takes 4 MiB for a moment, its sums 16 MiB.
 /// Errors: StateError with what a device says. Threads: any.
 class EarlyGradients {
  public:
@@ -84,12 +92,10 @@ class EarlyGradients {
     copy.memory = copy.memory.first(bytes);
     const at::Tensor flat = storage_view(gradient, 0, count);
     lane.after(*lane.now());
-    lane.queue([&] {
-      host_view(copy.memory.data(), count, wanted.dtype)
-          .copy_(flat.to(wanted.dtype), /*non_blocking=*/true);
-    });
-    copy.sums = sums_of_bits(flat);
+    queue_copy(flat, copy.memory.data(), wanted.dtype, lane);
+    lane.guarded([&] { copy.sums = sums_of_bits(flat); });
     copy.offset = gradient.storage_offset();
+    copy.own_dtype = gradient.scalar_type();
     copy.dtype = wanted.dtype;
     copy.version = version_of(gradient);
     copy.source = gradient.storage().getWeakStorageImpl();
@@ -129,9 +135,27 @@ class EarlyGradients {
     std::optional<c10::weak_intrusive_ptr<c10::StorageImpl>> source;
     std::int64_t offset = 0;
     std::int64_t version = 0;
-    c10::ScalarType dtype = at::kFloat;
+    c10::ScalarType own_dtype = at::kFloat;
+    c10::ScalarType dtype = at::kFloat;  ///< In memory.
     at::Tensor sums;
   };
+
+  /// Cast in pieces, so that backward's peak grows by no more than one.
+  static void queue_copy(const at::Tensor& flat, std::byte* to,
+                         c10::ScalarType dtype, DeviceLane& lane) {
+    constexpr std::int64_t kPiece = std::int64_t{1} << 20;
+    lane.queue([&] {
+      for (std::int64_t done = 0; done < flat.numel(); done += kPiece) {
+        const std::int64_t length = std::min(kPiece, flat.numel() - done);
+        const auto count = static_cast<std::uint64_t>(length);
+        host_view(to, count, dtype)
+            .copy_(flat.narrow(0, done, length).to(dtype),
+                   /*non_blocking=*/true);
+        to += count * c10::elementSize(dtype);
+      }
+      lane.uses(flat);
+    });
+  }
 
   static std::int64_t version_of(const at::Tensor& tensor) {
     return tensor.unsafeGetTensorImpl()->version_counter().current_version();
@@ -142,7 +166,8 @@ class EarlyGradients {
     return copy.source && !gradient.is_inference() &&
            copy.source->lock().get() ==
                gradient.storage().unsafeGetStorageImpl() &&
-           copy.offset == gradient.storage_offset() &&
+           !gradient.is_neg() && copy.offset == gradient.storage_offset() &&
+           copy.own_dtype == gradient.scalar_type() &&
            copy.dtype == wanted.dtype && copy.version == version_of(gradient) &&
            copy.memory.size() == static_cast<std::uint64_t>(gradient.numel()) *
                                      c10::elementSize(wanted.dtype);

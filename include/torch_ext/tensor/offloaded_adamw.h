@@ -109,12 +109,9 @@ class OffloadedAdamW : public torch::optim::Optimizer {
                            .verify = offload.verify},
                  .host_memory = offload.host_memory},
                 offload.state_format, offload.seed, offload.update_on,
-                offload.overlap_backward == OverlapBackward::kOff
-                    ? 0
-                    : elements_on_devices(groups)),
+                prefetches(offload) ? elements_on_devices(groups) : 0),
         max_grad_norm_(offload.max_grad_norm),
-        takes_(offload.overlap_backward == OverlapBackward::kUpdate &&
-               !offload.max_grad_norm) {
+        takes_(takes(offload)) {
     if (max_grad_norm_ && !(*max_grad_norm_ > 0)) {
       throw std::invalid_argument("OffloadedAdamW: max_grad_norm is " +
                                   std::to_string(*max_grad_norm_));
@@ -251,7 +248,10 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   /// What a log should hold, e.g. why direct I/O is not used.
   const std::vector<std::string>& notes() { return engine_.offload().notes(); }
   /// See OptimizerOffload::close.
-  void close() { engine_.close(); }
+  void close() {
+    on_gradient_.reset();  // Hooks do nothing any more.
+    engine_.close();
+  }
 
  private:
   static constexpr const char* kNoArchive =
@@ -300,6 +300,14 @@ class OffloadedAdamW : public torch::optim::Optimizer {
         return;
       }
     }
+  }
+
+  static bool takes(const OffloadOptions& offload) {
+    return offload.overlap_backward == OverlapBackward::kUpdate &&
+           !offload.max_grad_norm;
+  }
+  static bool prefetches(const OffloadOptions& offload) {
+    return offload.overlap_backward != OverlapBackward::kOff && !takes(offload);
   }
 
   static std::uint64_t elements_on_devices(
