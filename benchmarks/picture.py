@@ -13,7 +13,7 @@ from common import Json
 NUMBER = r"(\d+(?:\.\d+)?)"
 CELL = re.compile(rf"{NUMBER}(?: \({NUMBER} to {NUMBER}\))?")
 TITLE = re.compile(r"(?P<what>ours|step|iteration) / (?P<other>.+?)(?:'s)?")
-NOT_OURS = re.compile("in memory|alone|DeepSpeed$")
+NOT_OURS = re.compile("in memory|alone|^forward and backward|DeepSpeed$")
 
 
 @dataclass
