@@ -12,7 +12,7 @@ from torch_ext import OffloadedAdamW
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # With SMALL: elements of a chunk on its way to the host.
-CHUNK = 1536
+CHUNK = 2304
 
 
 def on_sim(tensors, device="sim"):

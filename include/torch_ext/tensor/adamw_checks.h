@@ -24,10 +24,15 @@ template <typename Error, typename... Parts>
   throw Error(text.str());
 }
 
+/// Of parameters and of gradients.
+inline bool is_supported(c10::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+}
+
 inline void check_parameter(const at::Tensor& tensor) {
   check_has_plain_memory(tensor, "OffloadedAdamW");
   const c10::ScalarType dtype = tensor.scalar_type();
-  if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) {
+  if (!is_supported(dtype)) {
     fail<TypeError>("a parameter of dtype ", dtype,
                     " is not supported, only float32, bfloat16 and float16");
   }
@@ -66,7 +71,7 @@ inline void check_gradient(const at::Tensor& gradient,
   }
   check_has_plain_memory(gradient, "OffloadedAdamW: gradient");
   const c10::ScalarType dtype = gradient.scalar_type();
-  if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) {
+  if (!is_supported(dtype)) {
     fail<TypeError>("a gradient of dtype ", dtype, " is not supported");
   }
   if (gradient.device() != parameter.device()) {

@@ -196,8 +196,9 @@ class AdamWEngine {
 
   /// Forgets all state and takes this. Also after an error.
   void load(const std::vector<Saved>& saved) {
-    for (const Saved& entry : saved)
-      adamw::check_saved(entry.parameter.tensor, entry.state);
+    for (const auto& [parameter, state] : saved) {
+      adamw::check_saved(parameter.tensor, state);
+    }
     offload_.abandon_step();
     AdamWLoader loader(format_, seed_, make_scratch());
     std::vector<OptimizerOffload::ParameterStep> steps;
@@ -313,9 +314,7 @@ class AdamWEngine {
            gradient.device() == tensor.device() &&
            gradient.sizes() == tensor.sizes() && gradient.has_storage() &&
            gradient.const_data_ptr() != nullptr &&
-           (gradient.scalar_type() == at::kFloat ||
-            gradient.scalar_type() == at::kBFloat16 ||
-            gradient.scalar_type() == at::kHalf) &&
+           adamw::is_supported(gradient.scalar_type()) &&
            gradient.is_non_overlapping_and_dense() &&
            same_order(gradient.sizes(), gradient.strides(), tensor.strides());
   }

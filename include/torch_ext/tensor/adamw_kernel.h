@@ -165,7 +165,6 @@ class AdamWKernel final : public UpdateKernel {
   /// Else all is where update_adamw() takes it.
   bool needs_scratch(const Target& target) const {
     return format_ == StateFormat::kExact ||
-           target.parameter.scalar_type() == at::kHalf ||
            !(has_direct_gradient(target, at::kFloat) ||
              has_direct_gradient(target, at::kBFloat16));
   }
@@ -268,7 +267,6 @@ class AdamWKernel final : public UpdateKernel {
   }
 
   void update_brought(DeviceLane& lane, const Part& chunk, std::size_t slot) {
-    batch_hyper_ = chunk.target.hyper;
     const at::Tensor& parameter = chunk.target.parameter;
     lane.await(slot);
     update_in_parts(chunk, [&](const Part& part, AdamWRun& run) {

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -18,12 +17,9 @@ class AdamWScratch {
   static constexpr std::size_t kMostChunks = 2;
 
   explicit AdamWScratch(std::span<std::byte> memory, std::size_t chunks = 1)
-      : small_(
-            memory.first(align_down(std::min(memory.size() / 3, kSmall), 64))) {
-    const std::span<std::byte> large = memory.subspan(small_.size());
-    chunk_ =
-        align_down(large.size() / (4 * (1 + 2 * chunks)), StateFields::kCut);
-    std::byte* next = large.data();
+      : chunk_(align_down(memory.size() / (4 * (1 + 2 * chunks)),
+                          StateFields::kCut)) {
+    std::byte* next = memory.data();
     const auto take = [&] { return std::exchange(next, next + 4 * chunk_); };
     state_ = take();
     for (std::size_t i = 0; i < chunks; ++i) {
@@ -45,9 +41,6 @@ class AdamWScratch {
     return rest;
   }
 
-  /// For what is needed for a moment only.
-  std::span<std::byte> small() const { return small_; }
-
   /// Elements of a chunk, for which there are parts of 4 bytes each.
   std::uint64_t chunk() const { return chunk_; }
   float* gradient(std::size_t i = 0) const {
@@ -61,9 +54,7 @@ class AdamWScratch {
   float* state() const { return reinterpret_cast<float*>(state_); }
 
  private:
-  static constexpr std::size_t kSmall = std::size_t{128} << 10;
-  std::span<std::byte> small_;
-  std::uint64_t chunk_ = 0;
+  std::uint64_t chunk_;
   std::byte* state_ = nullptr;
   std::array<std::byte*, kMostChunks> gradients_ = {};
   std::array<std::byte*, kMostChunks> staging_ = {};

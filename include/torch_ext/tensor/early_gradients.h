@@ -55,11 +55,11 @@ inline at::Tensor sums_of_bits(const at::Tensor& flat) {
 /// same sums, which also show what a version does not (`.data`, a GradScaler, a
 /// collective's kernel). Whatever else comes is copied again by the step.
 ///
-/// Memory: copies lie one after the other in the span of the constructor, in
-/// the order in which their gradients first came; those for which there is no
-/// room are not made. Gradients are not kept alive.
-/// On the device a copy takes 4 MiB for a moment, its sums 16 MiB.
-/// Errors: StateError with what a device says. Threads: any.
+/// Memory: copies lie one after the other in what bring() is given, in the
+/// order in which their gradients first came; those for which there is no room
+/// are not made. Gradients are not kept alive. On the device a copy takes 4 MiB
+/// for a moment, its sums 16 MiB. Errors: StateError with what a device says.
+/// Threads: any.
 class EarlyGradients {
  public:
   /// A gradient whose elements lie in memory as its parameter's do; `dtype` is

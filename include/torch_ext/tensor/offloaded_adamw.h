@@ -116,7 +116,7 @@ class OffloadedAdamW : public torch::optim::Optimizer {
       throw std::invalid_argument("OffloadedAdamW: max_grad_norm is " +
                                   std::to_string(*max_grad_norm_));
     }
-    if (offload.overlap_backward != OverlapBackward::kOff) {
+    if (takes_ || (prefetches(offload) && elements_on_devices(groups) > 0)) {
       on_gradient_ = std::make_shared<const GradientHook::Function>(
           [this](const at::Tensor& parameter) { on_gradient(parameter); });
     }
@@ -414,7 +414,8 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   std::unordered_map<const void*, std::size_t> slots_;
   const std::optional<double> max_grad_norm_;
   const bool takes_;  // Gradients during backward: with kUpdate.
-  std::shared_ptr<const GradientHook::Function> on_gradient_;  // Unless kOff.
+  std::shared_ptr<const GradientHook::Function>
+      on_gradient_;  // If hooks have work.
   std::mutex gradients_mutex_;
   std::vector<AdamWEngine::Parameter> taken_;
   std::size_t accumulating_ = 0;
