@@ -1,4 +1,4 @@
-"""aio_handle beside fio, DeepSpeed's own handle and torch.save: existing files.
+"""aio_handle beside fio, DeepSpeed's own handle and torch.save: existing files and new ones.
 
 In every round each contender reads, or overwrites, the same files once, one
 right after the other; who goes first moves on from round to round. DeepSpeed
@@ -21,6 +21,7 @@ from common import AIO, GIB, KIB, MIB, Json, Rate
 import torch_ext
 
 OURS = "ours"
+HANDLES = (OURS, "DeepSpeed")
 
 
 def main() -> None:
@@ -32,7 +33,11 @@ def main() -> None:
         for count, size in options.shapes:
             name = f"{count} x {common.size_text(size)}"
             cases[name] = measure(options, folder / name.replace(" ", ""), count, size, own)
-    result = {"machine": machine, "measurements": cases, "tables": [tabulate(cases)]}
+    result = {
+        "machine": machine,
+        "measurements": cases,
+        "tables": [tabulate(cases, options.engine)],
+    }
     common.publish("files", options, result)
 
 
@@ -89,15 +94,18 @@ def measure(
             )
         # From here on every file is written throughout.
         transfer(handle, "write", sources, paths)
-        samples: dict[str, list[Json]] = {"write": [], "read": []}
+        samples: dict[str, list[Json]] = {"write": [], "read": [], "write new files": []}
         for round_ in range(options.rounds):
             common.say(f"{folder.name}: round {round_ + 1} of {options.rounds}")
             first = round_ % len(runs)
             order = [*runs][first:] + [*runs][:first]
-            for operation, rows in samples.items():
-                rows.append({who: asdict(runs[who](operation)) for who in order})
+            for operation in ("write", "read"):
+                samples[operation].append({who: asdict(runs[who](operation)) for who in order})
                 if operation == "write" and "fio" in runs:
                     transfer(handle, "write", sources, paths)  # fio wrote bytes of its own
+            samples["write new files"].append(
+                {who: asdict(anew(paths, runs[who])) for who in order if who in HANDLES}
+            )
         transfer(handle, "read", targets, paths)
         if not all(torch.equal(a, b) for a, b in zip(sources, targets, strict=True)):
             raise RuntimeError(f"{folder.name}: other bytes came back")
@@ -117,6 +125,12 @@ def transfer(
             raise RuntimeError(f"{operation}: not all were waited for")
 
     return common.rate_of(run, sum(tensor.nbytes for tensor in tensors))
+
+
+def anew(paths: list[str], run: Callable[[str], Rate]) -> Rate:
+    for path in paths:
+        os.unlink(path)
+    return run("write")
 
 
 def fio(operation: str, folder: Path, count: int, size: int) -> Rate:
@@ -150,7 +164,7 @@ def saved(operation: str, path: Path, tensor: torch.Tensor) -> Rate:
     return common.rate_of(lambda: torch.load(path), tensor.nbytes)
 
 
-def tabulate(cases: dict[str, dict[str, list[Json]]]) -> Json:
+def tabulate(cases: dict[str, dict[str, list[Json]]], engine: str) -> Json:
     others = ["fio", "DeepSpeed", "torch.save"]
     header = ["", "GiB/s ours", *[f"ours / {who}" for who in others]]
     header += ["CPU s/GiB ours", "CPU s/GiB DeepSpeed"]
@@ -162,7 +176,7 @@ def tabulate(cases: dict[str, dict[str, list[Json]]]) -> Json:
             for who in (OURS, "DeepSpeed"):
                 cells.append(common.cell(column(samples, who, "cpu_seconds_per_gib")))
             rows.append(cells)
-    return common.table("aio_handle on existing files", header, rows)
+    return common.table(f"aio_handle ({engine}) on existing files", header, rows)
 
 
 def column(samples: list[Json], who: str, what: str = "gib_per_second") -> list[float]:

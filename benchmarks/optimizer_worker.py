@@ -58,7 +58,7 @@ def make_offloaded(parameters: list[torch.nn.Parameter], job: dict[str, Any]) ->
     wanted, least = job["resident"], job["least_memory"]
     optimizer = make(least)
     most = optimizer.plan().host_memory_for_all
-    # More memory may mean larger tiles, which need more of it: there is no formula.
+    # More memory may mean larger tiles: there is no formula for half of the state.
     for _ in range(10 if wanted else 0):
         budget = most if wanted == 1 else (least + most) // 2
         optimizer.close()

@@ -26,17 +26,21 @@ def union(intervals: list[Interval]) -> float:
     return total
 
 
-def hidden_share(wait_seconds: float, busy_seconds: float) -> float | None:
-    """Share of the I/O time during which the training thread did something else.
+def hidden_share(transfers: list[Interval], steps: list[Interval]) -> float | None:
+    """Share of the I/O time that lies outside of `optimizer.step()`, where forward and
+    backward are.
 
-    1 - wait / busy, where busy is the time with at least one read or write of
-    optimizer state in flight (time with both counts once), and wait is the time
-    that `step()` stood still for I/O. 1: no step waited; 0: nothing else
-    happened while I/O went on. None without I/O.
+    I/O time is that with at least one read or write of optimizer state in flight (time
+    with both counts once). None without I/O.
     """
-    if busy_seconds <= 0:
+    busy = union(transfers)
+    if busy <= 0:
         return None
-    return 1 - min(wait_seconds / busy_seconds, 1)
+    inside = sum(
+        union([(max(a, begin), min(b, end)) for a, b in transfers if a < end and b > begin])
+        for begin, end in steps
+    )
+    return 1 - inside / busy
 
 
 def summarize(job: dict[str, Any], runs: list[Run], place: Run, seconds: float) -> Run:
@@ -97,18 +101,16 @@ def summarize_run(job: dict[str, Any], run: Run) -> Run:
 
 
 def summarize_io(nvme: Run) -> Run:
-    stats = nvme["stats"]
-    busy = union(
-        [
-            (start, end)
-            for step in nvme["lanes"]
-            for lane, _, start, end in step
-            if lane in ("read", "write")
-        ]
-    )
-    return stats | {
-        "busy_seconds": busy,
-        "hidden_share": hidden_share(stats["wait_seconds"], busy),
+    transfers = [
+        (start, end)
+        for step in nvme["lanes"]
+        for lane, _, start, end in step
+        if lane in ("read", "write")
+    ]
+    steps = [(step["optimizer_start"], step["end"]) for step in nvme["steps"]]
+    return nvme["stats"] | {
+        "busy_seconds": union(transfers),
+        "hidden_share": hidden_share(transfers, steps),
     }
 
 
@@ -148,7 +150,7 @@ def table(figures: Run) -> str:
         ("  growth while training", growth(memory), growth(nvme)),
         ("state read", size(0), transfer(io["bytes_read"], io["read_seconds"])),
         ("state written", size(0), transfer(io["bytes_written"], io["write_seconds"])),
-        ("I/O hidden behind compute", "", percent(io["hidden_share"])),
+        ("I/O behind forward and backward", "", percent(io["hidden_share"])),
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]

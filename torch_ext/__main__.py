@@ -187,6 +187,11 @@ def _degraded(report: _Report) -> list[str]:
         ways.append(
             f"buffered I/O through the threads engine: {report['directory']['buffered_reason']}"
         )
+    if report["directory"]["in_memory"]:
+        ways.append(
+            f"nothing leaves host memory: {report['directory']['file_system']} keeps its files "
+            f"there"
+        )
     asynchronous = [e for e in report["engines"] if e["name"] in ("libaio", "io_uring")]
     if not any(engine["available"] for engine in asynchronous):
         reasons = "; ".join(f"{engine['name']}: {engine['reason']}" for engine in asynchronous)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ext._local import local_of, local_state
+from torch_ext._local import any_nonzero, local_of, local_state
 
 
 def as_lists(params: Any) -> Any:
@@ -80,7 +80,10 @@ def check_state_dict(state_dict: Any) -> None:
         )
     for key, kind in (("state", Mapping), ("param_groups", Sequence)):
         if not isinstance(state_dict.get(key), kind):
-            raise ValueError(f"the loaded state_dict has no {key!r} of an optimizer")
+            keys = reprlib.repr(list(state_dict))
+            raise ValueError(
+                f"the loaded state_dict has no {key!r} of an optimizer; its keys are {keys}"
+            )
     for i, group in enumerate(state_dict["param_groups"]):
         if not isinstance(group, Mapping) or not isinstance(group.get("params"), Sequence):
             raise ValueError(f"the loaded param_groups[{i}] has no list 'params'")
@@ -118,7 +121,9 @@ def merged(
     """The saved group with this optimizer's parameters and way of computing."""
     for key in ("lr", "betas", "eps", "weight_decay"):
         if key not in saved:
-            raise ValueError(f"a loaded parameter group has no {key!r}")
+            raise ValueError(
+                f"a loaded parameter group has no {key!r}: it is not of an AdamW or Adam"
+            )
     merged = defaults | {
         key: deepcopy(value) for key, value in saved.items() if key != "params"
     }
@@ -193,3 +198,14 @@ def _read_step(state: str, value: Any) -> int:
     if not (0 <= step < 2**63 and step.is_integer()):
         raise ValueError(f"{state} has the step {step:g}; allowed: whole, from 0 to 2^63 - 1")
     return int(step)
+
+
+def asks_for_state_only(trained: list[tuple[dict[str, Any], list[Tensor]]]) -> bool:
+    """Whether this is the step by which DCP makes an optimizer have state."""
+    gradients = [p.grad for _, parameters in trained for p in parameters]
+    return (
+        bool(gradients)
+        and all(float(group["lr"]) == 0.0 for group, _ in trained)
+        and not any(g.is_sparse for g in gradients)
+        and not any_nonzero(gradients)
+    )

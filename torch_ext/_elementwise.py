@@ -202,18 +202,29 @@ def _with_some_rate(options: State) -> State:
 
 
 def _signature(value: Any) -> Any:
-    """What in options decides which state is kept, and how: not how large a float is."""
+    """What in options may decide which state is kept and whether the class is elementwise:
+    all but how large those are that schedules change in each step.
+    """
     if isinstance(value, dict):
         rest = {k: v for k, v in value.items() if k not in ("lr", "initial_lr")}
-        kept = tuple((str(k), _signature(v)) for k, v in rest.items())
+        kept = tuple(
+            (str(k), _coarse(v) if k in _SCHEDULED else _signature(v)) for k, v in rest.items()
+        )
         return (type(value.get("lr")), *kept)
     if isinstance(value, Tensor):
-        return (Tensor, bool(value.any()))
-    if isinstance(value, float):
-        return (float, value != 0)
+        return (Tensor, value.dtype, tuple(value.shape), tuple(value.flatten().tolist()))
     if isinstance(value, Iterable) and not isinstance(value, str):
         return tuple(map(_signature, value))
     return repr(value)
+
+
+def _coarse(value: Any) -> Any:
+    """Of numbers, whether they are 0."""
+    if isinstance(value, Tensor):
+        return (Tensor, bool(value.any()))
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return tuple(map(_coarse, value))
+    return (type(value), value != 0)
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -225,6 +236,7 @@ class _Missing:
 
 
 _MISSING = _Missing()
+_SCHEDULED = ("betas", "momentum", "weight_decay")
 # Two dimensions, since some classes treat matrices differently; no multiple of 64.
 _TRIAL = torch.randn(5, 67, generator=torch.Generator().manual_seed(0))
 _REST = list(_TRIAL.flatten()[64:].split(64))

@@ -30,6 +30,31 @@ def local_of(tensor: Any) -> Any:
     return local.wait() if hasattr(local, "wait") else local
 
 
+def first_element(parameter: Tensor) -> int:
+    """Where the local shard begins in the whole: the index, in C order, of its first
+    element. Shards that are no run of the whole get numbers that are far apart.
+    """
+    if not is_distributed(parameter):
+        return 0
+    coordinate = parameter.device_mesh.get_coordinate()
+    if coordinate is None:
+        return 0
+    offset, sizes, is_run = [0] * parameter.ndim, list(parameter.shape), True
+    for mesh_dim, placement in enumerate(parameter.placements):
+        dim = getattr(placement, "dim", None)
+        if dim is None:  # Replicated.
+            continue
+        step = -(-sizes[dim] // parameter.device_mesh.size(mesh_dim))
+        begin = min(coordinate[mesh_dim] * step, sizes[dim])
+        offset[dim] += begin
+        sizes[dim] = min(step, sizes[dim] - begin)
+        is_run = is_run and dim == 0
+    index = 0
+    for place, size in zip(offset, parameter.shape, strict=True):
+        index = index * size + place
+    return index if is_run else (index << 32) % 2**64
+
+
 def check_parameter(parameter: Tensor) -> None:
     """Raises ValueError for a DTensor whose local shard is not what its elements are."""
     if is_distributed(parameter) and any(p.is_partial() for p in parameter.placements):

@@ -63,15 +63,19 @@ class OffloadedBase(torch.optim.Optimizer):
         self._life.check()
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        slots: dict[Tensor, int] = {}
         try:
             self._check_group(group)
             if len(set(group["params"])) < len(group["params"]):
                 raise ValueError("a parameter group has the same parameter twice")
             for p in group["params"]:
                 check_parameter(p)
-            slots = {p: self._engine.add(local_of(p)) for p in group["params"]}
+            for p in group["params"]:
+                slots[p] = self._new_slot(p)
         except Exception:
             self.param_groups.pop()
+            if slots:
+                self._engine.remove_from(min(slots.values()))
             raise
         self._slots.update(slots)
         self._watch(group["params"])
@@ -196,12 +200,15 @@ class OffloadedBase(torch.optim.Optimizer):
         state accelerate puts FSDP2's shards where the whole parameters were.
         """
         check_parameter(parameter)
-        slot = self._engine.add(local_of(parameter))
+        slot = self._new_slot(parameter)
         # Those that are gone shall not be kept alive.
         for gone in self._slots.keys() - set(self._parameters()):
             del self._slots[gone]
         self._watch([parameter])
         return self._slots.setdefault(parameter, slot)
+
+    def _new_slot(self, parameter: Tensor) -> int:
+        return self._engine.add(local_of(parameter))
 
     def _watch(self, parameters: list[Tensor]) -> None:
         """Called with the parameters that are new."""

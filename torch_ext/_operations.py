@@ -80,14 +80,13 @@ class Pending:
 
     def __init__(self, files: Any) -> None:
         self._files = files
-        self._operations: list[Operation] = []
+        self._operations: dict[Operation, None] = {}
         self._lock = threading.Lock()
 
     def add(self, operation: Operation) -> None:
         """Idempotent."""
         with self._lock:
-            if operation not in self._operations:
-                self._operations.append(operation)
+            self._operations[operation] = None
 
     def take(self, deadline: float | None = None) -> tuple[int, list[Exception]]:
         """Waits for what is pending now, and takes what no other thread has taken.
@@ -104,9 +103,9 @@ class Pending:
             taken = [operation for operation in self._operations if operation in ended]
             failures = [operation.error for operation in taken if operation.error is not None]
             # One assignment, so that Ctrl-C leaves all of them or none.
-            self._operations = [
-                operation for operation in self._operations if operation not in ended
-            ]
+            self._operations = {
+                operation: None for operation in self._operations if operation not in ended
+            }
         return len(taken), failures
 
     def close(self) -> list[Exception]:

@@ -11,9 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_ext._local import local_of
 from torch_ext._native import _C
 
 _MODES = (False, "prefetch", "update")
+
+_TAKEN = (
+    "{} on a gradient that OffloadedAdamW has taken during backward, with "
+    'overlap_backward="update". Call backward once before step() and zero_grad(), '
+    "earlier ones inside `with optimizer.accumulate():`. To clip, pass "
+    "max_grad_norm to the optimizer; with a GradScaler, or to look at gradients, use "
+    'overlap_backward="prefetch". If backward was interrupted, step() ends the step'
+)
 
 
 def overlap_of(value: bool | str) -> bool | str:
@@ -42,6 +51,9 @@ class TakenGradient(Tensor):
     def __init__(self, like: Tensor) -> None:
         pass
 
+    def data_ptr(self) -> int:
+        raise RuntimeError(_TAKEN.format("data_ptr()"))
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"TakenGradient(size={tuple(self.size())})"
 
@@ -49,20 +61,16 @@ class TakenGradient(Tensor):
     def __torch_dispatch__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        raise RuntimeError(
-            f"{function} on a gradient that OffloadedAdamW has taken during backward, with "
-            f'overlap_backward="update". Call backward once before step() and zero_grad(), '
-            f"earlier ones inside `with optimizer.accumulate():`. To clip, pass "
-            f"max_grad_norm to the optimizer; with a GradScaler, or to look at gradients, use "
-            f'overlap_backward="prefetch"'
-        )
+        raise RuntimeError(_TAKEN.format(function))
 
 
 class Overlap:
     """Calls ``take(parameter)`` for each gradient that is final in a backward pass.
 
     A hook that comes later may change it still, as ``DistributedDataParallel``'s do: then
-    ``take`` is not called, and with ``must`` backward raises RuntimeError.
+    ``take`` is not called, and with ``must`` backward raises RuntimeError. Nor is it called
+    for a gradient in page-locked memory, to which its copy from a device may be on its way
+    until backward ends, as with FSDP2's ``CPUOffloadPolicy``: ``step()`` takes it.
     """
 
     def __init__(self, take: Callable[[Tensor], None], must: bool) -> None:
@@ -72,6 +80,8 @@ class Overlap:
         # PyTorch calls hooks on a thread for each device.
         self._lock = threading.Lock()
         self._handles: list[Any] = []
+        # Parameters may outlive the optimizer.
+        weakref.finalize(self, _remove, self._handles).atexit = False
         self._accumulating = 0
         self.taken: set[Tensor] = set()
 
@@ -91,9 +101,7 @@ class Overlap:
             self._accumulating -= 1
 
     def stop(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        _remove(self._handles)
 
     def on_gradient(self, parameter: Tensor) -> None:
         if self._accumulating:
@@ -112,10 +120,20 @@ class Overlap:
         if parameter in self.taken:
             raise RuntimeError(
                 "a second backward pass before step(): its gradient would not be counted. "
-                "All but the last go inside `with optimizer.accumulate():`"
+                "All but the last go inside `with optimizer.accumulate():`. If backward was "
+                "interrupted, step() ends the step with what it had taken, and zero_grad() "
+                "drops the rest"
             )
+        if parameter.is_cpu and local_of(parameter.grad).is_pinned():
+            return
         with self._lock:
             take(parameter)
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
 
 
 class _Hook:
@@ -128,3 +146,17 @@ class _Hook:
         overlap = self._overlap()
         if overlap is not None:
             overlap.on_gradient(parameter)
+
+
+def version_of(parameter: Tensor) -> int:
+    """What grows when others than the update write to it; on the CPU, where one can tell."""
+    return parameter._version if parameter.is_cpu and not parameter.is_inference() else 0
+
+
+def with_gradient(group: dict[str, Any]) -> list[Tensor]:
+    """The parameters of a group that have a gradient which was not taken."""
+    return [
+        p
+        for p in group["params"]
+        if p.grad is not None and not isinstance(p.grad, TakenGradient)
+    ]

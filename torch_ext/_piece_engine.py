@@ -107,6 +107,10 @@ class PieceEngine:
         self._slots.append(_Slot())
         return len(self._slots) - 1
 
+    def remove_from(self, slot: int) -> None:
+        """Takes back the slots from this one on, which nothing was done with."""
+        del self._slots[slot:]
+
     def expect(self, slot: int, parameter: Tensor, kept: Kept, anew: bool = False) -> None:
         """Prepares for a parameter as it is now, unless it has a state that fits.
 

@@ -25,7 +25,7 @@ class OffloadPlan:
     resident_bytes: int
     #: What a step of all parameters reads and writes, together.
     step_bytes: int
-    #: With this ``host_memory`` all tiles of this size would stay.
+    #: An optimizer made with this ``host_memory`` or more would move nothing.
     host_memory_for_all: int
 
     def __str__(self) -> str:
@@ -43,8 +43,8 @@ class OffloadPlan:
         if moved:
             lines.append(
                 f"a step:   reads and writes {moved} tiles, {_size(self.step_bytes)} together; "
-                f"up to {self.lane_buffers} are read ahead of it; with about "
-                f"host_memory={_size(self.host_memory_for_all)} nothing would be moved"
+                f"up to {self.lane_buffers} are read ahead of it; with "
+                f"host_memory={_size_up(self.host_memory_for_all)!r} nothing would be moved"
             )
         else:
             lines.append("a step:   reads and writes nothing")
@@ -56,3 +56,9 @@ def _size(count: int) -> str:
         if count >= unit:
             return f"{count / unit:.4g} {name}"
     return f"{count} bytes"
+
+
+def _size_up(count: int) -> str:
+    """As the argument of a size: no fewer bytes, rounded up to whole MiB or KiB."""
+    unit, name = (1 << 20, "MiB") if count >= 16 << 20 else (1 << 10, "KiB")
+    return f"{-(-count // unit)} {name}"

@@ -42,7 +42,9 @@ def get_aio_config(param_dict: _Config) -> dict[str, int | bool]:
     Returns:
         A new dict with ``block_size``, ``queue_depth``, ``thread_count``,
         ``single_submit`` and ``overlap_events``; what is missing, null or
-        ``"auto"`` has its default. Unknown keys give a UserWarning.
+        ``"auto"`` has its default. Keys in ``aio`` that are unknown, and those
+        of the five outside of it, give a UserWarning and are ignored: what
+        takes ``get_aio_config``'s result also takes the five alone.
 
     Raises:
         ValueError: A value is wrong; the text names key, value and what is
@@ -104,7 +106,12 @@ def parse_size(value: int | str) -> int:
 
 def _read(config: _Config, stacklevel: int, parse: _Parse = _C.parse_aio_config) -> AioConfig:
     if isinstance(config, Mapping):
-        return _read_section(get_scalar_param(config, "aio", None), stacklevel + 1)
+        read = _read_section(get_scalar_param(config, "aio", None), stacklevel + 1)
+        for key in filter(config.__contains__, _C.aio_keys()):
+            # The words of parse_aio_config().
+            message = f"{key} is not in the aio section and is ignored"
+            warnings.warn(message, UserWarning, stacklevel)
+        return read
     if isinstance(config, str) and config.lstrip("\ufeff \t\r\n").startswith("{"):
         # A lone surrogate becomes bytes that the parser refuses, with their place.
         text = config.encode("utf-8", "surrogatepass")

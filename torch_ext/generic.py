@@ -43,8 +43,10 @@ class OffloadedOptimizer(OffloadedBase):
     gradient, value and state, and on numbers such as ``step``. Whether it is, and what
     state it keeps, a trial finds out at construction, and again when options of a group
     change that may decide it: one small parameter, whole and cut at 64 elements, must
-    agree bit for bit after 3 steps. SGD with momentum, Adam, AdamW, RMSprop, Adagrad,
-    Adamax, NAdam and their like are; Adafactor, Muon, LBFGS are not.
+    agree bit for bit after 3 steps. What such a trial does not reach, it does not see: a
+    bound on the norm of a whole parameter, say, that only a large one exceeds. SGD with
+    momentum, Adam, AdamW, RMSprop, Adagrad, Adamax, NAdam and their like are; Adafactor,
+    Muon, LBFGS are not.
     State of a parameter's shape is kept on the drive, other state in memory.
 
     The rest is as with ``OffloadedAdamW``, which is faster than this with ``AdamW``:

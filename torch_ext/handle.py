@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import reprlib
 import time
 import warnings
 import weakref
@@ -232,7 +233,10 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         seconds = _C.to_seconds(timeout)
         self._log_notes()
         deadline = None if seconds is None else time.monotonic() + seconds
-        return self._report(*self._pending.take(deadline))
+        try:
+            return self._report(*self._pending.take(deadline))
+        finally:
+            self._files.drop_deleted()
 
     def new_cpu_locked_tensor(
         self, num_elem: int, example_tenosr: torch.Tensor
@@ -240,7 +244,7 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         """A 1-D CPU tensor of the example's dtype, page aligned and, where there
         is a GPU, page-locked. Its memory goes with its last reference.
         """
-        return _C.pinned_zeros(num_elem, example_tenosr)
+        return new_cpu_locked_tensor(num_elem, example_tenosr)
 
     def free_cpu_locked_tensor(self, tensor: torch.Tensor) -> bool:
         """Forgets a tensor that ``new_cpu_locked_tensor`` made; False if it did
@@ -446,7 +450,7 @@ class pin_handle:  # noqa: N801
         self, num_elem: int, example_tensor: torch.Tensor
     ) -> torch.Tensor:
         """See ``aio_handle.new_cpu_locked_tensor``."""
-        return _C.pinned_zeros(num_elem, example_tensor)
+        return new_cpu_locked_tensor(num_elem, example_tensor)
 
     def free_cpu_locked_tensor(self, locked_tensor: torch.Tensor) -> bool:
         """See ``aio_handle.free_cpu_locked_tensor``."""
@@ -463,6 +467,16 @@ class pin_handle:  # noqa: N801
 
 def _failures_of(operation: Operation) -> list[Exception]:
     return [] if operation.error is None else [operation.error]
+
+
+def new_cpu_locked_tensor(num_elem: int, example: torch.Tensor) -> torch.Tensor:
+    """See ``aio_handle.new_cpu_locked_tensor``."""
+    if not isinstance(example, torch.Tensor):
+        raise TypeError(
+            f"new_cpu_locked_tensor() takes the dtype from a tensor, such as "
+            f"torch.empty(0, dtype=torch.bfloat16), not from {reprlib.repr(example)}"
+        )
+    return _C.pinned_zeros(num_elem, example)
 
 
 def free_cpu_locked_tensor(tensor: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from torch_ext._adamw_groups import (
     as_lists,
+    asks_for_state_only,
     check_group,
     check_state_dict,
     elements_on_devices,
@@ -33,15 +35,17 @@ from torch_ext._checks import (
     update_on_of,
 )
 from torch_ext._local import (
-    any_nonzero,
+    first_element,
     is_distributed,
     like_parameter,
     local_of,
 )
 from torch_ext._native import _C
 from torch_ext._offload import OffloadedBase
-from torch_ext._overlap import Overlap, TakenGradient, overlap_of
+from torch_ext._overlap import Overlap, TakenGradient, overlap_of, version_of, with_gradient
 from torch_ext.config import AioConfig, parse_size, resolve_aio_config
+
+_logger = logging.getLogger("torch_ext")
 
 
 class OffloadedAdamW(OffloadedBase):
@@ -58,7 +62,7 @@ class OffloadedAdamW(OffloadedBase):
     A step reads, updates and writes the state tile by tile, all three at once,
     in buffers that together take no more than ``host_memory``; the first tiles
     of the next step are read while the model computes. Parameters without a
-    gradient cost nothing.
+    gradient cost nothing but, with ``overlap_backward="update"``, space on the drive.
 
     ``state_dict()`` returns what ``torch.optim.AdamW`` would, and loads what it
     returned. Its tensors are memory over an unnamed file in ``nvme_path``, read
@@ -96,7 +100,12 @@ class OffloadedAdamW(OffloadedBase):
             "update": parameters are updated while backward goes on, as soon as their
             gradients are final, and these are freed: after ``backward()`` any use of a
             gradient raises RuntimeError. ``step()`` updates the rest; options of the
-            groups are those at the time of ``backward()``. Every backward pass of a step
+            groups are those at the time of ``backward()``. Between it and the end of
+            ``step()`` parameters are being updated and are not to be read; if the
+            options, or parameters on the CPU, were changed, ``step()`` makes the step and
+            raises RuntimeError.
+            Gradients in page-locked memory wait for ``step()``: FSDP2's ``CPUOffloadPolicy``
+            brings them from the GPU until backward ends. Every backward pass of a step
             but the last goes inside ``with optimizer.accumulate():``. Not with
             ``DistributedDataParallel``, which changes gradients later: ``backward()`` raises
             RuntimeError.
@@ -182,6 +191,7 @@ class OffloadedAdamW(OffloadedBase):
         # Of the step that backward has begun: each group's numbers, and whose they are.
         self._hypers: dict[int, tuple[Any, ...]] = {}
         self._numbers: dict[Tensor, int] = {}
+        self._versions: dict[Tensor, int] = {}  # Of the parameters taken.
         self._placed: set[Tensor] = set()  # Have room for their state.
         self._own(
             _C.AdamWEngine(
@@ -201,6 +211,9 @@ class OffloadedAdamW(OffloadedBase):
     def _check_group(self, group: dict[str, Any]) -> None:
         check_group(group)
 
+    def _new_slot(self, parameter: Tensor) -> int:
+        return self._engine.add(local_of(parameter), first_element(parameter))
+
     def _watch(self, parameters: list[Tensor]) -> None:
         if self._overlap is not None:
             self._overlap.watch(parameters)
@@ -209,6 +222,12 @@ class OffloadedAdamW(OffloadedBase):
         self._life.check_process()
         if self._overlap is not None:
             self._overlap.stop()
+        if self._taken():
+            _logger.warning(
+                "an OffloadedAdamW is closed between backward() and step(): some parameters "
+                "are updated, others not"
+            )
+            self._forget_taken()
         super().close()
 
     close.__doc__ = OffloadedBase.close.__doc__
@@ -223,10 +242,12 @@ class OffloadedAdamW(OffloadedBase):
         return nullcontext() if self._overlap is None else self._overlap.accumulate()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in ``torch.optim``; gradients that were taken become None in any case."""
+        """As in ``torch.optim``. With ``set_to_none=False`` gradients that were taken take
+        memory again, of zeros.
+        """
         for p in self._parameters():
             if isinstance(p.grad, TakenGradient):
-                p.grad = None
+                p.grad = None if set_to_none else torch.zeros_like(p, requires_grad=False)
         super().zero_grad(set_to_none)
 
     @torch._disable_dynamo
@@ -248,20 +269,20 @@ class OffloadedAdamW(OffloadedBase):
             ValueError, TypeError: A parameter or gradient cannot be used;
                 nothing has changed then.
         """
-        loss = None
+        loss, complaint = None, ""
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        trained = [(group, _with_gradient(group)) for group in self.param_groups]
+        trained = [(group, with_gradient(group)) for group in self.param_groups]
         if self._max_grad_norm is not None:
             self.grad_norm = torch.nn.utils.clip_grad_norm_(
                 list(chain.from_iterable(group for _, group in trained)), self._max_grad_norm
             )
-        if not self.state and not self._taken() and _asks_for_state_only(trained):
+        if not self.state and not self._taken() and asks_for_state_only(trained):
             parameters = [p for _, group in trained for p in group]
             self._engine.init([self._own_part(p) for p in parameters])
         elif self._takes:
-            parameters = self._finish(trained)
+            parameters, complaint = self._finish(trained)
         else:
             parameters = [p for _, group in trained for p in group]
             self._engine.step(
@@ -279,6 +300,8 @@ class OffloadedAdamW(OffloadedBase):
             if is_distributed(p) and not self._takes:
                 # The engine has told autograd of the shard's change only.
                 torch.autograd.graph.increment_version(p)
+        if complaint:
+            raise RuntimeError(complaint)
         return loss
 
     @torch._disable_dynamo
@@ -293,6 +316,12 @@ class OffloadedAdamW(OffloadedBase):
             OSError: Reading failed, or ``nvme_path`` has no space for a copy.
             RuntimeError: As for ``step``.
         """
+        if self._taken():
+            raise RuntimeError(
+                "state_dict() between backward() and step(), with overlap_backward="
+                '"update": the step that backward has begun is not complete. Call step() '
+                "first, also to keep what an interrupted backward has left"
+            )
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         number_of = {p: i for i, p in enumerate(self._parameters())}
@@ -385,6 +414,7 @@ class OffloadedAdamW(OffloadedBase):
         if is_distributed(parameter):
             torch.autograd.graph.increment_version(parameter)
         self._taken().add(parameter)
+        self._versions[parameter] = version_of(parameter)
         parameter.grad = TakenGradient(parameter)
 
     def _prefetch(self, parameter: Tensor) -> None:
@@ -405,7 +435,7 @@ class OffloadedAdamW(OffloadedBase):
             self._placed.update(new)
 
     def _forget_taken(self) -> None:
-        self._hypers = {}
+        self._hypers, self._versions = {}, {}
         self._taken().clear()
 
     def _group_of(self, parameter: Tensor) -> tuple[int, dict[str, Any]]:
@@ -416,21 +446,41 @@ class OffloadedAdamW(OffloadedBase):
         number = self._numbers[parameter]
         return number, self.param_groups[number]
 
-    def _finish(self, trained: list[tuple[dict[str, Any], list[Tensor]]]) -> list[Tensor]:
-        """Ends a step of which some gradients may have been taken; who took part."""
+    def _finish(
+        self, trained: list[tuple[dict[str, Any], list[Tensor]]]
+    ) -> tuple[list[Tensor], str]:
+        """Ends a step of which some gradients may have been taken.
+
+        Returns who took part, and what the caller has done that it may not.
+        """
         for p in chain.from_iterable(parameters for _, parameters in trained):
+            if p in self._taken():
+                raise RuntimeError(
+                    f"{self._label_of(p)} has got a gradient after the one of this step was "
+                    f"taken, which would not be counted: zero_grad() drops it, step() then "
+                    f"ends the step"
+                )
             self._take(p)
-        used, parameters = self._hypers, list(self._taken())
+        parameters, complaint = list(self._taken()), self._complaint()
         self._forget_taken()
         self._engine.finish()
-        for number, numbers in used.items():
+        return parameters, complaint
+
+    def _complaint(self) -> str:
+        between = 'between backward() and step(). With overlap_backward="update" '
+        for number, numbers in self._hypers.items():
             if numbers != hyper(self.param_groups[number]):
-                raise RuntimeError(
-                    f"options of param_groups[{number}] were changed between backward() and "
-                    f'step(). With overlap_backward="update" the step has used the ones '
-                    f"that it found in backward(): change them after step()"
+                return (
+                    f"options of param_groups[{number}] were changed {between}the step has "
+                    f"used the ones that it found in backward(): change them after step()"
                 )
-        return parameters
+        for p, version in self._versions.items():
+            if version_of(p) != version:
+                return (
+                    f"{self._label_of(p)} was changed {between}it is being updated then, and "
+                    f"what was written is lost, or not: change parameters after step()"
+                )
+        return ""
 
     def _shown_state(self, parameter: Tensor) -> dict[str, int | None]:
         """An entry of ``state``.
@@ -443,22 +493,3 @@ class OffloadedAdamW(OffloadedBase):
         if parameter.dtype != torch.float32:
             shown["master_param"] = None
         return shown
-
-
-def _with_gradient(group: dict[str, Any]) -> list[Tensor]:
-    return [
-        p
-        for p in group["params"]
-        if p.grad is not None and not isinstance(p.grad, TakenGradient)
-    ]
-
-
-def _asks_for_state_only(trained: list[tuple[dict[str, Any], list[Tensor]]]) -> bool:
-    """Whether this is the step by which DCP makes an optimizer have state."""
-    gradients = [p.grad for _, parameters in trained for p in parameters]
-    return (
-        bool(gradients)
-        and all(float(group["lr"]) == 0.0 for group, _ in trained)
-        and not any(g.is_sparse for g in gradients)
-        and not any_nonzero(gradients)
-    )

@@ -122,7 +122,16 @@ void bind_parser(py::module_& m, const char* name, Parse parse) {
 }
 
 void bind_config(py::module_& m) {
-  py::class_<AioConfig>(m, "AioConfig", py::module_local())
+  py::class_<AioConfig>(
+      m, "AioConfig", py::module_local(),
+      "The five knobs of an `aio` section, checked; cannot be changed.\n\n"
+      "Args, each None for its default:\n"
+      "    block_size: Bytes of a request (1 MiB), also \"512K\".\n"
+      "    queue_depth: Requests in flight per I/O thread (8).\n"
+      "    thread_count: I/O threads per object and drive (1).\n"
+      "    single_submit: A kernel call for each request (False).\n"
+      "    overlap_events: Refill the queue as requests end (True).\n\n"
+      "Raises ValueError with the range that is allowed.")
       .def(py::init(&make_config), py::kw_only(),
            py::arg("block_size") = py::none(),
            py::arg("queue_depth") = py::none(),
@@ -164,7 +173,8 @@ py::dict to_dict(const torch_ext::File& file) {
                   "buffered_reason"_a = to_text(file.buffered_reason()),
                   "memory_alignment"_a = file.memory_alignment(),
                   "offset_alignment"_a = file.offset_alignment(),
-                  "granule"_a = file.granule());
+                  "granule"_a = file.granule(),
+                  "in_memory"_a = file.in_memory());
 }
 
 void bind_info(py::module_& m) {

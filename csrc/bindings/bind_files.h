@@ -88,6 +88,7 @@ void bind_file_swapper(py::module_& m) {
           },
           py::arg("path"), py::arg("offset"), py::arg("tensor"),
           py::arg("tickets"))
+      .def("drop_deleted", &TensorFileSwapper::drop_deleted, release_gil())
       .def("notes", &TensorFileSwapper::notes, release_gil())
       .def("stats",
            [](const TensorFileSwapper& swapper) {

@@ -148,7 +148,8 @@ void bind_optimizer(py::module_& m) {
            py::arg("directories"), py::arg("aio"), py::arg("host_memory"),
            py::arg("engine"), py::arg("verify"), py::arg("state_format"),
            py::arg("seed"), py::arg("update_on"), py::arg("early_elements"))
-      .def("add", &AdamWEngine::add, py::arg("parameter"))
+      .def("add", &AdamWEngine::add, py::arg("parameter"), py::arg("first") = 0)
+      .def("remove_from", &AdamWEngine::remove_from, py::arg("slot"))
       .def(
           "step",
           [](AdamWEngine& engine, const std::vector<GroupArgs>& groups) {

@@ -121,12 +121,25 @@ py::object result_of(const TensorTicket& ticket, const py::object& timeout) {
 }
 
 void bind_ticket(py::module_& m) {
-  py::class_<TensorTicket>(m, "SwapTicket", py::module_local())
-      .def("wait", &wait_for_bytes, py::arg("timeout") = py::none())
-      .def("outcome", &outcome_of, py::arg("timeout") = py::none())
-      .def("wait_source", &wait_for_source, py::arg("timeout") = py::none())
-      .def("result", &result_of, py::arg("timeout") = py::none())
-      .def("done", &TensorTicket::done, release_gil());
+  py::class_<TensorTicket>(
+      m, "SwapTicket", py::module_local(),
+      "An operation of a TensorSwapper, which goes on whether it is waited for "
+      "or not.\n\nWaits raise what the operation met (OSError and others), "
+      "TimeoutError after\n``timeout`` seconds (None: never), and "
+      "KeyboardInterrupt on Ctrl-C; after the\nlast two it can be waited for "
+      "again. Threads may share a ticket.")
+      .def("wait", &wait_for_bytes, py::arg("timeout") = py::none(),
+           "Returns when the bytes are on disk; of a swap-in, when work queued "
+           "from now on sees\nthe tensor's bytes.")
+      .def("outcome", &outcome_of, py::arg("timeout") = py::none(),
+           "As wait(), but returns what the operation met, or None.")
+      .def("wait_source", &wait_for_source, py::arg("timeout") = py::none(),
+           "Returns when the tensor that is swapped out may be overwritten by "
+           "work queued from\nnow on; its bytes need not be on disk yet.")
+      .def("result", &result_of, py::arg("timeout") = py::none(),
+           "wait(), then the tensor that was swapped in; None of a swap-out.")
+      .def("done", &TensorTicket::done, release_gil(),
+           "Whether the operation has ended, well or not; never blocks.");
 }
 
 py::dict to_dict(const torch_ext::SwapperStats& stats) {

@@ -404,15 +404,27 @@ SectionReader read_json(std::string_view json) {
   return reader;
 }
 
+// Of the section, with a warning for what lies beside it.
+ParsedAioConfig read_section(SectionReader& reader) {
+  ParsedAioConfig parsed = read_aio_section(reader.take_items());
+  for (const auto& [key, value] : reader.take_top_items()) {
+    if (find_knob(key) == nullptr) continue;
+    parsed.warnings.push_back(key +
+                              " is not in the aio section and is ignored");
+  }
+  return parsed;
+}
+
 }  // namespace
 
 ParsedAioConfig parse_aio_config(std::string_view json) {
-  return read_aio_section(read_json(json).take_items());
+  SectionReader reader = read_json(json);
+  return read_section(reader);
 }
 
 ParsedAioConfig parse_aio_settings(std::string_view json) {
   SectionReader reader = read_json(json);
-  if (reader.has_section()) return read_aio_section(reader.take_items());
+  if (reader.has_section()) return read_section(reader);
   const ConfigItems items = reader.take_top_items();
   const auto known = [](const auto& item) {
     return find_knob(item.first) != nullptr;

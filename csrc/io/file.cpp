@@ -1,10 +1,12 @@
 #include "torch_ext/io/file.h"
 
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <sys/random.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -24,7 +26,10 @@ namespace torch_ext {
 namespace {
 
 /// Where direct and buffered I/O may meet: the page cache works in pages.
-constexpr std::size_t kPage = 4096;
+std::size_t page_size() {
+  static const auto size = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  return size;
+}
 /// Suits every device where the kernel does not say what this one needs.
 constexpr std::size_t kSafeAlignment = 4096;
 
@@ -363,7 +368,19 @@ File::~File() {
 }
 
 std::size_t File::granule() const noexcept {
-  return std::max({kPage, memory_alignment_, offset_alignment_});
+  return std::max({page_size(), memory_alignment_, offset_alignment_});
+}
+
+File::Presence File::presence() const {
+  const struct stat status = status_of(fd(), path_);
+  return {.links = static_cast<std::uint64_t>(status.st_nlink),
+          .size = static_cast<std::uint64_t>(status.st_size)};
+}
+
+bool File::in_memory() const noexcept {
+  struct statfs system = {};
+  return retrying([&] { return ::fstatfs(fd(), &system); }) == 0 &&
+         (system.f_type == TMPFS_MAGIC || system.f_type == RAMFS_MAGIC);
 }
 
 std::uint64_t File::size() const {
@@ -426,12 +443,13 @@ void File::grow(std::uint64_t offset, std::uint64_t length) const {
                    .length = length,
                    .error = error});
   };
-  if (end > old_size) check(space_error(fd(), status, end - old_size));
+  // What lies between the old end and the range stays a hole.
+  const std::uint64_t beyond = std::max(offset, old_size);
+  if (end > beyond) check(space_error(fd(), status, end - beyond));
   // The size last: a failure half way leaves it as it was.
-  const std::uint64_t first =
-      has_holes(status) ? std::min(offset, old_size) : old_size;
+  const std::uint64_t first = has_holes(status) ? offset : beyond;
   if (end > first) check(allocate(FALLOC_FL_KEEP_SIZE, first, end - first));
-  if (end > old_size) check(allocate(0, old_size, end - old_size));
+  if (end > beyond) check(allocate(0, beyond, end - beyond));
 }
 
 void File::write(std::uint64_t offset, std::span<const std::byte> bytes) const {

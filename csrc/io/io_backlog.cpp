@@ -1,6 +1,7 @@
 #include "io_backlog.h"
 
 #include <algorithm>
+#include <bit>
 #include <cerrno>
 #include <exception>
 
@@ -42,6 +43,34 @@ void OperationList::remove(RunningOperation* operation) {
   (next != nullptr ? next->previous_ : last_) = previous;
 }
 
+std::size_t CallerLines::line_of(const RunningOperation& operation) {
+  return operation.io().caller % kLines;
+}
+
+RunningOperation* CallerLines::front() {
+  // An empty line has no turn. In the middle of a turn the line is not empty.
+  const int empty_lines =
+      std::countr_zero(std::rotr(waiting_, static_cast<int>(current_)));
+  current_ = (current_ + static_cast<std::size_t>(empty_lines)) % kLines;
+  return lines_[current_].front();
+}
+
+void CallerLines::push_back(RunningOperation* operation) {
+  const std::size_t line = line_of(*operation);
+  lines_[line].push_back(operation);
+  waiting_ |= std::uint64_t{1} << line;
+}
+
+void CallerLines::remove(RunningOperation* operation) {
+  if (pieces_ > 0 && operation == lines_[current_].front()) {
+    pieces_ = 0;
+    current_ = (current_ + 1) % kLines;
+  }
+  const std::size_t line = line_of(*operation);
+  lines_[line].remove(operation);
+  if (lines_[line].empty()) waiting_ &= ~(std::uint64_t{1} << line);
+}
+
 IoBacklog::Class& IoBacklog::class_of(const RunningOperation& operation) {
   return classes_[static_cast<std::size_t>(operation.io().priority)];
 }
@@ -60,9 +89,7 @@ void IoBacklog::push(const std::shared_ptr<RunningOperation>& operation) {
 }
 
 void IoBacklog::remove(RunningOperation* operation) {
-  Class& its = class_of(*operation);
-  if (its.operations.front() == operation) its.turn = 0;
-  its.operations.remove(operation);
+  class_of(*operation).operations.remove(operation);
   operation->queued_ = false;
   --queued_;
 }
@@ -87,10 +114,10 @@ IoBacklog::Class& IoBacklog::next_class() {
 void IoBacklog::cut_one(Class& from, std::vector<RunningPiece>& out) {
   RunningOperation* operation = from.operations.front();
   out.push_back({operation, operation->cut()});
+  const std::size_t pieces = from.operations.count_piece();
   if (operation->all_cut()) {
     remove(operation);
-  } else if (++from.turn == turn_) {
-    from.turn = 0;
+  } else if (pieces == turn_) {
     from.operations.remove(operation);
     from.operations.push_back(operation);
   }

@@ -29,11 +29,35 @@ class OperationList {
   RunningOperation* last_ = nullptr;
 };
 
+/// Operations of one priority: a line for each caller, shared by those whose
+/// numbers are equal modulo kLines. Lines take turns. A turn ends with the
+/// remove() of the operation that has had pieces in it. Allocates nothing.
+class CallerLines {
+ public:
+  bool empty() const { return waiting_ == 0; }
+  /// The operation that has the next piece. There must be one.
+  RunningOperation* front();
+  /// front() was given a piece; returns how many that are in this turn.
+  std::size_t count_piece() { return ++pieces_; }
+  void push_back(RunningOperation* operation);
+  void remove(RunningOperation* operation);
+
+ private:
+  static constexpr std::size_t kLines = 64;
+
+  static std::size_t line_of(const RunningOperation& operation);
+
+  std::array<OperationList, kLines> lines_;
+  std::uint64_t waiting_ = 0;  ///< Bit i: line i is not empty.
+  std::size_t current_ = 0;    ///< The line whose turn it is.
+  std::size_t pieces_ = 0;     ///< Of the first in that line, in this turn.
+};
+
 /// Operations with pieces that no worker has taken yet, in the order that
 /// IoQueue promises, and the workers that look for some.
 class IoBacklog {
  public:
-  /// `turn`: pieces after which it is another operation's turn.
+  /// `turn`: pieces of an operation after which it is another's turn.
   explicit IoBacklog(std::size_t turn) : turn_(turn) {}
 
   void push(const std::shared_ptr<RunningOperation>& operation);
@@ -59,8 +83,7 @@ class IoBacklog {
   static constexpr std::size_t kClasses =
       static_cast<std::size_t>(IoPriority::kWriteBack) + 1;
   struct Class {
-    OperationList operations;
-    std::size_t turn = 0;         ///< Pieces of the first in its turn.
+    CallerLines operations;
     std::size_t passed_over = 0;  ///< Pieces of others that it waited for.
   };
 

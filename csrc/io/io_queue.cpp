@@ -1,6 +1,7 @@
 #include "torch_ext/io/io_queue.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -33,6 +34,12 @@ std::size_t turn_of(const AioConfig& config) {
 }
 
 }  // namespace
+
+std::uint64_t this_caller() noexcept {
+  static std::atomic<std::uint64_t> callers = 0;
+  thread_local const std::uint64_t number = ++callers;
+  return number;
+}
 
 class IoQueue::Impl {
  public:
@@ -83,6 +90,7 @@ IoQueue::~IoQueue() {
 
 Ticket IoQueue::submit(IoOperation operation) {
   impl_->check_process();
+  if (operation.caller == 0) operation.caller = this_caller();
   const auto started = std::make_shared<RunningOperation>(
       std::move(operation), impl_->config_.block_size);
   impl_->backlog_.push(started);

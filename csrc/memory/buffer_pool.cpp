@@ -12,6 +12,7 @@
 
 #include "pages.h"
 #include "torch_ext/base/align.h"
+#include "torch_ext/base/error.h"
 #include "torch_ext/base/process.h"
 
 namespace torch_ext {
@@ -25,7 +26,7 @@ struct BufferPool::State {
   State(std::size_t size, std::size_t buffers)
       : buffer_size(size), count(buffers) {
     free.reserve(buffers);
-    base = map_pages(size * buffers);
+    base = map(size * buffers);
     // It only tunes: a kernel without it changes no result.
     madvise(base, size * buffers, MADV_DONTFORK);
     for (std::size_t i = buffers; i > 0; --i) {
@@ -38,6 +39,16 @@ struct BufferPool::State {
     if (process_id() != owner) return;
     for (const auto& device : pinned) device->unpin(memory());
     munmap(base, buffer_size * count);
+  }
+
+  static std::byte* map(std::size_t bytes) {
+    try {
+      return map_pages(bytes);
+    } catch (const IoError& error) {
+      IoFailure failure = error.failure();
+      failure.detail = "memory for buffers: host_memory is too large";
+      throw IoError(std::move(failure));
+    }
   }
 
   std::span<std::byte> memory() const { return {base, buffer_size * count}; }

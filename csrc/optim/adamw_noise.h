@@ -39,6 +39,7 @@ struct Source {
   std::uint32_t key[4];
   std::uint32_t parameter;
   std::uint32_t field;
+  std::uint64_t first_group;
 };
 
 TORCH_EXT_INLINE Source source_of(const RoundingNoise& noise,
@@ -48,14 +49,15 @@ TORCH_EXT_INLINE Source source_of(const RoundingNoise& noise,
            static_cast<std::uint32_t>(noise.step),
            static_cast<std::uint32_t>(noise.step >> 32)},
           noise.parameter,
-          field};
+          field,
+          noise.first / kGroup};
 }
 
 /// Of 64 elements from a multiple of 64 on. Element 8 * i + lane has half i % 2
 /// of the lane's word i / 2; a lane is a counter.
 TORCH_EXT_INLINE void draw(const Source& source, std::uint64_t first,
                            U32 (&words)[4]) {
-  const std::uint64_t counter = first / kGroup * kLanes;
+  const std::uint64_t counter = (source.first_group + first / kGroup) * kLanes;
   words[0] = U32{0, 1, 2, 3, 4, 5, 6, 7} + static_cast<std::uint32_t>(counter);
   words[1] = all(static_cast<std::uint32_t>(counter >> 32));
   words[2] = all(source.parameter);

@@ -37,6 +37,7 @@ class OptimizerOffload::Impl {
         scratch_bytes(align_up(options.scratch_bytes, kPage)),
         store(std::make_unique<Store>(options.store)),
         granule(store->granule()),
+        wanted_tile_bytes(options.tile_bytes),
         plan(plan_tiles(options.host_memory, scratch_bytes, granule,
                         options.tile_bytes)),
         pool(std::make_unique<BufferPool>(plan.tile_bytes, plan.buffers)),
@@ -96,6 +97,8 @@ class OptimizerOffload::Impl {
                          return parameters[segment.parameter].active;
                        });
   }
+  TileList lay_out(std::span<const std::size_t> numbers,
+                   std::uint64_t tile_bytes);
   void pin(BufferPool& memory, const std::shared_ptr<Device>& device);
   OptimizerOffloadStats snapshot() const;
 
@@ -105,6 +108,7 @@ class OptimizerOffload::Impl {
   std::mutex calls;  // One at a time.
   std::unique_ptr<Store> store;
   const std::uint64_t granule;  ///< Tiles take multiples of it on the drive.
+  const std::uint64_t wanted_tile_bytes;  ///< 0: by a rule.
   const TilePlan plan;
   std::unique_ptr<BufferPool> pool;
   std::unique_ptr<BufferPool> scratch;

@@ -50,6 +50,18 @@ void OptimizerOffload::Impl::place(std::span<const std::size_t> numbers) {
   }
 }
 
+// Of parameters as if none had state yet.
+TileList OptimizerOffload::Impl::lay_out(std::span<const std::size_t> numbers,
+                                         std::uint64_t tile_bytes) {
+  TileList list;
+  TileLayout layout(list, tile_bytes);
+  for (const std::size_t number : numbers) {
+    const Parameter& p = parameter(number);
+    layout.add(number, p.elements, p.fields);
+  }
+  return list;
+}
+
 void OptimizerOffload::Impl::activate(std::span<const std::size_t> numbers) {
   for (Parameter& p : parameters) p.active = false;
   for (const std::size_t number : numbers) {
@@ -259,17 +271,21 @@ void OptimizerOffload::pin_tiles(const std::shared_ptr<Device>& device) {
   impl_->pin(*impl_->pool, device);
 }
 
-OptimizerPlan OptimizerOffload::plan(
-    std::span<const std::size_t> parameters) const {
+OptimizerPlan OptimizerOffload::plan(std::span<const std::size_t> parameters,
+                                     const ScratchFor& scratch_for) const {
   const auto lock = impl_->enter(/*when_closed=*/true);
-  TileList tiles;
-  TileLayout layout(tiles, impl_->plan.tile_bytes);
-  for (const std::size_t number : parameters) {
-    const auto& p = impl_->parameter(number);
-    layout.add(number, p.elements, p.fields);
-  }
-  return describe(impl_->plan, tiles, impl_->host_memory, impl_->scratch_bytes,
-                  impl_->granule);
+  OptimizerPlan plan =
+      describe(impl_->plan, impl_->lay_out(parameters, impl_->plan.tile_bytes),
+               impl_->host_memory, impl_->scratch_bytes, impl_->granule);
+  plan.host_memory_for_all = budget_for_all(
+      impl_->granule, impl_->wanted_tile_bytes,
+      [&](std::uint64_t budget) {
+        return scratch_for ? scratch_for(budget) : impl_->scratch_bytes;
+      },
+      [&](std::uint64_t tile_bytes) {
+        return impl_->lay_out(parameters, tile_bytes).size();
+      });
+  return plan;
 }
 
 OptimizerOffloadStats OptimizerOffload::stats() const {

@@ -88,7 +88,6 @@ inline OptimizerPlan describe(const TilePlan& from, const TileList& tiles,
       plan.step_bytes += 2 * align_up(bytes, granule);
     }
   }
-  plan.host_memory_for_all = scratch + count * from.tile_bytes;
   return plan;
 }
 
@@ -154,5 +153,33 @@ class TileLayout {
   const std::size_t first_;
   const std::uint64_t tile_bytes_;
 };
+
+/// The least host_memory that keeps everything in memory, but for 1/1024 and a
+/// tile: tiles change in size and number between one budget and the next.
+/// `tiles_for(tile_bytes)`: how many there would be.
+template <typename ScratchFor, typename TilesFor>
+std::uint64_t budget_for_all(std::uint64_t granule, std::uint64_t tile_bytes,
+                             const ScratchFor& scratch_for,
+                             const TilesFor& tiles_for) {
+  constexpr std::uint64_t kPage = 4096;
+  const auto holds = [&](std::uint64_t budget) {
+    const std::uint64_t scratch = align_up(scratch_for(budget), kPage);
+    TilePlan plan;
+    try {
+      plan = plan_tiles(budget, scratch, granule, tile_bytes);
+    } catch (const std::invalid_argument&) {
+      return false;  // Too little for any.
+    }
+    return tiles_for(plan.tile_bytes) < plan.buffers;
+  };
+  std::uint64_t enough = kPage;
+  while (!holds(enough)) enough *= 2;
+  std::uint64_t less = enough / 2;
+  while (enough - less > std::max(kPage, enough / 1024)) {
+    const std::uint64_t middle = align_down(less + (enough - less) / 2, kPage);
+    (holds(middle) ? enough : less) = middle;
+  }
+  return enough;
+}
 
 }  // namespace torch_ext

@@ -106,10 +106,10 @@ struct Store::Impl {
   std::vector<Run> runs_of(Extent& extent, std::uint64_t offset,
                            std::span<std::byte> bytes) const;
   Ticket submit(IoRequest::Op op, const Run& run, Done done,
-                IoPriority priority);
+                IoPriority priority, std::uint64_t caller);
   Ticket submit(IoRequest::Op op, std::shared_ptr<Extent> extent,
                 std::uint64_t offset, std::span<std::byte> bytes, Done done,
-                IoPriority priority);
+                IoPriority priority, std::uint64_t caller);
   void ended(IoRequest::Op op, Extent& extent, std::uint64_t length,
              const std::exception_ptr& error);
 
@@ -158,6 +158,11 @@ void Store::Impl::add_queues(const StoreOptions& options) {
       }
     }
     if (!file.direct()) add_note(file.buffered_reason());
+    if (file.in_memory()) {
+      add_note(file.path() +
+               " is on a file system in memory (tmpfs): what is moved there "
+               "stays in host memory; give a directory on a drive");
+    }
     drive->queue = queue;
   }
 }
@@ -232,7 +237,7 @@ std::vector<Store::Impl::Run> Store::Impl::runs_of(
 }
 
 Ticket Store::Impl::submit(IoRequest::Op op, const Run& run, Done done,
-                           IoPriority priority) {
+                           IoPriority priority, std::uint64_t caller) {
   IoOperation operation;
   operation.op = op;
   operation.file = drives[run.drive]->file;
@@ -240,13 +245,15 @@ Ticket Store::Impl::submit(IoRequest::Op op, const Run& run, Done done,
   operation.bytes = run.bytes;
   operation.checksums = run.checksums;
   operation.priority = priority;
+  operation.caller = caller;
   operation.on_done = std::move(done);
   return drives[run.drive]->queue->submit(std::move(operation));
 }
 
 Ticket Store::Impl::submit(IoRequest::Op op, std::shared_ptr<Extent> extent,
                            std::uint64_t offset, std::span<std::byte> bytes,
-                           Done done, IoPriority priority) {
+                           Done done, IoPriority priority,
+                           std::uint64_t caller) {
   check(extent.get(), offset, bytes);
   Extent& target = *extent;
   Done last = [this, op, length = bytes.size(), extent = std::move(extent),
@@ -260,7 +267,7 @@ Ticket Store::Impl::submit(IoRequest::Op op, std::shared_ptr<Extent> extent,
     return submit(op,
                   {0, bytes.empty() ? 0 : target.offsets_[0] + offset, bytes,
                    checksums_of(target, offset, bytes.size())},
-                  std::move(last), priority);
+                  std::move(last), priority, caller);
   }
   const std::vector<Run> runs = runs_of(target, offset, bytes);
   const auto join = std::make_shared<Join>(runs.size(), std::move(last));
@@ -269,7 +276,7 @@ Ticket Store::Impl::submit(IoRequest::Op op, std::shared_ptr<Extent> extent,
     try {
       submit(
           op, runs[i], [join](std::exception_ptr error) { join->end(error); },
-          priority);
+          priority, caller);
     } catch (...) {
       // Those before it have the memory until they end.
       join->end(std::current_exception(), runs.size() - i);
@@ -358,18 +365,19 @@ Extent::~Extent() {
 
 Ticket Store::write(std::shared_ptr<Extent> extent, std::uint64_t offset,
                     std::span<const std::byte> bytes, Done done,
-                    IoPriority priority) {
+                    IoPriority priority, std::uint64_t caller) {
   // The queue does not write through the pointer of a write.
   std::span<std::byte> writable{const_cast<std::byte*>(bytes.data()),
                                 bytes.size()};
   return impl_->submit(IoRequest::Op::kWrite, std::move(extent), offset,
-                       writable, std::move(done), priority);
+                       writable, std::move(done), priority, caller);
 }
 
 Ticket Store::read(std::shared_ptr<Extent> extent, std::uint64_t offset,
-                   std::span<std::byte> bytes, Done done, IoPriority priority) {
+                   std::span<std::byte> bytes, Done done, IoPriority priority,
+                   std::uint64_t caller) {
   return impl_->submit(IoRequest::Op::kRead, std::move(extent), offset, bytes,
-                       std::move(done), priority);
+                       std::move(done), priority, caller);
 }
 
 const AioConfig& Store::config() const noexcept { return impl_->config; }

@@ -30,6 +30,7 @@ CopyThread::CopyThread(BufferPool& pool, KeyTable& keys,
                        std::function<void(const SwapOperation&)> finished,
                        std::function<void(std::string)> note)
     : pool_(pool),
+      staging_(pool),
       keys_(keys),
       finished_(std::move(finished)),
       note_(std::move(note)) {
@@ -136,7 +137,7 @@ void CopyThread::sleep(bool progress) {
     return;
   }
   std::unique_lock lock(mutex_);
-  if (unfinished_ == 0) shared_buffer_.reset();
+  if (unfinished_ == 0) staging_.release();
   const auto called = [this] {
     return !new_operations_.empty() || ended_io_ != nullptr ||
            (starved_ && finished_count_ != seen_finished_) ||
@@ -165,7 +166,7 @@ void CopyThread::take_inbox() {
   }
   while (ended != nullptr) io_ended(std::exchange(ended, ended->next));
   for (OperationPtr& operation : taken_operations_) {
-    line_of(*operation).operations.push_back(std::move(operation));
+    line_of(*operation).operations.push(std::move(operation));
   }
   taken_operations_.clear();
 }
@@ -202,7 +203,7 @@ bool CopyThread::start_chunks() {
       }
     }
     if (!operation->all_started()) continue;
-    line->operations.pop_front();
+    line->operations.pop();
     finish_if_done(operation);
   }
   return progress;
@@ -242,7 +243,7 @@ bool CopyThread::start_chunk(const OperationPtr& operation) {
     const std::size_t lead = target.lead(chunk->offset);
     chunk->length = std::min<std::uint64_t>(rest, pool_.buffer_size() - lead);
     const std::uint64_t padded = target.padded(chunk->length);
-    const auto staging = take_staging(
+    const auto staging = staging_.take(
         align_up(lead + padded, target.granule()),
         operation->priority == IoPriority::kNow ? 0 : pool_.count() / 4,
         chunk->buffer);
@@ -260,38 +261,6 @@ bool CopyThread::start_chunk(const OperationPtr& operation) {
     queue_io(started);
   }
   return true;
-}
-
-// `spare` buffers stay where they are.
-std::span<std::byte> CopyThread::take_staging(std::uint64_t bytes,
-                                              std::size_t spare,
-                                              std::shared_ptr<Buffer>& buffer) {
-  const std::size_t size = pool_.buffer_size();
-  // Small chunks share a buffer: else each would hold 4 MiB of the pool.
-  const bool small = bytes <= size / 2;
-  if (small && shared_buffer_ != nullptr && shared_used_ + bytes <= size) {
-    buffer = shared_buffer_;
-  } else {
-    // The last user of the old one gives it back.
-    if (small) shared_buffer_.reset();
-    const auto take = [&] {
-      return pool_.in_use() + spare < pool_.count() ? pool_.try_take()
-                                                    : Buffer();
-    };
-    Buffer lease = take();
-    if (!lease && shared_buffer_ != nullptr) {
-      shared_buffer_.reset();
-      lease = take();
-    }
-    if (!lease) return {};
-    buffer = std::make_shared<Buffer>(std::move(lease));
-    if (!small) return buffer->bytes().first(bytes);
-    shared_buffer_ = buffer;
-    shared_used_ = 0;
-  }
-  std::span<std::byte> span = buffer->bytes().subspan(shared_used_, bytes);
-  shared_used_ += bytes;
-  return span;
 }
 
 void CopyThread::queue_copy(Chunk* chunk) {
@@ -373,24 +342,14 @@ bool CopyThread::poll_copies() {
 
 void CopyThread::queue_io(Chunk* chunk) {
   const SwapOperation& operation = *chunk->operation;
-  const auto done = [this, chunk](std::exception_ptr error) {
-    chunk->error = std::move(error);
-    if (chunk->operation->direct) {
-      release(chunk);
-      return;
-    }
-    std::lock_guard lock(mutex_);
-    chunk->next = std::exchange(ended_io_, chunk);
-    changed_.notify_one();
-  };
   try {
     if (operation.out()) {
       // The file holds no bytes that the user did not store.
       std::memset(chunk->host.data() + chunk->length, 0,
                   chunk->host.size() - chunk->length);
     }
-    operation.target->start(operation.op(), operation.priority, chunk->offset,
-                            chunk->host, done);
+    operation.target->start(operation, chunk->offset, chunk->host,
+                            end_of(chunk));
   } catch (...) {
     chunk->error = std::current_exception();
     operation.direct ? release(chunk) : io_ended(chunk);
@@ -406,6 +365,7 @@ void CopyThread::io_ended(Chunk* chunk) {
 }
 
 void CopyThread::stage(SwapOperation& operation, EventPtr last_copy) {
+  if (operation.out()) operation.bytes.fixed.reset();
   operation.last_copy = std::move(last_copy);
   operation.is_staged = true;
   operation.staged.finish();
@@ -421,17 +381,55 @@ void CopyThread::release(Chunk* chunk) {
 
 void CopyThread::finish_if_done(const OperationPtr& operation) {
   if (operation->finished || !operation->all_started() ||
-      operation->open_chunks > 0) {
+      operation->open_chunks > 0 || settle(operation)) {
     return;
   }
   finish(operation);
 }
 
+// Whether there was something to start after the last byte of a write.
+bool CopyThread::settle(const OperationPtr& operation) {
+  if (!operation->out() || operation->settled || operation->error != nullptr) {
+    return false;
+  }
+  operation->settled = true;
+  try {
+    auto chunk = std::make_unique<Chunk>();
+    chunk->operation = operation;
+    ++operation->open_chunks;
+    if (operation->target->settle(end_of(chunk.get()))) {
+      static_cast<void>(chunk.release());  // Until it has been called.
+      return true;
+    }
+  } catch (...) {
+    operation->error = std::current_exception();
+  }
+  --operation->open_chunks;
+  return false;
+}
+
+SwapTarget::Done CopyThread::end_of(Chunk* chunk) {
+  return [this, chunk](std::exception_ptr error) {
+    chunk->error = std::move(error);
+    if (chunk->operation->direct) {
+      release(chunk);
+      return;
+    }
+    std::lock_guard lock(mutex_);
+    chunk->next = std::exchange(ended_io_, chunk);
+    changed_.notify_one();
+  };
+}
+
 void CopyThread::finish(const OperationPtr& operation) {
   operation->finished = true;
-  if (!operation->out() && operation->error == nullptr) {
+  if (operation->error == nullptr) {
     try {
-      arrive(*operation);
+      if (operation->out()) {
+        operation->target->check_written();
+      } else {
+        arrive(*operation);
+      }
     } catch (...) {
       operation->error = std::current_exception();
     }
@@ -463,6 +461,7 @@ void CopyThread::finish(const OperationPtr& operation) {
   version.reset();
   operation->target.reset();
   operation->start.reset();
+  operation->bytes.fixed.reset();
   operation->retired->add(std::move(operation->bytes.keep_alive));
   // In this order, so that wait() of a swap_in never ends before done().
   operation->ended.finish(error);

@@ -13,8 +13,11 @@
 #include <thread>
 #include <vector>
 
+#include "caller_turns.h"
 #include "key_table.h"
+#include "staging.h"
 #include "swap_operation.h"
+#include "swap_target.h"
 #include "torch_ext/memory/buffer_pool.h"
 
 namespace torch_ext {
@@ -61,6 +64,8 @@ class CopyThread {
   bool prepare(SwapOperation& operation);
   void queue_copy(Chunk* chunk);
   void queue_io(Chunk* chunk);
+  bool settle(const OperationPtr& operation);
+  SwapTarget::Done end_of(Chunk* chunk);
   void arrive(SwapOperation& operation);
   void io_ended(Chunk* chunk);
   bool poll_copies();
@@ -68,11 +73,10 @@ class CopyThread {
   void release(Chunk* chunk);
   void finish_if_done(const OperationPtr& operation);
   void finish(const OperationPtr& operation);
-  std::span<std::byte> take_staging(std::uint64_t bytes, std::size_t spare,
-                                    std::shared_ptr<Buffer>& buffer);
   void sleep(bool progress);
 
   BufferPool& pool_;
+  Staging staging_;  ///< Of the thread.
   KeyTable& keys_;
   std::function<void(const SwapOperation&)> finished_;
   std::function<void(std::string)> note_;
@@ -89,7 +93,7 @@ class CopyThread {
   // The thread's own.
   /// Operations with chunks still to start.
   struct Line {
-    std::deque<OperationPtr> operations;
+    CallerTurns operations;
     bool stuck = false;  ///< The first lacks what others have.
     int passed_over = 0;
   };
@@ -97,8 +101,6 @@ class CopyThread {
   std::array<Line, 3> lines_;
   std::deque<Chunk*> copying_;  ///< Oldest first.
   std::set<const Device*> entered_;
-  std::shared_ptr<Buffer> shared_buffer_;  ///< Small chunks share one.
-  std::size_t shared_used_ = 0;
   std::chrono::microseconds nap_{0};
   std::vector<OperationPtr> taken_operations_;
   bool starved_ = false;  ///< The end of another operation would help.

@@ -151,7 +151,7 @@ bool FileCache::close_idle(std::list<Entry>& closed) {
   return kept_.size() < before;
 }
 
-bool FileCache::drop_stale() {
+bool FileCache::drop_deleted() {
   std::vector<Entry> idle;
   {
     std::lock_guard lock(mutex_);
@@ -161,14 +161,13 @@ bool FileCache::drop_stale() {
   }
   bool dropped = false;
   for (Entry& entry : idle) {
-    const bool stale = entry.path.empty() ||
-                       File::identify(entry.path) != entry.file->identity();
+    const bool deleted = entry.file->presence().links == 0;
     std::list<Entry> closed;
     std::lock_guard lock(mutex_);
     const File* file = entry.file.get();
     // The copy made it look used.
     entry.file = nullptr;
-    if (!stale) continue;
+    if (!deleted) continue;
     const auto found = std::find_if(
         kept_.begin(), kept_.end(),
         [&](const Entry& kept) { return kept.file.get() == file; });

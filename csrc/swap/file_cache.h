@@ -41,9 +41,9 @@ class FileCache {
   /// above.
   Lease open(int fd, const Request& request);
 
-  /// Closes the files not in use whose names lead elsewhere now, and which hold
-  /// disk space for nobody. Returns whether there was one.
-  bool drop_stale();
+  /// Closes the files not in use that have no name any more, and hold disk
+  /// space for nobody. Returns whether there was one.
+  bool drop_deleted();
 
   /// Descriptors open now.
   int descriptors() const;

@@ -1,6 +1,7 @@
 #include "file_order.h"
 
 #include <algorithm>
+#include <bit>
 #include <memory>
 #include <utility>
 
@@ -8,37 +9,53 @@ namespace torch_ext {
 namespace {
 
 template <typename Map, typename Key, typename Entry>
-void remove(Map& map, const Key& key, Entry* entry) {
+void remove_from(Map& map, const Key& key, Entry* entry) {
   const auto found = map.find(key);
+  if (found == map.end()) return;
   found->second.remove(entry);
   if (found->second.empty()) map.erase(found);
 }
 
+// Whether whatever conflicts with `earlier` conflicts with `later` too, given
+// that these two conflict.
+bool hides(const FilePlace& later, const FilePlace& earlier) {
+  return later.write && later.begin <= earlier.begin &&
+         earlier.end <= later.end;
+}
+
 }  // namespace
 
-void FileOrder::Entries::add(Entry* entry) {
+FileOrder::Entries::Key FileOrder::Entries::key_of(Entry* entry) {
   const FilePlace& place = entry->place;
-  by_begin_.emplace(place.begin, entry);
-  longest_ = std::max(longest_, place.end - place.begin);
+  return {.write = place.write,
+          .longest = std::bit_ceil(place.end - place.begin),
+          .begin = place.begin,
+          .entry = entry};
 }
 
-void FileOrder::Entries::remove(Entry* entry) {
-  auto found = by_begin_.lower_bound(entry->place.begin);
-  while (found->second != entry) ++found;
-  by_begin_.erase(found);
-}
+void FileOrder::Entries::add(Entry* entry) { ordered_.insert(key_of(entry)); }
+
+void FileOrder::Entries::remove(Entry* entry) { ordered_.erase(key_of(entry)); }
 
 void FileOrder::Entries::find(const FilePlace& place,
                               std::vector<Entry*>& result) const {
-  // None that begins earlier can reach into the place.
-  const std::uint64_t first = place.begin - std::min(place.begin, longest_);
-  for (auto each = by_begin_.lower_bound(first);
-       each != by_begin_.end() && each->first < place.end; ++each) {
-    Entry* entry = each->second;
-    if (entry->place.conflicts_with(place) &&
-        std::find(result.begin(), result.end(), entry) == result.end()) {
-      result.push_back(entry);
+  // Reads do not conflict with each other.
+  auto each =
+      place.write ? ordered_.begin() : ordered_.lower_bound({.write = true});
+  while (each != ordered_.end()) {
+    Key group{.write = each->write, .longest = each->longest};
+    // None that begins earlier can reach into the place.
+    group.begin = place.begin - std::min(place.begin, group.longest - 1);
+    for (each = ordered_.lower_bound(group);
+         each != ordered_.end() && each->write == group.write &&
+         each->longest == group.longest && each->begin < place.end;
+         ++each) {
+      if (each->entry->place.conflicts_with(place)) {
+        result.push_back(each->entry);
+      }
     }
+    each = ordered_.lower_bound(
+        {.write = group.write, .longest = group.longest + 1});
   }
 }
 
@@ -56,6 +73,27 @@ std::vector<FileOrder::Entry*> FileOrder::conflicts(
   return result;
 }
 
+void FileOrder::add(Entry* entry, const std::vector<Entry*>& before) {
+  const FilePlace& at = entry->place;
+  Entries* named = at.path.empty() ? nullptr : &by_path_[at.path];
+  Entries* same = at.file ? &by_file_[*at.file] : nullptr;
+  if (named != nullptr) named->add(entry);
+  if (same != nullptr) same->add(entry);
+  // Whoever would wait for those waits for this one, and so for them: else many
+  // operations on the very same bytes would each wait for all before.
+  for (Entry* blocker : before) {
+    if (!hides(at, blocker->place)) continue;
+    if (named != nullptr) named->remove(blocker);
+    if (same != nullptr) same->remove(blocker);
+  }
+}
+
+void FileOrder::remove(Entry* entry) {
+  const FilePlace& at = entry->place;
+  if (!at.path.empty()) remove_from(by_path_, at.path, entry);
+  if (at.file) remove_from(by_file_, *at.file, entry);
+}
+
 bool FileOrder::busy(const FilePlace& place) const {
   std::lock_guard lock(mutex_);
   return !conflicts(place).empty();
@@ -66,22 +104,26 @@ FileOrder::Entered FileOrder::enter(FilePlace place,
   auto entry = std::make_unique<Entry>(Entry{std::move(place)});
   std::lock_guard lock(mutex_);
   const std::vector<Entry*> before = conflicts(entry->place);
-  for (Entry* blocker : before) blocker->followers.push_back(entry.get());
   entry->blockers = before.size();
   if (!before.empty()) entry->waiting = operation;
-  const FilePlace& at = entry->place;
-  if (!at.path.empty()) by_path_[at.path].add(entry.get());
-  if (at.file) by_file_[*at.file].add(entry.get());
+  try {
+    for (Entry* blocker : before) blocker->followers.push_back(entry.get());
+    add(entry.get(), before);
+  } catch (...) {
+    for (Entry* blocker : before) std::erase(blocker->followers, entry.get());
+    remove(entry.get());
+    throw;
+  }
   return {entry.release(), !before.empty()};
 }
 
 std::vector<OperationPtr> FileOrder::leave(Entry* entry) {
-  const std::unique_ptr<Entry> ended(entry);
+  std::unique_ptr<Entry> ended;
   std::vector<OperationPtr> ready;
   std::lock_guard lock(mutex_);
-  const FilePlace& at = ended->place;
-  if (!at.path.empty()) remove(by_path_, at.path, entry);
-  if (at.file) remove(by_file_, *at.file, entry);
+  ready.reserve(entry->followers.size());
+  ended.reset(entry);
+  remove(entry);
   for (Entry* follower : ended->followers) {
     if (--follower->blockers == 0) {
       ready.push_back(std::exchange(follower->waiting, nullptr));

@@ -2,10 +2,11 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <map>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
+#include <tuple>
 #include <unordered_map>
 #include <vector>
 
@@ -36,7 +37,7 @@ class FileOrder {
   struct Entry {
     FilePlace place;
     OperationPtr waiting = nullptr;  ///< Until those before it have ended.
-    std::size_t blockers = 0;
+    std::size_t blockers = 0;        ///< How often it is among followers.
     std::vector<Entry*> followers = {};
   };
 
@@ -49,10 +50,11 @@ class FileOrder {
     /// enter() has returned.
     bool waits;
   };
-  /// Until leave().
+  /// Until leave(). When it throws, nothing has changed.
   Entered enter(FilePlace place, const OperationPtr& operation);
 
   /// The entry's operation has ended: those that have to wait no more.
+  /// REQUIRES: It does not wait.
   std::vector<OperationPtr> leave(Entry* entry);
 
  private:
@@ -66,17 +68,35 @@ class FileOrder {
   class Entries {
    public:
     void add(Entry* entry);
+    /// Does nothing if it is not there.
     void remove(Entry* entry);
-    bool empty() const { return by_begin_.empty(); }
-    /// Appends those that conflict and are not in `result` yet.
+    bool empty() const { return ordered_.empty(); }
+    /// Appends those that conflict.
     void find(const FilePlace& place, std::vector<Entry*>& result) const;
 
    private:
-    std::multimap<std::uint64_t, Entry*> by_begin_;
-    std::uint64_t longest_ = 0;  ///< Range since it was empty, in bytes.
+    /// Reads and writes apart, and ranges of about one length: one that is far
+    /// longer than the others must not widen the search for them.
+    struct Key {
+      bool write = false;
+      std::uint64_t longest = 0;  ///< Its length up to the next power of two.
+      std::uint64_t begin = 0;
+      Entry* entry = nullptr;
+
+      bool operator<(const Key& other) const {
+        return std::tie(write, longest, begin, entry) <
+               std::tie(other.write, other.longest, other.begin, other.entry);
+      }
+    };
+    static Key key_of(Entry* entry);
+
+    std::set<Key> ordered_;
   };
 
+  /// By path and by file: one that both lead to is there twice.
   std::vector<Entry*> conflicts(const FilePlace& place) const;
+  void add(Entry* entry, const std::vector<Entry*>& before);
+  void remove(Entry* entry);
 
   mutable std::mutex mutex_;
   std::unordered_map<std::string, Entries> by_path_;

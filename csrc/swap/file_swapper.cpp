@@ -92,6 +92,8 @@ class FileRange final : public SwapTarget {
   bool park(const OperationPtr& operation) override {
     const FileOrder::Entered entered = order_.enter(place_, operation);
     order_entry_ = entered.entry;
+    // Those that it waits for may need the descriptor.
+    if (entered.waits) unprepare();
     return entered.waits;
   }
 
@@ -140,17 +142,50 @@ class FileRange final : public SwapTarget {
   std::uint64_t padded(std::uint64_t length) const override { return length; }
   std::size_t granule() const override { return file_->granule(); }
 
-  void start(IoRequest::Op op, IoPriority priority, std::uint64_t offset,
+  void start(const SwapOperation& operation, std::uint64_t offset,
              std::span<std::byte> bytes, Done done) override {
-    queue_->submit({.op = op,
+    if (!is_direct(offset, bytes)) through_cache_ = true;
+    queue_->submit({.op = operation.op(),
                     .file = file_,
                     .offset = begin_ + offset,
                     .bytes = bytes,
-                    .priority = priority,
+                    .priority = operation.priority,
+                    .caller = operation.caller,
                     .on_done = std::move(done)});
   }
 
+  // What the page cache has taken may still fail on its way to the drive, and
+  // only a sync hears of it.
+  bool settle(Done done) override {
+    if (!through_cache_) return false;
+    queue_->submit({.op = IoRequest::Op::kSync,
+                    .file = file_,
+                    .on_done = std::move(done)});
+    return true;
+  }
+
+  void check_written() const override {
+    if (size_ == 0 || file_ == nullptr) return;
+    const bool named = std::holds_alternative<std::string>(name_);
+    const File::Presence now = file_->presence();
+    const bool gone = named && now.links == 0;
+    if (!gone && now.size >= begin_ + size_) return;
+    throw IoError({.op = "pwrite",
+                   .path = file_->path(),
+                   .offset = begin_,
+                   .length = size_,
+                   .error = ESTALE,
+                   .detail = gone ? "the file was deleted or replaced meanwhile"
+                                  : "the file was cut meanwhile"});
+  }
+
  private:
+  bool is_direct(std::uint64_t offset, std::span<const std::byte> bytes) const {
+    return file_->direct() && is_aligned(begin_ + offset, granule()) &&
+           is_aligned(bytes.size(), granule()) &&
+           is_aligned(bytes.data(), file_->memory_alignment());
+  }
+
   FileCache::Lease open(bool write, bool waits) {
     const FileCache::Request request{
         .mode = write ? File::Mode::kWrite : File::Mode::kRead,
@@ -168,7 +203,7 @@ class FileRange final : public SwapTarget {
       file_->grow(begin_, size_);
     } catch (const IoError& error) {
       // Deleted files take up space as long as they are kept open here.
-      if (error.error() != ENOSPC || !cache_.drop_stale()) throw;
+      if (error.error() != ENOSPC || !cache_.drop_deleted()) throw;
       file_->grow(begin_, size_);
     }
   }
@@ -193,6 +228,7 @@ class FileRange final : public SwapTarget {
   const std::uint64_t begin_;
   const std::uint64_t size_;
   bool grown_ = false;
+  bool through_cache_ = false;  ///< Some of it.
   FileCache::Lease file_;
   IoQueue* queue_ = nullptr;
 };
@@ -290,6 +326,16 @@ SwapTicket FileSwapper::read(const std::filesystem::path& path,
                              std::uint64_t offset, DeviceBytes destination) {
   return impl_->start(SwapOperation::Kind::kIn, absolute_path(path), offset,
                       std::move(destination));
+}
+
+void FileSwapper::drop_deleted() {
+  impl_->core.check_process();
+  std::shared_ptr<FileCache> files;
+  {
+    std::lock_guard lock(impl_->mutex);
+    files = impl_->files;
+  }
+  if (files != nullptr) files->drop_deleted();
 }
 
 FileSwapperStats FileSwapper::stats() const {

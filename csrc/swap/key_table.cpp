@@ -34,12 +34,14 @@ std::uint64_t Version::padded(std::uint64_t length) const {
 
 std::size_t Version::granule() const { return store.granule(); }
 
-void Version::start(IoRequest::Op op, IoPriority priority, std::uint64_t offset,
+void Version::start(const SwapOperation& operation, std::uint64_t offset,
                     std::span<std::byte> bytes, Done done) {
-  if (op == IoRequest::Op::kWrite) {
-    store.write(extent, offset, bytes, std::move(done), priority);
+  if (operation.out()) {
+    store.write(extent, offset, bytes, std::move(done), operation.priority,
+                operation.caller);
   } else {
-    store.read(extent, offset, bytes, std::move(done), priority);
+    store.read(extent, offset, bytes, std::move(done), operation.priority,
+               operation.caller);
   }
 }
 

@@ -28,7 +28,7 @@ struct Version final : SwapTarget {
   std::size_t lead(std::uint64_t offset) const override;
   std::uint64_t padded(std::uint64_t length) const override;
   std::size_t granule() const override;
-  void start(IoRequest::Op op, IoPriority priority, std::uint64_t offset,
+  void start(const SwapOperation& operation, std::uint64_t offset,
              std::span<std::byte> bytes, Done done) override;
 
   Store& store;

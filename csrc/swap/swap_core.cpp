@@ -79,6 +79,7 @@ OperationPtr SwapCore::make_operation(
   operation->target = std::move(target);
   operation->retired = retired_;
   operation->owner = owner_;
+  operation->caller = this_caller();
   operation->start = operation->bytes.device->record(Device::Stream::kCurrent);
   return operation;
 }

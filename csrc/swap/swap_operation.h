@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "torch_ext/io/io_engine.h"
+#include "torch_ext/io/io_queue.h"
 #include "torch_ext/swap/swapper.h"
 
 namespace torch_ext {
@@ -56,6 +57,7 @@ class SwapOperation {
   std::shared_ptr<RetireList> retired;
   pid_t owner = 0;
   IoPriority priority = IoPriority::kNow;
+  std::uint64_t caller = 0;  ///< this_caller() of the call.
 
   TicketSource staged;  ///< The last copy is queued.
   TicketSource ended;   ///< The last byte is in place.
@@ -72,6 +74,7 @@ class SwapOperation {
   bool joined = false;           ///< The copy stream waits for `start`.
   bool is_staged = false;
   bool has_arrived = false;  ///< on_arrival was called.
+  bool settled = false;
   bool finished = false;
   std::exception_ptr error;
 

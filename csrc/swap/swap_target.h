@@ -54,11 +54,16 @@ class SwapTarget {
   /// What host buffers are shared in multiples of.
   virtual std::size_t granule() const = 0;
 
+  /// All of a write has been moved: starts what is left to be done before it
+  /// has ended; false: nothing. `done` as below. Errors: what is known at once.
+  virtual bool settle(Done /*done*/) { return false; }
+  /// Throws if what was written is not where it was meant to be.
+  virtual void check_written() const {}
+
   /// Starts the I/O. `bytes` is borrowed until `done` has been called, on an
   /// I/O thread. Errors: what is known at once.
-  virtual void start(IoRequest::Op op, IoPriority priority,
-                     std::uint64_t offset, std::span<std::byte> bytes,
-                     Done done) = 0;
+  virtual void start(const SwapOperation& operation, std::uint64_t offset,
+                     std::span<std::byte> bytes, Done done) = 0;
 };
 
 }  // namespace torch_ext

@@ -245,6 +245,19 @@ TEST(AioConfigTest, UnknownKeysUnlikeAnyKnownOneWarnWithAllOfThem) {
   }
 }
 
+TEST(AioConfigTest, AKnobOutsideOfTheSectionWarns) {
+  for (const auto* json :
+       {R"({"queue_depth": 3, "x": 1})",
+        R"({"queue_depth": -3, "aio": {"thread_count": 2}})"}) {
+    EXPECT_EQ(warnings_of(json),
+              std::vector<std::string>{
+                  "queue_depth is not in the aio section and is ignored"});
+  }
+  EXPECT_EQ(parse_aio_settings(R"({"aio": {}, "block_size": 1})").warnings,
+            std::vector<std::string>{
+                "block_size is not in the aio section and is ignored"});
+}
+
 TEST(AioConfigTest, UseGdsWarnsThatGpuDirectIsNotUsed) {
   const auto warnings = warnings_of(with("use_gds", "false"));
   ASSERT_EQ(warnings.size(), 1u);

@@ -1,15 +1,20 @@
 """Eleven ordinary faults, and what aio_handle and DeepSpeed's handle make of them.
+A twelfth row is a behaviour of DeepSpeed's that is kept on purpose.
 
     python tests/fault/eleven.py [ours] [deepspeed] [--directory DIR] [--engine NAME]
 
 Each fault befalls a process of its own, which ends within a minute or is ended.
 The table says for each: "reported" (an exception, or -1), "survived" (success,
-and the bytes are right), "LOST" (success, and they are not), "ABORTED", "HUNG",
-or why it could not be tried. Exits with 0 if all of ours were reported or
-survived. Faults need root (mount, losetup), strace, or a C compiler.
+and the bytes are right), "kept" (the twelfth is as it is in DeepSpeed), "LOST"
+(success, and the bytes are not right), "ABORTED", "HUNG", "NOT INJECTED" (all
+went well, but nothing shows that the fault was there), or why it could not be
+tried. Exits with 0 if all of ours were reported, survived or kept, or not tried.
+Faults need root (mount, losetup), strace, or a C compiler.
 
 The list is of faults that users of NVMe offload have met, each of which was tried
-on DeepSpeed's I/O core.
+on DeepSpeed's I/O core. Those of the kernel's calls are named after libaio's and
+made in the calls of the engine in use, or in the closest that it has; the table
+says in which, and how often.
 """
 
 from __future__ import annotations
@@ -17,34 +22,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 MIB = 1 << 20
 SECONDS = 60
-GOOD = ("reported", "survived")
-
-# Takes half of what libaio is given, as the kernel may, and leaves a mark.
-HALF = r"""
-#define _GNU_SOURCE
-#include <errno.h>
-#include <fcntl.h>
-#include <stdlib.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-int io_submit(void* context, long count, void** blocks) {
-  if (count > 1) close(open(getenv("HALF_MARK"), O_CREAT | O_WRONLY, 0600));
-  long rc = syscall(SYS_io_submit, context, count > 1 ? count / 2 : count, blocks);
-  return rc < 0 ? -errno : (int)rc;
-}
-"""
+GOOD = ("reported", "survived", "kept")
 
 
 class NotTriedError(Exception):
@@ -52,9 +43,12 @@ class NotTriedError(Exception):
 
 
 def run(*command: Any) -> str:
-    done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, check=False
-    )
+    try:
+        done = subprocess.run(
+            [str(part) for part in command], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        raise NotTriedError(f"no {command[0]}") from None
     if done.returncode != 0:
         raise NotTriedError(f"{command[0]}: {(done.stderr or done.stdout).strip()[:60]}")
     return done.stdout.strip()
@@ -138,16 +132,18 @@ def many(handle: Any, place: Path) -> bool | None:
     return read_back(handle, place)
 
 
-def longer_before(handle: Any, place: Path) -> bool | None:
-    (place / "x").write_bytes(bytes(2 * MIB))
+def nothing_pending(handle: Any, place: Path) -> bool | None:
+    return handle.wait() == 0
+
+
+def longer_before(handle: Any, place: Path) -> bool | str | None:
+    old = b"\xff" * (2 * MIB)
+    (place / "x").write_bytes(old)
     tensor = pattern(handle, MIB)
     if handle.async_pwrite(tensor, str(place / "x"), 0) != 0 or not outcome(handle.wait()):
         return None
-    return (place / "x").read_bytes() == tensor.numpy().tobytes() + bytes(MIB)
-
-
-def nothing_pending(handle: Any, place: Path) -> bool | None:
-    return handle.wait() == 0
+    kept = (place / "x").read_bytes() == tensor.numpy().tobytes() + old[MIB:]
+    return "kept" if kept else False
 
 
 # Around the child: where it works, and what runs it.
@@ -202,50 +198,188 @@ def broken_device(place: Path) -> Iterator[Path]:
         yield mounted
 
 
-def strace(fault: str) -> Callable[[Path], list[str]]:
-    def command(place: Path) -> list[str]:
-        if shutil.which("strace") is None:
-            raise NotTriedError("no strace")
-        return ["strace", "-f", "-o", "/dev/null", "-e", f"inject={fault}"]
-
-    return command
+# What makes a fault of the kernel's in the child, and knows how often it did.
 
 
-def half_batches(place: Path) -> list[str]:
-    source, library = place / "half.c", place / "half.so"
-    source.write_text(HALF)
-    run("cc", "-shared", "-fPIC", "-o", library, source)
-    return ["env", f"LD_PRELOAD={library}", f"HALF_MARK={place / 'mark'}"]
+class Strace(NamedTuple):
+    text: str
+    calls: str
+    how: str
+    seen: str = ""  # In its log's lines, where only some of the calls are meant.
+
+    def command(self, place: Path) -> list[str]:
+        run("strace", "-o", "/dev/null", "true")
+        # A log for each thread: no call is cut in two by another thread's.
+        log = ["-ff", "-o", str(place / "log"), "-e", f"trace={self.calls}"]
+        return ["strace", *log, "-e", f"inject={self.calls}:{self.how}"]
+
+    def times(self, place: Path) -> int:
+        lines = [
+            line
+            for log in place.glob("log.*")
+            for line in log.read_text(errors="replace").splitlines()
+        ]
+        return sum("(INJECTED)" in line and bool(re.search(self.seen, line)) for line in lines)
 
 
-def directly(place: Path) -> list[str]:
-    return []
+class Preload(NamedTuple):
+    """C code that comes before a library's function, and calls hit()."""
+
+    text: str
+    code: str
+    libraries: tuple[str, ...] = ()
+
+    def command(self, place: Path) -> list[str]:
+        source, library = place / "fault.c", place / "fault.so"
+        source.write_text(PRELUDE + self.code)
+        linked = ["-Wl,--no-as-needed", *(f"-l{name}" for name in self.libraries)]
+        run("cc", "-shared", "-fPIC", "-o", library, source, *linked)
+        return ["env", f"LD_PRELOAD={library}", f"FAULT_HITS={place / 'hits'}"]
+
+    def times(self, place: Path) -> int:
+        hits = place / "hits"
+        return hits.stat().st_size if hits.exists() else 0
 
 
-Fault = tuple[str, Callable[..., bool | None], Callable[..., Any], Callable[[Path], list[str]]]
-FAULTS: dict[str, Fault] = {
-    "disk_full": ("4 MiB onto a file system of 2 MiB", disk_full, small, directly),
-    "file_size_limit": ("short write (RLIMIT_FSIZE)", file_size_limit, plain, directly),
-    "misaligned_buffer": ("misaligned buffer", misaligned_buffer, plain, directly),
-    "tail_of_512": ("512 byte tail, sectors of 4096", tail_of_512, sectors_of_4096, directly),
-    "device_eio": ("the device answers EIO to a read", read_back, broken_device, directly),
-    "truncated": ("file cut while it is read", truncated_meanwhile, plain, directly),
-    "submit_eagain": (
-        "io_submit says EAGAIN twice",
-        many,
-        plain,
-        strace("io_submit:error=EAGAIN:when=2..3"),
-    ),
-    "submit_half": ("io_submit takes half of a batch", many, plain, half_batches),
-    "setup_refused": ("io_setup is refused", many, plain, strace("io_setup:error=EAGAIN")),
-    "eintr": (
-        "a signal while waiting for events",
-        many,
-        plain,
-        strace("io_pgetevents,io_getevents:error=EINTR:when=2..3"),
-    ),
-    "nothing_pending": ("wait() with nothing pending", nothing_pending, plain, directly),
+PRELUDE = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+static void hit(void) {
+  int fd = open(getenv("FAULT_HITS"), O_CREAT | O_WRONLY | O_APPEND, 0600);
+  if (write(fd, "x", 1) != 1) abort();
+  close(fd);
 }
+"""
+
+HALF_OF_LIBAIO = r"""
+int io_submit(void* context, long count, void** blocks) {
+  if (count > 1) hit();
+  long rc = syscall(SYS_io_submit, context, count > 1 ? count / 2 : count, blocks);
+  return rc < 0 ? -errno : (int)rc;
+}
+"""
+
+HALF_OF_IO_URING = r"""
+#include <liburing.h>
+int io_uring_submit(struct io_uring* ring) {
+  int (*next)(struct io_uring*) = dlsym(RTLD_NEXT, "io_uring_submit");
+  unsigned kept = (ring->sq.sqe_tail - ring->sq.sqe_head) / 2;
+  if (kept > 0) hit();
+  ring->sq.sqe_tail -= kept;
+  int rc = next(ring);
+  ring->sq.sqe_tail += kept;
+  return rc;
+}
+"""
+
+HALF_OF_A_WRITE = r"""
+ssize_t pwrite(int fd, const void* data, size_t length, off_t offset) {
+  size_t half = length / 2 / 4096 * 4096;
+  if (half > 0) hit();
+  return syscall(SYS_pwrite64, fd, data, half > 0 ? half : length, offset);
+}
+ssize_t pwrite64(int, const void*, size_t, off_t) __attribute__((alias("pwrite")));
+"""
+
+# The engine's are made by its I/O thread, all others by the main thread.
+NO_THREADS = r"""
+int pthread_create(pthread_t* thread, const pthread_attr_t* attributes,
+                   void* (*function)(void*), void* argument) {
+  int (*next)(pthread_t*, const pthread_attr_t*, void* (*)(void*), void*) =
+      dlsym(RTLD_NEXT, "pthread_create");
+  if (gettid() == getpid()) return next(thread, attributes, function, argument);
+  hit();
+  return EAGAIN;
+}
+"""
+
+Injection = Strace | Preload
+
+# By engine. strace counts each thread's calls apart. io_uring_enter both submits
+# and waits: an I/O thread's first two submit; and as each is made again at once
+# after EINTR, failing every other call meets waits too.
+SUBMIT_EAGAIN: dict[str, Injection] = {
+    "libaio": Strace("io_submit says EAGAIN", "io_submit", "error=EAGAIN:when=2..3"),
+    "io_uring": Strace(
+        "io_uring_enter says EAGAIN",
+        "io_uring_enter",
+        "error=EAGAIN:when=1..2",
+        r"io_uring_enter\(\d+, [1-9]",
+    ),
+    "threads": Strace(
+        "it submits nothing; pwrite says EAGAIN", "pwrite64", "error=EAGAIN:when=1..2"
+    ),
+}
+SUBMIT_HALF: dict[str, Injection] = {
+    "libaio": Preload("io_submit takes half", HALF_OF_LIBAIO),
+    "io_uring": Preload("io_uring_submit takes half", HALF_OF_IO_URING, ("uring",)),
+    "threads": Preload("it has no batches; pwrite takes half", HALF_OF_A_WRITE),
+}
+SETUP_REFUSED: dict[str, Injection] = {
+    "libaio": Strace("io_setup says EAGAIN", "io_setup", "error=EAGAIN"),
+    "io_uring": Strace("io_uring_setup says ENOMEM", "io_uring_setup", "error=ENOMEM"),
+    "threads": Preload("pthread_create says EAGAIN", NO_THREADS),
+}
+WAIT_EINTR: dict[str, Injection] = {
+    "libaio": Strace(
+        "io_getevents says EINTR", "io_pgetevents,io_getevents", "error=EINTR:when=2..3"
+    ),
+    "io_uring": Strace(
+        "io_uring_enter says EINTR", "io_uring_enter", "error=EINTR:when=1+2", "GETEVENTS"
+    ),
+    "threads": Strace(
+        "it waits in its transfers; pwrite says EINTR", "pwrite64", "error=EINTR:when=1..2"
+    ),
+}
+
+
+class Fault(NamedTuple):
+    text: str
+    action: Callable[[Any, Path], bool | str | None]
+    surroundings: Callable[[Path], contextlib.AbstractContextManager[Path]] = plain
+    injections: Mapping[str, Injection] | None = None
+
+
+FAULTS = {
+    "disk_full": Fault("4 MiB onto a file system of 2 MiB", disk_full, small),
+    "file_size_limit": Fault("short write (RLIMIT_FSIZE)", file_size_limit),
+    "misaligned_buffer": Fault("misaligned buffer", misaligned_buffer),
+    "tail_of_512": Fault("512 byte tail, sectors of 4096", tail_of_512, sectors_of_4096),
+    "device_eio": Fault("the device answers EIO to a read", read_back, broken_device),
+    "truncated": Fault("file cut while it is read", truncated_meanwhile),
+    "submit_eagain": Fault("io_submit says EAGAIN twice", many, plain, SUBMIT_EAGAIN),
+    "submit_half": Fault("io_submit takes half of a batch", many, plain, SUBMIT_HALF),
+    "setup_refused": Fault("io_setup is refused", many, plain, SETUP_REFUSED),
+    "eintr": Fault("a signal while waiting for events", many, plain, WAIT_EINTR),
+    "nothing_pending": Fault("wait() with nothing pending", nothing_pending),
+    "longer_before": Fault("twelfth: shorter write over a longer file", longer_before),
+}
+
+
+def engine_in_use(who: str, engine: str) -> str:
+    if who == "deepspeed":
+        return "libaio"
+    if engine != "auto":
+        return engine
+    from torch_ext._native import _C
+
+    return next(name for name, why_not in _C.engine_info() if not why_not)
+
+
+def injection_of(who: str, name: str, engine: str) -> Injection | None:
+    injections = FAULTS[name].injections
+    if injections is None:
+        return None
+    used = engine_in_use(who, engine)
+    if used not in injections:
+        raise NotTriedError(f"the {used} engine makes no such call")
+    return injections[used]
 
 
 def make_handle(who: str, engine: str) -> Any:
@@ -254,6 +388,8 @@ def make_handle(who: str, engine: str) -> Any:
         import torch_ext
 
         return torch_ext.aio_handle(*settings, engine=engine)
+    if who != "deepspeed":
+        raise ValueError(f"{who} is neither ours nor deepspeed")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
@@ -261,56 +397,57 @@ def make_handle(who: str, engine: str) -> Any:
 
 
 def child(who: str, name: str, place: Path, engine: str) -> int:
-    _, action, _, _ = FAULTS[name]
     handle = make_handle(who, engine)
     try:
-        right = action(handle, place)
+        right = FAULTS[name].action(handle, place)
     except (OSError, ValueError) as error:
         print(f"\nreported {error}", flush=True)
     else:
-        word = "reported" if right is None else "survived" if right else "LOST"
+        words = {None: "reported", True: "survived", False: "LOST"}
+        word = words.get(right, right)
         what = getattr(handle, "errors", [""])[-1:]
         print(f"\n{word} {what[0] if what else ''}", flush=True)
     # Not through destructors, which have faults of their own.
     os._exit(0)
 
 
+def outcome_of(command: list[str]) -> tuple[str, str]:
+    """Of a child: one word, and what there is to say about it."""
+    child = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = child.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+        return "HUNG", ""
+    lines = [line for line in output.splitlines() if line.split(" ")[0] in (*GOOD, "LOST")]
+    if not lines:
+        return "ABORTED", f"exit status {child.returncode}"
+    word, _, text = lines[-1].partition(" ")
+    return word, text
+
+
 def trial(who: str, name: str, directory: str, engine: str) -> tuple[str, str]:
     """What became of it, and in which words."""
-    _, _, surroundings, prefix = FAULTS[name]
     place = Path(tempfile.mkdtemp(prefix="torch_ext_test.", dir=directory))
     try:
-        with surroundings(place) as where:
-            arguments = [
-                sys.executable,
-                __file__,
-                "--child",
-                who,
-                name,
-                where,
-                "--engine",
-                engine,
-            ]
-            child = subprocess.Popen(
-                [*prefix(place), *map(str, arguments)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                start_new_session=True,
-            )
-            try:
-                output, _ = child.communicate(timeout=SECONDS)
-            except subprocess.TimeoutExpired:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.communicate()
-                return "HUNG", ""
-        lines = [line for line in output.splitlines() if line.split(" ")[0] in (*GOOD, "LOST")]
-        if prefix is half_batches and lines and not (place / "mark").exists():
-            return "not tried", "io_submit was not called with more than one request"
-        if not lines:
-            return "ABORTED", f"exit status {child.returncode}"
-        word, _, text = lines[-1].partition(" ")
-        return word, text
+        injection = injection_of(who, name, engine)
+        prefix = injection.command(place) if injection else []
+        with FAULTS[name].surroundings(place) as where:
+            arguments = ["--child", who, name, str(where), "--engine", engine]
+            word, text = outcome_of([*prefix, sys.executable, __file__, *arguments])
+        if injection is None:
+            return word, text
+        times = injection.times(place)
+        if times == 0 and word in GOOD:
+            word = "NOT INJECTED"
+        return word, f"{injection.text} ({times}x){text and '; '}{text}"
     except NotTriedError as error:
         return "not tried", str(error)
     finally:

@@ -183,6 +183,17 @@ TEST_F(FileSpaceTest, GrowGivesBlocksAndNeverShrinks) {
   EXPECT_EQ(std::string(text, 12), "twelve bytes");
 }
 
+TEST_F(FileSpaceTest, GrowLeavesAHoleBeforeTheRange) {
+  const File file = File::scratch(directory_.path());
+  const std::uint64_t far = std::uint64_t{1} << 30;
+  for (const std::uint64_t offset : {far, 3 * far}) {
+    file.grow(offset, 8192);
+    EXPECT_EQ(file.size(), offset + 8192);
+    EXPECT_GE(status_of(file.fd()).st_blocks * 512, 8192);
+    EXPECT_LE(status_of(file.fd()).st_blocks * 512, 1 << 20);
+  }
+}
+
 TEST_F(FileSpaceTest, GrowFillsHolesAndKeepsTheBytes) {
   const fs::path name = with_text("holes", "twelve bytes");
   fs::resize_file(name, 1 << 20);

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <span>
 #include <stdexcept>
@@ -68,11 +69,37 @@ class IoQueueOrderTest : public test::IoQueueTest {
   ~IoQueueOrderTest() override { script_->release_all(); }
 
   /// The name is found again in names().
-  void submit(char name, std::size_t blocks, IoPriority priority = kNow) {
-    IoOperation operation = write(file_, static_cast<std::uint64_t>(name) << 32,
-                                  memory_.blocks(blocks));
+  void submit(std::uint64_t name, std::size_t blocks,
+              IoPriority priority = kNow, std::uint64_t caller = 0) {
+    IoOperation operation = write(file_, name << 32, memory_.blocks(blocks));
     operation.priority = priority;
+    operation.caller = caller;
     tickets_.push_back(queue_->submit(operation));
+  }
+
+  /// So many operations of one block.
+  void submit_each(std::size_t count, std::uint64_t name,
+                   IoPriority priority = kNow, std::uint64_t caller = 0) {
+    for (std::size_t i = 0; i < count; ++i) submit(name, 1, priority, caller);
+  }
+
+  /// A caller whose first turn comes right after that of the last such one.
+  template <typename Call>
+  static void as_another_caller(Call call) {
+    std::thread(call).join();
+  }
+
+  /// A caller has all slots until the test has submitted the rest.
+  void start_with_all_slots_taken(int queue_depth) {
+    start(queue_depth);
+    const auto slots = static_cast<std::size_t>(queue_depth);
+    as_another_caller([&] { submit('x', slots); });
+    wait_until_held(slots);
+  }
+
+  void release_and_wait_for_next(std::size_t request) {
+    script_->release(request);
+    while (script_->requests() < request + 2) std::this_thread::yield();
   }
 
   void wait_until_held(std::size_t requests) const {
@@ -203,6 +230,185 @@ TEST_F(IoQueueOrderTest, AQueueDeeperThan32MiBHasTurnsOfItsDepth) {
   submit('H', 8);
   submit('a', 1);
   EXPECT_EQ(names_after_all(), "xxxxxxHHHHHHaHH");
+}
+
+TEST_F(IoQueueOrderTest, TwoCallersTakeTurns) {
+  start_with_all_slots_taken(1);
+  as_another_caller([&] { submit_each(4, 'a'); });
+  as_another_caller([&] { submit_each(4, 'b'); });
+  EXPECT_EQ(names_after_all(), "xabababab");
+}
+
+TEST_F(IoQueueOrderTest, ThreeCallersTakeTurnsWhileTheyHaveOperations) {
+  start_with_all_slots_taken(4);
+  as_another_caller([&] { submit_each(4, 'a'); });
+  as_another_caller([&] { submit_each(1, 'b'); });
+  as_another_caller([&] { submit_each(3, 'c'); });
+  EXPECT_EQ(names_after_all(), "xxxxabcacaca");
+}
+
+TEST_F(IoQueueOrderTest, ACallersOperationsKeepTheirOrderBetweenThoseOfOthers) {
+  start_with_all_slots_taken(4);
+  as_another_caller([&] {
+    submit('a', 2);
+    submit('b', 1);
+    submit('c', 4);
+    submit('d', 3);
+  });
+  as_another_caller([&] { submit_each(3, '-'); });
+  EXPECT_EQ(names_after_all(), "xxxxaa-b-cccc-ddd");
+}
+
+TEST_F(IoQueueOrderTest, OneReadDoesNotWaitForThousandsOfAnotherCaller) {
+  start_with_all_slots_taken(1);
+  as_another_caller([&] { submit_each(3000, 'a'); });
+  as_another_caller([&] { submit('b', 1); });
+  EXPECT_EQ(names_after_all(), "xab" + repeat(2999, "a"));
+}
+
+TEST_F(IoQueueOrderTest, ACallerThatComesLaterHasTheNextTurn) {
+  start(1);
+  as_another_caller([&] { submit_each(8, 'a'); });
+  for (std::size_t i = 0; i < 3; ++i) release_and_wait_for_next(i);
+  as_another_caller([&] { submit_each(2, 'b'); });
+  EXPECT_EQ(names_after_all(), "aaaababaaa");
+}
+
+TEST_F(IoQueueOrderTest, ASmallOperationWaitsForOneTurnOfEachOtherCaller) {
+  start_with_all_slots_taken(4);
+  as_another_caller([&] {
+    submit('H', 8);
+    submit('a', 1);
+  });
+  as_another_caller([&] {
+    submit('K', 8);
+    submit('b', 1);
+  });
+  as_another_caller([&] { submit('s', 1); });
+  EXPECT_EQ(names_after_all(), "xxxxHHHHKKKKsabHHHHKKKK");
+}
+
+TEST_F(IoQueueOrderTest, ALongOperationGoesToTheEndOfItsCallersLine) {
+  start_with_all_slots_taken(4);
+  as_another_caller([&] {
+    submit('H', 8);
+    submit('a', 1);
+  });
+  as_another_caller([&] { submit_each(3, 'b'); });
+  EXPECT_EQ(names_after_all(), "xxxxHHHHbabHHHHb");
+}
+
+TEST_F(IoQueueOrderTest, ATurnIsNotCutShortByAnotherCaller) {
+  start(4);
+  as_another_caller([&] { submit('x', 2); });
+  wait_until_held(2);
+  as_another_caller([&] { submit('H', 8); });
+  wait_until_held(4);  // Two requests into its turn.
+  as_another_caller([&] { submit('b', 1); });
+  EXPECT_EQ(names_after_all(), "xxHHHHbHHHH");
+}
+
+TEST_F(IoQueueOrderTest, ATurnIsNotCutShortByACanceledOperationBehindIt) {
+  start(4);
+  as_another_caller([&] { submit('x', 2); });
+  wait_until_held(2);
+  as_another_caller([&] {
+    submit('H', 8);
+    wait_until_held(4);  // Two requests into its turn.
+    submit('c', 1);
+  });
+  as_another_caller([&] { submit('b', 1); });
+  EXPECT_TRUE(queue_->cancel(tickets_[2]));
+  tickets_.erase(tickets_.begin() + 2);
+  EXPECT_EQ(names_after_all(), "xxHHHHbHHHH");
+}
+
+TEST_F(IoQueueOrderTest, ACanceledTurnIsNotContinuedByItsCaller) {
+  start(4);
+  as_another_caller([&] { submit('x', 2); });
+  wait_until_held(2);
+  as_another_caller([&] {
+    submit('H', 8);
+    wait_until_held(4);  // Two requests into its turn.
+    submit('a', 4);
+  });
+  as_another_caller([&] { submit('b', 1); });
+  EXPECT_TRUE(queue_->cancel(tickets_[1]));
+  tickets_.erase(tickets_.begin() + 1);
+  EXPECT_EQ(names_after_all(), "xxHHbaaaa");
+}
+
+TEST_F(IoQueueOrderTest, ACallerKeepsTheTurnOfAnOperationCanceledBefore) {
+  start_with_all_slots_taken(1);
+  as_another_caller([&] {
+    submit('c', 1);
+    submit('a', 1);
+  });
+  as_another_caller([&] { submit('b', 1); });
+  EXPECT_TRUE(queue_->cancel(tickets_[1]));
+  tickets_.erase(tickets_.begin() + 1);
+  EXPECT_EQ(names_after_all(), "xab");
+}
+
+TEST_F(IoQueueOrderTest, CallersTakeTurnsWithinEachPriority) {
+  start(1);
+  submit('x', 1, kNow, 6);
+  wait_until_held(1);
+  submit_each(2, 'w', kWriteBack, 7);
+  submit_each(2, 'W', kWriteBack, 8);
+  submit_each(2, 'p', kPrefetch, 7);
+  submit_each(2, 'P', kPrefetch, 8);
+  submit_each(2, 'n', kNow, 7);
+  submit_each(2, 'N', kNow, 8);
+  EXPECT_EQ(names_after_all(), "xnNnNpPpPwWwW");
+}
+
+TEST_F(IoQueueOrderTest, CallersShareWhatLessUrgentOperationsLeave) {
+  start_with_all_slots_taken(1);
+  as_another_caller([&] { submit_each(20, 'n'); });
+  as_another_caller([&] {
+    submit_each(20, 'N');
+    submit_each(2, 'p', kPrefetch);
+  });
+  EXPECT_EQ(names_after_all(), "x" + repeat(7, "nN") + "np" + repeat(7, "Nn") +
+                                   "Np" + repeat(5, "nN"));
+}
+
+TEST_F(IoQueueOrderTest, MoreCallersThanLinesAreAllServed) {
+  constexpr std::size_t kLines = 64;
+  constexpr std::size_t kCallers = 3 * kLines + 5;
+  start_with_all_slots_taken(1);
+  for (std::uint64_t i = 0; i < kCallers; ++i) {
+    as_another_caller([&] { submit_each(2, 'x' + 1 + i); });
+  }
+  script_->release_all();
+  for (const Ticket& ticket : tickets_) ticket.wait();
+  std::map<std::uint64_t, std::size_t> served;
+  for (const IoRequest& request : script_->log()) {
+    const std::size_t turns = ++served[request.offset >> 32];
+    // Nobody has a second one before all lines had their first.
+    EXPECT_TRUE(turns == 1 || served.size() > kLines);
+  }
+  EXPECT_EQ(served.erase('x'), 1u);
+  EXPECT_EQ(served.size(), kCallers);
+  for (const auto& [name, turns] : served) EXPECT_EQ(turns, 2u) << name;
+}
+
+TEST_F(IoQueueOrderTest, AnOperationCanBeSubmittedOnTheTurnOfAnotherCaller) {
+  start(1);
+  submit('x', 1, kNow, 7);
+  wait_until_held(1);
+  as_another_caller([&] { submit_each(2, 'a', kNow, 8); });
+  as_another_caller([&] { submit_each(2, 'b', kNow, 8); });
+  submit('c', 1, kNow, 9);
+  EXPECT_EQ(names_after_all(), "xacabb");
+}
+
+TEST_F(IoQueueOrderTest, EachThreadIsACallerOfItsOwn) {
+  const std::uint64_t ours = this_caller();
+  EXPECT_NE(ours, 0u);
+  EXPECT_EQ(this_caller(), ours);
+  as_another_caller([&] { EXPECT_NE(this_caller(), ours); });
 }
 
 TEST_F(IoQueueOrderTest, APriorityThatDoesNotExistIsRefused) {

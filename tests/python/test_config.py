@@ -259,7 +259,7 @@ def test_warning_points_at_the_caller(tmp_path):
 def test_other_sections_are_not_judged():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        torch_ext.get_aio_config({"zero_optimization": {"aio": 5}, 3: 4, "queue_depth": -1})
+        torch_ext.get_aio_config({"zero_optimization": {"aio": 5}, 3: 4, "queue": -1})
 
 
 @pytest.mark.parametrize("key", [1, None, b"queue_depth", ("a",)], ids=str)

@@ -51,11 +51,12 @@ def test_an_unknown_key_beside_a_knob_is_named(given):
 
 
 def test_a_section_goes_before_knobs_beside_it(given):
+    ignored = ["queue_depth is not in the aio section and is ignored"]
     assert warnings_of(given({"queue_depth": -1, "aio": {"queue_depth": 4}})) == (
         AioConfig(queue_depth=4),
-        [],
+        ignored,
     )
-    assert warnings_of(given({"aio": None, "queue_depth": -1})) == (AioConfig(), [])
+    assert warnings_of(given({"aio": None, "queue_depth": -1})) == (AioConfig(), ignored)
 
 
 def test_keys_that_mean_nothing_give_one_warning_in_the_same_words(given):
@@ -71,9 +72,12 @@ def test_keys_that_mean_nothing_give_one_warning_in_the_same_words(given):
 
 
 def test_a_deepspeed_configuration_is_read_by_its_section_alone(given):
+    with pytest.warns(UserWarning, match="^queue_depth is not in the aio section") as caught:
+        assert get_aio_config(given({"queue_depth": -1}))["queue_depth"] == 8
+    assert [w.filename for w in caught] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert get_aio_config(given({"queue_depth": -1}))["queue_depth"] == 8
+        assert get_aio_config(given({"zero_optimization": {}, "queue": 1}))["queue_depth"] == 8
 
 
 def test_a_config_can_be_made_with_keywords_that_are_checked():

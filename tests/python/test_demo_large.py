@@ -43,6 +43,15 @@ def test_demo_trains_under_a_limit_that_ends_the_run_in_memory(nvme_dir):
     assert [entry.name for entry in nvme_dir.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize(("arguments", "times"), [([], 2), (["--overlap-backward=update"], 3)])
+def test_masters_and_moments_are_larger_than_the_limit(tmp_path, monkeypatch, arguments, times):
+    monkeypatch.setattr(demo_large, "describe", lambda path: {"free_bytes": 1 << 40})
+    place = [f"--output={tmp_path}", f"--nvme-path={tmp_path}"]
+    task = demo_large.make_job(demo_large.make_parser().parse_args([*arguments, *place]))
+    assert task["parameters"] >= 0.5e9
+    assert 12 * task["parameters"] >= times * task["limit"]
+
+
 @pytest.mark.parametrize("kind", ["auto", "rlimit"])
 def test_process_that_takes_more_than_its_limit_ends(kind):
     ends = []

@@ -54,6 +54,35 @@ def test_a_rate_that_begins_at_zero_hides_nothing(make):
             make(Trusting, lr=rate, momentum=0.9)
 
 
+class Bounded(torch.optim.SGD):
+    """Looks at a whole parameter, if that is larger than a bound."""
+
+    def __init__(self, params, max_norm, **options):
+        super().__init__(params, **options)
+        self.param_groups[0].setdefault("max_norm", max_norm)
+        self.defaults["max_norm"] = max_norm
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad.mul_((group["max_norm"] / p.grad.norm()).clamp(max=1))
+        super().step(closure)
+
+
+def test_a_number_that_makes_a_class_look_at_a_whole_parameter_is_tried_again(make):
+    params = parameters(100)
+    optimizer = make(Bounded, params, max_norm=1e3, momentum=0.9)
+    set_gradients(params, seed=1)
+    optimizer.step()
+    optimizer.param_groups[0].update(lr=0.5, momentum=0.8)  # As schedules do.
+    optimizer.step()
+    before = [p.detach().clone() for p in params]
+    optimizer.param_groups[0]["max_norm"] = 1.0
+    with pytest.raises(ValueError, match="Bounded is not elementwise"):
+        optimizer.step()
+    assert equal(before, params)
+
+
 class Half(torch.optim.Optimizer):
     """Keeps something else for each piece than for the whole."""
 

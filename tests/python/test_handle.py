@@ -334,7 +334,6 @@ def test_locked_tensors_are_known_until_they_are_freed(handle):
     assert x.shape == (1000,)
     assert x.dtype == torch.bfloat16
     assert x.data_ptr() % 4096 == 0
-    x.zero_()
     for known in (handle, pin_handle()):
         assert known.is_pinned(x)
         assert known.is_pinned(x[10:20].view(2, 5))
@@ -356,6 +355,8 @@ def test_locked_tensors_are_known_until_they_are_freed(handle):
         )
     with pytest.raises(ValueError, match="-1"):
         handle.new_cpu_locked_tensor(-1, torch.zeros(0))
+    with pytest.raises(TypeError, match="dtype from a tensor.*not from torch.float32"):
+        handle.new_cpu_locked_tensor(10, torch.float32)
 
 
 def test_a_locked_tensor_freed_in_flight_is_still_written(strict, nvme_dir):

@@ -66,6 +66,9 @@ class Files:
     def notes(self):
         return []
 
+    def drop_deleted(self):
+        pass
+
     def close(self):
         for ticket in self.tickets:
             ticket.end_at_last()
@@ -249,6 +252,24 @@ def test_wait_takes_what_was_pending_when_it_was_called(make, files):
     assert waiter.join() == 1
     files.tickets[1].end()
     assert handle.wait() == 1
+
+
+def test_starting_an_operation_looks_at_no_other(make, files, monkeypatch):
+    compared = []
+
+    def equal(operation, other):
+        compared.append(operation)
+        return operation is other
+
+    monkeypatch.setattr("torch_ext._operations.Operation.__eq__", equal)
+    handle = make()
+    errors = [OSError(errno.EIO, str(number)) for number in range(100)]
+    for error in errors:
+        handle.async_pwrite(X, "x")
+        files.tickets[-1].end(error)
+    assert not compared
+    assert handle.wait() == -1
+    assert list(map(repr, handle.errors)) == list(map(repr, errors))
 
 
 def test_two_waits_end_in_their_own_time_and_report_once(make, files):

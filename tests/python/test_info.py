@@ -286,10 +286,17 @@ def test_file_system_reads_mount_points_with_odd_characters(monkeypatch):
     assert command._file_system("/my") == ("ext4", "/dev/a")
 
 
-def report_of(*, direct=True, libaio="", io_uring="", cuda=None, devices=("cpu",)):
+def report_of(
+    *, direct=True, in_memory=False, libaio="", io_uring="", cuda=None, devices=("cpu",)
+):
     return {
         "compiled_module": {"path": "_C.so", "reason": ""},
-        "directory": {"direct": direct, "buffered_reason": "" if direct else "no O_DIRECT"},
+        "directory": {
+            "direct": direct,
+            "buffered_reason": "" if direct else "no O_DIRECT",
+            "in_memory": in_memory,
+            "file_system": "tmpfs" if in_memory else "ext4",
+        },
         "engines": [
             {"name": "libaio", "available": not libaio, "reason": libaio},
             {"name": "io_uring", "available": not io_uring, "reason": io_uring},
@@ -305,6 +312,7 @@ def report_of(*, direct=True, libaio="", io_uring="", cuda=None, devices=("cpu",
     [
         (report_of(), None),
         (report_of(direct=False), "buffered I/O.*no O_DIRECT"),
+        (report_of(in_memory=True), "nothing leaves host memory: tmpfs"),
         (report_of(libaio="aio-max-nr"), None),
         (report_of(io_uring="seccomp"), None),
         (

@@ -245,6 +245,11 @@ def test_a_parameter_put_in_place_of_another_is_named_with_the_way_out(make):
     assert optimizer.state[ours[0]]["step"] == 2
 
 
+def test_a_directory_in_memory_is_warned_of(small_disk, caplog):
+    OffloadedAdamW(parameters(10), nvme_path=small_disk, host_memory=SMALL).close()
+    assert f"{small_disk}/[scratch] is on a file system in memory" in caplog.text
+
+
 def test_a_full_disk_refuses_new_state_and_keeps_the_old(small_disk):
     pair = Pair(parameters(60_000, 100_000), small_disk, engine="threads")
     pair.step(0, [0])

@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from torch_ext import OffloadedAdamW
+from torch_ext._local import first_element
 
 LR = 1e-2
 
@@ -199,6 +200,55 @@ def halves_differ(directory, steps):
 def test_bfloat16_shards_have_masters_bit_for_bit(ranks, nvme_dir, world, steps):
     results = ranks[world].run(halves_differ, nvme_dir, steps)
     assert results == [(True, True, True)] * world
+
+
+def rounded_stochastically(directory, state_format, dtype, distribute):
+    """The state and the parameter of five steps, whole."""
+    whole = torch.randn(512, 256, generator=torch.Generator().manual_seed(3)).to(dtype)
+    parameter = torch.nn.Parameter(distribute(whole))
+    optimizer = OffloadedAdamW(
+        [parameter], lr=LR, nvme_path=directory, host_memory=SMALL, state_format=state_format
+    )
+    for seed in range(5):
+        gradient = torch.randn(512, 256, generator=torch.Generator().manual_seed(seed))
+        parameter.grad = distribute(gradient.to(dtype))
+        optimizer.step()
+    entry = optimizer.state_dict()["state"][0]
+    tensors = [parameter.detach(), entry["exp_avg"], entry["exp_avg_sq"]]
+    return [t.full_tensor() if isinstance(t, DTensor) else t for t in tensors]
+
+
+def rounded_in_shards(directory, state_format, dtype):
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    return rounded_stochastically(
+        directory, state_format, dtype, lambda t: distribute_tensor(t, mesh, [Shard(0)])
+    )
+
+
+@pytest.mark.parametrize("state_format", ["bf16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rounding_does_not_depend_on_the_number_of_ranks(ranks, nvme_dir, state_format, dtype):
+    alone = rounded_stochastically(nvme_dir, state_format, dtype, lambda t: t)
+    for world in (2, 4):
+        for shards in ranks[world].run(rounded_in_shards, nvme_dir, state_format, dtype):
+            assert equal(shards, alone)
+
+
+def first_elements(shape, mesh_shape, placements):
+    mesh = init_device_mesh("cpu", mesh_shape)
+    return first_element(distribute_tensor(torch.zeros(shape), mesh, placements))
+
+
+def test_the_place_of_a_shard_is_that_of_its_first_element(ranks):
+    def places(*args):
+        return ranks[4].run(first_elements, *args)
+
+    assert places((10, 3), (4,), [Shard(0)]) == [0, 9, 18, 27]
+    assert places((3,), (4,), [Shard(0)]) == [0, 1, 2, 3]
+    assert places((8, 3), (2, 2), [Replicate(), Shard(0)]) == [0, 12, 0, 12]
+    assert places((8, 3), (2, 2), [Shard(0), Shard(0)]) == [0, 6, 12, 18]
+    # Columns lie apart from one another: no two ranks share the numbers of a row.
+    assert places((2, 8), (4,), [Shard(1)]) == [n << 32 for n in (0, 2, 4, 6)]
 
 
 def go_on_alike(source, a, target, b):

@@ -1,10 +1,15 @@
 """The host memory that a step takes, by the process's own account."""
 
+import re
 import subprocess
 import sys
 import textwrap
 
 import pytest
+import torch
+
+from torch_ext import OffloadedAdamW
+from torch_ext.config import parse_size
 
 MIB = 2**20
 
@@ -70,3 +75,36 @@ def test_a_step_takes_no_more_than_host_memory(nvme_dir, dtype, elements, budget
         assert peak <= budget
         assert grown <= budget * 1.05 + 16 * MIB
         assert grown > budget / 2  # Else the measurement is wrong.
+
+
+@pytest.mark.parametrize("state_format", ["exact", "bf16", "int8"])
+@pytest.mark.parametrize(
+    "sizes", [[100], [4000] * 500, [2048 * 2048, 2048] * 6, [30_000_000, 70_000_001]], ids=len
+)
+@pytest.mark.parametrize("budget", ["240KiB", "1MiB", "64MiB"])
+def test_with_the_memory_that_the_plan_names_nothing_is_moved(
+    nvme_dir, sizes, budget, state_format
+):
+    parameters = [torch.zeros(n, dtype=torch.bfloat16, requires_grad=True) for n in sizes]
+
+    def plan_with(host_memory):
+        options = {"nvme_path": nvme_dir, "state_format": state_format}
+        with OffloadedAdamW(parameters, host_memory=host_memory, **options) as optimizer:
+            return optimizer.plan()
+
+    plan = plan_with(budget)
+    enough = plan.host_memory_for_all
+    for more in (1, 1.001, 1.01, 1.1, 1.5):
+        assert plan_with(max(int(enough * more), 240 << 10)).step_bytes == 0
+    assert enough <= 1.1 * plan.state_bytes + (2 << 20)
+    if plan.step_bytes:
+        said = re.search("with host_memory='(.*)' nothing would be moved", str(plan))[1]
+        assert enough <= parse_size(said)
+        assert plan_with(said).step_bytes == 0
+
+
+def test_more_host_memory_than_can_be_mapped_is_an_error_that_names_it(nvme_dir):
+    with pytest.raises(OSError, match="host_memory is too large"):
+        OffloadedAdamW(
+            [torch.zeros(1, requires_grad=True)], nvme_path=nvme_dir, host_memory=1 << 48
+        )

@@ -193,6 +193,23 @@ def test_what_changes_gradients_after_backward_counts(sim, nvme_dir, change, dty
         assert same(cpu, device)
 
 
+def test_a_loop_that_accumulates_clips_scales_and_skips_works_unchanged(sim, nvme_dir):
+    (cpu, a), (device, b) = pair(nvme_dir)
+    for step in range(8):
+        for parameters, optimizer in ((cpu, a), (device, b)):
+            with optimizer.accumulate():
+                backward(parameters, 100 + step)
+            backward(parameters, step)
+            for p in parameters:
+                p.grad.div_(4.0)  # As a GradScaler unscales.
+            torch.nn.utils.clip_grad_norm_(parameters, 0.5 if step % 3 else 1e9)
+            if step != 5:  # As it skips what has overflowed.
+                optimizer.step()
+            optimizer.zero_grad()
+    assert same(cpu, device)
+    assert b.stats()["steps"] == 7
+
+
 def test_a_step_that_is_skipped_or_repeated_uses_no_old_copy(sim, nvme_dir):
     (cpu, a), (device, b) = pair(nvme_dir)
     for parameters, optimizer in ((cpu, a), (device, b)):

@@ -269,7 +269,7 @@ BAD_STATES = {
     "sparse": (lambda s: bad(s, exp_avg=torch.zeros(100).to_sparse()), "sparse_coo"),
     "no dict": (lambda s: {**s, "state": {0: 5}}, "must be a dict, not int"),
     "number": (lambda s: 3, "a state_dict must be a dict.*not int"),
-    "no state": (lambda s: {"param_groups": s["param_groups"]}, "no 'state'"),
+    "no state": (lambda s: {"param_groups": s["param_groups"]}, "'state'.*are .'param_groups"),
     "no groups": (lambda s: {"state": s["state"]}, "no 'param_groups'"),
     "no params": (lambda s: {**s, "param_groups": [{"lr": 1.0}]}, r"param_groups\[0\] has no"),
     "amsgrad": (lambda s: with_group(s, amsgrad=True), "amsgrad"),

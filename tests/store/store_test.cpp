@@ -330,6 +330,27 @@ TEST_F(StoreTest, WithoutKernelSlotsAndIoUringTheThreadsEngineIsUsed) {
   }
 }
 
+TEST_F(StoreTest, SaysThatAFileSystemInMemorySavesNone) {
+  for (const char* kind : {"tmpfs", "ramfs"}) {
+    test::expect_well_in_child([this, kind]() -> std::string {
+      if (!test::own_mounts() ||
+          mount("none", dir_.path().c_str(), kind, 0, "") != 0) {
+        return test::skip("may not mount");
+      }
+      const Store store(options());
+      for (const std::string& note : store.notes()) {
+        if (note.find("stays in host memory") != std::string::npos) return "";
+      }
+      return std::string("no note on ") + kind;
+    });
+  }
+  const Store store(options());
+  if (File::scratch(dir_.path()).in_memory()) GTEST_SKIP() << "a tmpfs";
+  for (const std::string& note : store.notes()) {
+    EXPECT_EQ(note.find("host memory"), std::string::npos) << note;
+  }
+}
+
 TEST_F(StoreTest, OnFilesWithoutDirectIoTheThreadsEngineIsUsed) {
   test::expect_well_in_child([this]() -> std::string {
     if (!test::refuse_syscall(SYS_openat, EINVAL, 2, O_DIRECT)) {

@@ -3,8 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <chrono>
+#include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <random>
 #include <set>
@@ -35,7 +36,10 @@ FilePlace draw(std::mt19937_64& random) {
     place.file = File::Identity{.device = 1, .inode = which == 1 ? 2 : which};
   }
   place.begin = below(100);
-  place.end = place.begin + (below(20) == 0 ? 60 : below(8));
+  const std::uint64_t kind = below(60);
+  place.end = place.begin + (kind == 0  ? std::uint64_t{1} << 40
+                             : kind < 4 ? 60
+                                        : below(9));
   place.write = below(2) == 0;
   return place;
 }
@@ -92,22 +96,52 @@ TEST(FileOrderTest, WhatConflictsComesInTheOrderOfEntering) {
   }
 }
 
-// Pairs of them all would take minutes.
-TEST(FileOrderTest, AHundredThousandRangesOfAFileAreSoonEntered) {
+// Enters so many that pairs of them all would take minutes. None waits for more
+// than `most`, each of which it finds by path and by file.
+void expect_many_soon_entered(
+    std::size_t most, const std::vector<FilePlace>& first,
+    const std::function<FilePlace(std::uint64_t)>& place) {
   FileOrder order;
   std::vector<FileOrder::Entry*> entries;
-  for (std::uint64_t i = 0; i < 100000; ++i) {
-    const auto entered = order.enter({.path = "/file",
-                                      .file = File::Identity{1, 2},
-                                      .begin = i * 4096,
-                                      .end = (i + 1) * 4096,
-                                      .write = true},
-                                     nullptr);
-    ASSERT_FALSE(entered.waits);
-    entries.push_back(entered.entry);
+  std::size_t blockers = 0;
+  const auto enter = [&](FilePlace at) {
+    at.path = "/file";
+    at.file = File::Identity{.device = 1, .inode = 2};
+    entries.push_back(order.enter(at, nullptr).entry);
+    blockers = std::max(blockers, entries.back()->blockers);
+  };
+  for (const FilePlace& at : first) enter(at);
+  for (std::uint64_t i = 0; i < 30000; ++i) enter(place(i));
+  EXPECT_EQ(blockers, 2 * most);
+  for (FileOrder::Entry* entry : entries) {
+    ASSERT_EQ(entry->blockers, 0U);
+    order.leave(entry);
   }
-  for (FileOrder::Entry* entry : entries)
-    EXPECT_TRUE(order.leave(entry).empty());
+}
+
+FilePlace block(std::uint64_t i, bool write) {
+  return {.begin = i * 4096, .end = (i + 1) * 4096, .write = write};
+}
+
+TEST(FileOrderTest, ManyRangesOfAFileAreSoonEntered) {
+  expect_many_soon_entered(0, {}, [](auto i) { return block(i, true); });
+}
+
+TEST(FileOrderTest, ManyRangesBesideAVeryLongOneAreSoonEntered) {
+  for (const bool write : {false, true}) {
+    for (const bool is_long_write : {false, true}) {
+      const FilePlace very_long{.end = std::uint64_t{1} << 40,
+                                .write = is_long_write};
+      expect_many_soon_entered(write || is_long_write ? 1 : 0, {very_long},
+                               [&](auto i) { return block(i, write); });
+    }
+  }
+}
+
+TEST(FileOrderTest, ManyOnTheSameBytesAreSoonEntered) {
+  expect_many_soon_entered(0, {}, [](auto) { return block(1, false); });
+  expect_many_soon_entered(1, {}, [](auto) { return block(1, true); });
+  expect_many_soon_entered(2, {}, [](auto i) { return block(1, i % 2 == 0); });
 }
 
 }  // namespace

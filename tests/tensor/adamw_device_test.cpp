@@ -203,8 +203,11 @@ TEST_F(AdamWDeviceTest, AnUpdateOnAnotherThreadComesAfterItsTargetsEvent) {
           static_cast<std::uint64_t>(parameter.numel()),
           adamw_fields(StateFormat::kExact, MasterFormat::kNone)));
       kernel.add(numbers.back(),
-                 {parameter, OrderedReader(gradient, parameter.strides()),
-                  &hyper, 0, lane, &events.back()});
+                 {.parameter = parameter,
+                  .gradient = OrderedReader(gradient, parameter.strides()),
+                  .hyper = &hyper,
+                  .lane = lane,
+                  .ready = &events.back()});
     }
     std::thread worker([&] { offload.step(numbers, kernel); });
     ASSERT_TRUE(machine().await_copies(4));

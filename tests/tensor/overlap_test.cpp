@@ -6,6 +6,7 @@
 #include <torch/nn/utils/clip_grad.h>
 
 #include <cstddef>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -162,6 +163,47 @@ TEST_F(OverlapTest, AGradientThatAHookChangesLaterIsNotTaken) {
   const auto accumulator = torch::autograd::impl::grad_accumulator(ours[1]);
   accumulator->add_post_hook(std::make_unique<LaterHook>());
   EXPECT_THROW(loss_of(ours).backward(), StateError);
+}
+
+TEST_F(OverlapTest, WhatChangesBetweenBackwardAndStepIsAnErrorOfTheStep) {
+  using Change = std::function<void(OffloadedAdamW&, Tensors&)>;
+  const auto set_lr = [](OffloadedAdamW& optimizer, Tensors&) {
+    optimizer.param_groups()[0].options().set_lr(0.5);
+  };
+  const auto write = [](OffloadedAdamW&, Tensors& weights) {
+    const c10::NoGradGuard no_grad;
+    weights[2].clamp_(-0.01, 0.01);
+  };
+  for (const Change& change : {Change(set_lr), Change(write)}) {
+    Tensors trained = weights();
+    OffloadedAdamW optimizer(trained, OffloadedAdamWOptions(),
+                             offload(OverlapBackward::kUpdate));
+    loss_of(trained).backward();
+    EXPECT_THROW(optimizer.state_dict(), StateError);
+    change(optimizer, trained);
+    EXPECT_THROW(optimizer.step(), StateError);
+    EXPECT_EQ(optimizer.state_dict().size(), trained.size());
+    optimizer.zero_grad();
+    loss_of(trained).backward();
+    optimizer.step();
+    EXPECT_EQ(optimizer.state_dict()[0].state.step, 2u);
+  }
+}
+
+TEST_F(OverlapTest, AStateThatIsLoadedEndsTheStepThatBackwardBegan) {
+  const Tensors trained = weights();
+  OffloadedAdamW optimizer(trained, OffloadedAdamWOptions(),
+                           offload(OverlapBackward::kUpdate));
+  train(trained, optimizer);
+  const auto saved = optimizer.state_dict();
+  optimizer.zero_grad();
+  loss_of(trained).backward();
+  optimizer.load_state_dict(saved);
+  EXPECT_EQ(optimizer.state_dict().size(), trained.size());
+  optimizer.zero_grad();
+  loss_of(trained).backward();
+  optimizer.step();
+  EXPECT_EQ(optimizer.state_dict()[0].state.step, 7u);
 }
 
 TEST_F(OverlapTest, HooksOfAnOptimizerThatIsGoneDoNothing) {

@@ -62,7 +62,8 @@ ParsedAioConfig read_aio_section(const ConfigItems& section);
 
 /// Reads the `aio` section of a whole configuration in JSON (UTF-8, no
 /// comments). No section, or null: the defaults. Text of any length and
-/// nesting: nothing but the section and the top level's scalars is kept.
+/// nesting: nothing but the section and the top level's scalars is kept. A key
+/// of aio_keys() beside the section is ignored, with a warning.
 /// Errors: std::invalid_argument as above, for bad JSON with the byte's
 /// position, for a key of the top level given twice.
 ParsedAioConfig parse_aio_config(std::string_view json);

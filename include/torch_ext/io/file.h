@@ -76,6 +76,17 @@ class File {
   /// Why direct() is false, in one sentence; empty if it is true.
   const std::string& buffered_reason() const noexcept { return reason_; }
 
+  /// What has become of the file under its names.
+  struct Presence {
+    std::uint64_t links = 0;  ///< 0: it has no name any more.
+    std::uint64_t size = 0;   ///< Bytes.
+  };
+  /// Errors: IoError.
+  Presence presence() const;
+
+  /// Whether the file system is one that keeps files in memory: tmpfs, ramfs.
+  bool in_memory() const noexcept;
+
   /// Bytes to which a direct request's memory address must be aligned.
   std::size_t memory_alignment() const noexcept { return memory_alignment_; }
   /// Bytes to which its offset and length must be aligned.

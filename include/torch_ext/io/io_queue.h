@@ -21,6 +21,9 @@ enum class IoPriority {
   kWriteBack,  ///< Not needed again, but to free memory.
 };
 
+/// A number of this thread's own, not 0.
+std::uint64_t this_caller() noexcept;
+
 /// A read or write of any length, cut by the queue into requests of at most
 /// block_size bytes.
 struct IoOperation {
@@ -35,6 +38,8 @@ struct IoOperation {
   /// read; a difference is an EIO. Borrowed like `bytes`.
   std::span<std::uint64_t> checksums = {};
   IoPriority priority = IoPriority::kNow;
+  /// Whose turn it counts for, see IoQueue; 0: the submitting thread's.
+  std::uint64_t caller = 0;
   /// Called once, on an I/O thread or in cancel(), after the last request has
   /// ended, the queue holds `file` no more, and before the ticket is done. Must
   /// not block or throw. Null: well.
@@ -58,9 +63,11 @@ struct IoQueueStats {
 ///
 /// Order: the most urgent priority that waits has the next request; but of any
 /// 16, one is for each less urgent priority that waits. Within a priority,
-/// operations of up to 32 MiB (or queue_depth requests, if that is more) have
-/// all their requests taken in the order of submission; a longer one goes to
-/// the end of the line each time it has had as much.
+/// callers take turns, however much each has submitted. A turn is the first
+/// operation in the caller's line, or 32 MiB of it (or queue_depth requests, if
+/// that is more); what is left of it then goes to the end of that line. A line
+/// is in the order of submission. A caller is a thread, unless the operation
+/// names another; of more than 64 callers, some share a line.
 /// Requests in flight end in any order.
 ///
 /// A short transfer is continued, EINTR, EAGAIN, ENOMEM and ECANCELED are

@@ -19,6 +19,9 @@ struct RoundingNoise {
   std::uint64_t seed = 0;
   std::uint64_t step = 0;
   std::uint32_t parameter = 0;
+  /// Index of the first element in the whole of which the parameter is a
+  /// shard; what it is above a multiple of 64 is ignored.
+  std::uint64_t first = 0;
 };
 
 /// The generator itself: four words for a counter and a key.

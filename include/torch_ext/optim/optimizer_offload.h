@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -55,8 +56,10 @@ struct OptimizerPlan {
   std::uint64_t lane_buffers = 0;  ///< That tiles pass through.
   std::uint64_t resident_tiles = 0;
   std::uint64_t resident_bytes = 0;
-  std::uint64_t step_bytes = 0;           ///< That a step reads and writes.
-  std::uint64_t host_memory_for_all = 0;  ///< With which nothing is.
+  std::uint64_t step_bytes = 0;  ///< That a step reads and writes.
+  /// An object made with this or more would keep all of it in memory. At most
+  /// a tile and 1/1024 above the least.
+  std::uint64_t host_memory_for_all = 0;
 };
 
 /// What a lane did with a tile, in seconds since the last step() began:
@@ -172,9 +175,12 @@ class OptimizerOffload {
   void pin_scratch(const std::shared_ptr<Device>& device);
   void pin_tiles(const std::shared_ptr<Device>& device);
 
+  /// The scratch_bytes that go with a host_memory.
+  using ScratchFor = std::function<std::uint64_t(std::uint64_t host_memory)>;
   /// Of these parameters, whether they have state yet or not, as if all got it
-  /// at once.
-  OptimizerPlan plan(std::span<const std::size_t> parameters) const;
+  /// at once. `scratch_for` is for host_memory_for_all; empty: the same always.
+  OptimizerPlan plan(std::span<const std::size_t> parameters,
+                     const ScratchFor& scratch_for = {}) const;
   OptimizerOffloadStats stats() const;
   /// Of the last step, by start; complete once its writes have ended.
   std::vector<LaneEvent> timeline() const;

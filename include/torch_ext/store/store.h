@@ -77,17 +77,18 @@ class Store {
   /// block_size, the length too unless it reaches the end of padded_size();
   /// the address is a multiple of memory_alignment(). `bytes` is borrowed
   /// until `done` has been called, on an I/O thread: it must not block or
-  /// throw. Errors: std::invalid_argument here; the rest through done and
-  /// ticket.
+  /// throw. `caller`: as of IoOperation. Errors: std::invalid_argument here;
+  /// the rest through done and ticket.
   Ticket write(std::shared_ptr<Extent> extent, std::uint64_t offset,
                std::span<const std::byte> bytes, Done done = {},
-               IoPriority priority = IoPriority::kNow);
+               IoPriority priority = IoPriority::kNow,
+               std::uint64_t caller = 0);
 
   /// Reads what was written there, with the same rules. Bytes that differ
   /// from the checksum kept by write() are an EIO, and are not published.
   Ticket read(std::shared_ptr<Extent> extent, std::uint64_t offset,
               std::span<std::byte> bytes, Done done = {},
-              IoPriority priority = IoPriority::kNow);
+              IoPriority priority = IoPriority::kNow, std::uint64_t caller = 0);
 
   const AioConfig& config() const noexcept;
   /// Bytes to which extents are padded: a multiple of 4096.

@@ -76,6 +76,10 @@ class FileSwapper {
   SwapTicket read(const std::filesystem::path& path, std::uint64_t offset,
                   DeviceBytes destination);
 
+  /// Closes files that are kept open, not in use and deleted meanwhile, whose
+  /// space the disk has not got back yet.
+  void drop_deleted();
+
   FileSwapperStats stats() const;
   /// What a log should hold, e.g. why direct I/O or page-locking is not used.
   std::vector<std::string> notes() const;

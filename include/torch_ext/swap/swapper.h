@@ -32,6 +32,10 @@ struct DeviceBytes {
   /// Whatever keeps `data` valid; dropped by the owner's threads only, in
   /// the Swapper's next call, a ticket's wait or close().
   std::shared_ptr<void> keep_alive = nullptr;
+  /// While it lives, `data` stays where it is. Dropped by any thread as soon as
+  /// nothing uses `data` any more, before anybody hears of it; of a swap_out
+  /// with wait_source().
+  std::shared_ptr<void> fixed = nullptr;
   /// swap_in only: called once, by a thread of the Swapper, when the last
   /// copy to `data` is queued, before anybody hears of it. What it queues on
   /// the copy stream is part of the operation, what it throws its error.

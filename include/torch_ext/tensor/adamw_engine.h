@@ -70,9 +70,8 @@ class AdamWEngine {
         update_on_(update_on),
         directory_(first_of(options.store.directory)),
         scratch_bytes_(scratch_bytes_for(options.host_memory)),
-        early_bytes_(update_on == UpdateOn::kCpu
-                         ? early_bytes_for(options.host_memory, early_elements)
-                         : 0),
+        early_elements_(update_on == UpdateOn::kCpu ? early_elements : 0),
+        early_bytes_(early_bytes_for(options.host_memory, early_elements_)),
         offload_(with_scratch(options, scratch_bytes_ + early_bytes_)) {
     adamw::check_update_on(update_on, format);
   }
@@ -88,12 +87,18 @@ class AdamWEngine {
   AdamWEngine(const AdamWEngine&) = delete;
   AdamWEngine& operator=(const AdamWEngine&) = delete;
 
-  /// Checks a parameter and gives it a slot; takes no space yet.
-  std::size_t add(const at::Tensor& parameter) {
+  /// Checks a parameter and gives it a slot; takes no space yet. `first`: where
+  /// it begins in the whole of which it is a shard, for RoundingNoise.
+  std::size_t add(const at::Tensor& parameter, std::uint64_t first = 0) {
     adamw::check_parameter(parameter);
     adamw::check_place(parameter, update_on_);
-    slots_.emplace_back();
+    slots_.emplace_back().first = first;
     return slots_.size() - 1;
+  }
+
+  /// Takes back the slots from this one on, which nothing was done with.
+  void remove_from(std::size_t slot) {
+    if (slot < slots_.size()) slots_.resize(slot);
   }
 
   /// A step of the parameters in the groups.
@@ -204,7 +209,8 @@ class AdamWEngine {
     std::vector<OptimizerOffload::ParameterStep> steps;
     for (const auto& [parameter, state] : saved) {
       const std::size_t number = number_of(parameter, /*anew=*/true);
-      loader.add(number, parameter.tensor, ordinal_of(parameter), state);
+      loader.add(number, parameter.tensor, ordinal_of(parameter),
+                 slots_[parameter.slot].first, state);
       steps.push_back({number, state.step});
     }
     offload_.write_state(steps, loader);
@@ -215,7 +221,10 @@ class AdamWEngine {
   /// How these parameters' state is going to be kept.
   OptimizerPlan plan(const std::vector<Parameter>& parameters) {
     for (const Parameter& parameter : parameters) check(parameter);
-    return offload_.plan(numbers_of(parameters));
+    return offload_.plan(numbers_of(parameters), [this](std::uint64_t budget) {
+      return scratch_bytes_for(budget) +
+             early_bytes_for(budget, early_elements_);
+    });
   }
 
   bool has_state(std::size_t slot) const {
@@ -254,6 +263,7 @@ class AdamWEngine {
     std::vector<std::int64_t> sizes;
     std::vector<std::int64_t> strides;
     c10::ScalarType dtype = at::kFloat;
+    std::uint64_t first = 0;  ///< In the whole, of a shard.
   };
 
   /// A step whose gradients come one by one.
@@ -292,6 +302,7 @@ class AdamWEngine {
         .gradient = OrderedReader(trained.gradient, tensor.strides()),
         .hyper = &hyper,
         .ordinal = ordinal_of(trained.parameter),
+        .first = slots_.at(trained.parameter.slot).first,
         .lane = lane_of(tensor)};
     if (target.lane != nullptr) target.ready = &target.lane->ready();
     return target;
@@ -475,6 +486,7 @@ class AdamWEngine {
   const UpdateOn update_on_;
   const std::filesystem::path directory_;
   const std::uint64_t scratch_bytes_;
+  const std::uint64_t early_elements_;
   const std::uint64_t early_bytes_;
   std::unique_ptr<OpenStep> open_;  // Outlives offload_, whose thread uses it.
   OptimizerOffload offload_;

@@ -49,13 +49,15 @@ class AdamWKernel final : public UpdateKernel {
     at::Tensor parameter;
     OrderedReader gradient;
     const AdamWHyper* hyper = nullptr;
-    std::uint32_t ordinal = 0;  ///< For RoundingNoise.
+    std::uint32_t ordinal = 0;  ///< These two are for RoundingNoise.
+    std::uint64_t first = 0;
     /// Of the device that both are on; null for the CPU.
     DeviceLane* lane = nullptr;
     /// After it the gradient and the parameter are what they shall be; lives
     /// as long as the target does.
     const c10::Event* ready = nullptr;
-    std::shared_ptr<const c10::Event> own_ready;  ///< `ready`, if not a lane's.
+    /// `ready`, if it is not the lane's.
+    std::shared_ptr<const c10::Event> own_ready = {};
     std::uint64_t left = 0;  ///< Elements that are not updated yet.
     /// Where the gradient is on the host, as dtype_on_host(), once the lane has
     /// done what it was queued before; null if it has not been copied yet.
@@ -390,7 +392,7 @@ class AdamWKernel final : public UpdateKernel {
       run.master = adopted(part, here);
     }
     update_adamw(format_, run, coefficients(*part.target.hyper, segment.step),
-                 {seed_, segment.step, part.target.ordinal});
+                 {seed_, segment.step, part.target.ordinal, part.target.first});
     if (kind == MasterFormat::kFloat) {
       convert(here.mutable_data_ptr(), at::kHalf, run.master, at::kFloat,
               run.count);

@@ -158,12 +158,14 @@ class AdamWLoader final : public UpdateKernel {
       : format_(format), seed_(seed), make_scratch_(std::move(make_scratch)) {}
 
   void add(std::size_t number, const at::Tensor& parameter,
-           std::uint32_t ordinal, const AdamWState& state) {
+           std::uint32_t ordinal, std::uint64_t first_element,
+           const AdamWState& state) {
     const at::IntArrayRef strides = parameter.strides();
     Source source{{OrderedReader(state.exp_avg, strides),
                    OrderedReader(state.exp_avg_sq, strides), OrderedReader()},
                   master_format(parameter.scalar_type()),
-                  ordinal};
+                  ordinal,
+                  first_element};
     if (source.master != MasterFormat::kNone) {
       const bool own = state.master.defined();
       source.readers[AdamWFields::kMaster] =
@@ -188,6 +190,7 @@ class AdamWLoader final : public UpdateKernel {
     std::array<OrderedReader, 3> readers;
     MasterFormat master = MasterFormat::kNone;
     std::uint32_t ordinal = 0;
+    std::uint64_t first_element = 0;
   };
 
   void fill(const StateSegment& segment, std::size_t field,
@@ -210,9 +213,10 @@ class AdamWLoader final : public UpdateKernel {
         split_master(values, nullptr,
                      segment.field<std::uint16_t>(field) + done, count);
       } else {
-        pack_moment(format_, field, values,
-                    moment_at(segment, format_, field, done), first, count,
-                    {seed_, segment.step, source.ordinal});
+        pack_moment(
+            format_, field, values, moment_at(segment, format_, field, done),
+            first, count,
+            {seed_, segment.step, source.ordinal, source.first_element});
       }
     }
   }

@@ -22,6 +22,33 @@
 
 namespace torch_ext {
 
+/// Events of one device, made when none is free. Threads: any.
+class EventPool {
+ public:
+  /// Comes back when it is let go of.
+  static std::shared_ptr<c10::Event> take(
+      const std::shared_ptr<EventPool>& pool, c10::DeviceType type) {
+    std::unique_ptr<c10::Event> event;
+    {
+      const std::lock_guard lock(pool->mutex_);
+      if (!pool->free_.empty()) {
+        event = std::move(pool->free_.back());
+        pool->free_.pop_back();
+      }
+    }
+    if (event == nullptr) event = std::make_unique<c10::Event>(type);
+    return {event.release(), [pool](c10::Event* used) {
+              std::unique_ptr<c10::Event> owned(used);
+              const std::lock_guard lock(pool->mutex_);
+              pool->free_.push_back(std::move(owned));
+            }};
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<c10::Event>> free_;
+};
+
 /// A device's copy stream as an optimizer uses it, and the events that it
 /// takes, made once. Only enter() and leave() look at the calling thread's
 /// current stream.
@@ -49,7 +76,7 @@ class DeviceLane {
 
   /// An event of its own after what the thread has queued so far.
   std::shared_ptr<const c10::Event> now() const {
-    auto event = std::make_shared<c10::Event>(stream_.device_type());
+    auto event = EventPool::take(events_, stream_.device_type());
     event->record(device_->stream(Device::Stream::kCurrent));
     return event;
   }
@@ -116,6 +143,7 @@ class DeviceLane {
 
   const std::shared_ptr<C10Device> device_;
   const c10::Stream stream_;
+  const std::shared_ptr<EventPool> events_ = std::make_shared<EventPool>();
   c10::Event ready_;  ///< On the caller's stream.
   c10::Event done_;   ///< On this one, after all that was queued.
   std::array<c10::Event, kSlots> here_;

@@ -56,7 +56,10 @@ enum class OverlapBackward {
   /// are freed: any use of a gradient after backward() is an error. Every
   /// backward pass of a step but the last has an AccumulateGuard around it.
   /// Not with hooks that change gradients later, as
-  /// DistributedDataParallel's: backward() throws StateError.
+  /// DistributedDataParallel's: backward() throws StateError. Between
+  /// backward() and the end of step() parameters are being updated: they and
+  /// the groups' options are not to be changed, and not to be read. Gradients
+  /// are zeroed with zero_grad() to none, as is its default.
   kUpdate,
 };
 
@@ -133,7 +136,9 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   /// Updates the parameters that have a gradient; returns what the closure,
   /// if given, returned. The last tiles of the state may still be on their
   /// way to the drive. Errors: IoError, now or of an earlier call's writes;
-  /// TypeError, std::invalid_argument, StateError before anything has changed.
+  /// TypeError, std::invalid_argument, StateError before anything has changed;
+  /// with kUpdate StateError, after the step, if options or parameters were
+  /// changed since backward, which had taken their gradients.
   at::Tensor step(LossClosure closure = nullptr) override {
     at::Tensor loss;
     if (closure != nullptr) {
@@ -162,11 +167,16 @@ class OffloadedAdamW : public torch::optim::Optimizer {
     for (const auto& group : groups) {
       for (const auto& trained : group.trained) take(group.hyper, trained);
     }
+    const std::string complaint = complaint_about(groups);
     const auto taken = std::exchange(taken_, {});
     engine_.finish();
-    for (const AdamWEngine::Parameter& parameter : taken) show(parameter);
+    for (const Taken& each : taken) show(each.parameter);
+    if (!complaint.empty()) throw StateError(complaint);
     return loss;
   }
+
+  /// The norm that the last step() with max_grad_norm found; undefined before.
+  const at::Tensor& grad_norm() const { return grad_norm_; }
 
   /// Around every backward pass of a step but the last, with kUpdate: leaves
   /// gradients where they are, to be added to. Must not outlive the optimizer.
@@ -194,6 +204,12 @@ class OffloadedAdamW : public torch::optim::Optimizer {
 
   /// Of the parameters that have state. Errors: IoError.
   std::vector<ParameterState> state_dict() {
+    if (!taken_.empty()) {
+      throw StateError(
+          "OffloadedAdamW: state_dict() between backward() and step(), with "
+          "kUpdate: call step() first, which ends the step that backward "
+          "began");
+    }
     add_new_parameters();
     const std::vector<AdamWEngine::Parameter> all = entries();
     std::vector<AdamWEngine::Parameter> stepped;
@@ -228,6 +244,7 @@ class OffloadedAdamW : public torch::optim::Optimizer {
       saved.push_back({all[state.parameter], state.state});
     }
     engine_.load(saved);
+    taken_.clear();
     state_.clear();
     for (const auto& entry : saved) show(entry.parameter);
   }
@@ -254,6 +271,16 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   }
 
  private:
+  struct Place {
+    std::size_t slot;
+    std::size_t group;
+  };
+  struct Taken {
+    AdamWEngine::Parameter parameter;
+    AdamWHyper hyper;
+    std::int64_t version;  ///< Of the tensor, then.
+  };
+
   static constexpr const char* kNoArchive =
       "OffloadedAdamW has no archive format: save the tensors of state_dict()";
 
@@ -264,11 +291,11 @@ class OffloadedAdamW : public torch::optim::Optimizer {
 
   // The base class's add_param_group is not virtual: new ones are found here.
   void add_new_parameters() {
-    for (const auto& group : param_groups_) {
-      for (const at::Tensor& parameter : group.params()) {
+    for (std::size_t i = 0; i < param_groups_.size(); ++i) {
+      for (const at::Tensor& parameter : param_groups_[i].params()) {
         const void* key = parameter.unsafeGetTensorImpl();
-        if (slots_.contains(key)) continue;
-        slots_.emplace(key, engine_.add(parameter));
+        if (places_.contains(key)) continue;
+        places_.emplace(key, Place{engine_.add(parameter), i});
         if (on_gradient_ != nullptr && parameter.is_leaf() &&
             parameter.requires_grad()) {
           GradientHook::add(parameter, on_gradient_);
@@ -286,19 +313,13 @@ class OffloadedAdamW : public torch::optim::Optimizer {
     if (!takes_ && changes) return;
     if (changes) throw StateError(kChangesLater);
     if (takes_ && taken_.empty()) make_room();
-    for (const auto& group : param_groups_) {
-      for (const at::Tensor& known : group.params()) {
-        if (known.unsafeGetTensorImpl() != parameter.unsafeGetTensorImpl()) {
-          continue;
-        }
-        const AdamWEngine::Trained trained{entry_of(known), known.grad()};
-        if (takes_) {
-          take(hyper_of(group), trained);
-        } else {
-          engine_.prefetch(trained);
-        }
-        return;
-      }
+    const auto place = places_.find(parameter.unsafeGetTensorImpl());
+    if (place == places_.end()) return;
+    const AdamWEngine::Trained trained{entry_of(parameter), parameter.grad()};
+    if (takes_) {
+      take(hyper_of(param_groups_.at(place->second.group)), trained);
+    } else {
+      engine_.prefetch(trained);
     }
   }
 
@@ -337,8 +358,31 @@ class OffloadedAdamW : public torch::optim::Optimizer {
 
   void take(const AdamWHyper& hyper, const AdamWEngine::Trained& trained) {
     engine_.take(hyper, trained);
-    taken_.push_back(trained.parameter);
+    taken_.push_back(
+        {trained.parameter, hyper, version_of(trained.parameter.tensor)});
     mark_as_taken(trained.parameter.tensor);
+  }
+
+  static std::int64_t version_of(const at::Tensor& tensor) {
+    // Updates on a device count as writes, too.
+    return tensor.is_cpu() && !tensor.is_inference() ? tensor._version() : 0;
+  }
+
+  /// What the caller has changed of what was taken; `groups` as they are now.
+  std::string complaint_about(
+      const std::vector<AdamWEngine::Group>& groups) const {
+    for (const auto& [parameter, hyper, version] : taken_) {
+      const Place& place = places_.at(parameter.tensor.unsafeGetTensorImpl());
+      const char* what = nullptr;
+      if (!(hyper == groups.at(place.group).hyper)) what = "options";
+      if (version != version_of(parameter.tensor)) what = "a parameter";
+      if (what == nullptr) continue;
+      return std::string("OffloadedAdamW: ") + what + " of group " +
+             std::to_string(place.group) +
+             " changed between backward() and step(). With kUpdate the update "
+             "is made in between: change it after step()";
+    }
+    return {};
   }
 
   // As torch::nn::utils::clip_grad_norm_, whose header includes all of ATen.
@@ -352,17 +396,18 @@ class OffloadedAdamW : public torch::optim::Optimizer {
       norms.back() = norms.back().to(norms.front().device());
     }
     if (gradients.empty()) return;
-    const at::Tensor norm = at::linalg_vector_norm(at::stack(norms), 2);
-    const at::Tensor factor = at::scalar_tensor(*max_grad_norm_, norm.options())
-                                  .div(norm.add(1e-6))
-                                  .clamp_max(1);
+    grad_norm_ = at::linalg_vector_norm(at::stack(norms), 2);
+    const at::Tensor factor =
+        at::scalar_tensor(*max_grad_norm_, grad_norm_.options())
+            .div(grad_norm_.add(1e-6))
+            .clamp_max(1);
     for (const at::Tensor& gradient : gradients) {
       gradient.mul_(factor.to(gradient.device()));
     }
   }
 
   AdamWEngine::Parameter entry_of(const at::Tensor& parameter) const {
-    return {slots_.at(parameter.unsafeGetTensorImpl()), parameter};
+    return {places_.at(parameter.unsafeGetTensorImpl()).slot, parameter};
   }
 
   std::vector<AdamWEngine::Parameter> entries() const {
@@ -411,13 +456,14 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   }
 
   AdamWEngine engine_;
-  std::unordered_map<const void*, std::size_t> slots_;
+  std::unordered_map<const void*, Place> places_;
   const std::optional<double> max_grad_norm_;
   const bool takes_;  // Gradients during backward: with kUpdate.
   std::shared_ptr<const GradientHook::Function>
       on_gradient_;  // If hooks have work.
   std::mutex gradients_mutex_;
-  std::vector<AdamWEngine::Parameter> taken_;
+  std::vector<Taken> taken_;
+  at::Tensor grad_norm_;
   std::size_t accumulating_ = 0;
 };
 

@@ -19,19 +19,26 @@
 #include "torch_ext/swap/swapper.h"
 #include "torch_ext/tensor/c10_device.h"
 #include "torch_ext/tensor/dense_tensor.h"
+#include "torch_ext/tensor/memory_in_flight.h"
 #include "torch_ext/tensor/tensor_check.h"
 
 namespace torch_ext {
 
 /// Tensors as the bytes that a Swapper or FileSwapper moves, and the devices
-/// that they are on. Outlives what it is given to. Threads: any.
+/// that they are on. While their memory is used its storage cannot be resized,
+/// and what is being read into may be given to no other operation: an
+/// std::invalid_argument. Outlives what it is given to. Threads: any.
 class TensorBytes {
  public:
   /// The elements of any dense strided tensor, packed.
   /// Errors: TypeError, std::invalid_argument; see check_has_plain_memory().
   DeviceBytes source(const at::Tensor& tensor, const std::string& operation) {
     check_has_plain_memory(tensor, operation);
-    if (is_packed(tensor)) return of(tensor, Direction::kOut);
+    if (is_packed(tensor)) {
+      DeviceBytes bytes = of(tensor, Direction::kOut);
+      bytes.fixed = in_flight_.source(tensor, operation);
+      return bytes;
+    }
     const c10::NoGradGuard no_grad;
     return of(tensor.detach().resolve_conj().resolve_neg().contiguous(),
               Direction::kOut);
@@ -42,7 +49,13 @@ class TensorBytes {
   /// check_is_destination().
   DeviceBytes destination(const at::Tensor& tensor,
                           const std::string& operation) {
-    if (is_packed(tensor)) return of(tensor, Direction::kIn);
+    std::shared_ptr<void> fixed =
+        in_flight_.destination(tensor, is_packed(tensor), operation);
+    if (is_packed(tensor)) {
+      DeviceBytes bytes = of(tensor, Direction::kIn);
+      bytes.fixed = std::move(fixed);
+      return bytes;
+    }
     const c10::NoGradGuard no_grad;
     const at::Tensor plain = tensor.detach();
     const at::Tensor packed = at::empty(
@@ -56,6 +69,7 @@ class TensorBytes {
       unpack(pair->first, pair->second, on);
     };
     bytes.keep_alive = std::move(kept);
+    bytes.fixed = std::move(fixed);
     return bytes;
   }
 
@@ -109,6 +123,7 @@ class TensorBytes {
     }
   };
 
+  MemoryInFlight in_flight_;
   std::mutex mutex_;
   std::map<Less::Key, std::shared_ptr<Device>, Less> devices_;
 };

@@ -60,6 +60,8 @@ class TensorFileSwapper {
         tensor);
   }
 
+  /// See FileSwapper::drop_deleted.
+  void drop_deleted() { swapper_.drop_deleted(); }
   FileSwapperStats stats() const { return swapper_.stats(); }
   std::vector<std::string> notes() const { return swapper_.notes(); }
   /// See FileSwapper::close.
