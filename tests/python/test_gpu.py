@@ -182,6 +182,30 @@ def test_an_update_on_the_cpu_is_that_of_parameters_on_the_cpu(nvme_dir, state_f
         assert torch.equal(here, there.cpu())
 
 
+@pytest.mark.parametrize("overlap", ["prefetch", "update"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_overlap_changes_the_result(nvme_dir, overlap, dtype):
+    from torch_ext import OffloadedAdamW
+
+    sizes = [(700, 800), (300_001,), (7,)]
+    trained = []
+    for mode in (False, overlap):
+        torch.manual_seed(0)
+        parameters = [torch.randn(n, device="cuda").to(dtype).requires_grad_() for n in sizes]
+        optimizer = OffloadedAdamW(
+            parameters, nvme_path=nvme_dir, host_memory="8MiB", overlap_backward=mode
+        )
+        for _ in range(5):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                gradients = [torch.randn_like(p) for p in parameters]
+                long_kernel()  # Backward is late.
+                torch.autograd.backward(parameters, gradients)
+                optimizer.step()
+                optimizer.zero_grad()
+        trained.append([p.detach().cpu() for p in parameters])
+    assert all(torch.equal(p, q) for p, q in zip(*trained, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_update_on_cuda_keeps_the_masters_of_halves(nvme_dir, dtype):
     from torch_ext import OffloadedAdamW

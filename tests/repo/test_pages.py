@@ -23,3 +23,13 @@ def test_links_into_the_tree_lead_somewhere(page):
     text = (tree.ROOT / page).read_text()
     for target in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", text):
         assert (tree.ROOT / page.parent / target).exists(), target
+
+
+def test_figures_of_the_readme_are_those_of_the_benchmarks():
+    figures = (tree.ROOT / "README.md").read_text().split("## Figures")[1].split("\n## ")[0]
+    measured = (tree.ROOT / "benchmarks/README.md").read_text()
+    measured = measured.split("<!-- figures -->")[1].split("<!-- /figures -->")[0]
+    numbers = re.findall(r"\d+\.\d+", figures)
+    assert numbers
+    missing = set(numbers) - set(re.findall(r"\d+\.\d+", measured))
+    assert not missing
