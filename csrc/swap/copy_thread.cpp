@@ -365,7 +365,8 @@ void CopyThread::io_ended(Chunk* chunk) {
 }
 
 void CopyThread::stage(SwapOperation& operation, EventPtr last_copy) {
-  if (operation.out()) operation.bytes.fixed.reset();
+  // From here on the streams see to the order, and the owner waits for them.
+  operation.bytes.fixed.reset();
   operation.last_copy = std::move(last_copy);
   operation.is_staged = true;
   operation.staged.finish();

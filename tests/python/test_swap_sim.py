@@ -118,6 +118,19 @@ def test_work_queued_after_wait_sees_what_swap_in_brings(sim, swapper):
     assert is_all(out, 9.0)
 
 
+def test_after_wait_the_destination_may_be_used_again_though_its_copy_is_late(sim, swapper):
+    for key in ("a", "b"):
+        swapper.swap_out(key, filled(ord(key))).wait()
+    out = filled(1)
+    sim.settle()
+    sim.hold_copies()
+    swapper.swap_in("a", out=out).wait(timeout=60)
+    second = swapper.swap_in("b", out=out)
+    sim.release_copies()
+    second.wait(timeout=60)
+    assert is_all(out, ord("b"))
+
+
 def test_wait_joins_the_stream_that_is_current_then(sim, swapper):
     swapper.swap_out("x", filled(7)).wait()
     sim.hold_copies()

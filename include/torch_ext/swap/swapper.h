@@ -33,8 +33,8 @@ struct DeviceBytes {
   /// the Swapper's next call, a ticket's wait or close().
   std::shared_ptr<void> keep_alive = nullptr;
   /// While it lives, `data` stays where it is. Dropped by any thread as soon as
-  /// nothing uses `data` any more, before anybody hears of it; of a swap_out
-  /// with wait_source().
+  /// the last copy from or to `data` is queued, or nothing uses it any more,
+  /// before anybody hears of it.
   std::shared_ptr<void> fixed = nullptr;
   /// swap_in only: called once, by a thread of the Swapper, when the last
   /// copy to `data` is queued, before anybody hears of it. What it queues on
