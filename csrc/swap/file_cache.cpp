@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
+#include <thread>
 #include <utility>
 
 #include "torch_ext/base/error.h"
@@ -21,7 +23,7 @@ bool is_shortage(const IoError& error) {
 FileCache::Lease FileCache::open(const std::string& path,
                                  const Request& request) {
   if (std::optional<Lease> kept = find(path, request)) {
-    if (*kept && request.buffered) open_buffered(**kept);
+    if (*kept && request.buffered && !open_buffered(**kept, request)) return {};
     return *kept;
   }
   return add(path, request, [&] { return File::open(path, request.mode); });
@@ -62,24 +64,49 @@ std::optional<FileCache::Lease> FileCache::find(const std::string& path,
   return file;
 }
 
-void FileCache::open_buffered(const File& file) {
-  for (;;) {
+bool FileCache::open_buffered(const File& file, const Request& request) {
+  for (int times = 0;;) {
     try {
       file.buffered_fd();
-      return;
+      return true;
     } catch (const IoError& error) {
-      std::list<Entry> closed;
-      std::lock_guard lock(mutex_);
-      if (!is_shortage(error) || !close_idle(closed)) throw;
+      if (!is_shortage(error)) throw;
+      const Remedy remedy = remedy_for(request, &file, ++times);
+      if (remedy == Remedy::kNone) throw;
+      if (remedy == Remedy::kEndOfAnother) return false;
     }
   }
+}
+
+/// What helps whoever has met a shortage, with `own` in use, for the n-th time.
+FileCache::Remedy FileCache::remedy_for(const Request& request, const File* own,
+                                        int times) {
+  constexpr int kMostTimes = 100;
+  {
+    std::list<Entry> closed;  // After the lock.
+    std::lock_guard lock(mutex_);
+    if (close_idle(closed)) return Remedy::kTryAgain;
+    const bool others =
+        std::any_of(kept_.begin(), kept_.end(), [own](const Entry& entry) {
+          return entry.file.get() != own && entry.in_use();
+        });
+    // Who does not wait leaves it to the one that does.
+    if (others || !request.waits) {
+      awaited_ |= request.waits;
+      return Remedy::kEndOfAnother;
+    }
+  }
+  // Other threads may be about to open or to close, here or elsewhere.
+  if (times >= kMostTimes) return Remedy::kNone;
+  std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  return Remedy::kTryAgain;
 }
 
 template <typename Open>
 FileCache::Lease FileCache::add(const std::string& path, const Request& request,
                                 Open open_file) {
   const int wanted = descriptors_of(request.buffered);
-  for (;;) {
+  for (int times = 0;;) {
     // Closed after the lock: closing may take long.
     std::list<Entry> closed;
     {
@@ -101,14 +128,15 @@ FileCache::Lease FileCache::add(const std::string& path, const Request& request,
       if (request.waits) awaited_ = false;
       return file;
     } catch (const IoError& error) {
-      std::lock_guard lock(mutex_);
-      opening_ -= wanted;
-      if (request.waits) awaited_ = false;
+      {
+        std::lock_guard lock(mutex_);
+        opening_ -= wanted;
+        if (request.waits) awaited_ = false;
+      }
       if (!is_shortage(error)) throw;
-      if (close_idle(closed)) continue;
-      if (kept_.empty()) throw;
-      awaited_ |= request.waits;
-      return {};
+      const Remedy remedy = remedy_for(request, nullptr, ++times);
+      if (remedy == Remedy::kNone) throw;
+      if (remedy == Remedy::kEndOfAnother) return {};
     } catch (...) {
       std::lock_guard lock(mutex_);
       opening_ -= wanted;

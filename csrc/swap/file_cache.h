@@ -34,7 +34,8 @@ class FileCache {
   /// The file that has this absolute path now; made for kWrite if there is
   /// none. Empty while operations use all descriptors that there may be, here
   /// or by the process's limit: to be called again when one has ended.
-  /// Errors: those of File::open.
+  /// Errors: those of File::open; that there is no descriptor left, and none
+  /// in use here that may become free, only to whoever waits.
   Lease open(const std::string& path, const Request& request);
 
   /// The file behind a descriptor of the caller's, never kept. Otherwise as
@@ -66,7 +67,9 @@ class FileCache {
   template <typename Open>
   Lease add(const std::string& path, const Request& request, Open open_file);
   std::optional<Lease> find(const std::string& path, const Request& request);
-  void open_buffered(const File& file);
+  bool open_buffered(const File& file, const Request& request);
+  enum class Remedy { kNone, kTryAgain, kEndOfAnother };
+  Remedy remedy_for(const Request& request, const File* own, int times);
   bool make_room(int wanted, std::list<Entry>& closed);
   bool close_idle(std::list<Entry>& closed);
 
