@@ -278,7 +278,7 @@ OptimizerPlan OptimizerOffload::plan(std::span<const std::size_t> parameters,
       describe(impl_->plan, impl_->lay_out(parameters, impl_->plan.tile_bytes),
                impl_->host_memory, impl_->scratch_bytes, impl_->granule);
   plan.host_memory_for_all = budget_for_all(
-      impl_->granule, impl_->wanted_tile_bytes,
+      plan.state_bytes, impl_->granule, impl_->wanted_tile_bytes,
       [&](std::uint64_t budget) {
         return scratch_for ? scratch_for(budget) : impl_->scratch_bytes;
       },

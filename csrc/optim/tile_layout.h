@@ -156,9 +156,10 @@ class TileLayout {
 
 /// The least host_memory that keeps everything in memory, but for 1/1024 and a
 /// tile: tiles change in size and number between one budget and the next.
-/// `tiles_for(tile_bytes)`: how many there would be.
+/// `tiles_for(tile_bytes)`: how many there would be, of `state_bytes` in all.
 template <typename ScratchFor, typename TilesFor>
-std::uint64_t budget_for_all(std::uint64_t granule, std::uint64_t tile_bytes,
+std::uint64_t budget_for_all(std::uint64_t state_bytes, std::uint64_t granule,
+                             std::uint64_t tile_bytes,
                              const ScratchFor& scratch_for,
                              const TilesFor& tiles_for) {
   constexpr std::uint64_t kPage = 4096;
@@ -172,7 +173,7 @@ std::uint64_t budget_for_all(std::uint64_t granule, std::uint64_t tile_bytes,
     }
     return tiles_for(plan.tile_bytes) < plan.buffers;
   };
-  std::uint64_t enough = kPage;
+  std::uint64_t enough = align_up(state_bytes + 1, kPage);
   while (!holds(enough)) enough *= 2;
   std::uint64_t less = enough / 2;
   while (enough - less > std::max(kPage, enough / 1024)) {

@@ -382,23 +382,23 @@ void CopyThread::release(Chunk* chunk) {
 
 void CopyThread::finish_if_done(const OperationPtr& operation) {
   if (operation->finished || !operation->all_started() ||
-      operation->open_chunks > 0 || settle(operation)) {
+      operation->open_chunks > 0 || start_sync(operation)) {
     return;
   }
   finish(operation);
 }
 
-// Whether there was something to start after the last byte of a write.
-bool CopyThread::settle(const OperationPtr& operation) {
-  if (!operation->out() || operation->settled || operation->error != nullptr) {
+// After the last byte of a write; false if there is nothing to sync.
+bool CopyThread::start_sync(const OperationPtr& operation) {
+  if (!operation->out() || operation->synced || operation->error != nullptr) {
     return false;
   }
-  operation->settled = true;
+  operation->synced = true;
   try {
     auto chunk = std::make_unique<Chunk>();
     chunk->operation = operation;
     ++operation->open_chunks;
-    if (operation->target->settle(end_of(chunk.get()))) {
+    if (operation->target->sync(*operation, end_of(chunk.get()))) {
       static_cast<void>(chunk.release());  // Until it has been called.
       return true;
     }

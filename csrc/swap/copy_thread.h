@@ -64,7 +64,7 @@ class CopyThread {
   bool prepare(SwapOperation& operation);
   void queue_copy(Chunk* chunk);
   void queue_io(Chunk* chunk);
-  bool settle(const OperationPtr& operation);
+  bool start_sync(const OperationPtr& operation);
   SwapTarget::Done end_of(Chunk* chunk);
   void arrive(SwapOperation& operation);
   void io_ended(Chunk* chunk);

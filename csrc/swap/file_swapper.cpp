@@ -156,10 +156,12 @@ class FileRange final : public SwapTarget {
 
   // What the page cache has taken may still fail on its way to the drive, and
   // only a sync hears of it.
-  bool settle(Done done) override {
+  bool sync(const SwapOperation& operation, Done done) override {
     if (!through_cache_) return false;
     queue_->submit({.op = IoRequest::Op::kSync,
                     .file = file_,
+                    .priority = operation.priority,
+                    .caller = operation.caller,
                     .on_done = std::move(done)});
     return true;
   }

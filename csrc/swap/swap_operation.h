@@ -74,7 +74,7 @@ class SwapOperation {
   bool joined = false;           ///< The copy stream waits for `start`.
   bool is_staged = false;
   bool has_arrived = false;  ///< on_arrival was called.
-  bool settled = false;
+  bool synced = false;       ///< As far as the target asks for it.
   bool finished = false;
   std::exception_ptr error;
 

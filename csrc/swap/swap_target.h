@@ -54,9 +54,12 @@ class SwapTarget {
   /// What host buffers are shared in multiples of.
   virtual std::size_t granule() const = 0;
 
-  /// All of a write has been moved: starts what is left to be done before it
-  /// has ended; false: nothing. `done` as below. Errors: what is known at once.
-  virtual bool settle(Done /*done*/) { return false; }
+  /// All of a write has been moved: starts a sync of what would not be on the
+  /// drive else, before it ends; false: there is none. `done` as below. Errors:
+  /// what is known at once.
+  virtual bool sync(const SwapOperation& /*operation*/, Done /*done*/) {
+    return false;
+  }
   /// Throws if what was written is not where it was meant to be.
   virtual void check_written() const {}
 

@@ -26,8 +26,13 @@ State& state() {
   return only;
 }
 
-thread_local int capture_mode = 0;  // Global, as in the real one.
-thread_local int last_error = 0;
+// In the static TLS block: where a library opened at run time gets a block of
+// its own, LeakSanitizer guesses that block's size from what lies before it and
+// now and then ends the process on a wrong guess.
+#define STATIC_TLS [[gnu::tls_model("initial-exec")]] thread_local
+
+STATIC_TLS int capture_mode = 0;  // Global, as in the real one.
+STATIC_TLS int last_error = 0;
 
 int finish(int error) {
   if (error != 0) last_error = error;

@@ -89,12 +89,20 @@ class IoQueueOrderTest : public test::IoQueueTest {
     std::thread(call).join();
   }
 
-  /// A caller has all slots until the test has submitted the rest.
-  void start_with_all_slots_taken(int queue_depth) {
+  /// A caller has so many slots until the test has submitted the rest.
+  void start_with_slots_taken(int queue_depth, std::size_t slots) {
     start(queue_depth);
-    const auto slots = static_cast<std::size_t>(queue_depth);
     as_another_caller([&] { submit('x', slots); });
     wait_until_held(slots);
+  }
+  void start_with_all_slots_taken(int queue_depth) {
+    start_with_slots_taken(queue_depth, static_cast<std::size_t>(queue_depth));
+  }
+
+  /// Of the operation with that place in the order of submission.
+  void cancel(std::size_t operation) {
+    EXPECT_TRUE(queue_->cancel(tickets_.at(operation)));
+    tickets_.erase(tickets_.begin() + static_cast<std::ptrdiff_t>(operation));
   }
 
   void release_and_wait_for_next(std::size_t request) {
@@ -218,8 +226,7 @@ TEST_F(IoQueueOrderTest, ATurnIsNotCutShortByACanceledOne) {
   wait_until_held(4);  // Two requests into its turn.
   submit('a', 6);
   submit('b', 1);
-  EXPECT_TRUE(queue_->cancel(tickets_[1]));
-  tickets_.erase(tickets_.begin() + 1);
+  cancel(1);
   EXPECT_EQ(names_after_all(), "xxHHaaaabaa");
 }
 
@@ -299,9 +306,7 @@ TEST_F(IoQueueOrderTest, ALongOperationGoesToTheEndOfItsCallersLine) {
 }
 
 TEST_F(IoQueueOrderTest, ATurnIsNotCutShortByAnotherCaller) {
-  start(4);
-  as_another_caller([&] { submit('x', 2); });
-  wait_until_held(2);
+  start_with_slots_taken(4, 2);
   as_another_caller([&] { submit('H', 8); });
   wait_until_held(4);  // Two requests into its turn.
   as_another_caller([&] { submit('b', 1); });
@@ -309,32 +314,26 @@ TEST_F(IoQueueOrderTest, ATurnIsNotCutShortByAnotherCaller) {
 }
 
 TEST_F(IoQueueOrderTest, ATurnIsNotCutShortByACanceledOperationBehindIt) {
-  start(4);
-  as_another_caller([&] { submit('x', 2); });
-  wait_until_held(2);
+  start_with_slots_taken(4, 2);
   as_another_caller([&] {
     submit('H', 8);
     wait_until_held(4);  // Two requests into its turn.
     submit('c', 1);
   });
   as_another_caller([&] { submit('b', 1); });
-  EXPECT_TRUE(queue_->cancel(tickets_[2]));
-  tickets_.erase(tickets_.begin() + 2);
+  cancel(2);
   EXPECT_EQ(names_after_all(), "xxHHHHbHHHH");
 }
 
 TEST_F(IoQueueOrderTest, ACanceledTurnIsNotContinuedByItsCaller) {
-  start(4);
-  as_another_caller([&] { submit('x', 2); });
-  wait_until_held(2);
+  start_with_slots_taken(4, 2);
   as_another_caller([&] {
     submit('H', 8);
     wait_until_held(4);  // Two requests into its turn.
     submit('a', 4);
   });
   as_another_caller([&] { submit('b', 1); });
-  EXPECT_TRUE(queue_->cancel(tickets_[1]));
-  tickets_.erase(tickets_.begin() + 1);
+  cancel(1);
   EXPECT_EQ(names_after_all(), "xxHHbaaaa");
 }
 
@@ -345,8 +344,7 @@ TEST_F(IoQueueOrderTest, ACallerKeepsTheTurnOfAnOperationCanceledBefore) {
     submit('a', 1);
   });
   as_another_caller([&] { submit('b', 1); });
-  EXPECT_TRUE(queue_->cancel(tickets_[1]));
-  tickets_.erase(tickets_.begin() + 1);
+  cancel(1);
   EXPECT_EQ(names_after_all(), "xab");
 }
 

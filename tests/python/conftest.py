@@ -79,6 +79,24 @@ def sim(sim_machine):
 
 
 @pytest.fixture
+def handle():
+    """An ``aio_handle`` that returns -1 where something fails."""
+    from torch_ext import aio_handle
+
+    with aio_handle() as handle:
+        yield handle
+
+
+@pytest.fixture
+def strict():
+    """An ``aio_handle`` that raises."""
+    from torch_ext import aio_handle
+
+    with aio_handle(strict=True) as handle:
+        yield handle
+
+
+@pytest.fixture
 def nvme_dir():
     """An empty directory on a disk, or in ``TORCH_EXT_TEST_DIR``."""
     parent = os.environ.get("TORCH_EXT_TEST_DIR") or "/var/tmp"

@@ -18,18 +18,6 @@ from torch_ext import aio_handle, gds_handle
 from torch_ext.handle import pin_handle
 
 
-@pytest.fixture
-def handle():
-    with aio_handle() as handle:
-        yield handle
-
-
-@pytest.fixture
-def strict():
-    with aio_handle(strict=True) as handle:
-        yield handle
-
-
 def test_names_and_defaults_are_deepspeeds(handle):
     assert handle.get_block_size() == 1048576
     assert handle.get_queue_depth() == 128

@@ -7,20 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from torch_ext import aio_handle
-
-
-@pytest.fixture
-def handle():
-    with aio_handle() as handle:
-        yield handle
-
-
-@pytest.fixture
-def strict():
-    with aio_handle(strict=True) as handle:
-        yield handle
-
 
 def written(handle):
     """Returns when all operations have ended, of which wait() knows nothing."""

@@ -6,19 +6,7 @@ import subprocess
 import pytest
 import torch
 
-from torch_ext import TensorSwapper, aio_handle
-
-
-@pytest.fixture
-def handle():
-    with aio_handle() as handle:
-        yield handle
-
-
-@pytest.fixture
-def strict():
-    with aio_handle(strict=True) as handle:
-        yield handle
+from torch_ext import TensorSwapper
 
 
 @pytest.fixture
@@ -42,19 +30,38 @@ def test_storages_cannot_be_resized_while_they_are_used(strict, nvme_dir, offset
     assert x.untyped_storage().nbytes() == 0
 
 
-def test_what_is_being_read_into_is_given_to_no_other_operation(strict, nvme_dir):
+def test_what_one_operation_writes_is_given_to_no_other(strict, nvme_dir):
     x, other = torch.ones(1 << 24), torch.zeros(100)
     names = [str(nvme_dir / name) for name in "xyz"]
     strict.sync_pwrite(x, names[0])
     for start in (strict.async_pread, strict.async_pwrite):
         strict.async_pread(x, names[0])
-        with pytest.raises(ValueError, match="destination of an operation that has not ended"):
+        with pytest.raises(ValueError, match="used by an operation that has not ended"):
             start(x[100:200], names[1])
         strict.async_pwrite(other, names[2])
         assert strict.wait() == 2
-        strict.async_pwrite(x, names[0])
-        strict.async_pwrite(x, names[1])
-        assert strict.wait() == 2
+    # Many may read it, and then none may write it.
+    for part in (x, x[10:], x[:500], x):
+        strict.async_pwrite(part, names[1])
+    with pytest.raises(ValueError, match="used by an operation that has not ended"):
+        strict.async_pread(x[:1], names[0])
+    assert strict.wait() == 4
+    assert strict.sync_pread(x, names[0]) == 1
+
+
+def test_parts_of_a_tensor_may_be_read_into_at_once(strict, nvme_dir):
+    parts = [nvme_dir / str(i) for i in range(64)]
+    x = torch.arange(64 << 14, dtype=torch.int32)
+    expected = x.clone()
+    for _ in range(3):
+        for path, piece in zip(parts, x.chunk(64), strict=True):
+            strict.async_pwrite(piece, str(path))
+        assert strict.wait() == 64
+        x.zero_()
+        for path, piece in zip(reversed(parts), reversed(x.chunk(64)), strict=True):
+            strict.async_pread(piece, str(path))
+        assert strict.wait() == 64
+        assert torch.equal(x, expected)
 
 
 def test_the_space_of_deleted_files_is_free_after_wait(handle, nvme_dir):
@@ -82,7 +89,7 @@ def test_a_storage_may_be_resized_when_its_bytes_are_taken_and_not_before(swappe
     back = swapper.swap_in("x", out=y)
     with pytest.raises(RuntimeError, match="not resizable"):
         y.untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match="destination of an operation that has not ended"):
+    with pytest.raises(ValueError, match="used by an operation that has not ended"):
         swapper.swap_in("x", out=y)
     back.wait()
     assert y.all()

@@ -24,6 +24,15 @@ def make_model(seed=0, dtype=torch.float32):
     return nn.Sequential(*layers).to(dtype)
 
 
+def updating(model, nvme_dir, host_memory=SMALL):
+    return OffloadedAdamW(
+        model.parameters(),
+        nvme_path=nvme_dir,
+        host_memory=host_memory,
+        overlap_backward="update",
+    )
+
+
 def batch(seed, dtype=torch.float32):
     return torch.randn(8, 24, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -86,9 +95,7 @@ def test_no_mode_changes_the_result(nvme_dir, state_format, dtype):
 
 def test_tiles_are_updated_before_step_is_called(nvme_dir):
     model = make_model()
-    optimizer = OffloadedAdamW(
-        model.parameters(), nvme_path=nvme_dir, host_memory="64MiB", overlap_backward="update"
-    )
+    optimizer = updating(model, nvme_dir, host_memory="64MiB")
     train(model, optimizer, 2)
     before = [p.detach().clone() for p in model.parameters()]
     loss_of(model, 7).backward()
@@ -106,9 +113,7 @@ def test_a_taken_gradient_is_freed(nvme_dir):
         parameter.register_post_accumulate_grad_hook(
             lambda p: storages.append(StorageWeakRef(p.grad.untyped_storage()))
         )
-    optimizer = OffloadedAdamW(
-        model.parameters(), nvme_path=nvme_dir, host_memory="64MiB", overlap_backward="update"
-    )
+    optimizer = updating(model, nvme_dir, host_memory="64MiB")
     for step in range(2):  # Also in the first one.
         storages.clear()
         loss_of(model, step).backward()
@@ -145,9 +150,7 @@ def unscale(optimizer):
 )
 def test_any_use_of_a_taken_gradient_raises(nvme_dir, use):
     model = make_model()
-    optimizer = OffloadedAdamW(
-        model.parameters(), nvme_path=nvme_dir, host_memory=SMALL, overlap_backward="update"
-    )
+    optimizer = updating(model, nvme_dir)
     train(model, optimizer, 1)
     loss_of(model, 4).backward()
     with pytest.raises(RuntimeError, match="accumulate|taken|subclass"):
@@ -159,9 +162,7 @@ def test_any_use_of_a_taken_gradient_raises(nvme_dir, use):
 
 def test_gradients_may_also_be_zeroed_in_place(nvme_dir):
     ours, theirs = make_model(), make_model()
-    optimizer = OffloadedAdamW(
-        ours.parameters(), nvme_path=nvme_dir, host_memory=SMALL, overlap_backward="update"
-    )
+    optimizer = updating(ours, nvme_dir)
     other = torch.optim.AdamW(theirs.parameters(), fused=True)
     for step in range(6):
         for model, o in ((ours, optimizer), (theirs, other)):
@@ -186,9 +187,7 @@ def test_a_gradient_in_page_locked_memory_is_left_to_step(nvme_dir, monkeypatch)
 
     for p in ours.parameters():
         p.register_post_accumulate_grad_hook(copy_later)
-    optimizer = OffloadedAdamW(
-        ours.parameters(), nvme_path=nvme_dir, host_memory=SMALL, overlap_backward="update"
-    )
+    optimizer = updating(ours, nvme_dir)
     other = torch.optim.AdamW(theirs.parameters(), fused=True)
     for step in range(3):
         loss_of(ours, step).backward()
@@ -216,9 +215,7 @@ def test_step_keeps_what_an_interrupted_backward_has_left(nvme_dir, caplog):
         if next(ends):
             raise Interrupted
 
-    optimizer = OffloadedAdamW(
-        model.parameters(), nvme_path=nvme_dir, host_memory=SMALL, overlap_backward="update"
-    )
+    optimizer = updating(model, nvme_dir)
     middle.register_post_accumulate_grad_hook(interrupt)
     train(model, optimizer, 1)
     with pytest.raises(Interrupted):
@@ -244,9 +241,7 @@ def test_step_keeps_what_an_interrupted_backward_has_left(nvme_dir, caplog):
 
 def test_a_second_backward_before_step_raises_even_if_gradients_were_zeroed(nvme_dir):
     model = make_model()
-    optimizer = OffloadedAdamW(
-        model.parameters(), nvme_path=nvme_dir, host_memory=SMALL, overlap_backward="update"
-    )
+    optimizer = updating(model, nvme_dir)
     loss_of(model, 4).backward()
     optimizer.zero_grad()
     with pytest.raises(RuntimeError, match="accumulate"):
@@ -255,9 +250,7 @@ def test_a_second_backward_before_step_raises_even_if_gradients_were_zeroed(nvme
 
 def test_changed_options_between_backward_and_step_raise(nvme_dir):
     model = make_model()
-    optimizer = OffloadedAdamW(
-        model.parameters(), nvme_path=nvme_dir, host_memory=SMALL, overlap_backward="update"
-    )
+    optimizer = updating(model, nvme_dir)
     loss_of(model, 4).backward()
     optimizer.param_groups[0]["lr"] = 0.5
     with pytest.raises(RuntimeError, match="options.*between backward"):
@@ -271,9 +264,7 @@ def test_changed_options_between_backward_and_step_raise(nvme_dir):
 
 def test_parameters_changed_between_backward_and_step_raise(nvme_dir):
     model = make_model()
-    optimizer = OffloadedAdamW(
-        model.parameters(), nvme_path=nvme_dir, host_memory=SMALL, overlap_backward="update"
-    )
+    optimizer = updating(model, nvme_dir)
     loss_of(model, 4).backward()
     with torch.no_grad():
         model[4].bias.clamp_(-0.01, 0.01)
@@ -304,9 +295,7 @@ def test_schedules_and_groups_equal_those_of_adamw(nvme_dir):
 
 def test_parameters_without_a_gradient_are_left_alone(nvme_dir):
     ours, theirs = make_model(), make_model()
-    optimizer = OffloadedAdamW(
-        ours.parameters(), nvme_path=nvme_dir, host_memory=SMALL, overlap_backward="update"
-    )
+    optimizer = updating(ours, nvme_dir)
     other = torch.optim.AdamW(theirs.parameters(), fused=True)
     for step in range(8):
         for model, o in ((ours, optimizer), (theirs, other)):
@@ -321,9 +310,7 @@ def test_parameters_without_a_gradient_are_left_alone(nvme_dir):
 
 def test_gradients_set_by_hand_are_taken_by_step(nvme_dir):
     ours, theirs = make_model(), make_model()
-    optimizer = OffloadedAdamW(
-        ours.parameters(), nvme_path=nvme_dir, host_memory=SMALL, overlap_backward="update"
-    )
+    optimizer = updating(ours, nvme_dir)
     other = torch.optim.AdamW(theirs.parameters(), fused=True)
     for step in range(3):
         for model, o in ((ours, optimizer), (theirs, other)):
@@ -335,9 +322,7 @@ def test_gradients_set_by_hand_are_taken_by_step(nvme_dir):
 
 def test_a_closure_may_call_backward(nvme_dir):
     ours, theirs = make_model(), make_model()
-    optimizer = OffloadedAdamW(
-        ours.parameters(), nvme_path=nvme_dir, host_memory=SMALL, overlap_backward="update"
-    )
+    optimizer = updating(ours, nvme_dir)
     other = torch.optim.AdamW(theirs.parameters(), fused=True)
     for step in range(3):
         for model, o in ((ours, optimizer), (theirs, other)):
@@ -396,9 +381,7 @@ def test_clipping_scaling_and_skipping_work_unchanged(nvme_dir):
 
 def test_a_state_may_be_loaded_in_the_middle_of_a_step(nvme_dir):
     model = make_model()
-    optimizer = OffloadedAdamW(
-        model.parameters(), nvme_path=nvme_dir, host_memory=SMALL, overlap_backward="update"
-    )
+    optimizer = updating(model, nvme_dir)
     train(model, optimizer, 2)
     state = optimizer.state_dict()
     loss_of(model, 4).backward()

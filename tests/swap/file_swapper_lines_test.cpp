@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "support/child.h"
-#include "support/swapper_test.h"
+#include "support/file_swapper_test.h"
 #include "torch_ext/base/error.h"
 #include "torch_ext/swap/file_swapper.h"
 
@@ -39,19 +39,8 @@ int open_descriptors_in(const fs::path& directory) {
   return count;
 }
 
-class FileSwapperLinesTest : public test::SwapperTest {
+class FileSwapperLinesTest : public test::FileSwapperTest {
  protected:
-  FileSwapperOptions options() {
-    return {.aio = {.block_size = 64 << 10}, .host_memory = 4 * kMiB};
-  }
-  FileSwapperOptions scripted() {
-    FileSwapperOptions result = options();
-    result.engine_factory = test::faulty_factory("libaio", script_);
-    return result;
-  }
-  fs::path path(const std::string& name) const { return dir_.path() / name; }
-  fs::path path(int number) const { return path(std::to_string(number)); }
-
   // Bytes 1.. of a buffer, which direct I/O cannot take, or all of it.
   static DeviceBytes bytes_of(const AlignedBuffer& memory, bool in_place) {
     return on_host(in_place ? memory.bytes()

@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "support/child.h"
-#include "support/swapper_test.h"
+#include "support/file_swapper_test.h"
 #include "torch_ext/base/error.h"
 
 namespace torch_ext {
@@ -38,18 +38,8 @@ IoFailure failure_of(Call call) {
   return {};
 }
 
-class FileSwapperTest : public test::SwapperTest {
+class FileSwapperTest : public test::FileSwapperTest {
  protected:
-  FileSwapperOptions options() {
-    return {.aio = {.block_size = 64 << 10}, .host_memory = 16 * kMiB};
-  }
-  FileSwapperOptions scripted() {
-    FileSwapperOptions result = options();
-    result.engine_factory = test::faulty_factory("libaio", script_);
-    return result;
-  }
-  fs::path path(const std::string& name) const { return dir_.path() / name; }
-
   static std::string bytes_of(const fs::path& path) {
     std::ifstream file(path, std::ios::binary);
     return {std::istreambuf_iterator<char>(file), {}};

@@ -58,65 +58,101 @@ class StorageLock {
 };
 
 /// The memory of tensors that operations use: it stays where it is, and what
-/// one of them writes no other one reads or writes. Threads: any.
+/// one of them writes no other one reads or writes. Of tensors without gaps;
+/// views with gaps may lie within each other, and are not compared.
+/// Threads: any.
 class MemoryInFlight {
  public:
   /// To be kept while the memory is read, and no longer than the storage.
   /// Errors: std::invalid_argument if an operation writes to it.
   std::shared_ptr<void> source(const at::Tensor& tensor,
                                const std::string& operation) const {
-    {
-      const std::lock_guard lock(written_->mutex);
-      check(begin_of(tensor), end_of(tensor), operation);
-    }
-    return lock_of(tensor);
+    return claim(tensor, 1, operation);
   }
 
-  /// The same while it is written. `packed`: the elements are without gaps;
-  /// views with gaps may lie within each other, and are not compared.
-  std::shared_ptr<void> destination(const at::Tensor& tensor, bool packed,
-                                    const std::string& operation) {
-    std::shared_ptr<void> storage = lock_of(tensor);
-    const std::uintptr_t begin = begin_of(tensor), end = end_of(tensor);
-    if (!packed || begin == end) return storage;
-    const std::lock_guard lock(written_->mutex);
-    check(begin, end, operation);
-    written_->ranges.emplace(begin, end);
-    return {nullptr, [begin, storage, written = written_](void*) {
-              const std::lock_guard at_end(written->mutex);
-              written->ranges.erase(begin);
-            }};
+  /// The same while it is written; also if an operation reads it.
+  std::shared_ptr<void> destination(const at::Tensor& tensor,
+                                    const std::string& operation) const {
+    return claim(tensor, kWriter, operation);
   }
 
- private:
-  struct Ranges {
-    std::mutex mutex;
-    std::map<std::uintptr_t, std::uintptr_t> ranges;  ///< Begin, end.
-  };
-
-  static std::uintptr_t begin_of(const at::Tensor& tensor) {
-    return reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr());
-  }
-  static std::uintptr_t end_of(const at::Tensor& tensor) {
-    return begin_of(tensor) + tensor.nbytes();
-  }
-  static std::shared_ptr<void> lock_of(const at::Tensor& tensor) {
+  /// The same for a tensor with gaps: its storage stays as it is.
+  static std::shared_ptr<void> with_gaps(const at::Tensor& tensor) {
     return std::make_shared<StorageLock>(
         tensor.storage().unsafeGetStorageImpl());
   }
 
-  void check(std::uintptr_t begin, std::uintptr_t end,
-             const std::string& operation) const {
-    const auto next = written_->ranges.lower_bound(end);
-    if (next == written_->ranges.begin() || begin == end) return;
-    if (std::prev(next)->second <= begin) return;
-    throw std::invalid_argument(
-        operation +
-        ": the tensor's memory is the destination of an operation that has "
-        "not ended; wait for it first");
+ private:
+  static constexpr int kWriter = -1;
+
+  /// Who uses which addresses: those from a key up to the next one have so many
+  /// readers, or one writer.
+  class Users {
+   public:
+    /// Whether a writer is there; with `any`, or a reader.
+    bool has(std::uintptr_t begin, std::uintptr_t end, bool any) const {
+      auto each = users_.upper_bound(begin);
+      if (each != users_.begin()) --each;
+      for (; each != users_.end() && each->first < end; ++each) {
+        if (any ? each->second != 0 : each->second == kWriter) return true;
+      }
+      return false;
+    }
+
+    /// Allocates nothing if the ends are those of a range that is in use.
+    void add(std::uintptr_t begin, std::uintptr_t end, int change) {
+      const auto first = key_at(begin);
+      const auto last = key_at(end);
+      for (auto each = first; each != last; ++each) each->second += change;
+      // Keys amid unused addresses are not the ends of anything in use.
+      bool used = first != users_.begin() && std::prev(first)->second != 0;
+      for (auto each = first, stop = std::next(last); each != stop;) {
+        const bool used_before = std::exchange(used, each->second != 0);
+        each = used_before || used ? std::next(each) : users_.erase(each);
+      }
+    }
+
+   private:
+    std::map<std::uintptr_t, int>::iterator key_at(std::uintptr_t address) {
+      const auto next = users_.upper_bound(address);
+      if (next == users_.begin()) return users_.emplace_hint(next, address, 0);
+      const auto before = std::prev(next);
+      if (before->first == address) return before;
+      return users_.emplace_hint(next, address, before->second);
+    }
+
+    std::map<std::uintptr_t, int> users_;
+  };
+  struct Shared {
+    std::mutex mutex;
+    Users users;
+  };
+
+  std::shared_ptr<void> claim(const at::Tensor& tensor, int change,
+                              const std::string& operation) const {
+    std::shared_ptr<void> storage = with_gaps(tensor);
+    const auto begin =
+        reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr());
+    const std::uintptr_t end = begin + tensor.nbytes();
+    if (begin == end) return storage;
+    {
+      const std::lock_guard lock(shared_->mutex);
+      if (shared_->users.has(begin, end, change == kWriter)) {
+        throw std::invalid_argument(
+            operation +
+            ": the tensor's memory is used by an operation that has not ended, "
+            "and one of the two writes it; wait for that one first");
+      }
+      shared_->users.add(begin, end, change);
+    }
+    return {nullptr, [begin, end, change, storage = std::move(storage),
+                      shared = shared_](void*) {
+              const std::lock_guard at_end(shared->mutex);
+              shared->users.add(begin, end, -change);
+            }};
   }
 
-  const std::shared_ptr<Ranges> written_ = std::make_shared<Ranges>();
+  const std::shared_ptr<Shared> shared_ = std::make_shared<Shared>();
 };
 
 }  // namespace torch_ext

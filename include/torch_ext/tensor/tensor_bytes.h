@@ -26,8 +26,9 @@ namespace torch_ext {
 
 /// Tensors as the bytes that a Swapper or FileSwapper moves, and the devices
 /// that they are on. While their memory is used its storage cannot be resized,
-/// and what is being read into may be given to no other operation: an
-/// std::invalid_argument. Outlives what it is given to. Threads: any.
+/// and what one operation writes may be given to no other: an
+/// std::invalid_argument; see MemoryInFlight. Outlives what it is given to.
+/// Threads: any.
 class TensorBytes {
  public:
   /// The elements of any dense strided tensor, packed.
@@ -49,11 +50,9 @@ class TensorBytes {
   /// check_is_destination().
   DeviceBytes destination(const at::Tensor& tensor,
                           const std::string& operation) {
-    std::shared_ptr<void> fixed =
-        in_flight_.destination(tensor, is_packed(tensor), operation);
     if (is_packed(tensor)) {
       DeviceBytes bytes = of(tensor, Direction::kIn);
-      bytes.fixed = std::move(fixed);
+      bytes.fixed = in_flight_.destination(tensor, operation);
       return bytes;
     }
     const c10::NoGradGuard no_grad;
@@ -69,7 +68,7 @@ class TensorBytes {
       unpack(pair->first, pair->second, on);
     };
     bytes.keep_alive = std::move(kept);
-    bytes.fixed = std::move(fixed);
+    bytes.fixed = MemoryInFlight::with_gaps(tensor);
     return bytes;
   }
 
