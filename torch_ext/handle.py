@@ -233,8 +233,9 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         seconds = _C.to_seconds(timeout)
         self._log_notes()
         deadline = None if seconds is None else time.monotonic() + seconds
+        ended = self._pending.take(deadline)
         try:
-            return self._report(*self._pending.take(deadline))
+            return self._report(*ended)
         finally:
             self._files.drop_deleted()
 

@@ -108,7 +108,8 @@ class OffloadedAdamW(OffloadedBase):
             brings them from the GPU until backward ends. Every backward pass of a step
             but the last goes inside ``with optimizer.accumulate():``. Not with
             ``DistributedDataParallel``, which changes gradients later: ``backward()`` raises
-            RuntimeError.
+            RuntimeError. Nor with parameters that are views of one tensor: PyTorch takes the
+            update of one for a change of all, and raises.
         max_grad_norm: ``step()`` clips gradients to this norm first, as
             ``torch.nn.utils.clip_grad_norm_`` does, and leaves the norm in ``grad_norm``.
             "update" then behaves as "prefetch", since it takes all gradients to know it.

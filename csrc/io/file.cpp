@@ -19,17 +19,13 @@
 #include <utility>
 
 #include "file_size_signal.h"
+#include "torch_ext/base/align.h"
 #include "torch_ext/base/error.h"
 #include "torch_ext/io/io_engine.h"
 
 namespace torch_ext {
 namespace {
 
-/// Where direct and buffered I/O may meet: the page cache works in pages.
-std::size_t page_size() {
-  static const auto size = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-  return size;
-}
 /// Suits every device where the kernel does not say what this one needs.
 constexpr std::size_t kSafeAlignment = 4096;
 
@@ -259,10 +255,11 @@ File File::scratch(const std::filesystem::path& directory) {
   return file;
 }
 
-std::optional<File::Identity> File::identify(
-    const std::filesystem::path& path) {
+std::optional<File::Identity> File::identify(const std::filesystem::path& path,
+                                             std::uint64_t* size) {
   struct stat status;
   if (lstat(absolute_path(path).c_str(), &status) != 0) return std::nullopt;
+  if (size != nullptr) *size = static_cast<std::uint64_t>(status.st_size);
   return identity_of(status);
 }
 

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <system_error>
 #include <utility>
 
@@ -19,6 +21,7 @@ using std::chrono::microseconds;
 // A 4 MiB copy over PCIe takes 0.15 ms and more.
 constexpr microseconds kShortestNap{10};
 constexpr microseconds kLongestNap{200};
+constexpr microseconds kStarvedNap{10'000};
 
 // Of so many chunks one is for each less urgent line: the share that the I/O
 // queue gives it too.
@@ -144,8 +147,12 @@ void CopyThread::sleep(bool progress) {
            (stopping_ && unfinished_ == 0);
   };
   awaits_end_ = starved_;
-  if (copying_.empty()) {
+  if (copying_.empty() && !starved_) {
     changed_.wait(lock, called);
+    nap_ = kShortestNap;
+  } else if (copying_.empty()) {
+    // A caller that gives up gives back what it has, and nobody tells.
+    changed_.wait_for(lock, kStarvedNap, called);
     nap_ = kShortestNap;
   } else {
     // Events have no file descriptor to wait on: ask again soon.
@@ -241,7 +248,15 @@ bool CopyThread::start_chunk(const OperationPtr& operation) {
     chunk->host = {data, in_place};
   } else {
     const std::size_t lead = target.lead(chunk->offset);
-    chunk->length = std::min<std::uint64_t>(rest, pool_.buffer_size() - lead);
+    const std::size_t room = align_down(pool_.buffer_size(), target.granule());
+    if (room == 0) {
+      throw std::invalid_argument(
+          "host buffers of " + std::to_string(pool_.buffer_size()) +
+          " bytes are too small for this file system's unit of " +
+          std::to_string(target.granule()) +
+          ": raise block_size, and host_memory if need be");
+    }
+    chunk->length = std::min<std::uint64_t>(rest, room - lead);
     const std::uint64_t padded = target.padded(chunk->length);
     const auto staging = staging_.take(
         align_up(lead + padded, target.granule()),

@@ -36,7 +36,7 @@ FileCache::Lease FileCache::open(int fd, const Request& request) {
 /// The file if it is kept; nothing if it has to be opened.
 std::optional<FileCache::Lease> FileCache::find(const std::string& path,
                                                 const Request& request) {
-  const auto now = File::identify(path);
+  const auto now = request.now ? request.now : File::identify(path);
   std::list<Entry> closed;
   std::lock_guard lock(mutex_);
   if (awaited_ && !request.waits) return Lease();
@@ -189,7 +189,11 @@ bool FileCache::drop_deleted() {
   }
   bool dropped = false;
   for (Entry& entry : idle) {
-    const bool deleted = entry.file->presence().links == 0;
+    bool deleted = true;  // Or cannot be asked, as on a server that is gone.
+    try {
+      deleted = entry.file->presence().links == 0;
+    } catch (const IoError&) {
+    }
     std::list<Entry> closed;
     std::lock_guard lock(mutex_);
     const File* file = entry.file.get();

@@ -29,6 +29,8 @@ class FileCache {
     /// True: an empty answer means that whoever asks waits; until it has got
     /// its file, those who do not wait get none. One may wait at a time.
     bool waits = false;
+    /// What the path leads to, if whoever asks has just seen it.
+    std::optional<File::Identity> now = std::nullopt;
   };
 
   /// The file that has this absolute path now; made for kWrite if there is

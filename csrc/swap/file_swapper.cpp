@@ -5,6 +5,7 @@
 #include <limits>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -13,6 +14,7 @@
 
 #include "file_cache.h"
 #include "file_order.h"
+#include "file_syncs.h"
 #include "swap_core.h"
 #include "swap_operation.h"
 #include "swap_target.h"
@@ -63,11 +65,13 @@ class FileRange final : public SwapTarget {
   /// A path, or a descriptor.
   using Name = std::variant<std::string, int>;
 
-  FileRange(FileCache& cache, QueueSet& queues, FileOrder& order, Name name,
-            std::uint64_t begin, std::uint64_t size)
+  FileRange(FileCache& cache, QueueSet& queues, FileOrder& order,
+            FileSyncs& syncs, Name name, std::uint64_t begin,
+            std::uint64_t size)
       : cache_(cache),
         queues_(queues),
         order_(order),
+        syncs_(syncs),
         name_(std::move(name)),
         begin_(begin),
         size_(size) {}
@@ -82,10 +86,12 @@ class FileRange final : public SwapTarget {
       place_.file = File::identify(*fd);
     } else {
       place_.path = std::get<std::string>(name_);
-      place_.file = File::identify(place_.path);
+      place_.file = File::identify(place_.path, &seen_size_);
     }
     if (order_.busy(place_)) return;
+    if (!place_.path.empty()) seen_ = place_.file;
     prepare(op, false);
+    seen_ = std::nullopt;  // Later it may be another.
     if (file_) place_.file = file_->identity();
   }
 
@@ -144,7 +150,9 @@ class FileRange final : public SwapTarget {
 
   void start(const SwapOperation& operation, std::uint64_t offset,
              std::span<std::byte> bytes, Done done) override {
-    if (!is_direct(offset, bytes)) through_cache_ = true;
+    if (operation.out() && sync_ == nullptr && !is_direct(offset, bytes)) {
+      sync_ = syncs_.begin(file_);
+    }
     queue_->submit({.op = operation.op(),
                     .file = file_,
                     .offset = begin_ + offset,
@@ -157,12 +165,17 @@ class FileRange final : public SwapTarget {
   // What the page cache has taken may still fail on its way to the drive, and
   // only a sync hears of it.
   bool sync(const SwapOperation& operation, Done done) override {
-    if (!through_cache_) return false;
-    queue_->submit({.op = IoRequest::Op::kSync,
-                    .file = file_,
-                    .priority = operation.priority,
-                    .caller = operation.caller,
-                    .on_done = std::move(done)});
+    if (sync_ == nullptr) return false;
+    const auto start = [queue = queue_, file = file_,
+                        priority = operation.priority,
+                        caller = operation.caller](Done synced) {
+      queue->submit({.op = IoRequest::Op::kSync,
+                     .file = file,
+                     .priority = priority,
+                     .caller = caller,
+                     .on_done = std::move(synced)});
+    };
+    sync_->sync(start, std::move(done));
     return true;
   }
 
@@ -192,8 +205,10 @@ class FileRange final : public SwapTarget {
     const FileCache::Request request{
         .mode = write ? File::Mode::kWrite : File::Mode::kRead,
         // Granules are seldom larger than that.
-        .buffered = !is_aligned(begin_, 4096) || !is_aligned(size_, 4096),
-        .waits = waits};
+        .buffered =
+            !is_aligned(begin_, page_size()) || !is_aligned(size_, page_size()),
+        .waits = waits,
+        .now = seen_};
     if (const int* fd = std::get_if<int>(&name_)) {
       return cache_.open(*fd, request);
     }
@@ -211,8 +226,11 @@ class FileRange final : public SwapTarget {
   }
 
   void check_holds(const File& file) const {
+    if (size_ == 0) return;
+    // A file that was too short may have grown since.
+    if (seen_ == file.identity() && begin_ + size_ <= seen_size_) return;
     const std::uint64_t end = file.size();
-    if (size_ == 0 || begin_ + size_ <= end) return;
+    if (begin_ + size_ <= end) return;
     throw IoError({.op = "pread",
                    .path = file.path(),
                    .offset = begin_,
@@ -224,13 +242,17 @@ class FileRange final : public SwapTarget {
   FileCache& cache_;
   QueueSet& queues_;
   FileOrder& order_;
+  FileSyncs& syncs_;
   FilePlace place_;
   FileOrder::Entry* order_entry_ = nullptr;
   const Name name_;
   const std::uint64_t begin_;
   const std::uint64_t size_;
+  std::optional<File::Identity> seen_;  ///< Under the path, just now.
+  std::uint64_t seen_size_ = 0;
   bool grown_ = false;
-  bool through_cache_ = false;  ///< Some of it.
+  /// If some of it goes through the page cache.
+  std::shared_ptr<FileSyncs::Writer> sync_;
   FileCache::Lease file_;
   IoQueue* queue_ = nullptr;
 };
@@ -270,15 +292,20 @@ class FileSwapper::Impl {
     // They live until the file is open, though close() were called meanwhile.
     const auto [cache, queue_set] = opened();
     auto range = std::make_shared<FileRange>(
-        *cache, *queue_set, order, std::move(name), offset, bytes.size);
+        *cache, *queue_set, order, syncs, std::move(name), offset, bytes.size);
     const auto op = kind == SwapOperation::Kind::kOut ? IoRequest::Op::kWrite
                                                       : IoRequest::Op::kRead;
     // What is wrong with the file is this call's error where it can be. Without
     // the lock of the calls, since a file system may not answer.
     range->look(op);
-    const auto lock = core.enter();
+    auto lock = core.try_enter();
+    if (!lock) {
+      // close() may hold it until an operation has got this very descriptor.
+      range->unprepare();
+      lock = core.enter();
+    }
     OperationPtr operation =
-        core.make_operation(kind, text, std::move(bytes), range);
+        core.make_operation(kind, text, std::move(bytes), std::move(range));
     operation->name = operation->out() ? "write" : "read";
     SwapTicket ticket(operation);
     core.start(std::move(operation));
@@ -291,10 +318,11 @@ class FileSwapper::Impl {
   }
 
   FileOrder order;
+  FileSyncs syncs;
   mutable std::mutex mutex;  // Of the two below.
   std::shared_ptr<FileCache> files = std::make_shared<FileCache>();
   std::shared_ptr<QueueSet> queues;
-  SwapCore core;  // Its threads use all three.
+  SwapCore core;  // Its threads use all four.
 };
 
 FileSwapper::FileSwapper(const FileSwapperOptions& options)

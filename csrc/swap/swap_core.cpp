@@ -63,9 +63,20 @@ bool SwapCore::in_own_process() const { return owner_ == process_id(); }
 std::unique_lock<std::mutex> SwapCore::enter() {
   check_process();
   std::unique_lock lock(calls_);
+  check_open();
+  return lock;
+}
+
+std::unique_lock<std::mutex> SwapCore::try_enter() {
+  check_process();
+  std::unique_lock lock(calls_, std::try_to_lock);
+  if (lock) check_open();
+  return lock;
+}
+
+void SwapCore::check_open() {
   if (closed_) throw StateError(std::string("this ") + what_ + " is closed");
   retired_->clear();
-  return lock;
 }
 
 OperationPtr SwapCore::make_operation(

@@ -47,6 +47,8 @@ class SwapCore {
   /// Holds the lock of the calls, whose order is that of the operations.
   /// Errors: StateError (forked, closed).
   [[nodiscard]] std::unique_lock<std::mutex> enter();
+  /// The same if that can be at once; else an empty one.
+  [[nodiscard]] std::unique_lock<std::mutex> try_enter();
 
   /// Records an event on the current stream. Errors: StateError (capture).
   OperationPtr make_operation(SwapOperation::Kind kind, std::string key,
@@ -64,6 +66,7 @@ class SwapCore {
   std::exception_ptr close(const std::function<void()>& release);
 
  private:
+  void check_open();
   Counts counts_locked() const;
   void count(const SwapOperation& operation);
 

@@ -49,6 +49,23 @@ def test_what_one_operation_writes_is_given_to_no_other(strict, nvme_dir):
     assert strict.sync_pread(x, names[0]) == 1
 
 
+def test_tensors_in_shared_memory_are_taken_as_others_are(strict, swapper, nvme_dir):
+    x = torch.arange(1 << 20, dtype=torch.int32).share_memory_()
+    for offset in (0, 1):
+        part = x[offset:]
+        swapper.swap_out("x", part).wait()
+        strict.sync_pwrite(part, str(nvme_dir / "file"))
+        for y in (torch.zeros_like(part), torch.zeros_like(part).share_memory_()):
+            assert torch.equal(swapper.swap_in("x", out=y).result(), part)
+            y.zero_()
+            strict.sync_pread(y, str(nvme_dir / "file"))
+            assert torch.equal(y, part)
+    # And what was not in shared memory may get there afterwards.
+    z = torch.ones(1 << 20)
+    swapper.swap_out("z", z).wait()
+    assert z.share_memory_().is_shared()
+
+
 def test_parts_of_a_tensor_may_be_read_into_at_once(strict, nvme_dir):
     parts = [nvme_dir / str(i) for i in range(64)]
     x = torch.arange(64 << 14, dtype=torch.int32)

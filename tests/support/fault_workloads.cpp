@@ -262,6 +262,11 @@ Outcome run_file_swapper(const WorkloadPlace& place) {
       if (range.seed) call("FileSwapper::read", [&] { read(range); });
     }
   }
+  try {
+    files->drop_deleted();
+  } catch (const IoError& error) {
+    call.expect(false, "FileSwapper::drop_deleted", error.what());
+  }
   call.afterwards("FileSwapper", [&] {
     for (const Range& range : ranges) {
       if (range.seed) read(range);

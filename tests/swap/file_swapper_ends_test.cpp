@@ -132,6 +132,31 @@ TEST_F(FileSwapperEndsTest, WhatGoesThroughThePageCacheIsSyncedBeforeItEnds) {
   }
 }
 
+TEST_F(FileSwapperEndsTest, WhatASyncHearsCountsForAllThatHadBegunToWrite) {
+  // The kernel tells of a lost page once, whosever it was.
+  script_->set_plan(
+      [failed = false](std::size_t, const IoRequest& request) mutable {
+        if (request.op != IoRequest::Op::kSync || failed) return Fault();
+        failed = true;
+        return Fault{.error = EIO, .hold = true};
+      });
+  FileSwapper files(scripted());
+  AlignedBuffer memory(64 << 10);
+  const auto bytes = on_host(memory.bytes(0, 1000));
+  const SwapTicket first = files.write(path("x"), 0, bytes);
+  while (script_->held() == 0) std::this_thread::yield();
+  // Its write ends and it wants a sync, while that of the first runs.
+  const SwapTicket second = files.write(path("x"), 8192, bytes);
+  const SwapTicket elsewhere = files.write(path("y"), 0, bytes);
+  EXPECT_NO_THROW(elsewhere.wait());
+  while (script_->requests() < 5) std::this_thread::yield();
+  EXPECT_FALSE(second.done());
+  script_->release_all();
+  EXPECT_EQ(failure_of(first).error, EIO);
+  EXPECT_EQ(failure_of(second).error, EIO);
+  EXPECT_NO_THROW(files.write(path("x"), 8192, bytes).wait());
+}
+
 TEST_F(FileSwapperEndsTest, ADriveThatFailsIsNoticedWhereThePageCacheTakesAll) {
   expect_well_in_child([this]() -> std::string {
     // A file system on a loop device whose own file cannot grow any more. Its

@@ -190,6 +190,30 @@ TEST_F(OverlapTest, WhatChangesBetweenBackwardAndStepIsAnErrorOfTheStep) {
   }
 }
 
+TEST_F(OverlapTest, GroupsMayChangeBetweenSteps) {
+  std::vector<Tensors> results;
+  for (const auto overlap : {OverlapBackward::kOff, OverlapBackward::kUpdate}) {
+    const Tensors trained = weights();
+    std::vector<torch::optim::OptimizerParamGroup> groups = {
+        torch::optim::OptimizerParamGroup(trained),
+        torch::optim::OptimizerParamGroup(
+            Tensors{}, std::make_unique<OffloadedAdamWOptions>(0.1))};
+    OffloadedAdamW optimizer(groups, OffloadedAdamWOptions(0.01),
+                             offload(overlap));
+    train(trained, optimizer);
+    optimizer.zero_grad();
+    // One is trained with other options from now on, and one no more.
+    Tensors& first = optimizer.param_groups()[0].params();
+    optimizer.param_groups()[1].params().push_back(first[0]);
+    first.erase(first.begin(), first.begin() + 2);
+    const at::Tensor before = trained[1].detach().clone();
+    train(trained, optimizer);
+    EXPECT_TRUE(at::equal(trained[1], before));
+    results.push_back(trained);
+  }
+  EXPECT_TRUE(equal(results[0], results[1]));
+}
+
 TEST_F(OverlapTest, AStateThatIsLoadedEndsTheStepThatBackwardBegan) {
   const Tensors trained = weights();
   OffloadedAdamW optimizer(trained, OffloadedAdamWOptions(),

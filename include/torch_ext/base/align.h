@@ -1,5 +1,7 @@
 #pragma once
 
+#include <unistd.h>
+
 #include <cstddef>
 #include <cstdint>
 
@@ -21,6 +23,13 @@ constexpr bool is_aligned(std::uint64_t value, std::uint64_t unit) {
 
 inline bool is_aligned(const void* address, std::uint64_t unit) {
   return reinterpret_cast<std::uintptr_t>(address) % unit == 0;
+}
+
+/// Bytes of a page: where direct and buffered I/O may meet, as the page cache
+/// works in pages.
+inline std::size_t page_size() {
+  static const auto size = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  return size;
 }
 
 }  // namespace torch_ext

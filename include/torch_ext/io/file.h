@@ -46,9 +46,10 @@ class File {
   /// Errors: IoError (EBADF; EINVAL if it is no regular file).
   static File open(int fd);
 
-  /// The file that now has this name, if one has; links are not followed.
-  /// Errors: std::invalid_argument as open().
-  static std::optional<Identity> identify(const std::filesystem::path& path);
+  /// The file that now has this name, if one has, and its size in bytes; links
+  /// are not followed. Errors: std::invalid_argument as open().
+  static std::optional<Identity> identify(const std::filesystem::path& path,
+                                          std::uint64_t* size = nullptr);
   /// That behind a descriptor, if it is one.
   static std::optional<Identity> identify(int fd) noexcept;
 

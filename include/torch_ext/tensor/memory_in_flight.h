@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/StorageImpl.h>
+#include <pthread.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -22,44 +23,55 @@ namespace torch_ext {
 class StorageLock {
  public:
   explicit StorageLock(c10::StorageImpl* storage) : storage_(storage) {
-    const std::lock_guard lock(mutex());
-    const auto known = holders().find(storage_);
-    if (known != holders().end()) {
+    const std::lock_guard lock(all().mutex);
+    const auto known = all().holders.find(storage_);
+    if (known != all().holders.end()) {
       ++known->second;
-    } else if (storage_->resizable()) {
-      holders().emplace(storage_, 1);
+    } else if (storage_->resizable() && storage_->allocator() != nullptr) {
+      all().holders.emplace(storage_, 1);
       storage_->set_resizable(false);
     } else {
-      storage_ = nullptr;  // Whose memory it is has seen to it.
+      // Whose memory it is has seen to it. Shared memory calls itself resizable
+      // and is not: it has no allocator.
+      storage_ = nullptr;
     }
   }
   ~StorageLock() {
     if (storage_ == nullptr) return;
-    const std::lock_guard lock(mutex());
-    const auto known = holders().find(storage_);
+    const std::lock_guard lock(all().mutex);
+    const auto known = all().holders.find(storage_);
     if (--known->second > 0) return;
-    holders().erase(known);
-    storage_->set_resizable(true);
+    all().holders.erase(known);
+    // share_memory_() may have taken it away meanwhile.
+    if (storage_->allocator() != nullptr) storage_->set_resizable(true);
   }
   StorageLock(const StorageLock&) = delete;
   StorageLock& operator=(const StorageLock&) = delete;
 
  private:
-  static std::mutex& mutex() {
-    static std::mutex mutex;
-    return mutex;
-  }
-  static std::unordered_map<c10::StorageImpl*, std::size_t>& holders() {
-    static std::unordered_map<c10::StorageImpl*, std::size_t> holders;
-    return holders;
+  struct All {
+    std::mutex mutex;
+    std::unordered_map<c10::StorageImpl*, std::size_t> holders;
+  };
+  static All& all() {
+    // Never destroyed: a swapper may be closed after everything static. A child
+    // forked while some thread holds the mutex must be able to take it.
+    static All* const only = [] {
+      auto* const made = new All;
+      pthread_atfork([] { all().mutex.lock(); }, [] { all().mutex.unlock(); },
+                     [] { all().mutex.unlock(); });
+      return made;
+    }();
+    return *only;
   }
 
   c10::StorageImpl* storage_;
 };
 
 /// The memory of tensors that operations use: it stays where it is, and what
-/// one of them writes no other one reads or writes. Of tensors without gaps;
-/// views with gaps may lie within each other, and are not compared.
+/// one of them writes no other one reads or writes. Of contiguous tensors;
+/// other views may lie within each other, and are not compared. Nothing keeps
+/// share_memory_() from moving memory that is in use: that is the caller's.
 /// Threads: any.
 class MemoryInFlight {
  public:
@@ -76,7 +88,7 @@ class MemoryInFlight {
     return claim(tensor, kWriter, operation);
   }
 
-  /// The same for a tensor with gaps: its storage stays as it is.
+  /// The same for a view that is not contiguous: its storage stays as it is.
   static std::shared_ptr<void> with_gaps(const at::Tensor& tensor) {
     return std::make_shared<StorageLock>(
         tensor.storage().unsafeGetStorageImpl());

@@ -164,8 +164,10 @@ class OffloadedAdamW : public torch::optim::Optimizer {
       }
       return loss;
     }
-    for (const auto& group : groups) {
-      for (const auto& trained : group.trained) take(group.hyper, trained);
+    for (std::size_t i = 0; i < groups.size(); ++i) {
+      for (const auto& trained : groups[i].trained) {
+        take(groups[i].hyper, i, trained);
+      }
     }
     const std::string complaint = complaint_about(groups);
     const auto taken = std::exchange(taken_, {});
@@ -278,8 +280,11 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   struct Taken {
     AdamWEngine::Parameter parameter;
     AdamWHyper hyper;
+    std::size_t group;
     std::int64_t version;  ///< Of the tensor, then.
   };
+
+  static constexpr auto kNoGroup = static_cast<std::size_t>(-1);
 
   static constexpr const char* kNoArchive =
       "OffloadedAdamW has no archive format: save the tensors of state_dict()";
@@ -312,12 +317,13 @@ class OffloadedAdamW : public torch::optim::Optimizer {
     const bool changes = may_change_later(parameter);
     if (!takes_ && changes) return;
     if (changes) throw StateError(kChangesLater);
-    if (takes_ && taken_.empty()) make_room();
+    if (takes_ && taken_.empty()) begin_taking();
     const auto place = places_.find(parameter.unsafeGetTensorImpl());
-    if (place == places_.end()) return;
+    if (place == places_.end() || place->second.group == kNoGroup) return;
     const AdamWEngine::Trained trained{entry_of(parameter), parameter.grad()};
     if (takes_) {
-      take(hyper_of(param_groups_.at(place->second.group)), trained);
+      const std::size_t group = place->second.group;
+      take(hyper_of(param_groups_[group]), group, trained);
     } else {
       engine_.prefetch(trained);
     }
@@ -344,22 +350,32 @@ class OffloadedAdamW : public torch::optim::Optimizer {
     return elements;
   }
 
-  // State before the first gradient comes, so that the first step need not keep
-  // all gradients either. Backward mostly goes the other way round.
-  void make_room() {
-    std::vector<AdamWEngine::Parameter> all = entries();
-    std::erase_if(all, [this](const AdamWEngine::Parameter& parameter) {
-      return !parameter.tensor.requires_grad() ||
-             engine_.has_state(parameter.slot);
-    });
-    std::reverse(all.begin(), all.end());
-    if (!all.empty()) engine_.init(all);
+  // Parameters may have moved to another group, or be trained no more. State
+  // before the first gradient comes, so that the first step need not keep all
+  // gradients either. Backward mostly goes the other way round.
+  void begin_taking() {
+    for (auto& [key, place] : places_) place.group = kNoGroup;
+    std::vector<AdamWEngine::Parameter> without_state;
+    for (std::size_t i = 0; i < param_groups_.size(); ++i) {
+      for (const at::Tensor& parameter : param_groups_[i].params()) {
+        const auto place = places_.find(parameter.unsafeGetTensorImpl());
+        if (place == places_.end()) continue;  // step() will find it.
+        place->second.group = i;
+        if (parameter.requires_grad() &&
+            !engine_.has_state(place->second.slot)) {
+          without_state.push_back({place->second.slot, parameter});
+        }
+      }
+    }
+    std::reverse(without_state.begin(), without_state.end());
+    if (!without_state.empty()) engine_.init(without_state);
   }
 
-  void take(const AdamWHyper& hyper, const AdamWEngine::Trained& trained) {
+  void take(const AdamWHyper& hyper, std::size_t group,
+            const AdamWEngine::Trained& trained) {
     engine_.take(hyper, trained);
-    taken_.push_back(
-        {trained.parameter, hyper, version_of(trained.parameter.tensor)});
+    taken_.push_back({trained.parameter, hyper, group,
+                      version_of(trained.parameter.tensor)});
     mark_as_taken(trained.parameter.tensor);
   }
 
@@ -371,14 +387,15 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   /// What the caller has changed of what was taken; `groups` as they are now.
   std::string complaint_about(
       const std::vector<AdamWEngine::Group>& groups) const {
-    for (const auto& [parameter, hyper, version] : taken_) {
-      const Place& place = places_.at(parameter.tensor.unsafeGetTensorImpl());
+    for (const auto& [parameter, hyper, group, version] : taken_) {
       const char* what = nullptr;
-      if (!(hyper == groups.at(place.group).hyper)) what = "options";
+      if (group >= groups.size() || !(hyper == groups[group].hyper)) {
+        what = "options";
+      }
       if (version != version_of(parameter.tensor)) what = "a parameter";
       if (what == nullptr) continue;
       return std::string("OffloadedAdamW: ") + what + " of group " +
-             std::to_string(place.group) +
+             std::to_string(group) +
              " changed between backward() and step(). With kUpdate the update "
              "is made in between: change it after step()";
     }

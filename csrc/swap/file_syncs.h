@@ -1,0 +1,78 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "torch_ext/io/file.h"
+
+namespace torch_ext {
+
+/// The syncs of files of which bytes went through the page cache. Linux tells
+/// once of pages that it could not write, to the next sync of each open
+/// descriptor (errseq_t), and operations share a File: so one sync of it runs
+/// at a time, and what that hears counts for all that had begun to write.
+/// Threads: any.
+class FileSyncs {
+ public:
+  using Done = std::function<void(std::exception_ptr)>;
+  /// Starts a sync. Errors: what is known at once.
+  using Start = std::function<void(Done)>;
+
+  /// Whoever writes to a file. Threads: one at a time.
+  class Writer;
+
+  /// To be kept from before the first byte until `done` has been called.
+  std::shared_ptr<Writer> begin(std::shared_ptr<const File> file);
+
+ private:
+  struct Waiting {
+    std::shared_ptr<Writer> writer;
+    Start start;
+    Done done;
+  };
+  /// Of one file.
+  struct Line {
+    std::mutex mutex;
+    std::vector<Waiting> running;  ///< One sync for them all.
+    std::vector<Waiting> waiting;  ///< For the next one.
+    std::uint64_t failures = 0;
+    std::exception_ptr failure;  ///< The last.
+  };
+
+  static void run(const std::shared_ptr<Line>& line);
+  static void end(const std::shared_ptr<Line>& line, std::exception_ptr error);
+
+  std::mutex mutex_;
+  std::map<const File*, std::weak_ptr<Line>> lines_;
+  std::size_t most_lines_ = 64;  ///< Before those that nobody uses go.
+};
+
+class FileSyncs::Writer : public std::enable_shared_from_this<Writer> {
+ public:
+  Writer(std::shared_ptr<const File> file, std::shared_ptr<Line> line)
+      : file_(std::move(file)), line_(std::move(line)) {
+    const std::lock_guard lock(line_->mutex);
+    seen_ = line_->failures;
+  }
+
+  /// All bytes are written: has them synced, by `start` or with those of
+  /// others. `done` is called once, maybe before this returns, with the error
+  /// of any sync of the file that ended since begin().
+  void sync(Start start, Done done);
+
+ private:
+  friend class FileSyncs;
+
+  const std::shared_ptr<const File> file_;  // No other gets its address.
+  const std::shared_ptr<Line> line_;
+  std::uint64_t seen_ = 0;  ///< Failures, when it began.
+};
+
+}  // namespace torch_ext
