@@ -83,6 +83,8 @@ def test_the_functions_of_the_module(deepspeed, nvme_dir):
 def test_without_deepspeed_the_error_says_what_to_do(monkeypatch):
     for name in ("deepspeed", "op_builder"):
         monkeypatch.setitem(sys.modules, name, None)
+    # Another test may have had the real one imported.
+    monkeypatch.delattr(sys, "_deepspeed_pin_memory_op_module", raising=False)
     with pytest.raises(ImportError, match="pip install deepspeed"):
         ours.install()
     assert not hasattr(sys, "_deepspeed_pin_memory_op_module")
