@@ -88,12 +88,14 @@ class Pending:
         with self._lock:
             self._operations[operation] = None
 
-    def take(self, deadline: float | None = None) -> tuple[int, list[Exception]]:
+    def take(self, timeout: float | None = None) -> tuple[int, list[Exception]]:
         """Waits for what is pending now, and takes what no other thread has taken.
 
         Returns how many that are, and what failed of them. Cut short by an
-        exception (see Operation.wait), it takes nothing.
+        exception (see Operation.wait), as after ``timeout`` seconds, it takes
+        nothing.
         """
+        deadline = None if timeout is None else time.monotonic() + timeout
         with self._lock:
             operations = list(self._operations)
         for operation in operations:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import reprlib
-import time
 import warnings
 import weakref
 from collections.abc import Callable
@@ -232,8 +231,7 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         self._life.check()
         seconds = _C.to_seconds(timeout)
         self._log_notes()
-        deadline = None if seconds is None else time.monotonic() + seconds
-        ended = self._pending.take(deadline)
+        ended = self._pending.take(seconds)
         try:
             return self._report(*ended)
         finally:

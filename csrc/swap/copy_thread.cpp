@@ -147,17 +147,15 @@ void CopyThread::sleep(bool progress) {
            (stopping_ && unfinished_ == 0);
   };
   awaits_end_ = starved_;
-  if (copying_.empty() && !starved_) {
-    changed_.wait(lock, called);
-    nap_ = kShortestNap;
-  } else if (copying_.empty()) {
-    // A caller that gives up gives back what it has, and nobody tells.
-    changed_.wait_for(lock, kStarvedNap, called);
-    nap_ = kShortestNap;
-  } else {
+  if (!copying_.empty()) {
     // Events have no file descriptor to wait on: ask again soon.
     changed_.wait_for(lock, nap_, called);
     nap_ = std::min(nap_ * 2, kLongestNap);
+  } else {
+    // Nobody tells of what a caller has given back that gave up.
+    starved_ ? static_cast<void>(changed_.wait_for(lock, kStarvedNap, called))
+             : changed_.wait(lock, called);
+    nap_ = kShortestNap;
   }
   awaits_end_ = false;
 }

@@ -82,17 +82,18 @@ class FileRange final : public SwapTarget {
     place_ = {.begin = begin_,
               .end = begin_ + size_,
               .write = op == IoRequest::Op::kWrite};
+    Seen seen;
     if (const int* fd = std::get_if<int>(&name_)) {
       place_.file = File::identify(*fd);
     } else {
       place_.path = std::get<std::string>(name_);
-      place_.file = File::identify(place_.path, &seen_size_);
+      seen.file = File::identify(place_.path, &seen.size);
+      place_.file = seen.file;
     }
     if (order_.busy(place_)) return;
-    if (!place_.path.empty()) seen_ = place_.file;
+    if (!open(op, false, seen)) return;
     prepare(op, false);
-    seen_ = std::nullopt;  // Later it may be another.
-    if (file_) place_.file = file_->identity();
+    place_.file = file_->identity();
   }
 
   bool park(const OperationPtr& operation) override {
@@ -114,15 +115,8 @@ class FileRange final : public SwapTarget {
   }
 
   bool prepare(IoRequest::Op op, bool may_block) override {
-    const bool write = op == IoRequest::Op::kWrite;
-    if (!file_) {
-      FileCache::Lease file = open(write, may_block);
-      if (!file) return false;
-      queue_ = &queues_.queue_of(*file);
-      if (!write) check_holds(*file);
-      file_ = std::move(file);
-    }
-    if (grown_ || !write || size_ == 0) return true;
+    if (!file_ && !open(op, may_block, {})) return false;
+    if (grown_ || op != IoRequest::Op::kWrite || size_ == 0) return true;
     if (file_->needs_space(begin_, size_)) {
       if (!may_block) return false;
       grow();
@@ -201,14 +195,30 @@ class FileRange final : public SwapTarget {
            is_aligned(bytes.data(), file_->memory_alignment());
   }
 
-  FileCache::Lease open(bool write, bool waits) {
+  /// What the path leads to, for whoever has just seen it.
+  struct Seen {
+    std::optional<File::Identity> file;
+    std::uint64_t size = 0;
+  };
+
+  bool open(IoRequest::Op op, bool waits, const Seen& seen) {
+    const bool write = op == IoRequest::Op::kWrite;
+    FileCache::Lease file = find(write, waits, seen);
+    if (!file) return false;
+    queue_ = &queues_.queue_of(*file);
+    if (!write) check_holds(*file, seen);
+    file_ = std::move(file);
+    return true;
+  }
+
+  FileCache::Lease find(bool write, bool waits, const Seen& seen) {
     const FileCache::Request request{
         .mode = write ? File::Mode::kWrite : File::Mode::kRead,
         // Granules are seldom larger than that.
         .buffered =
             !is_aligned(begin_, page_size()) || !is_aligned(size_, page_size()),
         .waits = waits,
-        .now = seen_};
+        .now = seen.file};
     if (const int* fd = std::get_if<int>(&name_)) {
       return cache_.open(*fd, request);
     }
@@ -225,10 +235,10 @@ class FileRange final : public SwapTarget {
     }
   }
 
-  void check_holds(const File& file) const {
+  void check_holds(const File& file, const Seen& seen) const {
     if (size_ == 0) return;
     // A file that was too short may have grown since.
-    if (seen_ == file.identity() && begin_ + size_ <= seen_size_) return;
+    if (seen.file == file.identity() && begin_ + size_ <= seen.size) return;
     const std::uint64_t end = file.size();
     if (begin_ + size_ <= end) return;
     throw IoError({.op = "pread",
@@ -248,8 +258,6 @@ class FileRange final : public SwapTarget {
   const Name name_;
   const std::uint64_t begin_;
   const std::uint64_t size_;
-  std::optional<File::Identity> seen_;  ///< Under the path, just now.
-  std::uint64_t seen_size_ = 0;
   bool grown_ = false;
   /// If some of it goes through the page cache.
   std::shared_ptr<FileSyncs::Writer> sync_;

@@ -29,6 +29,7 @@ void FileSyncs::Writer::sync(Start start, Done done) {
         .push_back({shared_from_this(), std::move(start), std::move(done)});
     if (waits) return;
   }
+  // A copy: this writer may be gone before it returns.
   run(std::shared_ptr(line_));
 }
 
@@ -44,7 +45,7 @@ void FileSyncs::run(const std::shared_ptr<Line>& line) {
 
 void FileSyncs::end(const std::shared_ptr<Line>& line,
                     std::exception_ptr error) {
-  std::vector<Waiting> ended, too_late;
+  std::vector<Request> ended, too_late;
   std::exception_ptr failure;
   std::uint64_t failures = 0;
   bool goes_on = false;
@@ -63,8 +64,8 @@ void FileSyncs::end(const std::shared_ptr<Line>& line,
     failure = line->failure;
     failures = line->failures;
   }
-  for (std::vector<Waiting>* all : {&ended, &too_late}) {
-    for (Waiting& each : *all) {
+  for (std::vector<Request>* all : {&ended, &too_late}) {
+    for (Request& each : *all) {
       const bool lost = each.writer->seen_ != failures;
       each.writer = nullptr;
       each.done(lost ? failure : nullptr);

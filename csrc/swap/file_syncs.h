@@ -32,7 +32,7 @@ class FileSyncs {
   std::shared_ptr<Writer> begin(std::shared_ptr<const File> file);
 
  private:
-  struct Waiting {
+  struct Request {
     std::shared_ptr<Writer> writer;
     Start start;
     Done done;
@@ -40,8 +40,8 @@ class FileSyncs {
   /// Of one file.
   struct Line {
     std::mutex mutex;
-    std::vector<Waiting> running;  ///< One sync for them all.
-    std::vector<Waiting> waiting;  ///< For the next one.
+    std::vector<Request> running;  ///< One sync for them all.
+    std::vector<Request> waiting;  ///< For the next one.
     std::uint64_t failures = 0;
     std::exception_ptr failure;  ///< The last.
   };

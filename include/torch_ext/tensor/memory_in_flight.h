@@ -88,8 +88,8 @@ class MemoryInFlight {
     return claim(tensor, kWriter, operation);
   }
 
-  /// The same for a view that is not contiguous: its storage stays as it is.
-  static std::shared_ptr<void> with_gaps(const at::Tensor& tensor) {
+  /// To be kept while a view that is not contiguous is used.
+  static std::shared_ptr<void> lock_storage(const at::Tensor& tensor) {
     return std::make_shared<StorageLock>(
         tensor.storage().unsafeGetStorageImpl());
   }
@@ -142,7 +142,7 @@ class MemoryInFlight {
 
   std::shared_ptr<void> claim(const at::Tensor& tensor, int change,
                               const std::string& operation) const {
-    std::shared_ptr<void> storage = with_gaps(tensor);
+    std::shared_ptr<void> storage = lock_storage(tensor);
     const auto begin =
         reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr());
     const std::uintptr_t end = begin + tensor.nbytes();

@@ -56,7 +56,9 @@ enum class OverlapBackward {
   /// are freed: any use of a gradient after backward() is an error. Every
   /// backward pass of a step but the last has an AccumulateGuard around it.
   /// Not with hooks that change gradients later, as
-  /// DistributedDataParallel's: backward() throws StateError. Between
+  /// DistributedDataParallel's: backward() throws StateError. Nor with
+  /// parameters that are views of one tensor: PyTorch takes the update of one
+  /// for a change of all, and throws. Between
   /// backward() and the end of step() parameters are being updated: they and
   /// the groups' options are not to be changed, and not to be read. Gradients
   /// are zeroed with zero_grad() to none, as is its default.
@@ -275,7 +277,7 @@ class OffloadedAdamW : public torch::optim::Optimizer {
  private:
   struct Place {
     std::size_t slot;
-    std::size_t group;
+    std::optional<std::size_t> group;  ///< None: it is trained no more.
   };
   struct Taken {
     AdamWEngine::Parameter parameter;
@@ -283,8 +285,6 @@ class OffloadedAdamW : public torch::optim::Optimizer {
     std::size_t group;
     std::int64_t version;  ///< Of the tensor, then.
   };
-
-  static constexpr auto kNoGroup = static_cast<std::size_t>(-1);
 
   static constexpr const char* kNoArchive =
       "OffloadedAdamW has no archive format: save the tensors of state_dict()";
@@ -319,10 +319,10 @@ class OffloadedAdamW : public torch::optim::Optimizer {
     if (changes) throw StateError(kChangesLater);
     if (takes_ && taken_.empty()) begin_taking();
     const auto place = places_.find(parameter.unsafeGetTensorImpl());
-    if (place == places_.end() || place->second.group == kNoGroup) return;
+    if (place == places_.end() || !place->second.group) return;
     const AdamWEngine::Trained trained{entry_of(parameter), parameter.grad()};
     if (takes_) {
-      const std::size_t group = place->second.group;
+      const std::size_t group = *place->second.group;
       take(hyper_of(param_groups_[group]), group, trained);
     } else {
       engine_.prefetch(trained);
@@ -354,7 +354,7 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   // before the first gradient comes, so that the first step need not keep all
   // gradients either. Backward mostly goes the other way round.
   void begin_taking() {
-    for (auto& [key, place] : places_) place.group = kNoGroup;
+    for (auto& [key, place] : places_) place.group.reset();
     std::vector<AdamWEngine::Parameter> without_state;
     for (std::size_t i = 0; i < param_groups_.size(); ++i) {
       for (const at::Tensor& parameter : param_groups_[i].params()) {

@@ -27,10 +27,9 @@ namespace torch_ext {
 /// Tensors as the bytes that a Swapper or FileSwapper moves, and the devices
 /// that they are on. While their memory is used its storage cannot be resized,
 /// and what one operation writes may be given to no other: an
-/// std::invalid_argument; see MemoryInFlight. It is used until the operation
-/// ends, or for memory of a device until the last copy has been queued: from
-/// then on the streams keep the order, if the caller has waited for the source
-/// or the operation, as has to be. Outlives what it is given to.
+/// std::invalid_argument; see MemoryInFlight. The memory of a device is used
+/// until the last copy has been queued: then it is the streams that keep the
+/// order, for a caller who has waited. Outlives what it is given to.
 /// Threads: any.
 class TensorBytes {
  public:
@@ -71,7 +70,7 @@ class TensorBytes {
       unpack(pair->first, pair->second, on);
     };
     bytes.keep_alive = std::move(kept);
-    bytes.fixed = MemoryInFlight::with_gaps(tensor);
+    bytes.fixed = MemoryInFlight::lock_storage(tensor);
     return bytes;
   }
 
