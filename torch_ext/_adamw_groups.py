@@ -26,15 +26,15 @@ def as_lists(params: Any) -> Any:
     ]
 
 
-def elements_on_devices(params: Any) -> int:
+def bytes_on_devices(params: Any) -> int:
     """Of the parameters on accelerators; ``params`` need not be well-formed."""
     if isinstance(params, Tensor):
         local = local_of(params)
-        return 0 if local.is_cpu else local.numel()
+        return 0 if local.is_cpu else local.numel() * local.element_size()
     if isinstance(params, dict):
-        return elements_on_devices(params.get("params", ()))
+        return bytes_on_devices(params.get("params", ()))
     if isinstance(params, Iterable) and not isinstance(params, (str, Iterator)):
-        return sum(map(elements_on_devices, params))
+        return sum(map(bytes_on_devices, params))
     return 0
 
 

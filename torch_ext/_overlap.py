@@ -43,12 +43,16 @@ class TakenGradient(Tensor):
     """
 
     @staticmethod
-    def __new__(cls, like: Tensor) -> TakenGradient:
+    def __new__(cls, parameter: Tensor, dtype: torch.dtype) -> TakenGradient:
         return torch.Tensor._make_wrapper_subclass(
-            cls, like.size(), strides=like.stride(), dtype=like.dtype, device=like.device
+            cls,
+            parameter.size(),
+            strides=parameter.stride(),
+            dtype=dtype,
+            device=parameter.device,
         )
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, parameter: Tensor, dtype: torch.dtype) -> None:
         pass
 
     def data_ptr(self) -> int:

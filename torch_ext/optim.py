@@ -16,9 +16,9 @@ from torch import Tensor
 from torch_ext._adamw_groups import (
     as_lists,
     asks_for_state_only,
+    bytes_on_devices,
     check_group,
     check_state_dict,
-    elements_on_devices,
     hyper,
     labelled_parameters,
     merged,
@@ -118,7 +118,7 @@ class OffloadedAdamW(OffloadedBase):
             stochastically. See docs/formats.md.
         seed: Of that rounding, 0 to 2**64 - 1: the same seed gives the same bits.
         update_on: Where parameters on a device are updated. "cpu": they and their
-            gradients, cast on the device, are copied to the host and back. "cuda":
+            gradients are copied to the host and back. "cuda":
             their state is copied to the device and back, and torch's fused kernel
             of the device updates them; with ``state_format="exact"`` and without
             parameters on the CPU. The results are those of torch's kernel for the CPU
@@ -179,15 +179,15 @@ class OffloadedAdamW(OffloadedBase):
         self.grad_norm: Tensor | None = None
         self._overlap: Overlap | None = None
         self._takes = False  # Whether gradients are taken during backward.
-        early_elements = 0
+        early_bytes = 0
         if overlap_of(overlap_backward) is not False:
             # A norm is known when all gradients are, and not before.
             self._takes = overlap_backward == "update" and max_grad_norm is None
             self._overlap = Overlap(self._take if self._takes else self._prefetch, self._takes)
         if self._overlap is not None and not self._takes:
             params = as_lists(params)
-            early_elements = elements_on_devices(params)
-            if early_elements == 0:
+            early_bytes = bytes_on_devices(params)
+            if early_bytes == 0:
                 self._overlap = None
         # Of the step that backward has begun: each group's numbers, and whose they are.
         self._hypers: dict[int, tuple[Any, ...]] = {}
@@ -204,7 +204,7 @@ class OffloadedAdamW(OffloadedBase):
                 state_format_of(state_format),
                 seed_of(seed),
                 update_on_of(update_on),
-                early_elements,
+                early_bytes,
             )
         )
         super().__init__(params, defaults)
@@ -416,7 +416,7 @@ class OffloadedAdamW(OffloadedBase):
             torch.autograd.graph.increment_version(parameter)
         self._taken().add(parameter)
         self._versions[parameter] = version_of(parameter)
-        parameter.grad = TakenGradient(parameter)
+        parameter.grad = TakenGradient(parameter, gradient.dtype)
 
     def _prefetch(self, parameter: Tensor) -> None:
         """Has a gradient copied to the host that may be final."""

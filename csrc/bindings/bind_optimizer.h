@@ -133,7 +133,7 @@ void bind_optimizer(py::module_& m) {
                        std::uint64_t host_memory, std::string engine,
                        bool verify, const std::string& state_format,
                        std::uint64_t seed, const std::string& update_on,
-                       std::uint64_t early_elements) {
+                       std::uint64_t early_bytes) {
              py::gil_scoped_release released;
              return std::unique_ptr<AdamWEngine, DeleteWithoutGil>(
                  new AdamWEngine({.store = {.directory = to_list(directories),
@@ -143,11 +143,11 @@ void bind_optimizer(py::module_& m) {
                                   .host_memory = host_memory},
                                  torch_ext::parse_state_format(state_format),
                                  seed, torch_ext::parse_update_on(update_on),
-                                 early_elements));
+                                 early_bytes));
            }),
            py::arg("directories"), py::arg("aio"), py::arg("host_memory"),
            py::arg("engine"), py::arg("verify"), py::arg("state_format"),
-           py::arg("seed"), py::arg("update_on"), py::arg("early_elements"))
+           py::arg("seed"), py::arg("update_on"), py::arg("early_bytes"))
       .def("add", &AdamWEngine::add, py::arg("parameter"), py::arg("first") = 0)
       .def("remove_from", &AdamWEngine::remove_from, py::arg("slot"))
       .def(

@@ -49,6 +49,36 @@ def test_the_result_is_that_of_step_alone(sim, nvme_dir, dtype, state_format):
         assert all(torch.equal(p, q) for p, q in zip(trained[0], other, strict=True))
 
 
+@pytest.mark.parametrize("state_format", ["exact", "bf16"])
+@pytest.mark.parametrize("overlap", ["prefetch", "update"])
+@pytest.mark.parametrize("of_gradient", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_may_have_another_dtype(
+    sim, nvme_dir, dtype, of_gradient, overlap, state_format
+):
+    trained = []
+    for device, mode in (("cpu", False), ("sim", overlap)):
+        parameters = make(device, dtype)
+        optimizer = OffloadedAdamW(
+            parameters,
+            lr=1e-2,
+            nvme_path=nvme_dir,
+            host_memory="1MiB",
+            state_format=state_format,
+            overlap_backward=mode,
+        )
+        for p in parameters:
+            p.grad_dtype = of_gradient
+        for step in range(3):
+            backward(parameters, step)
+            assert mode == "update" or parameters[0].grad.dtype == of_gradient
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append([p.detach().cpu() for p in parameters])
+        optimizer.close()
+    assert all(torch.equal(p, q) for p, q in zip(*trained, strict=True))
+
+
 def one(sim, nvme_dir):
     """A parameter of zeros whose next step, with gradient 1, makes it -1."""
     weight = torch.zeros(1000).to("sim").requires_grad_()

@@ -57,21 +57,21 @@ class AdamWEngine {
   };
 
   /// `options.scratch_bytes` is chosen here. `seed` is for the rounding of
-  /// formats that are not exact. `early_elements`: of gradients on devices that
+  /// formats that are not exact. `early_bytes`: of gradients on devices that
   /// prefetch() shall have room for; at most a quarter of the host memory is
   /// for them, and nothing of one below 1 MiB.
   explicit AdamWEngine(const OptimizerOffloadOptions& options,
                        StateFormat format = StateFormat::kExact,
                        std::uint64_t seed = 0,
                        UpdateOn update_on = UpdateOn::kCpu,
-                       std::uint64_t early_elements = 0)
+                       std::uint64_t early_bytes = 0)
       : format_(format),
         seed_(seed),
         update_on_(update_on),
         directory_(first_of(options.store.directory)),
         scratch_bytes_(scratch_bytes_for(options.host_memory)),
-        early_elements_(update_on == UpdateOn::kCpu ? early_elements : 0),
-        early_bytes_(early_bytes_for(options.host_memory, early_elements_)),
+        early_wanted_(update_on == UpdateOn::kCpu ? early_bytes : 0),
+        early_bytes_(early_bytes_for(options.host_memory, early_wanted_)),
         offload_(with_scratch(options, scratch_bytes_ + early_bytes_)) {
     adamw::check_update_on(update_on, format);
   }
@@ -222,8 +222,7 @@ class AdamWEngine {
   OptimizerPlan plan(const std::vector<Parameter>& parameters) {
     for (const Parameter& parameter : parameters) check(parameter);
     return offload_.plan(numbers_of(parameters), [this](std::uint64_t budget) {
-      return scratch_bytes_for(budget) +
-             early_bytes_for(budget, early_elements_);
+      return scratch_bytes_for(budget) + early_bytes_for(budget, early_wanted_);
     });
   }
 
@@ -331,8 +330,7 @@ class AdamWEngine {
   }
 
   EarlyGradients::Wanted early_of(const Trained& trained) const {
-    return {trained.parameter.slot, trained.gradient,
-            dtype_on_host(trained.gradient.scalar_type(), format_)};
+    return {trained.parameter.slot, trained.gradient};
   }
 
   /// Where the gradients are on the host, or null; empty if none can be.
@@ -389,11 +387,11 @@ class AdamWEngine {
   }
 
   static std::uint64_t early_bytes_for(std::uint64_t host_memory,
-                                       std::uint64_t elements) {
+                                       std::uint64_t wanted) {
     constexpr std::uint64_t kLeast = std::uint64_t{1} << 20;
     if (host_memory < kLeast) return 0;
     const std::uint64_t most = align_down(host_memory / 4, kPage);
-    return elements > most / 4 ? most : align_up(4 * elements, kPage);
+    return wanted > most ? most : align_up(wanted, kPage);
   }
 
   static OptimizerOffloadOptions with_scratch(OptimizerOffloadOptions options,
@@ -486,7 +484,7 @@ class AdamWEngine {
   const UpdateOn update_on_;
   const std::filesystem::path directory_;
   const std::uint64_t scratch_bytes_;
-  const std::uint64_t early_elements_;
+  const std::uint64_t early_wanted_;
   const std::uint64_t early_bytes_;
   std::unique_ptr<OpenStep> open_;  // Outlives offload_, whose thread uses it.
   OptimizerOffload offload_;

@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -59,8 +58,8 @@ class AdamWKernel final : public UpdateKernel {
     /// `ready`, if it is not the lane's.
     std::shared_ptr<const c10::Event> own_ready = {};
     std::uint64_t left = 0;  ///< Elements that are not updated yet.
-    /// Where the gradient is on the host, as dtype_on_host(), once the lane has
-    /// done what it was queued before; null if it has not been copied yet.
+    /// Where the gradient is on the host once the lane has done what it was
+    /// queued before; null if it has not been copied yet.
     std::byte* on_host = nullptr;
   };
   using MakeScratch = std::function<std::span<std::byte>()>;
@@ -256,9 +255,12 @@ class AdamWKernel final : public UpdateKernel {
     const AdamWScratch& scratch = chunk.scratch;
     lane.queue([&] {
       if (chunk.target.on_host == nullptr) {
+        // As it is, where there is room for it: a kernel that casts it would
+        // have to find its place between backward's.
         const at::Tensor gradient = chunk.of(chunk.target.gradient.source());
-        const c10::ScalarType dtype = dtype_on_host(chunk.target);
-        host_view(scratch.gradient(slot), chunk.count, dtype)
+        const c10::ScalarType dtype = dtype_brought(chunk.target);
+        host_view(scratch.brought_gradient(slot, c10::elementSize(dtype)),
+                  chunk.count, dtype)
             .copy_(gradient.to(dtype), /*non_blocking=*/true);
       }
       host_view(scratch.staging(slot).data(), chunk.count,
@@ -274,7 +276,7 @@ class AdamWKernel final : public UpdateKernel {
     update_in_parts(chunk, [&](const Part& part, AdamWRun& run) {
       // Elements may be smaller than those of the scratch.
       const std::uint64_t before = part.done - chunk.done;
-      find_brought_gradient(chunk, before, slot, run);
+      find_brought_gradient(chunk, part, slot, run);
       std::byte* const begin = chunk.scratch.staging(slot).data();
       return host_view(begin + before * parameter.dtype().itemsize(),
                        part.count, parameter.scalar_type());
@@ -284,26 +286,33 @@ class AdamWKernel final : public UpdateKernel {
     lane.queue([&] { chunk.of(parameter).copy_(here, /*non_blocking=*/true); });
   }
 
-  /// Of a run that begins `before` elements after its chunk.
-  void find_brought_gradient(const Part& chunk, std::uint64_t before,
+  void find_brought_gradient(const Part& chunk, const Part& part,
                              std::size_t slot, AdamWRun& run) const {
-    const c10::ScalarType dtype = dtype_on_host(chunk.target);
+    std::byte* const early = chunk.target.on_host;
+    const c10::ScalarType dtype =
+        early != nullptr ? chunk.target.gradient.source().scalar_type()
+                         : dtype_brought(chunk.target);
     const std::uint64_t item = c10::elementSize(dtype);
     std::byte* const gradient =
-        chunk.target.on_host != nullptr
-            ? chunk.target.on_host + run.first * item
-            : reinterpret_cast<std::byte*>(chunk.scratch.gradient(slot)) +
-                  before * item;
+        early != nullptr ? early + run.first * item
+                         : chunk.scratch.brought_gradient(slot, item) +
+                               (part.done - chunk.done) * item;
     if (dtype == at::kFloat) {
       run.gradient = reinterpret_cast<float*>(gradient);
-    } else {
+    } else if (dtype == at::kBFloat16 && format_ != StateFormat::kExact) {
       run.gradient_bf16 = reinterpret_cast<std::uint16_t*>(gradient);
+    } else {
+      float* const converted = part.scratch.gradient(slot);
+      convert(converted, at::kFloat, gradient, dtype, part.count);
+      run.gradient = converted;
     }
   }
 
-  c10::ScalarType dtype_on_host(const Target& target) const {
-    return torch_ext::dtype_on_host(target.gradient.source().scalar_type(),
-                                    format_);
+  /// Beside a float parameter there is room for floats alone.
+  static c10::ScalarType dtype_brought(const Target& target) {
+    return target.parameter.scalar_type() == at::kFloat
+               ? at::kFloat
+               : target.gradient.source().scalar_type();
   }
 
   void update_there(DeviceLane& lane, std::span<const OnDevice> parameters) {
@@ -403,21 +412,6 @@ class AdamWKernel final : public UpdateKernel {
     float* master = part.segment.field(AdamWFields::kMaster) + part.done;
     adopt_parameter(master, here.const_data_ptr<c10::Half>(), part.count);
     return master;
-  }
-
-  static AdamWCoefficients coefficients(const AdamWHyper& hyper,
-                                        std::uint64_t step) {
-    const auto t = static_cast<double>(step);
-    return {.decay = static_cast<float>(1 - hyper.lr * hyper.weight_decay),
-            .exp_avg = static_cast<float>(1 - hyper.beta1),
-            .beta2 = static_cast<float>(hyper.beta2),
-            .exp_avg_sq = static_cast<float>(1 - hyper.beta2),
-            .inverse_root =
-                static_cast<float>(1 / std::sqrt(1 - std::pow(hyper.beta2, t))),
-            .eps = static_cast<float>(hyper.eps),
-            .step_size =
-                static_cast<float>(hyper.lr / (1 - std::pow(hyper.beta1, t))),
-            .maximize = hyper.maximize};
   }
 
   /// The tensors of a call of the fused kernel.

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -17,6 +18,7 @@
 #include "torch_ext/optim/adamw_update.h"
 #include "torch_ext/optim/state_format.h"
 #include "torch_ext/optim/update_kernel.h"
+#include "torch_ext/tensor/adamw_options.h"
 #include "torch_ext/tensor/dense_tensor.h"
 
 /// Of the OpenMP that PyTorch brings, if it does: for the calling thread only.
@@ -64,12 +66,20 @@ inline Moment moment_at(const StateSegment& segment, StateFormat format,
           segment.fields[scales] + done / StateFields::kCut};
 }
 
-/// As which a gradient is copied from a device: what the update takes.
-inline c10::ScalarType dtype_on_host(c10::ScalarType gradient,
-                                     StateFormat format) {
-  const bool as_it_is =
-      format != StateFormat::kExact && gradient == at::kBFloat16;
-  return as_it_is ? gradient : at::kFloat;
+/// What a step with these numbers multiplies by.
+inline AdamWCoefficients coefficients(const AdamWHyper& hyper,
+                                      std::uint64_t step) {
+  const auto t = static_cast<double>(step);
+  return {.decay = static_cast<float>(1 - hyper.lr * hyper.weight_decay),
+          .exp_avg = static_cast<float>(1 - hyper.beta1),
+          .beta2 = static_cast<float>(hyper.beta2),
+          .exp_avg_sq = static_cast<float>(1 - hyper.beta2),
+          .inverse_root =
+              static_cast<float>(1 / std::sqrt(1 - std::pow(hyper.beta2, t))),
+          .eps = static_cast<float>(hyper.eps),
+          .step_size =
+              static_cast<float>(hyper.lr / (1 - std::pow(hyper.beta1, t))),
+          .maximize = hyper.maximize};
 }
 
 /// Elements of a dense parameter as a tensor in host memory: in place on the

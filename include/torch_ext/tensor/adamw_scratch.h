@@ -46,6 +46,12 @@ class AdamWScratch {
   float* gradient(std::size_t i = 0) const {
     return reinterpret_cast<float*>(gradients_.at(i));
   }
+  /// Where a whole chunk's gradients from a device come to: those of 16 bits
+  /// share `staging` with parameters of 16 bits, and become floats in
+  /// `gradient`.
+  std::byte* brought_gradient(std::size_t i, std::size_t element_size) const {
+    return element_size == 4 ? gradients_.at(i) : staging_.at(i) + 2 * chunk_;
+  }
   /// Parameters from a device.
   std::span<std::byte> staging(std::size_t i = 0) const {
     return {staging_.at(i), 4 * chunk_};

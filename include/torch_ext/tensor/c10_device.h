@@ -43,7 +43,10 @@ class C10Device final : public Device {
   C10Device(c10::Device device, Runtime runtime)
       : guard_(device.type()),
         device_(device.has_index() ? device : guard_.getDevice()),
-        copy_stream_(guard_.getStreamFromGlobalPool(device_)),
+        // The few kernels here (casts, an optimizer's update) would wait for
+        // all blocks of a long one that came before them.
+        copy_stream_(guard_.getStreamFromGlobalPool(device_,
+                                                    /*isHighPriority=*/true)),
         runtime_(std::move(runtime)) {}
 
   std::string name() const override { return device_.str(); }

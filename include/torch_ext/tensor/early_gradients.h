@@ -57,20 +57,18 @@ inline at::Tensor sums_of_bits(const at::Tensor& flat) {
 ///
 /// Memory: copies lie one after the other in what bring() is given, in the
 /// order in which their gradients first came; those for which there is no room
-/// are not made. Gradients are not kept alive. On the device a copy takes 4 MiB
-/// for a moment, its sums 16 MiB. Errors: StateError with what a device says.
+/// are not made. Gradients are not kept alive. On the device the sums of a copy
+/// take 16 MiB for a moment. Errors: StateError with what a device says.
 /// Threads: any.
 class EarlyGradients {
  public:
-  /// A gradient whose elements lie in memory as its parameter's do; `dtype` is
-  /// that of the copy.
+  /// A gradient whose elements lie in memory as its parameter's do.
   struct Wanted {
     std::size_t number = 0;
     at::Tensor gradient;
-    c10::ScalarType dtype = at::kFloat;
   };
 
-  /// Queues a copy as `dtype` into `memory`, which is the same in each call,
+  /// Queues a copy into `memory`, which is the same in each call,
   /// after what the calling thread has queued so far on the gradient's device.
   void bring(const Wanted& wanted, DeviceLane& lane,
              std::span<std::byte> memory) {
@@ -83,7 +81,7 @@ class EarlyGradients {
     Copy& copy = copies_[wanted.number];
     copy.source.reset();
     const auto count = static_cast<std::uint64_t>(gradient.numel());
-    const std::uint64_t bytes = count * c10::elementSize(wanted.dtype);
+    const std::uint64_t bytes = count * gradient.dtype().itemsize();
     if (copy.memory.size() < bytes) {
       if (memory.size() - used_ < bytes) return;
       copy.memory = memory.subspan(used_, bytes);
@@ -92,11 +90,14 @@ class EarlyGradients {
     copy.memory = copy.memory.first(bytes);
     const at::Tensor flat = storage_view(gradient, 0, count);
     lane.after(*lane.now());
-    queue_copy(flat, copy.memory.data(), wanted.dtype, lane);
+    lane.queue([&] {
+      host_view(copy.memory.data(), count, flat.scalar_type())
+          .copy_(flat, /*non_blocking=*/true);
+      lane.uses(flat);
+    });
     lane.guarded([&] { copy.sums = sums_of_bits(flat); });
     copy.offset = gradient.storage_offset();
-    copy.own_dtype = gradient.scalar_type();
-    copy.dtype = wanted.dtype;
+    copy.dtype = gradient.scalar_type();
     copy.version = version_of(gradient);
     copy.source = gradient.storage().getWeakStorageImpl();
   }
@@ -135,27 +136,9 @@ class EarlyGradients {
     std::optional<c10::weak_intrusive_ptr<c10::StorageImpl>> source;
     std::int64_t offset = 0;
     std::int64_t version = 0;
-    c10::ScalarType own_dtype = at::kFloat;
-    c10::ScalarType dtype = at::kFloat;  ///< In memory.
+    c10::ScalarType dtype = at::kFloat;
     at::Tensor sums;
   };
-
-  /// Cast in pieces, so that backward's peak grows by no more than one.
-  static void queue_copy(const at::Tensor& flat, std::byte* to,
-                         c10::ScalarType dtype, DeviceLane& lane) {
-    constexpr std::int64_t kPiece = std::int64_t{1} << 20;
-    lane.queue([&] {
-      for (std::int64_t done = 0; done < flat.numel(); done += kPiece) {
-        const std::int64_t length = std::min(kPiece, flat.numel() - done);
-        const auto count = static_cast<std::uint64_t>(length);
-        host_view(to, count, dtype)
-            .copy_(flat.narrow(0, done, length).to(dtype),
-                   /*non_blocking=*/true);
-        to += count * c10::elementSize(dtype);
-      }
-      lane.uses(flat);
-    });
-  }
 
   static std::int64_t version_of(const at::Tensor& tensor) {
     return tensor.unsafeGetTensorImpl()->version_counter().current_version();
@@ -167,10 +150,10 @@ class EarlyGradients {
            copy.source->lock().get() ==
                gradient.storage().unsafeGetStorageImpl() &&
            !gradient.is_neg() && copy.offset == gradient.storage_offset() &&
-           copy.own_dtype == gradient.scalar_type() &&
-           copy.dtype == wanted.dtype && copy.version == version_of(gradient) &&
+           copy.dtype == gradient.scalar_type() &&
+           copy.version == version_of(gradient) &&
            copy.memory.size() == static_cast<std::uint64_t>(gradient.numel()) *
-                                     c10::elementSize(wanted.dtype);
+                                     gradient.dtype().itemsize();
   }
 
   /// Compares those on the device of the first, and takes them off the list.

@@ -114,14 +114,14 @@ class OffloadedAdamW : public torch::optim::Optimizer {
                            .verify = offload.verify},
                  .host_memory = offload.host_memory},
                 offload.state_format, offload.seed, offload.update_on,
-                prefetches(offload) ? elements_on_devices(groups) : 0),
+                prefetches(offload) ? bytes_on_devices(groups) : 0),
         max_grad_norm_(offload.max_grad_norm),
         takes_(takes(offload)) {
     if (max_grad_norm_ && !(*max_grad_norm_ > 0)) {
       throw std::invalid_argument("OffloadedAdamW: max_grad_norm is " +
                                   std::to_string(*max_grad_norm_));
     }
-    if (takes_ || (prefetches(offload) && elements_on_devices(groups) > 0)) {
+    if (takes_ || (prefetches(offload) && bytes_on_devices(groups) > 0)) {
       on_gradient_ = std::make_shared<const GradientHook::Function>(
           [this](const at::Tensor& parameter) { on_gradient(parameter); });
     }
@@ -337,17 +337,18 @@ class OffloadedAdamW : public torch::optim::Optimizer {
     return offload.overlap_backward != OverlapBackward::kOff && !takes(offload);
   }
 
-  static std::uint64_t elements_on_devices(
+  static std::uint64_t bytes_on_devices(
       const std::vector<torch::optim::OptimizerParamGroup>& groups) {
-    std::uint64_t elements = 0;
+    std::uint64_t bytes = 0;
     for (const auto& group : groups) {
       for (const at::Tensor& parameter : group.params()) {
         if (parameter.defined() && !parameter.is_cpu()) {
-          elements += static_cast<std::uint64_t>(parameter.numel());
+          bytes += static_cast<std::uint64_t>(parameter.numel()) *
+                   parameter.dtype().itemsize();
         }
       }
     }
-    return elements;
+    return bytes;
   }
 
   // Parameters may have moved to another group, or be trained no more. State
