@@ -2,7 +2,8 @@
 
 Nothing of the state stays in memory. --rows says how long forward and backward take; the
 share that they have of DeepSpeed's step is in the title of the table: 0.35 to 0.45
-is what is asked for. Rounds and fio are as in optimizer.py.
+is what is asked for. Rounds and fio are as in optimizer.py. With --device cuda the model
+is on a GPU; DeepSpeed, which we run on its CPU accelerator, has no turn then.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def main() -> None:
     options = parse()
     machine = common.machine(options.directory)
     fio = common.have_fio()
-    deepspeed = contenders.have_deepspeed("iteration")
+    on_cpu = options.device == "cpu"
+    deepspeed = on_cpu and contenders.have_deepspeed("iteration")
     shape = optimizer.shape(options)
     with common.work_folder(options.directory) as folder:
         field = make_contenders(options, folder, shape, deepspeed)
@@ -33,9 +35,14 @@ def main() -> None:
         contenders.run(list(field.values()), options.rounds, options.burst, limit, "iteration")
     result: Json = {
         "machine": machine,
-        "options": {"rows": options.rows, "hidden": options.hidden, **shape},
+        "options": {
+            "rows": options.rows,
+            "hidden": options.hidden,
+            "device": options.device,
+            **shape,
+        },
         "measurements": [c.record() for c in field.values()],
-        "tables": [tabulate(field, shape["parameters"], options.rows)],
+        "tables": [tabulate(field, shape["parameters"], options)],
     }
     common.publish("iteration", options, result)
 
@@ -44,6 +51,7 @@ def parse() -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--parameters", type=lambda text: int(float(text)), default="1e8")
     parser.add_argument("--rows", type=int, default=100, help="of the batch (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="of the model (%(default)s)")
     parser.add_argument("--formats", nargs="+", default=["exact", "bf16", "int8"])
     parser.add_argument("--least-memory", type=common.size, default=16 * MIB)
     parser.add_argument("--burst", type=int, default=2, help="iterations (%(default)s)")
@@ -67,42 +75,43 @@ def make_contenders(
     options: argparse.Namespace, folder: Path, shape: Json, deepspeed: bool
 ) -> dict[str, Contender]:
     place = {"nvme_path": str(folder), "aio": common.AIO, "engine": options.engine}
-    job = {"hidden": options.hidden, "rows": options.rows, **shape, **place}
+    model = {"hidden": options.hidden, "rows": options.rows, "device": options.device}
+    job = {**model, **shape, **place}
     compute = Worker("iteration_worker.py", kind="compute", **job)
     field = {"compute": Contender("forward and backward", compute, offloaded=False)}
     if deepspeed:
         worker = Worker("optimizer_deepspeed.py", iteration=True, **job)
         field["deepspeed"] = Contender("DeepSpeed", worker)
     job |= {"kind": "offloaded", "least_memory": options.least_memory}
-    for state in options.formats:
+    variants = [(state, {"state_format": state}) for state in options.formats]
+    if options.device != "cpu":
+        on_device = {"state_format": "exact", "update_on": "cuda"}
+        variants.append(("exact on the device", on_device))
+    for variant, how in variants:
         alone = Worker(
             "optimizer_worker.py",
-            **job | {"tensors": shape["layers"], "dtype": "bfloat16"},
-            state_format=state,
+            **job | how | {"tensors": shape["layers"], "dtype": "bfloat16"},
             resident=1.0,
         )
-        field[f"{state} alone"] = Contender(f"{state}, update alone", alone, offloaded=False)
+        title = f"{variant}, update alone"
+        field[f"{variant} alone"] = Contender(title, alone, offloaded=False)
         for overlap in overlaps():
             worker = Worker(
-                "iteration_worker.py",
-                state_format=state,
-                resident=0.0,
-                overlap_backward=overlap,
-                **job,
+                "iteration_worker.py", resident=0.0, overlap_backward=overlap, **job | how
             )
-            name = f"{state}, overlap {overlap or 'off'}"
+            name = f"{variant}, overlap {overlap or 'off'}"
             field[name] = Contender(name, worker)
     return field
 
 
-def tabulate(field: dict[str, Contender], parameters: int, rows_of_batch: int) -> Json:
+def tabulate(field: dict[str, Contender], parameters: int, options: argparse.Namespace) -> Json:
     """ "limit": the larger of forward, backward and update alone, and of the bytes."""
     theirs, compute = field.get("deepspeed"), field["compute"].seconds()
     rows = []
     for name, c in field.items():
-        ratios = []
-        if name.partition(",")[0] + " alone" in field:
-            alone = field[name.partition(",")[0] + " alone"].seconds()
+        variant, ratios = name.partition(",")[0], []
+        if f"{variant} alone" in field:
+            alone = field[f"{variant} alone"].seconds()
             ratios = [
                 seconds / max(computing + updating, moving)
                 for seconds, computing, updating, moving in zip(
@@ -117,17 +126,21 @@ def tabulate(field: dict[str, Contender], parameters: int, rows_of_batch: int) -
                 common.cell(c.limits),
                 common.cell(ratios),
                 common.cell(c.beside(theirs)),
+                common.cell(c.beside(field.get(f"{variant}, overlap off"))),
                 common.cell([b["cpu_seconds"] / (parameters / 1e9) for b in c.bursts]),
             ]
         )
-    title = f"A whole iteration, {parameters:.3g} bfloat16 parameters, {rows_of_batch} rows"
+    title = f"A whole iteration, {parameters:.3g} bfloat16 parameters, {options.rows} rows"
+    if options.device != "cpu":
+        title += f", on {options.device}"
     if theirs:
         share = statistics.median(
             b["compute_seconds"] / b["step_seconds"] for b in theirs.bursts
         )
         title += f"; DeepSpeed's forward and backward take {share:.2f} of its step"
     header = ["", "s per 10^9", "bytes per parameter", "fio mixed, GiB/s"]
-    header += ["iteration / limit", "iteration / DeepSpeed's", "CPU s per 10^9"]
+    header += ["iteration / limit", "iteration / DeepSpeed's"]
+    header += ["with / without overlap", "CPU s per 10^9"]
     return common.table(title, header, rows)
 
 

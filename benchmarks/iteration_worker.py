@@ -25,11 +25,11 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    model = Model(job["hidden"], job["layers"])
+    model = Model(job["hidden"], job["layers"]).to(job["device"])
     torch.set_default_dtype(torch.float32)
     import_what_a_step_imports()
     first_peak = peak_memory()
-    x = random_rows(job)
+    x = random_rows(job).to(job["device"])
     if job["kind"] == "compute":
         tell(peak=first_peak)
         serve(lambda: compute(model, x), dict)

@@ -43,7 +43,7 @@ def make_offloaded(parameters: list[torch.nn.Parameter], job: dict[str, Any]) ->
     """With a budget in which the job's share of the state stays."""
 
     def make(host_memory: int) -> OffloadedAdamW:
-        overlap = job.get("overlap_backward")
+        given = {name: job[name] for name in ("overlap_backward", "update_on") if job.get(name)}
         return OffloadedAdamW(
             parameters,
             lr=LEARNING_RATE,
@@ -52,7 +52,7 @@ def make_offloaded(parameters: list[torch.nn.Parameter], job: dict[str, Any]) ->
             aio=job["aio"],
             engine=job["engine"],
             state_format=job["state_format"],
-            **({"overlap_backward": overlap} if overlap else {}),
+            **given,
         )
 
     wanted, least = job["resident"], job["least_memory"]
@@ -88,14 +88,14 @@ def serve(step: Callable[[], Any], stats: Callable[[], dict[str, Any]]) -> None:
 
 def make_parameters(job: dict[str, Any]) -> list[torch.nn.Parameter]:
     """Of about equal sizes, with random values and gradients."""
-    dtype = getattr(torch, job["dtype"])
+    how = {"dtype": getattr(torch, job["dtype"]), "device": job.get("device", "cpu")}
     count, tensors = job["parameters"], job["tensors"]
     sizes = [count // tensors] * (tensors - 1)
     sizes.append(count - sum(sizes))
     parameters = []
     for size in sizes:
-        parameter = torch.nn.Parameter(torch.empty(size, dtype=dtype).normal_())
-        parameter.grad = torch.empty(size, dtype=dtype).normal_()
+        parameter = torch.nn.Parameter(torch.empty(size, **how).normal_())
+        parameter.grad = torch.empty(size, **how).normal_()
         parameters.append(parameter)
     return parameters
 
@@ -146,11 +146,13 @@ def burst(
     both ends of what is timed.
     """
     step()
+    synchronize()
     before = stats()
     cpu = cpu_seconds()
     start = time.perf_counter()
     for _ in range(steps):
         step()
+    synchronize()
     seconds = time.perf_counter() - start
     cpu = cpu_seconds() - cpu
     after = stats()
@@ -167,6 +169,12 @@ def burst(
         "resident_bytes": after.get("resident_bytes", 0),
         "peak": peak_memory(),
     }
+
+
+def synchronize() -> None:
+    """Waits for the device, if this process has used one."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def cpu_seconds() -> float:
