@@ -51,7 +51,9 @@ def parse() -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--parameters", type=lambda text: int(float(text)), default="1e8")
     parser.add_argument("--rows", type=int, default=100, help="of the batch (%(default)s)")
-    parser.add_argument("--device", default="cpu", help="of the model (%(default)s)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="of the model (%(default)s)"
+    )
     parser.add_argument("--formats", nargs="+", default=["exact", "bf16", "int8"])
     parser.add_argument("--least-memory", type=common.size, default=16 * MIB)
     parser.add_argument("--burst", type=int, default=2, help="iterations (%(default)s)")

@@ -26,15 +26,20 @@ def as_lists(params: Any) -> Any:
     ]
 
 
-def bytes_on_devices(params: Any) -> int:
-    """Of the parameters on accelerators; ``params`` need not be well-formed."""
+def early_bytes_of(params: Any) -> int:
+    """What copies of the gradients that come on accelerators take, each rounded up to 64
+    bytes; ``params`` need not be well-formed.
+    """
     if isinstance(params, Tensor):
         local = local_of(params)
-        return 0 if local.is_cpu else local.numel() * local.element_size()
+        if local.is_cpu or not params.is_leaf:
+            return 0
+        dtype = params.grad_dtype or torch.float32  # None: any.
+        return -(-local.numel() * dtype.itemsize // 64) * 64
     if isinstance(params, dict):
-        return bytes_on_devices(params.get("params", ()))
+        return early_bytes_of(params.get("params", ()))
     if isinstance(params, Iterable) and not isinstance(params, (str, Iterator)):
-        return sum(map(bytes_on_devices, params))
+        return sum(map(early_bytes_of, params))
     return 0
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch_ext._adamw_groups import (
     as_lists,
     asks_for_state_only,
-    bytes_on_devices,
     check_group,
     check_state_dict,
+    early_bytes_of,
     hyper,
     labelled_parameters,
     merged,
@@ -186,7 +186,7 @@ class OffloadedAdamW(OffloadedBase):
             self._overlap = Overlap(self._take if self._takes else self._prefetch, self._takes)
         if self._overlap is not None and not self._takes:
             params = as_lists(params)
-            early_bytes = bytes_on_devices(params)
+            early_bytes = early_bytes_of(params)
             if early_bytes == 0:
                 self._overlap = None
         # Of the step that backward has begun: each group's numbers, and whose they are.
@@ -248,7 +248,8 @@ class OffloadedAdamW(OffloadedBase):
         """
         for p in self._parameters():
             if isinstance(p.grad, TakenGradient):
-                p.grad = None if set_to_none else torch.zeros_like(p, requires_grad=False)
+                zeros = {"dtype": p.grad.dtype, "requires_grad": False}
+                p.grad = None if set_to_none else torch.zeros_like(p, **zeros)
         super().zero_grad(set_to_none)
 
     @torch._disable_dynamo

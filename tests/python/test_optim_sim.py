@@ -12,7 +12,7 @@ from torch_ext import OffloadedAdamW
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # With SMALL: elements of a chunk on its way to the host.
-CHUNK = 2304
+CHUNK = 2048
 
 
 def on_sim(tensors, device="sim"):
@@ -134,15 +134,27 @@ def test_gradients_are_copied_as_they_are_and_no_copy_blocks(sim, nvme_dir):
         ("exact", torch.bfloat16): 2 + 2 + 2,
         ("bf16", torch.bfloat16): 2 + 2 + 2,
         ("int8", torch.float16): 2 + 2 + 2,
+        ("exact", torch.float32, torch.bfloat16): 2 + 4 + 4,
+        ("bf16", torch.float32, torch.bfloat16): 2 + 4 + 4,
+        ("exact", torch.bfloat16, torch.float32): 4 + 2 + 2,
     }
-    for (state_format, dtype), expected in bytes_moved.items():
+    for (state_format, dtype, *of_gradient), expected in bytes_moved.items():
         weight, optimizer = one(sim, nvme_dir, count, dtype, state_format=state_format)
+        give([weight], [weight], *of_gradient)
         sim.reset()
         optimizer.step()
         assert sim.counts()["async_bytes"] == expected * count
         assert sim.counts()["async_copies"] == 3 * 6
         assert sim.counts()["sync_copies"] == 0
         assert sim.counts()["stale_copies"] == 0
+        assert is_all(weight, -1.0)
+
+
+def test_kernels_of_the_copy_stream_go_before_those_of_others(sim, nvme_dir):
+    sim.reset()
+    weight, optimizer = one(sim, nvme_dir)
+    optimizer.step()
+    assert sim.counts()["urgent_streams"] == 1
 
 
 @pytest.mark.parametrize("update_on", ["cpu", "cuda"])

@@ -22,7 +22,7 @@ import torch
 _TESTS = Path(__file__).resolve().parents[1]
 _COUNTS = [
     *["async_copies", "async_bytes", "sync_copies", "stale_copies"],
-    *["live_bytes", "reused_blocks"],
+    *["live_bytes", "reused_blocks", "urgent_streams"],
 ]
 _library: ctypes.CDLL | None = None
 

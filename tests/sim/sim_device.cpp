@@ -104,7 +104,9 @@ struct SimGuard final : c10::impl::DeviceGuardImplInterface {
   c10::Stream getNewStream(c10::Device device, int) const override {
     return make(device, machine().streams(index_of(device)).add());
   }
-  c10::Stream getStreamFromGlobalPool(c10::Device device, bool) const override {
+  c10::Stream getStreamFromGlobalPool(c10::Device device,
+                                      bool urgent) const override {
+    if (urgent) ++machine().counts().urgent_streams;
     return make(device, machine().streams(index_of(device)).next_of_pool());
   }
   c10::Stream exchangeStream(c10::Stream stream) const override {
@@ -494,6 +496,7 @@ std::int64_t sim_count(const char* name) {
   if (field == "stale_copies") return counts.stale_copies;
   if (field == "live_bytes") return counts.live_bytes;
   if (field == "reused_blocks") return counts.reused_blocks;
+  if (field == "urgent_streams") return counts.urgent_streams;
   return -1;
 }
 

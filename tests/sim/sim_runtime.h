@@ -44,6 +44,7 @@ struct Counts {
   std::atomic<std::int64_t> stale_copies = 0;  ///< Touched freed memory.
   std::atomic<std::int64_t> live_bytes = 0;    ///< Of the devices' memory.
   std::atomic<std::int64_t> reused_blocks = 0;
+  std::atomic<std::int64_t> urgent_streams = 0;  ///< Of high priority, given.
 };
 
 /// A device's streams. 0 is the default one, 1 to kPoolSize the pool's,
@@ -240,6 +241,7 @@ class Machine {
     }
     counts_.async_copies = counts_.async_bytes = counts_.sync_copies = 0;
     counts_.stale_copies = counts_.reused_blocks = 0;
+    counts_.urgent_streams = 0;
   }
 
  private:

@@ -255,13 +255,12 @@ class AdamWKernel final : public UpdateKernel {
     const AdamWScratch& scratch = chunk.scratch;
     lane.queue([&] {
       if (chunk.target.on_host == nullptr) {
-        // As it is, where there is room for it: a kernel that casts it would
-        // have to find its place between backward's.
+        // As it is: a kernel that casts it would wait for a place between
+        // those of backward.
         const at::Tensor gradient = chunk.of(chunk.target.gradient.source());
-        const c10::ScalarType dtype = dtype_brought(chunk.target);
-        host_view(scratch.brought_gradient(slot, c10::elementSize(dtype)),
-                  chunk.count, dtype)
-            .copy_(gradient.to(dtype), /*non_blocking=*/true);
+        const c10::ScalarType dtype = gradient.scalar_type();
+        host_view(brought_gradient(scratch, slot, dtype), chunk.count, dtype)
+            .copy_(gradient, /*non_blocking=*/true);
       }
       host_view(scratch.staging(slot).data(), chunk.count,
                 parameter.scalar_type())
@@ -276,7 +275,7 @@ class AdamWKernel final : public UpdateKernel {
     update_in_parts(chunk, [&](const Part& part, AdamWRun& run) {
       // Elements may be smaller than those of the scratch.
       const std::uint64_t before = part.done - chunk.done;
-      find_brought_gradient(chunk, part, slot, run);
+      find_brought_gradient(part, slot, run);
       std::byte* const begin = chunk.scratch.staging(slot).data();
       return host_view(begin + before * parameter.dtype().itemsize(),
                        part.count, parameter.scalar_type());
@@ -286,17 +285,20 @@ class AdamWKernel final : public UpdateKernel {
     lane.queue([&] { chunk.of(parameter).copy_(here, /*non_blocking=*/true); });
   }
 
-  void find_brought_gradient(const Part& chunk, const Part& part,
-                             std::size_t slot, AdamWRun& run) const {
-    std::byte* const early = chunk.target.on_host;
-    const c10::ScalarType dtype =
-        early != nullptr ? chunk.target.gradient.source().scalar_type()
-                         : dtype_brought(chunk.target);
-    const std::uint64_t item = c10::elementSize(dtype);
+  static std::byte* brought_gradient(const AdamWScratch& scratch,
+                                     std::size_t slot, c10::ScalarType dtype) {
+    return dtype == at::kFloat
+               ? reinterpret_cast<std::byte*>(scratch.gradient(slot))
+               : scratch.gradient_16(slot);
+  }
+
+  void find_brought_gradient(const Part& part, std::size_t slot,
+                             AdamWRun& run) const {
+    std::byte* const early = part.target.on_host;
+    const c10::ScalarType dtype = part.target.gradient.source().scalar_type();
     std::byte* const gradient =
-        early != nullptr ? early + run.first * item
-                         : chunk.scratch.brought_gradient(slot, item) +
-                               (part.done - chunk.done) * item;
+        early != nullptr ? early + run.first * c10::elementSize(dtype)
+                         : brought_gradient(part.scratch, slot, dtype);
     if (dtype == at::kFloat) {
       run.gradient = reinterpret_cast<float*>(gradient);
     } else if (dtype == at::kBFloat16 && format_ != StateFormat::kExact) {
@@ -306,13 +308,6 @@ class AdamWKernel final : public UpdateKernel {
       convert(converted, at::kFloat, gradient, dtype, part.count);
       run.gradient = converted;
     }
-  }
-
-  /// Beside a float parameter there is room for floats alone.
-  static c10::ScalarType dtype_brought(const Target& target) {
-    return target.parameter.scalar_type() == at::kFloat
-               ? at::kFloat
-               : target.gradient.source().scalar_type();
   }
 
   void update_there(DeviceLane& lane, std::span<const OnDevice> parameters) {

@@ -17,14 +17,17 @@ class AdamWScratch {
   static constexpr std::size_t kMostChunks = 2;
 
   explicit AdamWScratch(std::span<std::byte> memory, std::size_t chunks = 1)
-      : chunk_(align_down(memory.size() / (4 * (1 + 2 * chunks)),
-                          StateFields::kCut)) {
+      : chunk_(
+            align_down(memory.size() / (4 + 10 * chunks), StateFields::kCut)) {
     std::byte* next = memory.data();
-    const auto take = [&] { return std::exchange(next, next + 4 * chunk_); };
-    state_ = take();
+    const auto take = [&](std::size_t element) {
+      return std::exchange(next, next + element * chunk_);
+    };
+    state_ = take(4);
     for (std::size_t i = 0; i < chunks; ++i) {
-      gradients_.at(i) = take();
-      staging_.at(i) = take();
+      gradients_.at(i) = take(4);
+      staging_.at(i) = take(4);
+      gradients_16_.at(i) = take(2);
     }
   }
 
@@ -37,21 +40,18 @@ class AdamWScratch {
       if (gradients_[i] == nullptr) continue;
       rest.gradients_[i] += 4 * element;
       rest.staging_[i] += 4 * element;
+      rest.gradients_16_[i] += 2 * element;
     }
     return rest;
   }
 
-  /// Elements of a chunk, for which there are parts of 4 bytes each.
+  /// Elements of a chunk, for which there are parts of 4 bytes each, and of 2.
   std::uint64_t chunk() const { return chunk_; }
   float* gradient(std::size_t i = 0) const {
     return reinterpret_cast<float*>(gradients_.at(i));
   }
-  /// Where a whole chunk's gradients from a device come to: those of 16 bits
-  /// share `staging` with parameters of 16 bits, and become floats in
-  /// `gradient`.
-  std::byte* brought_gradient(std::size_t i, std::size_t element_size) const {
-    return element_size == 4 ? gradients_.at(i) : staging_.at(i) + 2 * chunk_;
-  }
+  /// Gradients of 16 bits from a device.
+  std::byte* gradient_16(std::size_t i) const { return gradients_16_.at(i); }
   /// Parameters from a device.
   std::span<std::byte> staging(std::size_t i = 0) const {
     return {staging_.at(i), 4 * chunk_};
@@ -64,6 +64,7 @@ class AdamWScratch {
   std::byte* state_ = nullptr;
   std::array<std::byte*, kMostChunks> gradients_ = {};
   std::array<std::byte*, kMostChunks> staging_ = {};
+  std::array<std::byte*, kMostChunks> gradients_16_ = {};
 };
 
 }  // namespace torch_ext

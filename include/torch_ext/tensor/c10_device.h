@@ -43,8 +43,9 @@ class C10Device final : public Device {
   C10Device(c10::Device device, Runtime runtime)
       : guard_(device.type()),
         device_(device.has_index() ? device : guard_.getDevice()),
-        // The few kernels here (casts, an optimizer's update) would wait for
-        // all blocks of a long one that came before them.
+        // The few kernels here, as of an optimizer's update, would wait for
+        // all blocks of a long one that came before them. Copies to and from
+        // the host know no priority.
         copy_stream_(guard_.getStreamFromGlobalPool(device_,
                                                     /*isHighPriority=*/true)),
         runtime_(std::move(runtime)) {}

@@ -68,6 +68,11 @@ class EarlyGradients {
     at::Tensor gradient;
   };
 
+  /// What a copy takes of bring()'s memory.
+  static std::uint64_t room_for(std::uint64_t bytes) {
+    return align_up(bytes, 64);
+  }
+
   /// Queues a copy into `memory`, which is the same in each call,
   /// after what the calling thread has queued so far on the gradient's device.
   void bring(const Wanted& wanted, DeviceLane& lane,
@@ -85,9 +90,9 @@ class EarlyGradients {
     if (copy.memory.size() < bytes) {
       if (memory.size() - used_ < bytes) return;
       copy.memory = memory.subspan(used_, bytes);
-      used_ += std::min(align_up(bytes, 64), memory.size() - used_);
+      used_ += std::min(room_for(bytes), memory.size() - used_);
     }
-    copy.memory = copy.memory.first(bytes);
+    copy.bytes = bytes;
     const at::Tensor flat = storage_view(gradient, 0, count);
     lane.after(*lane.now());
     lane.queue([&] {
@@ -132,6 +137,7 @@ class EarlyGradients {
  private:
   struct Copy {
     std::span<std::byte> memory;
+    std::uint64_t bytes = 0;  ///< What is used of it.
     /// Of the gradient, while the copy may be claimed.
     std::optional<c10::weak_intrusive_ptr<c10::StorageImpl>> source;
     std::int64_t offset = 0;
@@ -152,8 +158,8 @@ class EarlyGradients {
            !gradient.is_neg() && copy.offset == gradient.storage_offset() &&
            copy.dtype == gradient.scalar_type() &&
            copy.version == version_of(gradient) &&
-           copy.memory.size() == static_cast<std::uint64_t>(gradient.numel()) *
-                                     gradient.dtype().itemsize();
+           copy.bytes == static_cast<std::uint64_t>(gradient.numel()) *
+                             gradient.dtype().itemsize();
   }
 
   /// Compares those on the device of the first, and takes them off the list.

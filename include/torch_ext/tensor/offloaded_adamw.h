@@ -114,14 +114,14 @@ class OffloadedAdamW : public torch::optim::Optimizer {
                            .verify = offload.verify},
                  .host_memory = offload.host_memory},
                 offload.state_format, offload.seed, offload.update_on,
-                prefetches(offload) ? bytes_on_devices(groups) : 0),
+                prefetches(offload) ? early_bytes(groups) : 0),
         max_grad_norm_(offload.max_grad_norm),
         takes_(takes(offload)) {
     if (max_grad_norm_ && !(*max_grad_norm_ > 0)) {
       throw std::invalid_argument("OffloadedAdamW: max_grad_norm is " +
                                   std::to_string(*max_grad_norm_));
     }
-    if (takes_ || (prefetches(offload) && bytes_on_devices(groups) > 0)) {
+    if (takes_ || (prefetches(offload) && early_bytes(groups) > 0)) {
       on_gradient_ = std::make_shared<const GradientHook::Function>(
           [this](const at::Tensor& parameter) { on_gradient(parameter); });
     }
@@ -337,14 +337,17 @@ class OffloadedAdamW : public torch::optim::Optimizer {
     return offload.overlap_backward != OverlapBackward::kOff && !takes(offload);
   }
 
-  static std::uint64_t bytes_on_devices(
+  static std::uint64_t early_bytes(
       const std::vector<torch::optim::OptimizerParamGroup>& groups) {
     std::uint64_t bytes = 0;
     for (const auto& group : groups) {
       for (const at::Tensor& parameter : group.params()) {
-        if (parameter.defined() && !parameter.is_cpu()) {
-          bytes += static_cast<std::uint64_t>(parameter.numel()) *
-                   parameter.dtype().itemsize();
+        if (parameter.defined() && !parameter.is_cpu() && parameter.is_leaf()) {
+          const c10::ScalarType dtype =
+              parameter.grad_dtype().value_or(at::kFloat);
+          bytes += EarlyGradients::room_for(
+              static_cast<std::uint64_t>(parameter.numel()) *
+              c10::elementSize(dtype));
         }
       }
     }
