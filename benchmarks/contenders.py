@@ -139,6 +139,8 @@ def run(contenders: list[Contender], rounds: int, steps: int, limit: Limit, name
             if contender.offloaded and before is None:
                 before = limit.rate()
             contender.worker.burst(steps)
+            # For a run that is stopped before its tables.
+            common.say(f"  {contender.name}: {contender.seconds()[-1]:.3f} s")
             if not contender.offloaded:
                 continue
             after = limit.rate()
