@@ -43,17 +43,23 @@ class TakenGradient(Tensor):
     """
 
     @staticmethod
-    def __new__(cls, parameter: Tensor, dtype: torch.dtype) -> TakenGradient:
+    def __new__(cls, parameter: Tensor) -> TakenGradient:
         return torch.Tensor._make_wrapper_subclass(
             cls,
             parameter.size(),
             strides=parameter.stride(),
-            dtype=dtype,
+            dtype=_assignable_dtype(parameter),
             device=parameter.device,
         )
 
-    def __init__(self, parameter: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, parameter: Tensor) -> None:
         pass
+
+    @staticmethod
+    def zeros_instead(parameter: Tensor) -> Tensor:
+        """A gradient of zeros."""
+        dtype = _assignable_dtype(parameter)
+        return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
 
     def data_ptr(self) -> int:
         raise RuntimeError(_TAKEN.format("data_ptr()"))
@@ -132,6 +138,13 @@ class Overlap:
             return
         with self._lock:
             take(parameter)
+
+
+def _assignable_dtype(parameter: Tensor) -> torch.dtype:
+    """Of a gradient; the one that is there may have another, by ``.data``."""
+    if not parameter.is_leaf:
+        return parameter.dtype
+    return parameter.grad_dtype or parameter.grad.dtype
 
 
 def _remove(handles: list[Any]) -> None:

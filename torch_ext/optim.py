@@ -186,7 +186,7 @@ class OffloadedAdamW(OffloadedBase):
             self._overlap = Overlap(self._take if self._takes else self._prefetch, self._takes)
         if self._overlap is not None and not self._takes:
             params = as_lists(params)
-            early_bytes = early_bytes_of(params)
+            early_bytes = min(early_bytes_of(params), 2**63)
             if early_bytes == 0:
                 self._overlap = None
         # Of the step that backward has begun: each group's numbers, and whose they are.
@@ -248,8 +248,7 @@ class OffloadedAdamW(OffloadedBase):
         """
         for p in self._parameters():
             if isinstance(p.grad, TakenGradient):
-                zeros = {"dtype": p.grad.dtype, "requires_grad": False}
-                p.grad = None if set_to_none else torch.zeros_like(p, **zeros)
+                p.grad = None if set_to_none else TakenGradient.zeros_instead(p)
         super().zero_grad(set_to_none)
 
     @torch._disable_dynamo
@@ -417,7 +416,7 @@ class OffloadedAdamW(OffloadedBase):
             torch.autograd.graph.increment_version(parameter)
         self._taken().add(parameter)
         self._versions[parameter] = version_of(parameter)
-        parameter.grad = TakenGradient(parameter, gradient.dtype)
+        parameter.grad = TakenGradient(parameter)
 
     def _prefetch(self, parameter: Tensor) -> None:
         """Has a gradient copied to the host that may be final."""

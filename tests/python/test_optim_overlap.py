@@ -56,6 +56,26 @@ def same_parameters(a, b):
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_gradient_may_have_got_another_dtype_by_its_data(nvme_dir, set_to_none):
+    """As loops do that accumulate in 32 bits."""
+    trained = []
+    for mode in OVERLAPS:
+        p = torch.linspace(-1, 1, 300).bfloat16().requires_grad_()
+        optimizer = OffloadedAdamW(
+            [p], lr=1e-2, nvme_path=nvme_dir, host_memory=SMALL, overlap_backward=mode
+        )
+        for _ in range(3):
+            with optimizer.accumulate():
+                p.float().square().sum().backward()
+            p.grad.data = p.grad.data.float()
+            p.float().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+        trained.append(p.detach())
+    assert all(torch.equal(trained[0], other) for other in trained[1:])
+
+
 @pytest.mark.parametrize("host_memory", [SMALL, "1MiB", "64MiB"])
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_update_during_backward_equals_adamw_bit_for_bit(nvme_dir, host_memory, accumulate):
