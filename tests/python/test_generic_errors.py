@@ -306,6 +306,9 @@ def test_what_the_class_raises_comes_out_and_later_steps_are_refused(make, monke
 
 
 def test_ctrl_c_waits_for_the_end_of_the_step(nvme_dir):
+    # A shell's background commands begin with it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
     class Interrupted(torch.optim.SGD):
         def step(self, closure=None):
             signal.raise_signal(signal.SIGINT)

@@ -24,7 +24,6 @@
 #include <torch/library.h>
 
 #include <chrono>
-#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -488,16 +487,7 @@ void sim_reset() { machine().reset(); }
 
 /// A field of Counts; -1 if there is none of that name.
 std::int64_t sim_count(const char* name) {
-  const auto& counts = machine().counts();
-  const std::string field(name);
-  if (field == "async_copies") return counts.async_copies;
-  if (field == "async_bytes") return counts.async_bytes;
-  if (field == "sync_copies") return counts.sync_copies;
-  if (field == "stale_copies") return counts.stale_copies;
-  if (field == "live_bytes") return counts.live_bytes;
-  if (field == "reused_blocks") return counts.reused_blocks;
-  if (field == "urgent_streams") return counts.urgent_streams;
-  return -1;
+  return machine().counts().named(name);
 }
 
 }  // extern "C"

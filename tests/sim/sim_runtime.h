@@ -16,6 +16,7 @@
 #include <new>
 #include <set>
 #include <stdexcept>
+#include <string_view>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -45,6 +46,17 @@ struct Counts {
   std::atomic<std::int64_t> live_bytes = 0;    ///< Of the devices' memory.
   std::atomic<std::int64_t> reused_blocks = 0;
   std::atomic<std::int64_t> urgent_streams = 0;  ///< Of high priority, given.
+  /// One of them; -1 if there is none of that name.
+  std::int64_t named(std::string_view name) const {
+    if (name == "async_copies") return async_copies;
+    if (name == "async_bytes") return async_bytes;
+    if (name == "sync_copies") return sync_copies;
+    if (name == "stale_copies") return stale_copies;
+    if (name == "live_bytes") return live_bytes;
+    if (name == "reused_blocks") return reused_blocks;
+    if (name == "urgent_streams") return urgent_streams;
+    return -1;
+  }
 };
 
 /// A device's streams. 0 is the default one, 1 to kPoolSize the pool's,
