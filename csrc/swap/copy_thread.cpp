@@ -152,10 +152,13 @@ void CopyThread::sleep(bool progress) {
     changed_.wait_for(lock, nap_, called);
     nap_ = std::min(nap_ * 2, kLongestNap);
   } else {
-    // Nobody tells of what a caller has given back that gave up.
-    starved_ ? static_cast<void>(changed_.wait_for(lock, kStarvedNap, called))
-             : changed_.wait(lock, called);
     nap_ = kShortestNap;
+    if (starved_) {
+      // Nobody tells of what a caller has given back that gave up.
+      changed_.wait_for(lock, kStarvedNap, called);
+    } else {
+      changed_.wait(lock, called);
+    }
   }
   awaits_end_ = false;
 }

@@ -45,7 +45,8 @@ def test_demo_trains_twice_and_compares(nvme_dir, overlap):
     assert figures["io"]["bytes_written"] >= 4 * figures["state_bytes"]
     assert figures["io"]["bytes_read"] >= 3 * figures["state_bytes"]
     assert figures["io"]["host_bytes_peak"] <= 240 << 10
-    # How much is hidden is a matter of time: benchmarks/README.md.
+    # How much is hidden is a matter of time (benchmarks/README.md); that it can be, of
+    # test_optim_overlap.py.
     assert 0 <= figures["io"]["hidden_share"] <= 1
     assert figures["job"]["overlap_backward"] == overlap.replace("off", "")
     lanes = {lane for step in figures["timeline"] for lane, *_ in step}

@@ -126,6 +126,25 @@ def test_tiles_are_updated_before_step_is_called(nvme_dir):
     optimizer.step()
 
 
+def test_the_io_of_a_step_does_not_wait_for_step(nvme_dir):
+    model = make_model()
+    optimizer = updating(model, nvme_dir)
+    train(model, optimizer, 2)
+
+    def moved():
+        stats = optimizer.stats()
+        return stats["bytes_read"] + stats["bytes_written"]
+
+    before = moved()
+    loss_of(model, 2).backward()
+    deadline = time.monotonic() + 60
+    # All of it but what the lanes had read before; the goal is half.
+    while moved() - before < 0.9 * 2 * optimizer.stats()["state_bytes"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    optimizer.step()
+
+
 def test_a_taken_gradient_is_freed(nvme_dir):
     model = make_model()
     storages = []

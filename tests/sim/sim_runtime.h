@@ -46,6 +46,7 @@ struct Counts {
   std::atomic<std::int64_t> live_bytes = 0;    ///< Of the devices' memory.
   std::atomic<std::int64_t> reused_blocks = 0;
   std::atomic<std::int64_t> urgent_streams = 0;  ///< Of high priority, given.
+
   /// One of them; -1 if there is none of that name.
   std::int64_t named(std::string_view name) const {
     if (name == "async_copies") return async_copies;
