@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_ext._modes import on_the_cpu, plain_modes
+
 State = dict[str, Any]
 
 
@@ -23,10 +25,23 @@ class Kept:
     names: dict[str, Any]
     #: Whether it is there before the first step.
     from_start: bool
+    #: Torch's default dtype then, in which a class may make tensors.
+    default_dtype: torch.dtype
 
     def same(self, other: Kept) -> bool:
         dtypes = [{k: f.dtype for k, f in kept.fields.items()} for kept in (self, other)]
         return dtypes[0] == dtypes[1] and self.names.keys() == other.names.keys()
+
+    def goes_on_as(self, other: Kept) -> bool:
+        """Whether a step finds in this state what it expects, ``other``. A state that was
+        made in another default dtype stays in it.
+        """
+        if self.default_dtype == other.default_dtype:
+            return self.same(other)
+        return (self.fields.keys(), self.names.keys()) == (
+            other.fields.keys(),
+            other.names.keys(),
+        )
 
 
 class Piece:
@@ -53,7 +68,9 @@ class PieceOptimizer:
     def __init__(self, optimizer_class: type[torch.optim.Optimizer], options: State) -> None:
         self._class = optimizer_class
         self._options = options
-        self._optimizer = optimizer_class([torch.zeros(1, 1, requires_grad=True)], **options)
+        with plain_modes(), on_the_cpu():
+            some = torch.zeros(1, 1, dtype=torch.float32, device="cpu", requires_grad=True)
+            self._optimizer = optimizer_class([some], **options)
         self._kept: dict[Any, Kept] = {}
         self.name = optimizer_class.__name__
         self.defaults = dict(self._optimizer.defaults)
@@ -68,7 +85,8 @@ class PieceOptimizer:
             optimizer.param_groups = [{**options, "params": parameters}]
             optimizer.state = defaultdict(dict, {p.parameter: p.state for p in pieces})
         try:
-            _step_without_hooks(optimizer)
+            with on_the_cpu():
+                _step_without_hooks(optimizer)
             for piece in pieces:
                 piece.finish(optimizer.state.get(piece.parameter, {}))
         finally:
@@ -87,18 +105,21 @@ class PieceOptimizer:
         Raises:
             ValueError: The class cannot be run piece by piece with them.
         """
-        key = _signature(options)
+        # A class may make its tensors in the default dtype.
+        key = (torch.get_default_dtype(), _signature(options))
         if key not in self._kept:
-            self._kept[key] = self._try(_with_some_rate(options))
+            with plain_modes():
+                self._kept[key] = self._try(_with_some_rate(options))
         return self._kept[key]
 
     def _made(self, options: State, parameters: list[Tensor]) -> torch.optim.Optimizer:
-        return self._class([{**options, "params": parameters}], **self._options)
+        with on_the_cpu():
+            return self._class([{**options, "params": parameters}], **self._options)
 
     def _try(self, options: State) -> Kept:
         try:
             # Classes that draw numbers must not change what others draw.
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
+            with torch.random.fork_rng(devices=[]):
                 whole = self._trial(options, [_TRIAL])
                 parts = self._trial(options, [_TRIAL.flatten()[:64], *_REST])
                 from_start = bool(self.first_state(options, _TRIAL.clone()))
@@ -111,7 +132,7 @@ class PieceOptimizer:
         fields, names = {}, {}
         for name, value in (one.state or {}).items():
             if isinstance(value, Tensor) and value.shape == _TRIAL.shape:
-                fields[name] = torch.empty(0, dtype=value.dtype)
+                fields[name] = torch.empty(0, dtype=value.dtype, device="cpu")
                 names[name] = None
             else:
                 names[name] = value
@@ -122,14 +143,16 @@ class PieceOptimizer:
                 self._compare(f"the state {name!r}", one.state[name], of_parts)
             else:
                 self._compare_scalars(name, names[name], of_parts)
-        return Kept(fields, names, from_start)
+        return Kept(fields, names, from_start, torch.get_default_dtype())
 
     def _trial(self, options: State, values: list[Tensor]) -> list[Piece]:
         """Three steps of a parameter in pieces, of which the first is on its own."""
         pieces = [Piece(v.clone(), None, None) for v in values]
         generator = torch.Generator().manual_seed(1)
         for _ in range(3):
-            gradient = torch.randn(_TRIAL.numel(), generator=generator)
+            gradient = torch.randn(
+                _TRIAL.numel(), generator=generator, dtype=torch.float32, device="cpu"
+            )
             first = 0
             for piece in pieces:
                 n = piece.values.numel()
@@ -238,5 +261,7 @@ class _Missing:
 _MISSING = _Missing()
 _SCHEDULED = ("betas", "momentum", "weight_decay")
 # Two dimensions, since some classes treat matrices differently; no multiple of 64.
-_TRIAL = torch.randn(5, 67, generator=torch.Generator().manual_seed(0))
+_TRIAL = torch.randn(
+    5, 67, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
+)
 _REST = list(_TRIAL.flatten()[64:].split(64))

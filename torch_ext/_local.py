@@ -135,7 +135,7 @@ def any_nonzero(tensors: Iterable[Tensor]) -> bool:
 def _anywhere(mesh: Any, here: bool) -> bool:
     from torch.distributed.tensor import DTensor, Partial
 
-    flag = torch.tensor(float(here), device=mesh.device_type)
+    flag = torch.tensor(float(here), dtype=torch.float32, device=mesh.device_type)
     summed = DTensor.from_local(flag, mesh, [Partial()] * mesh.ndim, run_check=False)
     return bool(summed.full_tensor())
 

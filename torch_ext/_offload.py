@@ -16,6 +16,7 @@ from torch import Tensor
 from torch_ext._adamw_groups import labelled_parameters
 from torch_ext._checks import Life, close_quietly, log_notes
 from torch_ext._local import check_parameter, local_gradient, local_of
+from torch_ext._modes import plain_modes
 from torch_ext._plan import OffloadPlan
 
 _logger = logging.getLogger("torch_ext")
@@ -53,6 +54,7 @@ class OffloadedBase(torch.optim.Optimizer):
         """Raises ValueError or TypeError if a group's options cannot be used."""
         raise NotImplementedError
 
+    @plain_modes()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, before or after the first step; see ``torch.optim``.
 
@@ -103,6 +105,7 @@ class OffloadedBase(torch.optim.Optimizer):
             stats[f"{lane}_share"] = stats[f"{lane}_seconds"] / elapsed if elapsed else 0.0
         return stats
 
+    @plain_modes()
     def plan(self) -> OffloadPlan:
         """What ``host_memory`` is used for, also before the first step.
 

@@ -139,7 +139,7 @@ class PieceEngine:
                 f"OffloadedOptimizer: the state was made for a parameter with {was}; it has "
                 f"now {now}. Load a state to go on"
             )
-        if not own.kept.same(kept):
+        if not own.kept.goes_on_as(kept):
             raise ValueError(
                 f"{self._optimizer.name} keeps {list(kept.names)} with these options, but the "
                 f"state was made for {list(own.kept.names)}: load a state that has them, or "
@@ -166,7 +166,10 @@ class PieceEngine:
             for slot, parameter, gradient in group.trained:
                 own = self._slots[slot]
                 reader = _C.OrderedReader(gradient, parameter)
-                works[own.number] = _Work(own, parameter, group.kept, i, reader)
+                works[own.number] = _Work(own, parameter, own.kept, i, reader)
+                # Autograd must see that what it saved has changed.
+                if not parameter.is_inference():
+                    torch.autograd.graph.increment_version(parameter)
         with signals_held(), one_thread():
             self._state.step(
                 list(works), lambda segments: self._update(segments, works, groups)
@@ -225,7 +228,7 @@ class PieceEngine:
                 shown.append(None)
                 continue
             self.expect(slot, parameter, kept)
-            work = _Work(own, parameter, kept)
+            work = _Work(own, parameter, own.kept)
             work.scalars = own.scalars
             shown.append((work, options))
             if own.scalars is not None:
@@ -377,6 +380,11 @@ class _TilePiece:
                 f"{name} keeps {list(state)} but {list(work.kept.names)} in the trial"
             )
         for key, values in zip(work.kept.fields, self.fields, strict=False):
+            if state[key].dtype != values.dtype:
+                raise RuntimeError(
+                    f"{name} has made the state {key!r} of dtype {state[key].dtype} from one "
+                    f"of dtype {values.dtype}"
+                )
             if state[key].data_ptr() != values.data_ptr():
                 values.copy_(state[key])
         work.scalars = {k: v for k, v in state.items() if k not in work.kept.fields}
@@ -389,7 +397,8 @@ class _TilePiece:
         if not work.parameter.is_cpu:
             there = work.parameter.detach()
             first = there.storage_offset() + self.first
-            there.as_strided((self.count,), (1,), first).copy_(here)
+            with torch.inference_mode(there.is_inference()):
+                there.as_strided((self.count,), (1,), first).copy_(here)
 
     def shown(self) -> dict[str, Tensor]:
         """What a state_dict() has of it, by name."""
@@ -405,7 +414,7 @@ def _places(works: list[_Work]) -> tuple[dict[int, dict[str, Any]], int]:
     for work in works:
         dtypes = dict(work.kept.fields)
         if _master_dtype(work.parameter):
-            dtypes[MASTER] = torch.empty(0)
+            dtypes[MASTER] = torch.empty(0, dtype=torch.float32, device="cpu")
         place = places[id(work)] = {}
         for name, like in dtypes.items():
             place[name] = (size, work.parameter.detach(), like)
@@ -417,7 +426,7 @@ def _no_elements(work: _Work) -> list[Tensor]:
     """The fields of no elements."""
     return [
         *work.kept.fields.values(),
-        *(torch.empty(0, dtype=dtype) for dtype in _master_dtype(work.parameter)),
+        *(torch.empty(0, dtype=d, device="cpu") for d in _master_dtype(work.parameter)),
     ]
 
 

@@ -15,6 +15,8 @@ AioConfig = _C.AioConfig
 
 _KNOBS = ("block_size", "queue_depth", "thread_count", "single_submit", "overlap_events")
 
+_OMITTED: Any = object()
+
 _Config = Mapping[str, Any] | str | os.PathLike[str]
 _Parse = Callable[[bytes], tuple[AioConfig, list[str]]]
 
@@ -27,9 +29,38 @@ def _as_dict(config: AioConfig) -> dict[str, int | bool]:
 AIO_DEFAULT_DICT: dict[str, int | bool] = _as_dict(AioConfig())
 
 
-def get_scalar_param(param_dict: Mapping[str, Any], name: str, default: Any) -> Any:
-    """Returns ``param_dict[name]``, or ``default`` where there is none."""
-    return param_dict.get(name, default)
+def get_scalar_param(
+    param_dict: Mapping[str, Any],
+    param_name: Any = _OMITTED,
+    param_default_value: Any = _OMITTED,
+    *,
+    name: Any = _OMITTED,
+    default: Any = _OMITTED,
+) -> Any:
+    """Returns ``param_dict[param_name]``, or the default where it is missing or None.
+
+    DeepSpeed's function of this name passes None through. Here a null in a configuration
+    means the default, as everywhere in the ``aio`` section.
+
+    Args:
+        param_dict: A configuration or a section of one.
+        param_name: The key.
+        param_default_value: What is returned where there is no value.
+        name: The former name of ``param_name``.
+        default: The former name of ``param_default_value``.
+    """
+    key = _given("param_name", param_name, "name", name)
+    fallback = _given("param_default_value", param_default_value, "default", default)
+    value = param_dict.get(key)
+    return fallback if value is None else value
+
+
+def _given(name: str, value: Any, old_name: str, old: Any) -> Any:
+    """The one of an argument's two names that the caller has used."""
+    if (value is _OMITTED) == (old is _OMITTED):
+        how = "is missing" if value is _OMITTED else f"is given twice, also as {old_name!r}"
+        raise TypeError(f"get_scalar_param(): the argument {name!r} {how}")
+    return old if value is _OMITTED else value
 
 
 def get_aio_config(param_dict: _Config) -> dict[str, int | bool]:

@@ -21,6 +21,7 @@ from torch_ext._adamw_groups import (
 from torch_ext._checks import Directories, directories_of, engine_of
 from torch_ext._elementwise import Kept, PieceOptimizer, options_of
 from torch_ext._local import is_distributed
+from torch_ext._modes import plain_modes
 from torch_ext._offload import OffloadedBase
 from torch_ext._piece_engine import MASTER, Group, Loaded, PieceEngine, Trained
 from torch_ext._plan import OffloadPlan
@@ -54,6 +55,10 @@ class OffloadedOptimizer(OffloadedBase):
     ``state`` without tensors, what follows an I/O error, one call at a time, fork, pickle.
     ``state_dict()`` is as that of the class itself: either loads the other's. Ctrl-C
     takes effect when a call has ended.
+
+    The caller's default device, inference mode, autocast and grad mode change nothing. The
+    class sees torch's default dtype, as it does in memory: ``NAdam`` keeps a product in
+    float64 where that is the default.
 
     Args:
         optimizer_class: A subclass of ``torch.optim.Optimizer``.
@@ -131,7 +136,6 @@ class OffloadedOptimizer(OffloadedBase):
         return self._pieces.kept(options_of(group))
 
     @torch._disable_dynamo
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs a step and returns what ``closure``, if given, returned.
 
@@ -152,6 +156,11 @@ class OffloadedOptimizer(OffloadedBase):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    @plain_modes()
+    def _step(self) -> None:
         groups = []
         for group in self.param_groups:
             self._check_group(group)
@@ -164,10 +173,9 @@ class OffloadedOptimizer(OffloadedBase):
         self._engine.step(groups)
         for trained in chain.from_iterable(group.trained for group in groups):
             self.state[trained.parameter] = self._shown_state(trained.parameter)
-        return loss
 
     @torch._disable_dynamo
-    @torch.no_grad()
+    @plain_modes()
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as the class itself does.
 
@@ -200,7 +208,7 @@ class OffloadedOptimizer(OffloadedBase):
         return state_dict
 
     @torch._disable_dynamo
-    @torch.no_grad()
+    @plain_modes()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the state of this class or of the optimizer class itself.
 
@@ -244,6 +252,7 @@ class OffloadedOptimizer(OffloadedBase):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
+    @plain_modes()
     def plan(self) -> OffloadPlan:
         """As ``OffloadedAdamW.plan``."""
         self._life.check()

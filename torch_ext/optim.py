@@ -40,6 +40,7 @@ from torch_ext._local import (
     like_parameter,
     local_of,
 )
+from torch_ext._modes import plain_modes
 from torch_ext._native import _C
 from torch_ext._offload import OffloadedBase
 from torch_ext._overlap import Overlap, TakenGradient, overlap_of, version_of, with_gradient
@@ -74,7 +75,8 @@ class OffloadedAdamW(OffloadedBase):
     After an I/O error the state may be half updated: each later step raises the
     error again until a state is loaded. One call at a time, from any thread.
     Ctrl-C during a call takes effect when the call has ended, so that no step
-    is left half done. A forked child may not use the optimizer (RuntimeError);
+    is left half done. The caller's default dtype and device, inference mode, autocast and
+    grad mode change nothing. A forked child may not use the optimizer (RuntimeError);
     pickling and copying raise TypeError.
 
     Args:
@@ -252,7 +254,6 @@ class OffloadedAdamW(OffloadedBase):
         super().zero_grad(set_to_none)
 
     @torch._disable_dynamo
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs a step and returns what ``closure``, if given, returned.
 
@@ -270,14 +271,23 @@ class OffloadedAdamW(OffloadedBase):
             ValueError, TypeError: A parameter or gradient cannot be used;
                 nothing has changed then.
         """
-        loss, complaint = None, ""
+        loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    @plain_modes()
+    def _step(self) -> None:
+        complaint = ""
         trained = [(group, with_gradient(group)) for group in self.param_groups]
         if self._max_grad_norm is not None:
-            self.grad_norm = torch.nn.utils.clip_grad_norm_(
-                list(chain.from_iterable(group for _, group in trained)), self._max_grad_norm
+            clipped = list(chain.from_iterable(group for _, group in trained))
+            self.grad_norm = (
+                torch.nn.utils.clip_grad_norm_(clipped, self._max_grad_norm)
+                if clipped
+                else torch.zeros((), dtype=torch.float32, device="cpu")
             )
         if not self.state and not self._taken() and asks_for_state_only(trained):
             parameters = [p for _, group in trained for p in group]
@@ -303,9 +313,9 @@ class OffloadedAdamW(OffloadedBase):
                 torch.autograd.graph.increment_version(p)
         if complaint:
             raise RuntimeError(complaint)
-        return loss
 
     @torch._disable_dynamo
+    @plain_modes()
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as ``torch.optim.AdamW`` does; see the class.
 
@@ -338,7 +348,7 @@ class OffloadedAdamW(OffloadedBase):
         ):
             parameter = by_slot[slot]
             entry = {
-                "step": torch.tensor(float(step), dtype=torch.float32),
+                "step": torch.tensor(float(step), dtype=torch.float32, device="cpu"),
                 "exp_avg": like_parameter(exp_avg, parameter),
                 "exp_avg_sq": like_parameter(exp_avg_sq, parameter),
             }
@@ -353,6 +363,7 @@ class OffloadedAdamW(OffloadedBase):
         return state_dict
 
     @torch._disable_dynamo
+    @plain_modes()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the state of this class or of ``torch.optim.AdamW``.
 

@@ -19,6 +19,7 @@ from torch_ext._checks import (
     engine_of,
     log_notes,
 )
+from torch_ext._modes import check_no_fake_mode
 from torch_ext._native import _C
 from torch_ext.config import AioConfig, parse_size, resolve_aio_config
 
@@ -111,8 +112,10 @@ class TensorSwapper:
             TypeError: The tensor has no plain memory: sparse, meta, quantized,
                 nested, or a subclass such as DTensor.
             RuntimeError: The swapper is closed, or belongs to another process,
-                or the current stream is being captured into a graph.
+                or the current stream is being captured into a graph, or a
+                FakeTensorMode is active.
         """
+        check_no_fake_mode()
         try:
             return self._swapper.swap_out(key, tensor)
         except TypeError:
@@ -146,12 +149,13 @@ class TensorSwapper:
                 or its elements share memory.
             TypeError, RuntimeError: As for ``swap_out``.
         """
+        check_no_fake_mode()
         if device is not None:
             device = torch.device(device)
             if device.type == "cpu":
                 device = torch.device("cpu")  # "cpu:0" is the same, and unequal.
             elif device.index is None:
-                device = torch.empty(0, device=device).device
+                device = torch.empty(0, dtype=torch.uint8, device=device).device
         try:
             return self._swapper.swap_in(key, out, device, prefetch)
         except TypeError:

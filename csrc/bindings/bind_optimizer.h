@@ -22,6 +22,7 @@
 #include "gil.h"
 #include "torch_ext/tensor/adamw_engine.h"
 #include "torch_ext/tensor/gradient_hook.h"
+#include "torch_ext/tensor/plain_modes.h"
 
 namespace {
 
@@ -125,7 +126,25 @@ void load(AdamWEngine& engine, const std::vector<SavedArgs>& from) {
   engine.load(saved);
 }
 
+/// A context manager for Python.
+class ModesGuard {
+ public:
+  void enter() { plain_ = std::make_unique<torch_ext::PlainModes>(); }
+  void exit(const py::args&) { plain_.reset(); }
+
+ private:
+  std::unique_ptr<torch_ext::PlainModes> plain_;
+};
+
+void bind_modes(py::module_& m) {
+  py::class_<ModesGuard>(m, "PlainModes", py::module_local())
+      .def(py::init<>())
+      .def("__enter__", &ModesGuard::enter)
+      .def("__exit__", &ModesGuard::exit);
+}
+
 void bind_optimizer(py::module_& m) {
+  bind_modes(m);
   m.def("may_change_later", &torch_ext::may_change_later, py::arg("parameter"));
   py::class_<AdamWEngine, std::unique_ptr<AdamWEngine, DeleteWithoutGil>>(
       m, "AdamWEngine", py::module_local())

@@ -173,13 +173,20 @@ void check_gradient(const at::Tensor& gradient, const at::Tensor& parameter) {
 }
 
 /// Elements in host memory, in the order of the reader and the source's dtype:
-/// a view of the source where that is possible.
+/// in the source's memory where that is possible.
 at::Tensor read_piece(const OrderedReader& reader, std::uint64_t first,
                       std::uint64_t count) {
   const at::Tensor& source = reader.source();
-  if (reader.direct()) return torch_ext::storage_view(source, first, count);
-  const at::Tensor piece = at::empty({static_cast<std::int64_t>(count)},
-                                     at::TensorOptions().dtype(source.dtype()));
+  const auto options = torch_ext::host_options(source.scalar_type());
+  const auto size = static_cast<std::int64_t>(count);
+  if (reader.direct()) {
+    // Not a view of autograd's: it would be an inference tensor if the source
+    // is one, and nobody could train it.
+    return at::from_blob(
+        reader.pointer(first), {size},
+        [storage = source.storage()](void*) mutable { storage = {}; }, options);
+  }
+  const at::Tensor piece = at::empty({size}, options);
   reader.copy_to(static_cast<std::byte*>(piece.mutable_data_ptr()), first,
                  count);
   return piece;
@@ -188,7 +195,8 @@ at::Tensor read_piece(const OrderedReader& reader, std::uint64_t first,
 // The tensors of these two are 1-D, contiguous and of one length.
 
 at::Tensor join_piece(const at::Tensor& parameter, const at::Tensor& low) {
-  at::Tensor master = at::empty(parameter.sizes(), at::kFloat);
+  at::Tensor master =
+      at::empty(parameter.sizes(), torch_ext::host_options(at::kFloat));
   torch_ext::join_master(
       static_cast<const std::uint16_t*>(parameter.const_data_ptr()),
       static_cast<const std::uint16_t*>(low.const_data_ptr()),
@@ -206,10 +214,6 @@ void split_piece(const at::Tensor& master,
                 : nullptr,
       static_cast<std::uint16_t*>(low.mutable_data_ptr()),
       static_cast<std::size_t>(master.numel()));
-  // Autograd must see that what it saved has changed.
-  if (parameter && !parameter->is_inference()) {
-    parameter->unsafeGetTensorImpl()->bump_version();
-  }
 }
 
 void write_piece(SnapshotFile& file, std::uint64_t offset,
@@ -225,7 +229,7 @@ std::vector<at::Tensor> map_tensors(
   const std::shared_ptr<std::byte> memory = file.map();
   std::vector<at::Tensor> tensors;
   for (const auto& [offset, like, of_dtype] : of) {
-    const auto options = at::TensorOptions().dtype(of_dtype.dtype());
+    const auto options = torch_ext::host_options(of_dtype.scalar_type());
     tensors.push_back(
         like.numel() == 0
             ? at::empty_strided(like.sizes(), like.strides(), options)

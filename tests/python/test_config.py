@@ -77,10 +77,44 @@ def test_the_input_is_not_changed():
     assert param_dict == {"aio": {"block_size": "1M", "queue_depth": None}}
 
 
-def test_get_scalar_param_is_dict_get():
-    assert torch_ext.get_scalar_param({"a": 1}, "a", 2) == 1
-    assert torch_ext.get_scalar_param({"a": None}, "a", 2) is None
-    assert torch_ext.get_scalar_param({}, "a", 2) == 2
+@pytest.mark.parametrize("value", [1, 0, False, "", [], {}, "auto"], ids=repr)
+def test_get_scalar_param_returns_what_is_there(value):
+    assert torch_ext.get_scalar_param({"a": value}, "a", 2) is value
+
+
+@pytest.mark.parametrize("param_dict", [{}, {"a": None}], ids=str)
+def test_get_scalar_param_returns_the_default_for_what_is_missing_or_none(param_dict):
+    get = torch_ext.get_scalar_param
+    assert get(param_dict, "a", 2) == 2
+    assert get(param_dict, "a", None) is None
+    assert get(param_dict=param_dict, param_name="a", param_default_value=2) == 2
+    assert get(param_dict, name="a", default=2) == 2  # The names of earlier releases.
+
+
+def test_get_scalar_param_needs_each_argument_once():
+    get = torch_ext.get_scalar_param
+    for arguments in ({}, {"param_name": "a"}, {"param_default_value": 1}):
+        with pytest.raises(TypeError, match="is missing"):
+            get({}, **arguments)
+    with pytest.raises(TypeError, match="'param_name' is given twice, also as 'name'"):
+        get({}, "a", 1, name="b")
+
+
+@pytest.mark.parametrize("key", NUMBERS + FLAGS)
+def test_a_key_that_is_none_has_its_default_in_every_form_of_the_configuration(key, tmp_path):
+    default = torch_ext.AioConfig()
+    for config in ({"aio": {key: None}}, {key: None}, {"aio": None}):
+        text = json.dumps(config)
+        file = tmp_path / "config.json"
+        file.write_text(text)
+        for form in (config, text, file):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert resolve_aio_config(form) == default
+                if "aio" in config:
+                    assert torch_ext.get_aio_config(form) == torch_ext.AIO_DEFAULT_DICT
+    if key in torch_ext.AIO_DEFAULT_DICT:
+        assert torch_ext.AioConfig(**{key: None}) == default
 
 
 # Values ------------------------------------------------------------------------

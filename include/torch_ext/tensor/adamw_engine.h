@@ -27,6 +27,7 @@
 #include "torch_ext/tensor/adamw_kernel.h"
 #include "torch_ext/tensor/adamw_state.h"
 #include "torch_ext/tensor/early_gradients.h"
+#include "torch_ext/tensor/plain_modes.h"
 
 namespace torch_ext {
 
@@ -35,6 +36,7 @@ namespace torch_ext {
 ///
 /// Errors: before anything has changed, TypeError, std::invalid_argument and
 /// StateError for tensors that cannot be used; then those of OptimizerOffload.
+/// Modes of the calling thread change nothing: see PlainModes.
 /// Threads: any, one call at a time.
 class AdamWEngine {
  public:
@@ -103,6 +105,7 @@ class AdamWEngine {
 
   /// A step of the parameters in the groups.
   void step(const std::vector<Group>& groups) {
+    const PlainModes plain;
     AdamWKernel kernel(
         format_, seed_, [this] { return scratch(); }, lanes_, update_on_);
     for (const Group& group : groups) {
@@ -130,6 +133,7 @@ class AdamWEngine {
   /// for tensors that step() would refuse, or during a graph's capture.
   /// Errors: StateError with what the device says.
   void prefetch(const Trained& trained) {
+    const PlainModes plain;
     const at::Tensor& parameter = trained.parameter.tensor;
     if (early_bytes_ == 0 || closed_ || parameter.is_cpu() ||
         !may_be_early(trained)) {
@@ -147,6 +151,7 @@ class AdamWEngine {
   /// that moment; the first begins the step. Returns at once.
   /// Errors: as step(); a failed update is finish()'s to throw.
   void take(const AdamWHyper& hyper, const Trained& trained) {
+    const PlainModes plain;
     check(trained.parameter);
     adamw::check_place(trained.parameter.tensor, update_on_);
     adamw::check_gradient(trained.gradient, trained.parameter.tensor);
@@ -166,6 +171,7 @@ class AdamWEngine {
 
   /// Updates what is left of what was taken, and ends the step.
   void finish() {
+    const PlainModes plain;
     begin_open_step();
     const std::unique_ptr<OpenStep> step = std::move(open_);
     step->kernel.use_threads(static_cast<std::size_t>(at::get_num_threads()));
@@ -182,6 +188,7 @@ class AdamWEngine {
   /// to the process, over a file in the directory which is gone with the
   /// tensors. Later steps do not change it.
   std::vector<Saved> save(const std::vector<Parameter>& parameters) {
+    const PlainModes plain;
     AdamWSnapshot snapshot(format_, make_scratch());
     std::vector<Saved> saved;
     for (const Parameter& parameter : parameters) {
@@ -201,6 +208,7 @@ class AdamWEngine {
 
   /// Forgets all state and takes this. Also after an error.
   void load(const std::vector<Saved>& saved) {
+    const PlainModes plain;
     for (const auto& [parameter, state] : saved) {
       adamw::check_saved(parameter.tensor, state);
     }

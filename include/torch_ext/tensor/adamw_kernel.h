@@ -461,7 +461,8 @@ class AdamWKernel final : public UpdateKernel {
   // Parameters mostly have the same number of steps, and nobody writes to it.
   const at::Tensor& step_tensor(std::uint64_t step) {
     if (!step_tensor_.defined() || step_tensor_of_ != step) {
-      step_tensor_ = at::scalar_tensor(static_cast<double>(step), at::kFloat);
+      step_tensor_ = at::scalar_tensor(static_cast<double>(step),
+                                       host_options(at::kFloat));
       step_tensor_of_ = step;
     }
     return step_tensor_;

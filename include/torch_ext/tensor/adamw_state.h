@@ -133,7 +133,7 @@ class AdamWSnapshot final : public UpdateKernel {
 
   at::Tensor tensor(const Place& place, std::size_t field) const {
     const at::Tensor& like = place.parameter;
-    const auto options = at::TensorOptions().dtype(at::kFloat);
+    const auto options = host_options(at::kFloat);
     if (like.numel() == 0) {
       return at::empty_strided(like.sizes(), like.strides(), options);
     }

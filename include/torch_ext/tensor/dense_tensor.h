@@ -16,11 +16,17 @@
 
 namespace torch_ext {
 
+/// Of a tensor in host memory. Each tensor here names its dtype, so that the
+/// caller's default one decides nothing.
+inline at::TensorOptions host_options(c10::ScalarType dtype) {
+  return at::TensorOptions().dtype(dtype).device(at::kCPU);
+}
+
 /// A 1-D tensor over `count` elements of host memory that it does not own.
 inline at::Tensor host_view(void* data, std::uint64_t count,
                             c10::ScalarType dtype) {
   return at::from_blob(data, {static_cast<std::int64_t>(count)},
-                       at::TensorOptions().dtype(dtype));
+                       host_options(dtype));
 }
 
 /// Elements of one call for which PyTorch does not wake its other threads:

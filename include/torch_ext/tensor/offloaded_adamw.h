@@ -22,6 +22,7 @@
 #include "torch_ext/config/aio_config.h"
 #include "torch_ext/tensor/adamw_engine.h"
 #include "torch_ext/tensor/gradient_hook.h"
+#include "torch_ext/tensor/plain_modes.h"
 
 namespace torch_ext {
 
@@ -147,7 +148,7 @@ class OffloadedAdamW : public torch::optim::Optimizer {
       const c10::AutoGradMode with_grad(true);
       loss = closure();
     }
-    const c10::NoGradGuard no_grad;
+    const PlainModes plain;
     add_new_parameters();
     clip();
     std::vector<AdamWEngine::Group> groups;
@@ -313,7 +314,7 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   void on_gradient(const at::Tensor& parameter) {
     const std::lock_guard lock(gradients_mutex_);
     if (accumulating_ > 0) return;
-    const c10::NoGradGuard no_grad;
+    const PlainModes plain;
     const bool changes = may_change_later(parameter);
     if (!takes_ && changes) return;
     if (changes) throw StateError(kChangesLater);

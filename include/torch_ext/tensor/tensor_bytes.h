@@ -20,6 +20,7 @@
 #include "torch_ext/tensor/c10_device.h"
 #include "torch_ext/tensor/dense_tensor.h"
 #include "torch_ext/tensor/memory_in_flight.h"
+#include "torch_ext/tensor/plain_modes.h"
 #include "torch_ext/tensor/tensor_check.h"
 
 namespace torch_ext {
@@ -42,7 +43,7 @@ class TensorBytes {
       bytes.fixed = in_flight_.source(tensor, operation);
       return bytes;
     }
-    const c10::NoGradGuard no_grad;
+    const PlainModes plain;
     return of(tensor.detach().resolve_conj().resolve_neg().contiguous(),
               Direction::kOut);
   }
@@ -57,7 +58,7 @@ class TensorBytes {
       bytes.fixed = in_flight_.destination(tensor, operation);
       return bytes;
     }
-    const c10::NoGradGuard no_grad;
+    const PlainModes plain_modes;
     const at::Tensor plain = tensor.detach();
     const at::Tensor packed = at::empty(
         plain.sizes(),

@@ -3,7 +3,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/from_blob.h>
 #include <c10/core/DeviceType.h>
-#include <c10/core/GradMode.h>
 #include <c10/core/ScalarType.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -20,6 +19,8 @@
 #include "torch_ext/device/cuda_runtime.h"
 #include "torch_ext/memory/pinned_memory.h"
 #include "torch_ext/swap/file_swapper.h"
+#include "torch_ext/tensor/dense_tensor.h"
+#include "torch_ext/tensor/plain_modes.h"
 #include "torch_ext/tensor/tensor_bytes.h"
 #include "torch_ext/tensor/tensor_check.h"
 #include "torch_ext/tensor/tensor_swapper.h"
@@ -87,6 +88,7 @@ inline at::Tensor pinned_zeros(std::int64_t count, c10::ScalarType dtype) {
     throw std::invalid_argument("a tensor of " + std::to_string(count) +
                                 " elements");
   }
+  const PlainModes plain;
   std::shared_ptr<CudaRuntime> cuda;
   if (c10::impl::hasDeviceGuardImpl(c10::kCUDA) &&
       c10::impl::getDeviceGuardImpl(c10::kCUDA)->deviceCount() > 0) {
@@ -96,7 +98,7 @@ inline at::Tensor pinned_zeros(std::int64_t count, c10::ScalarType dtype) {
       allocate_pinned(static_cast<std::size_t>(count * item), std::move(cuda));
   return at::from_blob(
       memory.get(), {count}, [memory](void*) mutable { memory.reset(); },
-      at::TensorOptions().dtype(dtype));
+      host_options(dtype));
 }
 
 }  // namespace torch_ext

@@ -3,7 +3,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/Device.h>
-#include <c10/core/GradMode.h>
 #include <c10/core/ScalarType.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
@@ -19,6 +18,7 @@
 
 #include "torch_ext/base/error.h"
 #include "torch_ext/swap/swapper.h"
+#include "torch_ext/tensor/plain_modes.h"
 #include "torch_ext/tensor/tensor_bytes.h"
 #include "torch_ext/tensor/tensor_check.h"
 
@@ -113,7 +113,7 @@ class TensorSwapper {
                        IoPriority priority = IoPriority::kNow) {
     const Swapper::Entry entry = swapper_.entry(key);
     const Meta& meta = *static_cast<const Meta*>(entry.tag().get());
-    c10::NoGradGuard no_grad;
+    const PlainModes plain;
     at::Tensor result;
     if (out) {
       check_destination(key, *out, meta, device);

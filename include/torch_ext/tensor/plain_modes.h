@@ -1,0 +1,30 @@
+#pragma once
+
+#include <c10/core/DispatchKeySet.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+namespace torch_ext {
+
+/// While it lives, the thread's operators run without autograd, inference mode
+/// and autocast, whichever of them the caller is in. So what is computed does
+/// not depend on that, and the tensors that are made can be used anywhere: one
+/// that is made in inference mode cannot be trained with outside of it.
+///
+/// The default dtype is the process's, not the thread's: whatever makes a
+/// tensor names its dtype and device instead.
+class PlainModes {
+ public:
+  PlainModes() = default;
+  PlainModes(const PlainModes&) = delete;
+  PlainModes& operator=(const PlainModes&) = delete;
+
+ private:
+  const c10::InferenceMode no_inference_{false};
+  const c10::NoGradGuard no_grad_;  // After it, which turns autograd on.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast_{
+      c10::autocast_dispatch_keyset};
+};
+
+}  // namespace torch_ext
