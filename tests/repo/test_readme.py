@@ -1,4 +1,4 @@
-"""The examples of README.md run as they stand."""
+"""The examples of README.md and of the guide run as they stand."""
 
 import re
 import subprocess
@@ -12,25 +12,31 @@ import tree
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def blocks(language):
-    text = (tree.ROOT / "README.md").read_text()
+def blocks(page, language):
+    text = (tree.ROOT / page).read_text()
     return [code for name, code in BLOCK.findall(text) if name == language]
 
 
-PYTHON = blocks("python")
+PYTHON = blocks("README.md", "python")
+CASES = [
+    (page, number)
+    for page in ("README.md", "docs/guide.md")
+    for number in range(len(blocks(page, "python")))
+]
 
 
-@pytest.mark.parametrize("number", range(len(PYTHON)))
-def test_python_example_runs_in_an_empty_directory_and_leaves_nothing_there(number):
+@pytest.mark.parametrize(("page", "number"), CASES)
+def test_python_example_runs_in_an_empty_directory_and_leaves_nothing_there(page, number):
+    code = blocks(page, "python")[number]
     with tempfile.TemporaryDirectory(prefix="torch_ext_test.", dir="/var/tmp") as directory:
         done = subprocess.run(
-            [sys.executable, "-c", PYTHON[number]],
+            [sys.executable, "-c", code],
             cwd=directory,
             capture_output=True,
             text=True,
             timeout=300,
         )
-        assert done.returncode == 0, PYTHON[number] + done.stdout + done.stderr
+        assert done.returncode == 0, code + done.stdout + done.stderr
         assert list(Path(directory).iterdir()) == []
 
 
@@ -40,7 +46,11 @@ def test_there_is_an_example_of_the_optimizer_and_of_the_swapper():
 
 
 def test_the_first_example_is_short():
-    assert len(PYTHON[0].splitlines()) <= 20
+    assert len(PYTHON[0].splitlines()) <= 15
+
+
+def test_the_readme_fits_a_few_screens():
+    assert len((tree.ROOT / "README.md").read_text().splitlines()) <= 180
 
 
 def test_the_cpp_example_is_taken_from_the_one_that_the_tests_build():
@@ -48,7 +58,9 @@ def test_the_cpp_example_is_taken_from_the_one_that_the_tests_build():
     sources = "".join(file.read_text() for file in sorted(app.iterdir()) if file.is_file())
     built = {line.strip() for line in sources.splitlines()}
     lines = [
-        line.strip() for code in blocks("cpp") + blocks("cmake") for line in code.splitlines()
+        line.strip()
+        for code in blocks("README.md", "cpp") + blocks("docs/guide.md", "cmake")
+        for line in code.splitlines()
     ]
     assert lines
     assert [line for line in lines if line and line not in built] == []
