@@ -66,6 +66,7 @@ def load(
     arguments["extra_ldflags"] = ["-pthread", "-ldl", *kwargs.get("extra_ldflags", ())]
     arguments["extra_include_paths"] = [
         str(root / "include"),
+        str(root / "csrc"),
         *_third_party(root),
         *kwargs.get("extra_include_paths", ()),
     ]

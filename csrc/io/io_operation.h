@@ -6,6 +6,7 @@
 #include <exception>
 #include <memory>
 
+#include "fair_queue.h"
 #include "io_counters.h"
 #include "piece_cutter.h"
 #include "ticket_state.h"
@@ -23,6 +24,7 @@ const char* name_of(IoRequest::Op op);
 /// IoBacklog::push() until it has ended.
 class RunningOperation final
     : public Ticket::State,
+      public FairQueue<RunningOperation>::Link,
       public std::enable_shared_from_this<RunningOperation> {
  public:
   /// Errors: std::invalid_argument, see IoQueue::submit.
@@ -50,7 +52,6 @@ class RunningOperation final
 
  private:
   friend class IoBacklog;
-  friend class OperationList;
 
   IoOperation io_;
   PieceCutter cutter_;
@@ -63,8 +64,6 @@ class RunningOperation final
   const IoBacklog* backlog_ = nullptr;  ///< Set once, before it is shared.
   bool queued_ = false;
   std::shared_ptr<RunningOperation> self_;
-  RunningOperation* previous_ = nullptr;
-  RunningOperation* next_ = nullptr;
 };
 
 /// A piece on its way through a worker.

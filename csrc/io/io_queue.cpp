@@ -105,7 +105,11 @@ bool IoQueue::cancel(const Ticket& ticket) {
 
 IoQueueStats IoQueue::stats() const {
   impl_->check_process();
-  return impl_->backlog_.stats(impl_->workers_);
+  std::vector<const IoCounters*> counters;
+  for (const auto& worker : impl_->workers_) {
+    counters.push_back(&worker->counters());
+  }
+  return impl_->backlog_.stats(counters);
 }
 
 const AioConfig& IoQueue::config() const noexcept { return impl_->config_; }

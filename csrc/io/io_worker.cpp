@@ -1,15 +1,12 @@
 #include "io_worker.h"
 
-#include <pthread.h>
-#include <signal.h>
-
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <string>
-#include <system_error>
 #include <utility>
 
+#include "base/thread.h"
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/checksum.h"
 #include "torch_ext/base/error.h"
@@ -76,20 +73,7 @@ IoWorker::IoWorker(IoBacklog& backlog, const AioConfig& config,
 }
 
 void IoWorker::start() {
-  // Signals belong to the application's threads.
-  sigset_t all;
-  sigset_t old;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &old);
-  int error = 0;
-  try {
-    thread_ = std::thread([this] { run(); });
-    pthread_setname_np(thread_.native_handle(), "torch_ext io");
-  } catch (const std::system_error& refused) {
-    error = refused.code().value();
-  }
-  pthread_sigmask(SIG_SETMASK, &old, nullptr);
-  if (error != 0) throw IoError({.op = "pthread_create", .error = error});
+  thread_ = start_thread("torch_ext io", [this] { run(); });
 }
 
 void IoWorker::join() {

@@ -15,7 +15,7 @@ namespace torch_ext {
 
 /// One I/O thread with an engine of its own, that it alone submits to and
 /// reaps from.
-class IoWorker {
+class IoWorker final : public Wakeable {
  public:
   /// For so long a piece is tried again that the kernel says "not now" to.
   static constexpr std::chrono::nanoseconds kPatience = std::chrono::seconds(6);
@@ -28,7 +28,7 @@ class IoWorker {
   void start();
   /// Waits for the thread, which ends once the backlog is closed and empty.
   void join();
-  void wake() noexcept;
+  void wake() noexcept override;
 
   /// Threads: any.
   const IoCounters& counters() const { return counters_; }

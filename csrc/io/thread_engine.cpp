@@ -1,5 +1,3 @@
-#include <pthread.h>
-#include <signal.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -7,12 +5,13 @@
 #include <condition_variable>
 #include <deque>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
+#include "base/thread.h"
 #include "deadline.h"
 #include "engines.h"
+#include "torch_ext/base/error.h"
 #include "torch_ext/base/process.h"
 
 namespace torch_ext {
@@ -38,23 +37,6 @@ std::int64_t carry_out(const IoRequest& request) {
   }
   return result >= 0 ? result : -errno;
 }
-
-/// Blocks all signals for the threads made in its scope: they stay with the
-/// application's threads, and SIGXFSZ does not end the process.
-class SignalsBlocked {
- public:
-  SignalsBlocked() {
-    sigset_t all;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before_);
-  }
-  SignalsBlocked(const SignalsBlocked&) = delete;
-  SignalsBlocked& operator=(const SignalsBlocked&) = delete;
-  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
-
- private:
-  sigset_t before_;
-};
 
 class ThreadEngine final : public IoEngine {
  public:
@@ -138,12 +120,13 @@ class ThreadEngine final : public IoEngine {
   /// Fewer, even none, where the system has no more threads to give.
   void start_threads(std::size_t count) {
     if (threads_.size() >= count) return;
-    const SignalsBlocked signals_blocked;
     try {
       while (threads_.size() < count) {
-        threads_.emplace_back([shared = shared_.get()] { work(*shared); });
+        // Without signals SIGXFSZ does not end the process.
+        threads_.push_back(start_thread(
+            "torch_ext io", [shared = shared_.get()] { work(*shared); }));
       }
-    } catch (const std::system_error&) {
+    } catch (const IoError&) {
     }
   }
 

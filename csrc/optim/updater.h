@@ -1,14 +1,13 @@
 #pragma once
 
-#include <pthread.h>
-
 #include <condition_variable>
-#include <csignal>
 #include <exception>
 #include <functional>
 #include <mutex>
 #include <thread>
 #include <utility>
+
+#include "base/thread.h"
 
 namespace torch_ext {
 
@@ -18,13 +17,7 @@ class Updater {
   using Job = std::function<void()>;
 
   Updater() {
-    // Signals are for the threads of the application.
-    sigset_t all, old;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &old);
-    thread_ = std::thread([this] { run(); });
-    pthread_setname_np(thread_.native_handle(), "torch_ext step");
-    pthread_sigmask(SIG_SETMASK, &old, nullptr);
+    thread_ = start_thread("torch_ext step", [this] { run(); });
   }
 
   ~Updater() {

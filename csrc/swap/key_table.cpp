@@ -8,97 +8,91 @@
 
 namespace torch_ext {
 
-bool Version::prepare(IoRequest::Op op, bool may_block) {
-  // A read may be called while the write's thread sets the extent.
+/// A key's values, oldest first: at most one that is complete, and after it
+/// those still being written.
+struct StoredValue::Key {
+  std::string name;
+  std::vector<std::shared_ptr<StoredValue>> values;
+};
+
+// Writers do not wait for each other: each has space of its own, and the
+// table's order is that of the calls.
+bool StoredValue::enter(const OperationPtr& operation) {
+  return !operation->out() && table_.park(*this, operation);
+}
+
+SwapTarget::Operations StoredValue::leave(const SwapOperation& operation,
+                                          std::exception_ptr error) {
+  if (!operation.out()) return {};
+  Operations readers = table_.resolve(shared_from_this(), error);
+  // Whoever asked for a value that was not written fails: an older one would
+  // be stale data in silence.
+  for (const OperationPtr& reader : readers) reader->error = error;
+  return readers;
+}
+
+bool StoredValue::prepare(IoRequest::Op op, bool may_block) {
   if (op != IoRequest::Op::kWrite) return true;
-  if (extent == nullptr) {
-    extent = may_block ? store.allocate(size) : store.try_allocate(size);
+  if (extent_ == nullptr) {
+    extent_ = may_block ? store_.allocate(size_) : store_.try_allocate(size_);
   }
-  return extent != nullptr;
+  return extent_ != nullptr;
 }
 
-std::uint64_t Version::in_place(const std::byte* data, std::uint64_t,
-                                std::uint64_t rest) const {
-  if (!is_aligned(data, store.memory_alignment())) return 0;
-  // What does not fill the last granule has to be padded.
-  return is_aligned(rest, granule())
-             ? rest
-             : align_down(rest, store.config().block_size);
+ChunkShape StoredValue::chunk(const std::byte* data, std::uint64_t,
+                              std::uint64_t rest,
+                              std::size_t buffer_size) const {
+  const std::size_t granule = store_.granule();
+  if (data != nullptr && is_aligned(data, store_.memory_alignment())) {
+    // What does not fill the last granule has to be padded.
+    const std::uint64_t straight =
+        is_aligned(rest, granule)
+            ? rest
+            : align_down(rest, store_.config().block_size);
+    if (straight > 0) return ChunkShape::straight(straight);
+  }
+  ChunkShape shape = ChunkShape::buffered(rest, 0, granule, buffer_size);
+  shape.padded = shape.room;
+  return shape;
 }
 
-std::size_t Version::lead(std::uint64_t) const { return 0; }
-
-std::uint64_t Version::padded(std::uint64_t length) const {
-  return align_up(length, granule());
-}
-
-std::size_t Version::granule() const { return store.granule(); }
-
-void Version::start(const SwapOperation& operation, std::uint64_t offset,
-                    std::span<std::byte> bytes, Done done) {
+void StoredValue::start(const SwapOperation& operation, std::uint64_t offset,
+                        std::span<std::byte> bytes, Done done) {
   if (operation.out()) {
-    store.write(extent, offset, bytes, std::move(done), operation.priority,
-                operation.caller);
+    store_.write(extent_, offset, bytes, std::move(done), operation.priority,
+                 operation.caller);
   } else {
-    store.read(extent, offset, bytes, std::move(done), operation.priority,
-               operation.caller);
+    store_.read(extent_, offset, bytes, std::move(done), operation.priority,
+                operation.caller);
   }
-}
-
-void KeyTable::throw_unseen(const std::string& key) {
-  std::exception_ptr unseen;
-  std::lock_guard lock(mutex_);
-  std::erase_if(failures_, [&](const OperationPtr& operation) {
-    if (operation->key != key) return operation->error_seen.load();
-    if (unseen == nullptr && !operation->error_seen.exchange(true)) {
-      unseen = operation->error;
-    }
-    return true;
-  });
-  if (unseen != nullptr) std::rethrow_exception(unseen);
-}
-
-std::exception_ptr KeyTable::take_unseen() {
-  std::lock_guard lock(mutex_);
-  for (const OperationPtr& operation : std::exchange(failures_, {})) {
-    if (!operation->error_seen.exchange(true)) return operation->error;
-  }
-  return nullptr;
-}
-
-void KeyTable::add_failure(OperationPtr operation) {
-  std::lock_guard lock(mutex_);
-  std::erase_if(failures_, [](const OperationPtr& failed) {
-    return failed->error_seen.load();
-  });
-  failures_.push_back(std::move(operation));
 }
 
 void KeyTable::add(const std::string& key,
-                   const std::shared_ptr<Version>& version) {
+                   const std::shared_ptr<StoredValue>& value) {
   std::lock_guard lock(mutex_);
-  auto& versions = keys_[key];
-  if (versions == nullptr) {
-    versions = std::make_shared<Versions>();
-    versions->key = key;
+  auto& entry = keys_[key];
+  if (entry == nullptr) {
+    entry = std::make_shared<StoredValue::Key>();
+    entry->name = key;
   }
-  version->of = versions;
-  versions->list.push_back(version);
+  value->key_ = entry;
+  entry->values.push_back(value);
 }
 
-std::shared_ptr<Version> KeyTable::find_locked(const std::string& key) const {
+std::shared_ptr<StoredValue> KeyTable::find_locked(
+    const std::string& key) const {
   const auto found = keys_.find(key);
   if (found == keys_.end()) throw KeyError("no such key: '" + key + "'");
-  return found->second->list.back();
+  return found->second->values.back();
 }
 
-std::shared_ptr<Version> KeyTable::find(const std::string& key) const {
+std::shared_ptr<StoredValue> KeyTable::find(const std::string& key) const {
   std::lock_guard lock(mutex_);
   return find_locked(key);
 }
 
 void KeyTable::remove(const std::string& key) {
-  std::shared_ptr<Versions> dropped;
+  std::shared_ptr<StoredValue::Key> dropped;
   std::lock_guard lock(mutex_);
   find_locked(key);
   dropped = std::move(keys_.extract(key).mapped());
@@ -107,48 +101,47 @@ void KeyTable::remove(const std::string& key) {
 std::vector<std::string> KeyTable::keys() const {
   std::lock_guard lock(mutex_);
   std::vector<std::string> names;
-  for (const auto& [key, versions] : keys_) names.push_back(key);
+  for (const auto& [name, entry] : keys_) names.push_back(name);
   return names;
 }
 
 void KeyTable::clear() {
-  std::map<std::string, std::shared_ptr<Versions>> dropped;
+  std::map<std::string, std::shared_ptr<StoredValue::Key>> dropped;
   std::lock_guard lock(mutex_);
   dropped.swap(keys_);
 }
 
-bool KeyTable::park(const OperationPtr& reader) {
+bool KeyTable::park(StoredValue& value, const OperationPtr& reader) {
   std::lock_guard lock(mutex_);
-  Version& version = *reader->version;
-  if (version.error != nullptr) std::rethrow_exception(version.error);
-  if (version.ready) return false;
-  version.readers.push_back(reader);
+  if (value.error_ != nullptr) std::rethrow_exception(value.error_);
+  if (value.complete_) return false;
+  value.readers_.push_back(reader);
   return true;
 }
 
-std::vector<OperationPtr> KeyTable::resolve(
-    const std::shared_ptr<Version>& version, std::exception_ptr error) {
-  std::vector<std::shared_ptr<Version>> dropped;
+SwapTarget::Operations KeyTable::resolve(
+    const std::shared_ptr<StoredValue>& value, std::exception_ptr error) {
+  std::vector<std::shared_ptr<StoredValue>> dropped;
   std::lock_guard lock(mutex_);
-  version->error = error;
-  version->ready = error == nullptr;
-  if (auto versions = version->of.lock()) {
-    auto& list = versions->list;
-    const auto here = std::find(list.begin(), list.end(), version);
-    if (here != list.end()) {
+  value->error_ = error;
+  value->complete_ = error == nullptr;
+  if (auto entry = value->key_.lock()) {
+    auto& values = entry->values;
+    const auto here = std::find(values.begin(), values.end(), value);
+    if (here != values.end()) {
       // A complete value takes the place of all that were called before it,
       // a failed one only leaves.
-      const auto first = version->ready ? list.begin() : here;
-      const auto last = version->ready ? here : here + 1;
+      const auto first = value->complete_ ? values.begin() : here;
+      const auto last = value->complete_ ? here : here + 1;
       dropped.assign(first, last);
-      list.erase(first, last);
+      values.erase(first, last);
     }
-    const auto entry = keys_.find(versions->key);
-    if (list.empty() && entry != keys_.end() && entry->second == versions) {
-      keys_.erase(entry);
+    const auto place = keys_.find(entry->name);
+    if (values.empty() && place != keys_.end() && place->second == entry) {
+      keys_.erase(place);
     }
   }
-  return std::exchange(version->readers, {});
+  return std::exchange(value->readers_, {});
 }
 
 }  // namespace torch_ext

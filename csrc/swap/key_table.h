@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -11,78 +12,77 @@
 
 #include "swap_operation.h"
 #include "swap_target.h"
+#include "torch_ext/store/store.h"
 
 namespace torch_ext {
 
-struct Versions;
+class KeyTable;
 
-/// One value of a key: being written, or complete.
-struct Version final : SwapTarget {
-  /// `on` outlives every operation, not every version.
-  Version(Store& on, std::uint64_t bytes, std::shared_ptr<const void> its_tag)
-      : store(on), size(bytes), tag(std::move(its_tag)) {}
+/// One value of a key: being written, complete, or failed. Those who read it
+/// wait until it is complete.
+class StoredValue final : public SwapTarget,
+                          public std::enable_shared_from_this<StoredValue> {
+ public:
+  /// `table` and `store` outlive every operation, not every value.
+  StoredValue(KeyTable& table, Store& store, std::uint64_t size,
+              std::shared_ptr<const void> tag)
+      : table_(table), store_(store), size_(size), tag_(std::move(tag)) {}
 
+  std::uint64_t size() const { return size_; }
+  const std::shared_ptr<const void>& tag() const { return tag_; }
+
+  bool enter(const OperationPtr& operation) override;
+  Operations leave(const SwapOperation& operation,
+                   std::exception_ptr error) override;
   bool prepare(IoRequest::Op op, bool may_block) override;
-  std::uint64_t in_place(const std::byte* data, std::uint64_t offset,
-                         std::uint64_t rest) const override;
-  std::size_t lead(std::uint64_t offset) const override;
-  std::uint64_t padded(std::uint64_t length) const override;
-  std::size_t granule() const override;
+  ChunkShape chunk(const std::byte* data, std::uint64_t offset,
+                   std::uint64_t rest, std::size_t buffer_size) const override;
   void start(const SwapOperation& operation, std::uint64_t offset,
              std::span<std::byte> bytes, Done done) override;
 
-  Store& store;
-  const std::uint64_t size;
-  const std::shared_ptr<const void> tag;
-  std::shared_ptr<Extent> extent;  ///< Set before the first write.
-  std::weak_ptr<Versions> of;
+ private:
+  friend class KeyTable;
+  struct Key;
+
+  KeyTable& table_;
+  Store& store_;
+  const std::uint64_t size_;
+  const std::shared_ptr<const void> tag_;
+  std::shared_ptr<Extent> extent_;  ///< Set before the first write.
 
   // Under the table's lock.
-  bool ready = false;
-  std::exception_ptr error;
-  std::vector<OperationPtr> readers;  ///< Called before it was ready.
+  std::weak_ptr<Key> key_;
+  bool complete_ = false;
+  std::exception_ptr error_;
+  Operations readers_;  ///< Called before it was complete.
 };
 
-/// A key's values, oldest first: at most one that is ready, and after it
-/// those still being written.
-struct Versions {
-  std::string key;
-  std::vector<std::shared_ptr<Version>> list;
-};
-
-/// Which value a key has, and which errors its user has not seen.
-/// Threads: any.
+/// Which value a key has. Threads: any.
 class KeyTable {
  public:
-  /// Throws the key's first error that no ticket has reported, if there is
-  /// one; forgets all of the key.
-  void throw_unseen(const std::string& key);
-  /// The first unseen error of any key, or null; forgets all.
-  std::exception_ptr take_unseen();
-  void add_failure(OperationPtr operation);
-
-  void add(const std::string& key, const std::shared_ptr<Version>& version);
+  /// The newest value of the key from now on; the older one remains what the
+  /// key has if this one fails.
+  void add(const std::string& key, const std::shared_ptr<StoredValue>& value);
   /// The newest value. Errors: KeyError.
-  std::shared_ptr<Version> find(const std::string& key) const;
+  std::shared_ptr<StoredValue> find(const std::string& key) const;
   /// Errors: KeyError.
   void remove(const std::string& key);
   std::vector<std::string> keys() const;
   void clear();
 
-  /// True if the version is still being written: `reader` will then be among
-  /// those that resolve() returns. Errors: the one the write failed with.
-  bool park(const OperationPtr& reader);
-
-  /// The version is complete (null) or failed; returns who waited for that.
-  std::vector<OperationPtr> resolve(const std::shared_ptr<Version>& version,
-                                    std::exception_ptr error);
-
  private:
-  std::shared_ptr<Version> find_locked(const std::string& key) const;
+  friend class StoredValue;
+
+  /// True if the value is still being written: `reader` will be among those
+  /// that resolve() returns. Errors: the one that the write failed with.
+  bool park(StoredValue& value, const OperationPtr& reader);
+  /// The value is complete (null) or failed; returns who waited for that.
+  SwapTarget::Operations resolve(const std::shared_ptr<StoredValue>& value,
+                                 std::exception_ptr error);
+  std::shared_ptr<StoredValue> find_locked(const std::string& key) const;
 
   mutable std::mutex mutex_;
-  std::map<std::string, std::shared_ptr<Versions>> keys_;
-  std::vector<OperationPtr> failures_;
+  std::map<std::string, std::shared_ptr<StoredValue::Key>> keys_;
 };
 
 }  // namespace torch_ext

@@ -49,9 +49,8 @@ SwapCore::SwapCore(const char* what, const AioConfig& aio,
     : what_(what),
       owner_(process_id()),
       pool_(make_pool(what, aio, host_memory)),
-      copy_thread_(std::make_unique<CopyThread>(
-          *pool_, keys_,
-          [this](const SwapOperation& operation) { count(operation); },
+      thread_(std::make_unique<TransferThread>(
+          *pool_, [this](const OperationPtr& operation) { ended(operation); },
           [this](std::string note) { add_note(std::move(note)); })) {}
 
 void SwapCore::check_process() const {
@@ -100,18 +99,19 @@ void SwapCore::start(OperationPtr operation) {
     std::lock_guard lock(mutex_);
     counts_.in_flight += 1;
   }
-  copy_thread_->submit(std::move(operation));
+  thread_->submit(std::move(operation));
 }
 
-void SwapCore::count(const SwapOperation& operation) {
+void SwapCore::ended(const OperationPtr& operation) {
+  if (operation->error != nullptr) unseen_.add(operation);
   std::lock_guard lock(mutex_);
   counts_.operations += 1;
   counts_.in_flight -= 1;
-  if (operation.error != nullptr) {
+  if (operation->error != nullptr) {
     counts_.failures += 1;
   } else {
-    (operation.out() ? counts_.bytes_out : counts_.bytes_in) +=
-        operation.bytes.size;
+    (operation->out() ? counts_.bytes_out : counts_.bytes_in) +=
+        operation->bytes.size;
   }
 }
 
@@ -146,17 +146,16 @@ std::exception_ptr SwapCore::close(const std::function<void()>& release) {
   std::lock_guard lock(calls_);
   if (closed_) return nullptr;
   closed_ = true;
-  copy_thread_->stop();
-  keys_.clear();
+  thread_->stop();
   {
     std::lock_guard state(mutex_);
     counts_ = counts_locked();
-    copy_thread_.reset();
+    thread_.reset();
     pool_.reset();
   }
   release();
   retired_->clear();
-  return keys_.take_unseen();
+  return unseen_.take_any();
 }
 
 }  // namespace torch_ext

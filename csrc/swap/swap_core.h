@@ -10,15 +10,15 @@
 #include <string>
 #include <vector>
 
-#include "copy_thread.h"
-#include "key_table.h"
 #include "swap_operation.h"
 #include "torch_ext/config/aio_config.h"
 #include "torch_ext/memory/buffer_pool.h"
+#include "transfer_thread.h"
+#include "unseen_errors.h"
 
 namespace torch_ext {
 
-/// What all that moves bytes between devices and disk has: buffers, a copy
+/// What all that moves bytes between devices and disk has: buffers, a transfer
 /// thread, counters, notes for the log, and rules about processes and closing.
 /// Threads: any.
 class SwapCore {
@@ -59,7 +59,7 @@ class SwapCore {
   void add_note(std::string note);
   std::vector<std::string> notes() const;
   Counts counts() const;
-  KeyTable& keys() { return keys_; }
+  UnseenErrors& unseen() { return unseen_; }
 
   /// Ends all operations, calls `release`, frees the buffers. Once: later
   /// calls return null at once. Returns the first error that nobody has seen.
@@ -68,17 +68,17 @@ class SwapCore {
  private:
   void check_open();
   Counts counts_locked() const;
-  void count(const SwapOperation& operation);
+  void ended(const OperationPtr& operation);
 
   const char* const what_;
   const pid_t owner_;
-  KeyTable keys_;
+  UnseenErrors unseen_;
   std::shared_ptr<RetireList> retired_ = std::make_shared<RetireList>();
   mutable std::mutex mutex_;  // Of the counters, the notes and the pointers.
   Counts counts_;
   std::vector<std::string> notes_;
   std::unique_ptr<BufferPool> pool_;
-  std::unique_ptr<CopyThread> copy_thread_;
+  std::unique_ptr<TransferThread> thread_;
   std::mutex calls_;
   bool closed_ = false;
 };

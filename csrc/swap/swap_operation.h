@@ -3,6 +3,7 @@
 #include <sys/types.h>
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <exception>
 #include <memory>
@@ -11,16 +12,17 @@
 #include <utility>
 #include <vector>
 
+#include "io/fair_queue.h"
 #include "torch_ext/io/io_engine.h"
 #include "torch_ext/io/io_queue.h"
-#include "torch_ext/swap/swapper.h"
+#include "torch_ext/io/ticket.h"
+#include "torch_ext/swap/device_bytes.h"
 
 namespace torch_ext {
 
 class SwapTarget;
-struct Version;
 
-/// Things that must not die on a copy or I/O thread, because dropping them
+/// Things that must not die on a transfer or I/O thread, because dropping them
 /// may need the GIL; emptied by the owner's threads.
 class RetireList {
  public:
@@ -41,9 +43,14 @@ class RetireList {
 };
 
 /// One swap_out or swap_in, from the call to its last byte.
-class SwapOperation {
+class SwapOperation : public FairQueue<SwapOperation>::Link {
  public:
   enum class Kind { kOut, kIn };
+  enum class Phase {
+    kMoving,    ///< Bytes are to move, or do.
+    kSettling,  ///< A write's are there; its target may see to the rest.
+    kEnded,     ///< Nothing is to happen any more.
+  };
 
   // Set by the calling thread and then only read.
   Kind kind = Kind::kOut;
@@ -51,9 +58,9 @@ class SwapOperation {
   std::string key;
   DeviceBytes bytes;
   bool on_host = false;
-  EventPtr start;  ///< What the copy stream waits for before it touches bytes.
+  EventPtr
+      start;  ///< What comes first; null once the copy stream waits for it.
   std::shared_ptr<SwapTarget> target;
-  std::shared_ptr<Version> version;  ///< The target, if it is a key's.
   std::shared_ptr<RetireList> retired;
   pid_t owner = 0;
   IoPriority priority = IoPriority::kNow;
@@ -64,19 +71,15 @@ class SwapOperation {
   std::atomic<bool> error_seen = false;
   EventPtr last_copy;  ///< Written before `staged` is done.
 
-  bool direct = false;  ///< Goes past the copy thread, in one chunk.
-
-  // The copy thread's own; of a direct one, whoever has its chunk.
+  // The transfer thread's own; of a direct one, whoever has its chunk.
+  Phase phase = Phase::kMoving;
+  bool direct = false;     ///< Goes past the transfer thread, in one chunk.
+  bool in_place = false;   ///< Some of it moves without a host buffer.
   std::uint64_t next = 0;  ///< First byte without a chunk.
   std::uint64_t open_chunks = 0;
   std::uint64_t open_reads = 0;  ///< Chunks whose read has not ended.
-  bool in_place = false;         ///< Some of it moves without a host buffer.
-  bool joined = false;           ///< The copy stream waits for `start`.
-  bool is_staged = false;
-  bool has_arrived = false;  ///< on_arrival was called.
-  bool synced = false;       ///< As far as the target asks for it.
-  bool finished = false;
   std::exception_ptr error;
+  std::shared_ptr<SwapOperation> queued;  ///< Itself, while it is in a queue.
 
   bool out() const { return kind == Kind::kOut; }
   IoRequest::Op op() const {

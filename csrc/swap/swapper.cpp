@@ -108,20 +108,25 @@ class Swapper::Impl {
 
   OperationPtr make_operation(SwapOperation::Kind kind, const std::string& key,
                               DeviceBytes bytes,
-                              const std::shared_ptr<Version>& version,
+                              std::shared_ptr<StoredValue> value,
                               IoPriority priority) {
     OperationPtr operation =
-        core.make_operation(kind, key, std::move(bytes), version);
+        core.make_operation(kind, key, std::move(bytes), std::move(value));
     operation->name = operation->out() ? "swap_out" : "swap_in";
     operation->priority = priority;
-    operation->version = version;
     return operation;
+  }
+
+  void throw_unseen(const std::string& key) {
+    const std::exception_ptr error = core.unseen().take(key);
+    if (error != nullptr) std::rethrow_exception(error);
   }
 
   mutable std::mutex mutex;  // Of the two below.
   std::unique_ptr<Store> store;
   StoreStats last_stats;  ///< Once the store is gone.
-  SwapCore core;          // Its threads use the store.
+  KeyTable keys;
+  SwapCore core;  // Its threads use the store and the keys.
   const std::string engine;
 };
 
@@ -144,14 +149,13 @@ Swapper::~Swapper() {
 SwapTicket Swapper::swap_out(const std::string& key, DeviceBytes source,
                              std::shared_ptr<const void> tag) {
   const auto lock = impl_->core.enter();
-  KeyTable& keys = impl_->core.keys();
-  keys.throw_unseen(key);
-  const auto version =
-      std::make_shared<Version>(*impl_->store, source.size, std::move(tag));
+  impl_->throw_unseen(key);
+  const auto value = std::make_shared<StoredValue>(impl_->keys, *impl_->store,
+                                                   source.size, std::move(tag));
   auto operation =
       impl_->make_operation(SwapOperation::Kind::kOut, key, std::move(source),
-                            version, IoPriority::kWriteBack);
-  keys.add(key, version);
+                            value, IoPriority::kWriteBack);
+  impl_->keys.add(key, value);
   return impl_->start(std::move(operation));
 }
 
@@ -163,9 +167,8 @@ SwapTicket Swapper::swap_in(const std::string& key, DeviceBytes destination,
 SwapTicket Swapper::swap_in(const Entry& entry, DeviceBytes destination,
                             IoPriority priority) {
   const auto lock = impl_->core.enter();
-  KeyTable& keys = impl_->core.keys();
   const std::string& key = entry.key_;
-  keys.throw_unseen(key);
+  impl_->throw_unseen(key);
   if (entry.size() != destination.size) {
     throw std::invalid_argument("swap_in of '" + key +
                                 "': " + std::to_string(entry.size()) +
@@ -174,29 +177,29 @@ SwapTicket Swapper::swap_in(const Entry& entry, DeviceBytes destination,
   }
   return impl_->start(impl_->make_operation(SwapOperation::Kind::kIn, key,
                                             std::move(destination),
-                                            entry.version_, priority));
+                                            entry.value_, priority));
 }
 
-std::uint64_t Swapper::Entry::size() const { return version_->size; }
+std::uint64_t Swapper::Entry::size() const { return value_->size(); }
 
 const std::shared_ptr<const void>& Swapper::Entry::tag() const {
-  return version_->tag;
+  return value_->tag();
 }
 
 Swapper::Entry Swapper::entry(const std::string& key) {
   const auto lock = impl_->core.enter();
-  impl_->core.keys().throw_unseen(key);
+  impl_->throw_unseen(key);
   Entry entry;
   entry.key_ = key;
-  entry.version_ = impl_->core.keys().find(key);
+  entry.value_ = impl_->keys.find(key);
   return entry;
 }
 
 void Swapper::remove(const std::string& key) {
   const auto lock = impl_->core.enter();
-  KeyTable& keys = impl_->core.keys();
+  KeyTable& keys = impl_->keys;
   try {
-    keys.throw_unseen(key);
+    impl_->throw_unseen(key);
   } catch (...) {
     try {
       keys.remove(key);
@@ -210,7 +213,7 @@ void Swapper::remove(const std::string& key) {
 
 std::vector<std::string> Swapper::keys() {
   const auto lock = impl_->core.enter();
-  return impl_->core.keys().keys();
+  return impl_->keys.keys();
 }
 
 SwapperStats Swapper::stats() const {
@@ -233,6 +236,7 @@ const std::string& Swapper::engine() const noexcept { return impl_->engine; }
 
 void Swapper::close() {
   const auto error = impl_->core.close([this] {
+    impl_->keys.clear();
     std::lock_guard lock(impl_->mutex);
     impl_->last_stats = impl_->store->stats();
     impl_->store.reset();

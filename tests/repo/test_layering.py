@@ -33,10 +33,11 @@ def test_file_includes_only_its_layer_and_those_below(file):
     for quote, name in includes(file):
         if name.startswith("torch_ext/"):
             assert LAYERS.index(name.split("/")[1]) <= layer, name
+        elif quote == '"' and "/" in name:
+            assert (tree.ROOT / "csrc" / name).is_file(), f"{name}: no header of a layer"
+            assert LAYERS.index(name.split("/")[0]) < layer, name
         elif quote == '"':
-            private = (tree.ROOT / file.parent / name).is_file()
-            assert "/" not in name, f"{name}: not a header of this folder"
-            assert private, f"{name}: not a header of this folder"
+            assert (tree.ROOT / file.parent / name).is_file(), f"{name}: not of this folder"
 
 
 @pytest.mark.parametrize("file", tree.cpp_files("include/", "csrc/"), ids=str)

@@ -1,19 +1,16 @@
 #pragma once
 
 #include <chrono>
-#include <cstddef>
 #include <cstdint>
-#include <exception>
-#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "torch_ext/base/error.h"
-#include "torch_ext/device/device.h"
 #include "torch_ext/io/ticket.h"
 #include "torch_ext/store/store.h"
+#include "torch_ext/swap/device_bytes.h"
 
 namespace torch_ext {
 
@@ -22,24 +19,6 @@ struct SwapperOptions {
   StoreOptions store = {};
   /// Bytes of host buffers, all of them; at least one block_size.
   std::uint64_t host_memory = std::uint64_t{256} << 20;
-};
-
-/// Bytes that a device holds or shall hold.
-struct DeviceBytes {
-  std::shared_ptr<Device> device = nullptr;
-  std::byte* data = nullptr;  ///< On the device; not written by swap_out.
-  std::uint64_t size = 0;
-  /// Whatever keeps `data` valid; dropped by the owner's threads only, in
-  /// the Swapper's next call, a ticket's wait or close().
-  std::shared_ptr<void> keep_alive = nullptr;
-  /// While it lives, `data` stays where it is. Dropped by any thread as soon as
-  /// the last copy from or to `data` is queued, or nothing uses it any more,
-  /// before anybody hears of it.
-  std::shared_ptr<void> fixed = nullptr;
-  /// swap_in only: called once, by a thread of the Swapper, when the last
-  /// copy to `data` is queued, before anybody hears of it. What it queues on
-  /// the copy stream is part of the operation, what it throws its error.
-  std::function<void(Device& device)> on_arrival = nullptr;
 };
 
 /// Counters since the swapper was made.
@@ -55,7 +34,7 @@ struct SwapperStats {
 };
 
 class SwapOperation;
-struct Version;
+class StoredValue;
 
 /// An operation of a Swapper. Copies share it; dropping it is always safe.
 /// Threads: any. Forked children: StateError.
@@ -97,11 +76,11 @@ class SwapTicket {
 /// bounded pool of page-locked host buffers.
 ///
 /// swap_out and swap_in wait for neither memory nor disk: they record an
-/// event on the calling thread's current stream and return; a copy thread
+/// event on the calling thread's current stream and return; a transfer thread
 /// takes buffers, makes the device's copy stream wait for the event, copies
 /// in chunks, and overlaps the copy of one chunk with the I/O of others.
 /// Host memory at an address that direct I/O can take is written and read in
-/// place; where its length allows that too, it goes past the copy thread.
+/// place; where its length allows that too, it goes past that thread.
 ///
 /// Operations on one key take effect in the order of the calls. A rewrite goes
 /// to new space, and the key moves to it when its last byte is written; one
@@ -120,7 +99,7 @@ class Swapper {
     friend class Swapper;
     Entry() = default;
     std::string key_;
-    std::shared_ptr<Version> version_;
+    std::shared_ptr<StoredValue> value_;
   };
 
   /// Errors: those of Store; std::invalid_argument if host_memory is below

@@ -1,17 +1,34 @@
-#include "copy_thread.h"
-
-#include <pthread.h>
-#include <signal.h>
+#include "transfer_thread.h"
 
 #include <algorithm>
 #include <cstring>
-#include <stdexcept>
-#include <string>
-#include <system_error>
 #include <utility>
 
-#include "torch_ext/base/align.h"
-#include "torch_ext/base/error.h"
+#include "base/thread.h"
+
+// The way of an operation:
+//
+// submit() gives it its place in the target's order. One that must wait comes
+// back when another ends. What needs no copy goes direct: the calling thread
+// submits the I/O and an I/O thread ends the operation. All else is handed to
+// this thread, which cuts it into chunks and never waits for one of them:
+//
+//   a write's chunk  takes a buffer, is copied into it by the device, is
+//                    written, and gives the buffer back;
+//   a read's chunk   takes a buffer, is read into it, is copied out of it by
+//                    the device, and gives the buffer back;
+//   one in place     is written from or read into the tensor's own memory.
+//
+// The loop in run() takes in what is new and whose I/O has ended, starts chunks
+// while there are buffers, and asks the device which copies have ended. Which
+// operation has the next buffer is FairQueue's order. A quarter of the buffers
+// is for what somebody waits for; what lacks a buffer blocks its priority only.
+//
+// "Staged" means that the last copy is queued on the device's copy stream: from
+// then on the streams keep the order. An operation ends when its last chunk is
+// released and, for a write, its target has settled it. Every chunk is released
+// exactly once, on error paths too, and only when neither kernel nor device can
+// touch its memory any more.
 
 namespace torch_ext {
 namespace {
@@ -23,84 +40,67 @@ constexpr microseconds kShortestNap{10};
 constexpr microseconds kLongestNap{200};
 constexpr microseconds kStarvedNap{10'000};
 
-// Of so many chunks one is for each less urgent line: the share that the I/O
-// queue gives it too.
-constexpr int kShare = 16;
-
 }  // namespace
 
-CopyThread::CopyThread(BufferPool& pool, KeyTable& keys,
-                       std::function<void(const SwapOperation&)> finished,
-                       std::function<void(std::string)> note)
+TransferThread::TransferThread(
+    BufferPool& pool, std::function<void(const OperationPtr&)> finished,
+    std::function<void(std::string)> note)
     : pool_(pool),
       staging_(pool),
-      keys_(keys),
       finished_(std::move(finished)),
       note_(std::move(note)) {
-  // Signals belong to the application's threads.
-  sigset_t all;
-  sigset_t old;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &old);
-  int error = 0;
-  try {
-    thread_ = std::thread([this] { run(); });
-    pthread_setname_np(thread_.native_handle(), "torch_ext copy");
-  } catch (const std::system_error& refused) {
-    error = refused.code().value();
-  }
-  pthread_sigmask(SIG_SETMASK, &old, nullptr);
-  if (error != 0) throw IoError({.op = "pthread_create", .error = error});
+  thread_ = start_thread("torch_ext swap", [this] { run(); });
 }
 
-CopyThread::~CopyThread() { stop(); }
+TransferThread::~TransferThread() { stop(); }
 
-void CopyThread::submit(OperationPtr operation) {
-  const DeviceBytes& bytes = operation->bytes;
-  SwapTarget& target = *operation->target;
+void TransferThread::submit(OperationPtr operation) {
   {
     std::lock_guard lock(mutex_);
     ++unfinished_;
   }
   // From here on what fails is the operation's own error.
   try {
-    {
-      std::lock_guard lock(mutex_);
-      if (target.park(operation)) return;
-    }
-    // The caller does not wait: not for a file to grow, nor for a descriptor.
-    operation->direct =
-        operation->on_host && bytes.size > 0 && bytes.on_arrival == nullptr &&
-        target.prepare(operation->op(), false) &&
-        target.in_place(bytes.data, 0, bytes.size) == bytes.size;
-    std::lock_guard lock(mutex_);
-    if (operation->version != nullptr && !operation->out() &&
-        keys_.park(operation)) {
-      return;
-    }
-    if (!operation->direct) {
-      target.unprepare();
-      new_operations_.push_back(operation);
-      changed_.notify_one();
-      return;
-    }
+    if (operation->target->enter(operation)) return;
+    operation->direct = can_go_direct(*operation);
+    if (!operation->direct) operation->target->unprepare();
   } catch (...) {
     operation->error = std::current_exception();
-    finish(operation);
+    end(operation);
     return;
   }
-  start_direct(operation);
+  operation->direct ? start_direct(operation) : hand_over(std::move(operation));
+}
+
+// Whether all of it can move in place, now: the caller waits neither for a file
+// to grow nor for a descriptor.
+bool TransferThread::can_go_direct(SwapOperation& operation) const {
+  const DeviceBytes& bytes = operation.bytes;
+  if (!operation.on_host || bytes.size == 0 || bytes.on_arrival != nullptr) {
+    return false;
+  }
+  SwapTarget& target = *operation.target;
+  if (!target.prepare(operation.op(), false)) return false;
+  const ChunkShape all =
+      target.chunk(bytes.data, 0, bytes.size, pool_.buffer_size());
+  return all.in_place && all.length == bytes.size;
+}
+
+void TransferThread::hand_over(OperationPtr operation) {
+  std::lock_guard lock(mutex_);
+  new_operations_.push_back(std::move(operation));
+  changed_.notify_one();
 }
 
 // Nothing to copy, so the caller submits the I/O and an I/O thread ends the
 // operation: a hand-over between threads costs more than 64 KiB of copying.
-void CopyThread::start_direct(const OperationPtr& operation) {
+void TransferThread::start_direct(const OperationPtr& operation) {
   std::unique_ptr<Chunk> chunk;
   try {
     chunk = std::make_unique<Chunk>();
   } catch (...) {
     operation->error = std::current_exception();
-    finish(operation);
+    end(operation);
     return;
   }
   chunk->operation = operation;
@@ -112,7 +112,7 @@ void CopyThread::start_direct(const OperationPtr& operation) {
   queue_io(chunk.release());
 }
 
-void CopyThread::stop() {
+void TransferThread::stop() {
   {
     std::lock_guard lock(mutex_);
     stopping_ = true;
@@ -121,7 +121,7 @@ void CopyThread::stop() {
   if (thread_.joinable()) thread_.join();
 }
 
-void CopyThread::run() {
+void TransferThread::run() {
   for (;;) {
     take_inbox();
     bool progress = start_chunks();
@@ -134,7 +134,7 @@ void CopyThread::run() {
   }
 }
 
-void CopyThread::sleep(bool progress) {
+void TransferThread::sleep(bool progress) {
   if (progress) {
     nap_ = kShortestNap;
     return;
@@ -163,7 +163,7 @@ void CopyThread::sleep(bool progress) {
   awaits_end_ = false;
 }
 
-void CopyThread::take_inbox() {
+void TransferThread::take_inbox() {
   Chunk* ended = nullptr;
   {
     std::lock_guard lock(mutex_);
@@ -173,52 +173,40 @@ void CopyThread::take_inbox() {
     ended = std::exchange(ended_io_, nullptr);
   }
   while (ended != nullptr) io_ended(std::exchange(ended, ended->next));
-  for (OperationPtr& operation : taken_operations_) {
-    line_of(*operation).operations.push(std::move(operation));
+  for (const OperationPtr& operation : taken_operations_) {
+    operation->queued = operation;
+    lines_.push(operation.get(), operation->priority, operation->caller);
   }
   taken_operations_.clear();
 }
 
-CopyThread::Line& CopyThread::line_of(const SwapOperation& operation) {
-  return lines_[static_cast<std::size_t>(operation.priority)];
-}
-
-/// The line whose chunk is next; null: none can go on.
-CopyThread::Line* CopyThread::next_line() {
-  Line* next = nullptr;
-  for (Line& line : lines_) {
-    if (line.operations.empty() || line.stuck) continue;
-    if (next == nullptr || ++line.passed_over >= kShare) next = &line;
-  }
-  if (next != nullptr) next->passed_over = 0;
-  return next;
-}
-
-bool CopyThread::start_chunks() {
+bool TransferThread::start_chunks() {
   bool progress = false;
-  for (Line& line : lines_) line.stuck = false;
-  while (Line* line = next_line()) {
-    const OperationPtr operation = line->operations.front();
+  Lines::Blocked blocked = {};
+  while (SwapOperation* next = lines_.next(blocked)) {
+    const OperationPtr operation = next->queued;
     if (!operation->all_started()) {
       try {
         if (!start_chunk(operation)) {
-          line->stuck = true;
+          blocked[static_cast<std::size_t>(operation->priority)] = true;
           continue;
         }
         progress = true;
       } catch (...) {
         operation->error = std::current_exception();
       }
+      lines_.served(next);
     }
     if (!operation->all_started()) continue;
-    line->operations.pop();
-    finish_if_done(operation);
+    lines_.remove(next);
+    operation->queued = nullptr;
+    end_if_done(operation);
   }
   return progress;
 }
 
 /// False if the target needs what other operations have.
-bool CopyThread::prepare(SwapOperation& operation) {
+bool TransferThread::prepare(SwapOperation& operation) {
   const auto& device = operation.bytes.device;
   if (!entered_.contains(device.get())) {
     device->enter_thread();
@@ -233,38 +221,25 @@ bool CopyThread::prepare(SwapOperation& operation) {
 }
 
 // False if all buffers are out, or what else there is not enough of.
-bool CopyThread::start_chunk(const OperationPtr& operation) {
+bool TransferThread::start_chunk(const OperationPtr& operation) {
   if (operation->next == 0 && !prepare(*operation)) return false;
-  const SwapTarget& target = *operation->target;
-  const std::uint64_t rest = operation->bytes.size - operation->next;
+  std::byte* data = operation->bytes.data + operation->next;
+  const ChunkShape shape = operation->target->chunk(
+      operation->on_host ? data : nullptr, operation->next,
+      operation->bytes.size - operation->next, pool_.buffer_size());
   auto chunk = std::make_unique<Chunk>();
   chunk->operation = operation;
   chunk->offset = operation->next;
-  std::byte* data = operation->bytes.data + operation->next;
-  const std::uint64_t in_place =
-      operation->on_host ? target.in_place(data, chunk->offset, rest) : 0;
-  if (in_place > 0) {
+  chunk->length = shape.length;
+  if (shape.in_place) {
     operation->in_place = true;
-    chunk->length = in_place;
-    chunk->host = {data, in_place};
+    chunk->host = {data, shape.length};
   } else {
-    const std::size_t lead = target.lead(chunk->offset);
-    const std::size_t room = align_down(pool_.buffer_size(), target.granule());
-    if (room == 0) {
-      throw std::invalid_argument(
-          "host buffers of " + std::to_string(pool_.buffer_size()) +
-          " bytes are too small for this file system's unit of " +
-          std::to_string(target.granule()) +
-          ": raise block_size, and host_memory if need be");
-    }
-    chunk->length = std::min<std::uint64_t>(rest, room - lead);
-    const std::uint64_t padded = target.padded(chunk->length);
+    const bool urgent = operation->priority == IoPriority::kNow;
     const auto staging = staging_.take(
-        align_up(lead + padded, target.granule()),
-        operation->priority == IoPriority::kNow ? 0 : pool_.count() / 4,
-        chunk->buffer);
+        shape.room, urgent ? 0 : pool_.count() / 4, chunk->buffer);
     if (staging.empty()) return false;
-    chunk->host = staging.subspan(lead, padded);
+    chunk->host = staging.subspan(shape.lead, shape.padded);
   }
   operation->next += chunk->length;
   ++operation->open_chunks;
@@ -279,7 +254,7 @@ bool CopyThread::start_chunk(const OperationPtr& operation) {
   return true;
 }
 
-void CopyThread::queue_copy(Chunk* chunk) {
+void TransferThread::queue_copy(Chunk* chunk) {
   SwapOperation& operation = *chunk->operation;
   Device& device = *operation.bytes.device;
   std::byte* data = operation.bytes.data + chunk->offset;
@@ -289,9 +264,9 @@ void CopyThread::queue_copy(Chunk* chunk) {
                     operation.next == operation.bytes.size &&
                     operation.open_reads == 0;
   try {
-    if (!operation.joined) {
+    if (operation.start != nullptr) {
       device.wait(Device::Stream::kCopy, operation.start);
-      operation.joined = true;
+      operation.start = nullptr;
     }
     if (operation.out()) {
       device.copy(chunk->host.data(), data, chunk->length, true);
@@ -320,14 +295,12 @@ void CopyThread::queue_copy(Chunk* chunk) {
   }
 }
 
-void CopyThread::arrive(SwapOperation& operation) {
-  const auto& on_arrival = operation.bytes.on_arrival;
-  if (on_arrival == nullptr || operation.has_arrived) return;
-  operation.has_arrived = true;
-  on_arrival(*operation.bytes.device);
+void TransferThread::arrive(SwapOperation& operation) {
+  const auto on_arrival = std::exchange(operation.bytes.on_arrival, nullptr);
+  if (on_arrival != nullptr) on_arrival(*operation.bytes.device);
 }
 
-bool CopyThread::poll_copies() {
+bool TransferThread::poll_copies() {
   bool progress = false;
   std::vector<const Device*> busy;
   for (std::size_t i = 0; i < copying_.size();) {
@@ -356,7 +329,7 @@ bool CopyThread::poll_copies() {
   return progress;
 }
 
-void CopyThread::queue_io(Chunk* chunk) {
+void TransferThread::queue_io(Chunk* chunk) {
   const SwapOperation& operation = *chunk->operation;
   try {
     if (operation.out()) {
@@ -372,7 +345,7 @@ void CopyThread::queue_io(Chunk* chunk) {
   }
 }
 
-void CopyThread::io_ended(Chunk* chunk) {
+void TransferThread::io_ended(Chunk* chunk) {
   SwapOperation& operation = *chunk->operation;
   if (!operation.out()) --operation.open_reads;
   const bool copy_in = !operation.out() && chunk->buffer != nullptr &&
@@ -380,41 +353,42 @@ void CopyThread::io_ended(Chunk* chunk) {
   copy_in ? queue_copy(chunk) : release(chunk);
 }
 
-void CopyThread::stage(SwapOperation& operation, EventPtr last_copy) {
+void TransferThread::stage(SwapOperation& operation, EventPtr last_copy) {
   // From here on the streams see to the order, and the owner waits for them.
   operation.bytes.fixed.reset();
   operation.last_copy = std::move(last_copy);
-  operation.is_staged = true;
   operation.staged.finish();
 }
 
-void CopyThread::release(Chunk* chunk) {
+void TransferThread::release(Chunk* chunk) {
   const OperationPtr operation = chunk->operation;
   if (operation->error == nullptr) operation->error = chunk->error;
   delete chunk;
   --operation->open_chunks;
-  finish_if_done(operation);
+  end_if_done(operation);
 }
 
-void CopyThread::finish_if_done(const OperationPtr& operation) {
-  if (operation->finished || !operation->all_started() ||
-      operation->open_chunks > 0 || start_sync(operation)) {
+void TransferThread::end_if_done(const OperationPtr& operation) {
+  if (operation->phase == SwapOperation::Phase::kEnded ||
+      !operation->all_started() || operation->open_chunks > 0 ||
+      settle(operation)) {
     return;
   }
-  finish(operation);
+  end(operation);
 }
 
-// After the last byte of a write; false if there is nothing to sync.
-bool CopyThread::start_sync(const OperationPtr& operation) {
-  if (!operation->out() || operation->synced || operation->error != nullptr) {
+// After the last byte of a write. True: its end comes later.
+bool TransferThread::settle(const OperationPtr& operation) {
+  if (!operation->out() || operation->error != nullptr ||
+      operation->phase != SwapOperation::Phase::kMoving) {
     return false;
   }
-  operation->synced = true;
+  operation->phase = SwapOperation::Phase::kSettling;
   try {
     auto chunk = std::make_unique<Chunk>();
     chunk->operation = operation;
     ++operation->open_chunks;
-    if (operation->target->sync(*operation, end_of(chunk.get()))) {
+    if (operation->target->settle(*operation, end_of(chunk.get()))) {
       static_cast<void>(chunk.release());  // Until it has been called.
       return true;
     }
@@ -425,7 +399,7 @@ bool CopyThread::start_sync(const OperationPtr& operation) {
   return false;
 }
 
-SwapTarget::Done CopyThread::end_of(Chunk* chunk) {
+SwapTarget::Done TransferThread::end_of(Chunk* chunk) {
   return [this, chunk](std::exception_ptr error) {
     chunk->error = std::move(error);
     if (chunk->operation->direct) {
@@ -438,51 +412,28 @@ SwapTarget::Done CopyThread::end_of(Chunk* chunk) {
   };
 }
 
-void CopyThread::finish(const OperationPtr& operation) {
-  operation->finished = true;
-  if (operation->error == nullptr) {
+void TransferThread::end(const OperationPtr& operation) {
+  operation->phase = SwapOperation::Phase::kEnded;
+  if (operation->error == nullptr && !operation->out()) {
     try {
-      if (operation->out()) {
-        operation->target->check_written();
-      } else {
-        arrive(*operation);
-      }
+      arrive(*operation);
     } catch (...) {
       operation->error = std::current_exception();
     }
   }
   const std::exception_ptr error = operation->error;
-  auto version = std::exchange(operation->version, nullptr);
-  if (error != nullptr) keys_.add_failure(operation);
-  if (operation->out() && version != nullptr) {
-    for (const OperationPtr& reader : keys_.resolve(version, error)) {
-      if (reader->direct && error == nullptr) {
-        start_direct(reader);
-        continue;
-      }
-      // If it asked for a value that was not written, it fails: an older one
-      // would be stale data in silence.
-      reader->error = error;
-      std::lock_guard lock(mutex_);
-      new_operations_.push_back(reader);
-      changed_.notify_one();
-    }
+  for (OperationPtr& next : operation->target->leave(*operation, error)) {
+    hand_over(std::move(next));
   }
-  for (OperationPtr& next : operation->target->ended()) {
-    std::lock_guard lock(mutex_);
-    new_operations_.push_back(std::move(next));
-    changed_.notify_one();
-  }
-  finished_(*operation);
+  finished_(operation);
   // Space and tensor are free before anybody hears of the end.
-  version.reset();
   operation->target.reset();
   operation->start.reset();
   operation->bytes.fixed.reset();
   operation->retired->add(std::move(operation->bytes.keep_alive));
   // In this order, so that wait() of a swap_in never ends before done().
   operation->ended.finish(error);
-  if (!operation->is_staged) operation->staged.finish(error);
+  if (!operation->staged.ticket().done()) operation->staged.finish(error);
   std::lock_guard lock(mutex_);
   ++finished_count_;
   --unfinished_;

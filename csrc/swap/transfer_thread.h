@@ -1,20 +1,20 @@
 #pragma once
 
-#include <array>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <set>
 #include <span>
+#include <string>
 #include <thread>
 #include <vector>
 
-#include "caller_turns.h"
-#include "key_table.h"
+#include "io/fair_queue.h"
 #include "staging.h"
 #include "swap_operation.h"
 #include "swap_target.h"
@@ -35,70 +35,62 @@ struct Chunk {
 };
 
 /// The thread that moves the chunks of operations between devices, buffers and
-/// the disk. It is what waits when all buffers are out. Aligned host memory
-/// needs no copy: its I/O is started by the calling thread, past this one.
-class CopyThread {
+/// the disk; the .cpp tells how. It is what waits when all buffers are out.
+class TransferThread {
  public:
   /// `finished` is called for each operation before its tickets are done, by
-  /// whichever thread ends it: this one, an I/O thread or the caller's.
-  CopyThread(BufferPool& pool, KeyTable& keys,
-             std::function<void(const SwapOperation&)> finished,
-             std::function<void(std::string)> note);
-  ~CopyThread();  ///< As stop().
+  /// whichever thread ends it: this one, an I/O thread or the caller's. `note`
+  /// takes what a log should hold.
+  TransferThread(BufferPool& pool,
+                 std::function<void(const OperationPtr&)> finished,
+                 std::function<void(std::string)> note);
+  ~TransferThread();  ///< As stop().
 
-  /// The operation has its target, and for a key's its version. What goes wrong
-  /// is the operation's error.
+  /// The operation has its target. What goes wrong is the operation's error.
   void submit(OperationPtr operation);
   /// Returns when all operations have ended.
   void stop();
 
  private:
+  using Lines = FairQueue<SwapOperation>;
+
+  bool can_go_direct(SwapOperation& operation) const;
   void start_direct(const OperationPtr& operation);
+  void hand_over(OperationPtr operation);
   void run();
   void take_inbox();
   bool start_chunks();
-  struct Line;
-  Line& line_of(const SwapOperation& operation);
-  Line* next_line();
   bool start_chunk(const OperationPtr& operation);
   bool prepare(SwapOperation& operation);
   void queue_copy(Chunk* chunk);
   void queue_io(Chunk* chunk);
-  bool start_sync(const OperationPtr& operation);
+  bool settle(const OperationPtr& operation);
   SwapTarget::Done end_of(Chunk* chunk);
   void arrive(SwapOperation& operation);
   void io_ended(Chunk* chunk);
   bool poll_copies();
   void stage(SwapOperation& operation, EventPtr last_copy);
   void release(Chunk* chunk);
-  void finish_if_done(const OperationPtr& operation);
-  void finish(const OperationPtr& operation);
+  void end_if_done(const OperationPtr& operation);
+  void end(const OperationPtr& operation);
   void sleep(bool progress);
 
   BufferPool& pool_;
   Staging staging_;  ///< Of the thread.
-  KeyTable& keys_;
-  std::function<void(const SwapOperation&)> finished_;
+  std::function<void(const OperationPtr&)> finished_;
   std::function<void(std::string)> note_;
 
   std::mutex mutex_;
   std::condition_variable changed_;
   std::vector<OperationPtr> new_operations_;
   Chunk* ended_io_ = nullptr;
-  std::size_t unfinished_ = 0;  ///< Operations, parked readers included.
+  std::size_t unfinished_ = 0;  ///< Operations, those that wait included.
   std::uint64_t finished_count_ = 0;
   bool awaits_end_ = false;  ///< The thread sleeps until one more ends.
   bool stopping_ = false;
 
   // The thread's own.
-  /// Operations with chunks still to start.
-  struct Line {
-    CallerTurns operations;
-    bool stuck = false;  ///< The first lacks what others have.
-    int passed_over = 0;
-  };
-  /// By priority. A quarter of the buffers is for the first.
-  std::array<Line, 3> lines_;
+  Lines lines_;  ///< Operations with chunks to start. A share is a chunk.
   std::deque<Chunk*> copying_;  ///< Oldest first.
   std::set<const Device*> entered_;
   std::chrono::microseconds nap_{0};

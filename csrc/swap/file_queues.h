@@ -1,0 +1,51 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+
+#include "torch_ext/config/aio_config.h"
+#include "torch_ext/io/file.h"
+#include "torch_ext/io/io_queue.h"
+#include "torch_ext/io/make_queue.h"
+
+namespace torch_ext {
+
+/// Queues of one FileSwapper: per device, and apart for files with and without
+/// direct I/O, which suit different engines. Threads: any.
+class FileQueues {
+ public:
+  /// `factory`, if given, makes the engines instead of `engine`.
+  FileQueues(const AioConfig& config, std::string engine,
+             IoEngineFactory factory, std::function<void(std::string)> note)
+      : config_(config),
+        engine_(std::move(engine)),
+        factory_(std::move(factory)),
+        note_(std::move(note)) {}
+
+  IoQueue& queue_of(const File& file) {
+    std::lock_guard lock(mutex_);
+    auto& queue = queues_[{file.identity().device, file.direct()}];
+    if (queue == nullptr) {
+      MadeQueue made = make_queue(config_, engine_, file.direct(), factory_);
+      queue = std::move(made.queue);
+      if (!made.note.empty()) note_(std::move(made.note));
+      if (!file.direct()) note_(file.path() + ": " + file.buffered_reason());
+    }
+    return *queue;
+  }
+
+ private:
+  const AioConfig config_;
+  const std::string engine_;
+  const IoEngineFactory factory_;
+  const std::function<void(std::string)> note_;
+  std::mutex mutex_;
+  std::map<std::pair<std::uint64_t, bool>, std::unique_ptr<IoQueue>> queues_;
+};
+
+}  // namespace torch_ext
