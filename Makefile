@@ -4,7 +4,7 @@ PY := .venv/bin/python
 ARGS ?=
 DEMO_ARGS ?=
 
-.PHONY: help demo demo-large test test-faults test-deepspeed test-loops test-mutants bench deps lint tidy format clean
+.PHONY: help demo demo-large test test-faults test-deepspeed test-loops test-mutants bench docs deps lint tidy format clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -43,10 +43,14 @@ bench: ## All benchmarks, a quarter of an hour; see benchmarks/README.md
 	@tools/setup.sh benchmarks
 	@tools/bench.sh $(ARGS)
 
+docs: ## The pages as a site, with references, into build/docs
+	@tools/setup.sh package
+	@tools/docs.sh $(ARGS)
+
 deps: ## Unpack missing Debian packages into .deps, without root
 	@tools/deps.sh
 
-lint: ## clang-format and ruff
+lint: ## clang-format, ruff, and plain English in the pages
 	@tools/setup.sh python
 	@tools/lint.sh
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# clang-format and ruff over all files; --fix rewrites them.
+# clang-format and ruff over all files, tools/prose.py over the pages; --fix
+# rewrites the sources.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
@@ -12,4 +13,5 @@ if [ "${1:-}" = --fix ]; then
 else
   clang-format --dry-run --Werror "${sources[@]}"
   ruff format --check . && ruff check .
+  .venv/bin/python tools/prose.py
 fi
