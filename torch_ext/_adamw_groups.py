@@ -13,6 +13,9 @@ from torch import Tensor
 
 from torch_ext._local import any_nonzero, local_of, local_state
 
+#: How torch computes, not what: these are this process's own, whatever is loaded.
+WAYS = ("foreach", "capturable", "differentiable", "fused")
+
 
 def as_lists(params: Any) -> Any:
     """``params`` of an optimizer with lists instead of iterators, which are read once."""
@@ -31,8 +34,10 @@ def early_bytes_of(params: Any) -> int:
     bytes; ``params`` need not be well-formed.
     """
     if isinstance(params, Tensor):
+        if not params.requires_grad or not params.is_leaf:
+            return 0  # Frozen, whatever it is.
         local = local_of(params)
-        if local.is_cpu or not params.is_leaf:
+        if local.is_cpu:
             return 0
         dtype = params.grad_dtype or torch.float32  # None: any.
         return -(-local.numel() * dtype.itemsize // 64) * 64
@@ -61,11 +66,44 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
     if group["amsgrad"]:
         raise ValueError("amsgrad=True is not supported by OffloadedAdamW")
+    check_ways("OffloadedAdamW", group)
     if not group["decoupled_weight_decay"]:
         raise ValueError(
             "OffloadedAdamW has decoupled weight decay only; this is the state of a "
             "torch.optim.Adam without it"
         )
+
+
+def check_ways(name: str, group: dict[str, Any]) -> None:
+    """Raises ValueError for a way of computing that an update on a drive cannot have.
+
+    ``fused`` and ``foreach`` are how torch would compute the same.
+    """
+    if group.get("capturable"):
+        raise ValueError(
+            f"capturable=True is not supported by {name}: its step reads and writes files, "
+            f"which no graph of a device can hold"
+        )
+    if group.get("differentiable"):
+        raise ValueError(
+            f"differentiable=True is not supported by {name}: autograd does not follow a "
+            f"state that is on a drive"
+        )
+
+
+def check_foreach(options: dict[str, Any]) -> None:
+    """Raises what torch.optim.AdamW does for keywords that exclude each other."""
+    if options["foreach"] and isinstance(options["lr"], Tensor):
+        raise ValueError(
+            "lr as a Tensor is not supported for capturable=False and foreach=True"
+        )
+    for i, beta in enumerate(options["betas"]):
+        if options["foreach"] and isinstance(beta, Tensor):
+            raise ValueError(
+                f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True"
+            )
+    if options["fused"] and options["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
 
 def hyper(group: dict[str, Any]) -> tuple[float, float, float, float, float, bool]:
@@ -132,8 +170,8 @@ def merged(
     merged = defaults | {
         key: deepcopy(value) for key, value in saved.items() if key != "params"
     }
-    for key in ("foreach", "capturable", "differentiable", "fused"):
-        merged[key] = defaults[key]
+    for key in WAYS:
+        merged[key] = group.get(key, defaults[key])
     check_group(merged)
     if "param_names" in group:
         merged.setdefault("param_names", group["param_names"])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from types import TracebackType
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from torch_ext._adamw_groups import labelled_parameters
 from torch_ext._checks import Life, close_quietly, log_notes
-from torch_ext._local import check_parameter, local_gradient, local_of
+from torch_ext._local import check_parameter, is_distributed, local_gradient, local_of
 from torch_ext._modes import plain_modes
 from torch_ext._plan import OffloadPlan
 
@@ -71,9 +72,8 @@ class OffloadedBase(torch.optim.Optimizer):
             if len(set(group["params"])) < len(group["params"]):
                 raise ValueError("a parameter group has the same parameter twice")
             for p in group["params"]:
-                check_parameter(p)
-            for p in group["params"]:
-                slots[p] = self._new_slot(p)
+                with self._naming([p]):
+                    slots[p] = self._new_slot(p)
         except Exception:
             self.param_groups.pop()
             if slots:
@@ -115,7 +115,9 @@ class OffloadedBase(torch.optim.Optimizer):
             RuntimeError: The optimizer is closed or belongs to another process.
         """
         self._life.check()
-        return OffloadPlan(**self._engine.plan([self._own_part(p) for p in self._parameters()]))
+        planned = [p for p in self._parameters() if self._is_kept(p)]
+        with self._naming(planned, self._check_part):
+            return OffloadPlan(**self._engine.plan([self._own_part(p) for p in planned]))
 
     def timeline(self) -> list[tuple[str, int, float, float]]:
         """What the last step did: (lane, tile, start, end) in order of start.
@@ -181,11 +183,51 @@ class OffloadedBase(torch.optim.Optimizer):
 
     def _own_gradient(self, parameter: Tensor) -> Tensor:
         """What this process has of a parameter's gradient."""
+        if is_distributed(parameter):
+            with self._naming([parameter]):
+                check_parameter(parameter)
         return local_gradient(parameter, lambda: self._label_of(parameter))
 
     def _label_of(self, parameter: Tensor) -> str:
         labelled = labelled_parameters(self.param_groups)
         return next(label for label, p in labelled if p is parameter)
+
+    @contextmanager
+    def _naming(
+        self, parameters: Iterable[Tensor], check: Callable[[Tensor], object] | None = None
+    ) -> Iterator[None]:
+        """Has an error about one of these parameters begin with its name.
+
+        Without ``check`` there is one parameter. The engine, which does not know names, has
+        said what is wrong with one of many: ``check`` says it again for the one that it is.
+        """
+        try:
+            yield
+        except (TypeError, ValueError, RuntimeError) as error:
+            for p in parameters:
+                found: Exception = error
+                if check is not None:
+                    try:
+                        check(p)
+                        continue
+                    except (TypeError, ValueError, RuntimeError) as again:
+                        found = again
+                if type(found) is not type(error) or str(found) != str(error):
+                    continue
+                label = self._label_of(p)
+                if str(error).startswith(label):
+                    break
+                about = f"{label} ({p.dtype}, sizes {list(p.shape)})"
+                raise type(error)(f"{about}: {error}") from None
+            raise
+
+    def _check_part(self, parameter: Tensor) -> None:
+        """Raises what the engine has to say of a parameter."""
+        self._engine.check(*self._own_part(parameter))
+
+    def _is_kept(self, parameter: Tensor) -> bool:
+        """Whether it has a state, or is going to: frozen ones may be anything."""
+        return parameter.requires_grad or self._engine.has_state(self._slot_of(parameter))
 
     def _slot_of(self, parameter: Tensor) -> int:
         if (slot := self._slots.get(parameter)) is not None:
@@ -202,8 +244,8 @@ class OffloadedBase(torch.optim.Optimizer):
         """Takes a parameter that stands in the place of another: before there is any
         state accelerate puts FSDP2's shards where the whole parameters were.
         """
-        check_parameter(parameter)
-        slot = self._new_slot(parameter)
+        with self._naming([parameter]):
+            slot = self._new_slot(parameter)
         # Those that are gone shall not be kept alive.
         for gone in self._slots.keys() - set(self._parameters()):
             del self._slots[gone]
@@ -211,7 +253,9 @@ class OffloadedBase(torch.optim.Optimizer):
         return self._slots.setdefault(parameter, slot)
 
     def _new_slot(self, parameter: Tensor) -> int:
-        return self._engine.add(local_of(parameter))
+        if parameter.requires_grad:
+            check_parameter(parameter)
+        return self._engine.add(local_of(parameter), parameter.requires_grad)
 
     def _watch(self, parameters: list[Tensor]) -> None:
         """Called with the parameters that are new."""

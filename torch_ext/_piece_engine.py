@@ -101,9 +101,12 @@ class PieceEngine:
         self._most = scratch // _PIECE_BYTES // _CUT * _CUT
         self._slots: list[_Slot] = []
 
-    def add(self, parameter: Tensor) -> int:
-        """Checks a parameter and gives it a slot; takes no space yet."""
-        _C.check_trained(parameter)
+    def add(self, parameter: Tensor, trained: bool) -> int:
+        """Gives a parameter a slot; takes no space yet. It is checked if it is trained,
+        else when it has a gradient: what is frozen may be anything.
+        """
+        if trained:
+            _C.check_trained(parameter)
         self._slots.append(_Slot())
         return len(self._slots) - 1
 
@@ -146,6 +149,14 @@ class PieceEngine:
                 f"make a new optimizer"
             )
 
+    def check(self, trained: Trained, kept: Kept) -> None:
+        """What a step begins with, for one parameter."""
+        self.expect(trained.slot, trained.parameter, kept)
+        _C.check_gradient(trained.gradient, trained.parameter)
+
+    def has_state(self, slot: int) -> bool:
+        return self._slots[slot].scalars is not None
+
     def names(self, slot: int) -> list[str]:
         """Of what is kept, fields and others."""
         return list(self._slots[slot].kept.names)
@@ -158,9 +169,8 @@ class PieceEngine:
 
     def step(self, groups: list[Group]) -> None:
         for group in groups:
-            for slot, parameter, gradient in group.trained:
-                self.expect(slot, parameter, group.kept)
-                _C.check_gradient(gradient, parameter)
+            for trained in group.trained:
+                self.check(trained, group.kept)
         works = {}
         for i, group in enumerate(groups):
             for slot, parameter, gradient in group.trained:

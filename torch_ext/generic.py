@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 
 from torch_ext._adamw_groups import (
+    WAYS,
     check_saved_tensor,
     check_state_dict,
+    check_ways,
     labelled_parameters,
     paired,
 )
@@ -22,14 +25,13 @@ from torch_ext._checks import Directories, directories_of, engine_of
 from torch_ext._elementwise import Kept, PieceOptimizer, options_of
 from torch_ext._local import is_distributed
 from torch_ext._modes import plain_modes
+from torch_ext._native import _C
 from torch_ext._offload import OffloadedBase
 from torch_ext._piece_engine import MASTER, Group, Loaded, PieceEngine, Trained
 from torch_ext._plan import OffloadPlan
 from torch_ext.config import AioConfig, parse_size, resolve_aio_config
 
 _MOST_FIELDS = 5
-#: How a class computes, not what: it is this process's own, whatever is loaded.
-_WAYS = ("foreach", "capturable", "differentiable", "fused")
 
 
 class OffloadedOptimizer(OffloadedBase):
@@ -99,6 +101,7 @@ class OffloadedOptimizer(OffloadedBase):
         **options: Any,
     ) -> None:
         _check_class(optimizer_class)
+        check_ways(f"OffloadedOptimizer({optimizer_class.__name__})", options)
         self._pieces = PieceOptimizer(optimizer_class, options)
         self._own(
             PieceEngine(
@@ -113,12 +116,15 @@ class OffloadedOptimizer(OffloadedBase):
         super().__init__(params, self._pieces.defaults)
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        check_ways(f"OffloadedOptimizer({self._pieces.name})", group)
         kept = self._kept(group)
         for parameter in group["params"]:
+            if not parameter.requires_grad and parameter.grad is None:
+                continue  # Frozen, whatever it is.
             if is_distributed(parameter):
                 raise TypeError(
-                    "OffloadedOptimizer: a parameter is a DTensor; of these only "
-                    "OffloadedAdamW keeps state"
+                    f"OffloadedOptimizer: {self._label_of(parameter)} is a DTensor; of these "
+                    f"only OffloadedAdamW keeps state"
                 )
             half = parameter.dtype != torch.float32
             if not kept.fields and not half:
@@ -170,7 +176,9 @@ class OffloadedOptimizer(OffloadedBase):
                 if p.grad is not None
             ]
             groups.append(Group(options_of(group), self._kept(group), trained))
-        self._engine.step(groups)
+        kept_of = {t.parameter: (t, group.kept) for group in groups for t in group.trained}
+        with self._naming(kept_of, lambda p: self._engine.check(*kept_of[p])):
+            self._engine.step(groups)
         for trained in chain.from_iterable(group.trained for group in groups):
             self.state[trained.parameter] = self._shown_state(trained.parameter)
 
@@ -195,10 +203,16 @@ class OffloadedOptimizer(OffloadedBase):
             packed = {key: value for key, value in group.items() if key != "params"}
             groups.append(packed | {"params": [number_of[p] for p in group["params"]]})
             kept, options = self._kept(group), options_of(group)
-            asked += [(self._slot_of(p), p, kept, options) for p in group["params"]]
-        states = enumerate(self._engine.save(asked))
+            asked += [
+                (self._slot_of(p), p, kept, options)
+                for p in group["params"]
+                if self._is_kept(p) or (kept.from_start and _could_be_trained(p))
+            ]
+        kept_of = {p: (slot, p, kept) for slot, p, kept, _ in asked}
+        with self._naming(kept_of, lambda p: self._engine.expect(*kept_of[p])):
+            states = zip(kept_of, self._engine.save(asked), strict=True)
         state_dict = {
-            "state": {number: state for number, state in states if state is not None},
+            "state": {number_of[p]: state for p, state in states if state is not None},
             "param_groups": groups,
         }
         for post_hook in self._optimizer_state_dict_post_hooks.values():
@@ -241,10 +255,20 @@ class OffloadedOptimizer(OffloadedBase):
             kept = self._kept(group)
             for key in other["params"]:
                 label, p = next(labels)
-                if entry := state.get(key):
-                    read = _read_entry(f"parameter {key!r}, {label}", p, kept, entry)
+                entry = state.get(key)
+                if entry and not p.requires_grad and not _could_be_trained(p):
+                    warnings.warn(
+                        f"{label} is frozen and of a kind that cannot be trained here; its "
+                        f"loaded state is left out",
+                        UserWarning,
+                        stacklevel=6,
+                    )
+                elif entry:
+                    named = f"parameter {key!r}, {label}"
+                    read = _read_entry(named, p, kept, entry, bool(group.get("fused")))
                     loaded.append(Loaded(self._slot_of(p), p, kept, read))
-        self._engine.load(loaded)
+        with self._naming([entry.parameter for entry in loaded], self._check_part):
+            self._engine.load(loaded)
         self.param_groups = groups
         self.state = defaultdict(dict)
         for entry in loaded:
@@ -257,9 +281,13 @@ class OffloadedOptimizer(OffloadedBase):
         """As ``OffloadedAdamW.plan``."""
         self._life.check()
         for group in self.param_groups:
-            for p in group["params"]:
-                self._engine.expect(self._slot_of(p), p, self._kept(group))
+            for p in filter(self._is_kept, group["params"]):
+                with self._naming([p]):
+                    self._engine.expect(self._slot_of(p), p, self._kept(group))
         return super().plan()
+
+    def _check_part(self, parameter: Tensor) -> None:
+        _C.check_trained(parameter)
 
     def _shown_state(self, parameter: Tensor) -> dict[str, Any]:
         """An entry of ``state``: all names, and no tensors, which others would move."""
@@ -270,6 +298,15 @@ class OffloadedOptimizer(OffloadedBase):
         if parameter.dtype != torch.float32:
             shown[MASTER] = None
         return shown
+
+
+def _could_be_trained(parameter: Tensor) -> bool:
+    """Whether a frozen parameter is of a kind that can be trained."""
+    try:
+        _C.check_trained(parameter)
+    except (TypeError, ValueError):
+        return False
+    return not is_distributed(parameter)
 
 
 def _check_class(optimizer_class: Any) -> None:
@@ -286,12 +323,14 @@ def _check_class(optimizer_class: Any) -> None:
 
 def _merged(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     """The saved group with this optimizer's parameters and way of computing."""
-    own = {key: group[key] for key in (*_WAYS, "params") if key in group}
+    own = {key: group[key] for key in (*WAYS, "params") if key in group}
     given = {key: deepcopy(value) for key, value in saved.items() if key not in own}
     return group | given | own
 
 
-def _read_entry(label: str, parameter: Tensor, kept: Kept, entry: Any) -> dict[str, Any]:
+def _read_entry(
+    label: str, parameter: Tensor, kept: Kept, entry: Any, fused: bool
+) -> dict[str, Any]:
     """A parameter's loaded state, its numbers in the form that the class keeps.
 
     Raises:
@@ -314,7 +353,12 @@ def _read_entry(label: str, parameter: Tensor, kept: Kept, entry: Any) -> dict[s
             raise ValueError(f"{text} has no tensor {name!r}")
         check_saved_tensor(f"{text}: {name}", tensor, parameter)
     for name in kept.names.keys() - kept.fields.keys():
-        given[name] = _as_kept(f"{text}: {name!r}", kept.names[name], entry.get(name))
+        like, value = kept.names[name], entry.get(name)
+        if all(isinstance(t, Tensor) and t.is_floating_point() for t in (like, value)):
+            # As Optimizer.load_state_dict() does, whatever the default dtype is now.
+            as_saved = name == "step" and not fused
+            like = like.to(value.dtype if as_saved else torch.float32)
+        given[name] = _as_kept(f"{text}: {name!r}", like, value)
     return given
 
 

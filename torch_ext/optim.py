@@ -16,6 +16,7 @@ from torch import Tensor
 from torch_ext._adamw_groups import (
     as_lists,
     asks_for_state_only,
+    check_foreach,
     check_group,
     check_state_dict,
     early_bytes_of,
@@ -35,6 +36,7 @@ from torch_ext._checks import (
     update_on_of,
 )
 from torch_ext._local import (
+    check_parameter,
     first_element,
     is_distributed,
     like_parameter,
@@ -64,6 +66,8 @@ class OffloadedAdamW(OffloadedBase):
     in buffers that together take no more than ``host_memory``; the first tiles
     of the next step are read while the model computes. Parameters without a
     gradient cost nothing but, with ``overlap_backward="update"``, space on the drive.
+    Frozen ones (``requires_grad=False``) may be of any kind, quantized too: they are left
+    alone until a step finds a gradient. An error about a parameter names it.
 
     ``state_dict()`` returns what ``torch.optim.AdamW`` would, and loads what it
     returned. Its tensors are memory over an unnamed file in ``nvme_path``, read
@@ -88,6 +92,12 @@ class OffloadedAdamW(OffloadedBase):
         weight_decay: Coefficient of decoupled weight decay.
         amsgrad: Must be False.
         maximize: Whether the objective is maximized.
+        foreach: As ``fused``.
+        capturable: Must be False: a step reads and writes files.
+        differentiable: Must be False.
+        fused: Taken for programs written for ``torch.optim.AdamW``, and without effect: the
+            result is that of ``fused=True``. The groups say what was given, True for None, so
+            that ``torch.optim.AdamW`` goes on in that way if it loads the state.
         nvme_path: Directory on the drive to be used. Several drives are given
             as to ``TensorSwapper``; the first has room for a ``state_dict()``.
         host_memory: Most bytes of host memory for buffers, as 2**29 or
@@ -150,6 +160,10 @@ class OffloadedAdamW(OffloadedBase):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         nvme_path: Directories,
         host_memory: int | str = "512MiB",
         overlap_backward: bool | str = False,
@@ -169,13 +183,15 @@ class OffloadedAdamW(OffloadedBase):
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
             "maximize": maximize,
-            "foreach": None,
-            "capturable": False,
-            "differentiable": False,
-            "fused": True,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            # What is loaded elsewhere then gives the same bits.
+            "fused": not foreach if fused is None else fused,
             "decoupled_weight_decay": True,
         }
         check_group(defaults)
+        check_foreach(defaults)
         self._max_grad_norm = max_grad_norm_of(max_grad_norm)
         #: The norm that the last step with ``max_grad_norm`` found.
         self.grad_norm: Tensor | None = None
@@ -215,7 +231,10 @@ class OffloadedAdamW(OffloadedBase):
         check_group(group)
 
     def _new_slot(self, parameter: Tensor) -> int:
-        return self._engine.add(local_of(parameter), first_element(parameter))
+        if parameter.requires_grad:
+            check_parameter(parameter)
+        part, first = local_of(parameter), first_element(parameter)
+        return self._engine.add(part, parameter.requires_grad, first)
 
     def _watch(self, parameters: list[Tensor]) -> None:
         if self._overlap is not None:
@@ -291,20 +310,18 @@ class OffloadedAdamW(OffloadedBase):
             )
         if not self.state and not self._taken() and asks_for_state_only(trained):
             parameters = [p for _, group in trained for p in group]
-            self._engine.init([self._own_part(p) for p in parameters])
+            with self._naming(parameters, self._check_part):
+                self._engine.init([self._own_part(p) for p in parameters])
         elif self._takes:
             parameters, complaint = self._finish(trained)
         else:
             parameters = [p for _, group in trained for p in group]
-            self._engine.step(
-                [
-                    (
-                        *hyper(group),
-                        [(*self._own_part(p), self._own_gradient(p)) for p in parameters],
-                    )
-                    for group, parameters in trained
-                ]
-            )
+            groups = [
+                (*hyper(group), [(*self._own_part(p), self._own_gradient(p)) for p in own])
+                for group, own in trained
+            ]
+            with self._naming(parameters, self._check_trained):
+                self._engine.step(groups)
         self._log_notes()
         for p in parameters:
             self.state[p] = self._shown_state(p)
@@ -343,9 +360,10 @@ class OffloadedAdamW(OffloadedBase):
             groups.append(packed)
         by_slot = {self._slot_of(p): p for p in number_of}
         state = {}
-        for slot, step, exp_avg, exp_avg_sq, master in self._engine.save(
-            [self._own_part(p) for p in number_of if p in self.state]
-        ):
+        stepped = [p for p in number_of if p in self.state]
+        with self._naming(stepped, self._check_part):
+            saved = self._engine.save([self._own_part(p) for p in stepped])
+        for slot, step, exp_avg, exp_avg_sq, master in saved:
             parameter = by_slot[slot]
             entry = {
                 "step": torch.tensor(float(step), dtype=torch.float32, device="cpu"),
@@ -400,7 +418,8 @@ class OffloadedAdamW(OffloadedBase):
             if (entry := state_dict["state"].get(key))
         ]
         self._placed = set()
-        self._engine.load([(*self._own_part(p), *entry) for p, entry in entries])
+        with self._naming([p for p, _ in entries], self._check_part):
+            self._engine.load([(*self._own_part(p), *entry) for p, entry in entries])
         self._placed = {p for p, _ in entries}
         self._forget_taken()
         self.param_groups = groups
@@ -409,6 +428,9 @@ class OffloadedAdamW(OffloadedBase):
             self.state[p] = self._shown_state(p)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _check_trained(self, parameter: Tensor) -> None:
+        self._engine.check(*self._own_part(parameter), self._own_gradient(parameter))
 
     def _taken(self) -> set[Tensor]:
         return set() if self._overlap is None else self._overlap.taken
@@ -422,7 +444,8 @@ class OffloadedAdamW(OffloadedBase):
         if number not in self._hypers:
             self._hypers[number] = hyper(group)
         part, gradient = self._own_part(parameter), self._own_gradient(parameter)
-        self._engine.take((*self._hypers[number], [(*part, gradient)]))
+        with self._naming([parameter], self._check_trained):
+            self._engine.take((*self._hypers[number], [(*part, gradient)]))
         if is_distributed(parameter):
             torch.autograd.graph.increment_version(parameter)
         self._taken().add(parameter)
@@ -443,7 +466,8 @@ class OffloadedAdamW(OffloadedBase):
         """
         new = [p for p in self._parameters() if p.requires_grad and p not in self._placed]
         if new:
-            self._engine.init([self._own_part(p) for p in reversed(new)])
+            with self._naming(new, self._check_part):
+                self._engine.init([self._own_part(p) for p in reversed(new)])
             self._placed.update(new)
 
     def _forget_taken(self) -> None:

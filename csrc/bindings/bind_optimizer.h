@@ -167,7 +167,19 @@ void bind_optimizer(py::module_& m) {
            py::arg("directories"), py::arg("aio"), py::arg("host_memory"),
            py::arg("engine"), py::arg("verify"), py::arg("state_format"),
            py::arg("seed"), py::arg("update_on"), py::arg("early_bytes"))
-      .def("add", &AdamWEngine::add, py::arg("parameter"), py::arg("first") = 0)
+      .def("add", &AdamWEngine::add, py::arg("parameter"), py::arg("trained"),
+           py::arg("first") = 0)
+      .def(
+          "check",
+          [](AdamWEngine& engine, std::size_t slot, const at::Tensor& parameter,
+             const std::optional<at::Tensor>& gradient) {
+            const AdamWEngine::Parameter checked{slot, parameter};
+            if (!gradient) return engine.check(checked);
+            engine.check(AdamWEngine::Trained{checked, *gradient});
+          },
+          py::arg("slot"), py::arg("parameter"),
+          py::arg("gradient") = py::none())
+      .def("has_state", &AdamWEngine::has_state, py::arg("slot"), release_gil())
       .def("remove_from", &AdamWEngine::remove_from, py::arg("slot"))
       .def(
           "step",

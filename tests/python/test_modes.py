@@ -184,6 +184,28 @@ def test_a_class_sees_the_default_dtype_as_it_does_in_memory(dtype, nvme_dir):
         pair.a.close()
 
 
+@pytest.mark.parametrize("name", ["NAdam", "ASGD", "AdamW"])
+@pytest.mark.parametrize("saved", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("loaded", [torch.float32, torch.float64], ids=str)
+def test_numbers_go_on_in_the_dtype_in_which_the_class_goes_on(loaded, saved, name, nvme_dir):
+    cls = getattr(torch.optim, name)
+    for ways in [{"foreach": False}] + [{"fused": True}] * (name == "AdamW"):
+        with default_dtype(saved):
+            pair = GenericPair(cls, parameters(999), nvme_dir, lr=1e-2, **ways)
+            pair.steps(2)
+            states = pair.a.state_dict(), pair.b.state_dict()
+        with default_dtype(loaded):
+            pair.a.load_state_dict(states[0])
+            pair.b.load_state_dict(states[1])
+            pair.steps(3, first=2)
+            ours, theirs = pair.a.state_dict()["state"][0], pair.b.state_dict()["state"][0]
+        assert pair.equal()
+        for key, value in theirs.items():
+            assert ours[key].dtype == value.dtype, key
+            assert torch.equal(ours[key], value), key
+        pair.a.close()
+
+
 class InDefaultDtype(torch.optim.Optimizer):
     """Makes its tensors as its author's torch does by default."""
 

@@ -77,7 +77,8 @@ TEST_F(AdamWDeviceTest, BothPlacesAndTheCpuGiveTheSameResult) {
 TEST_F(AdamWDeviceTest, ACpuParameterOrAPackedFormatIsNotUpdatedOnADevice) {
   const OffloadOptions there = {.nvme_path = temp_.path(),
                                 .update_on = UpdateOn::kDevice};
-  EXPECT_THROW(OffloadedAdamW({at::zeros({3})}, OffloadedAdamWOptions(), there),
+  const at::Tensor here = at::zeros({3}).requires_grad_(true);
+  EXPECT_THROW(OffloadedAdamW({here}, OffloadedAdamWOptions(), there),
                std::invalid_argument);
   OffloadOptions packed = there;
   packed.state_format = StateFormat::kInt8;
@@ -141,7 +142,7 @@ TEST_F(AdamWDeviceTest, UpdatesDuringBackwardTakeNoMemoryForGradients) {
 TEST_F(AdamWDeviceTest, AGradientOnAnotherDeviceIsRefused) {
   AdamWEngine engine(options());
   const at::Tensor parameter = at::zeros({3}, sim_);
-  const std::size_t slot = engine.add(parameter);
+  const std::size_t slot = engine.add(parameter, /*trained=*/true);
   EXPECT_THROW(engine.step({{{}, {{{slot, parameter}, at::ones({3})}}}}),
                std::invalid_argument);
 }

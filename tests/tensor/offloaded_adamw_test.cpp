@@ -5,6 +5,8 @@
 #include <ATen/ops/randn.h>
 #include <ATen/ops/randn_like.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/DefaultDtype.h>
+#include <c10/core/InferenceMode.h>
 #include <gtest/gtest.h>
 #include <torch/optim/adamw.h>
 
@@ -13,6 +15,7 @@
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "support/temp_dir.h"
@@ -148,9 +151,73 @@ TEST_F(OffloadedAdamWTest, WrongArgumentsAreRefused) {
   OffloadOptions nowhere = offload();
   nowhere.nvme_path = temp_ / "missing";
   EXPECT_THROW(OffloadedAdamW(parameters, options(), nowhere), IoError);
-  EXPECT_THROW(
-      OffloadedAdamW({at::zeros({3}, at::kDouble)}, options(), offload()),
-      TypeError);
+  const at::Tensor wide = at::zeros({3}, at::kDouble).requires_grad_(true);
+  EXPECT_THROW(OffloadedAdamW({wide}, options(), offload()), TypeError);
+}
+
+template <typename Error, typename Call>
+void expect_named(const std::string& name, Call call) {
+  try {
+    call();
+    ADD_FAILURE() << "nothing was thrown";
+  } catch (const Error& error) {
+    EXPECT_EQ(std::string(error.what()).substr(0, name.size()), name)
+        << error.what();
+  }
+}
+
+TEST_F(OffloadedAdamWTest, FrozenParametersOfAnyKindAreLeftAlone) {
+  const at::Tensor packed = at::ones({8, 8}, at::kByte);
+  const at::Tensor wide = at::ones({5}, at::kDouble);
+  const at::Tensor meta = at::ones({5}, at::device(at::kMeta));
+  std::vector<at::Tensor> all = {packed, wide, meta};
+  for (const at::Tensor& parameter : make({300})) all.push_back(parameter);
+  OffloadOptions taking = offload();
+  taking.overlap_backward = OverlapBackward::kUpdate;
+  for (const OffloadOptions& how : {offload(), taking}) {
+    OffloadedAdamW optimizer(all, options(), how);
+    EXPECT_LT(optimizer.plan().state_bytes, 2 * 316 * sizeof(float));
+    step_in_memory(0, 1, options());
+    optimizer.step();
+    EXPECT_EQ(optimizer.state_dict().size(), 1u);
+    EXPECT_TRUE(equal());
+    EXPECT_TRUE(at::equal(packed, at::ones({8, 8}, at::kByte)));
+    // Its turn comes when it has a gradient.
+    wide.mutable_grad() = at::ones({5}, at::kDouble);
+    expect_named<TypeError>(
+        "parameter 1 of group 0 (dtype Double, sizes [5]): OffloadedAdamW: a "
+        "parameter of dtype Double",
+        [&] { optimizer.step(); });
+    EXPECT_TRUE(equal());
+    wide.mutable_grad() = at::Tensor();
+    in_memory_[0] = {parameters_[0].detach().clone(), at::zeros({300}),
+                     at::zeros({300}), at::zeros({})};
+  }
+}
+
+TEST_F(OffloadedAdamWTest, ErrorsNameTheParameter) {
+  const std::vector<at::Tensor> all = make({30, 40});
+  OffloadedAdamW optimizer(
+      {OptimizerParamGroup({all[0]}), OptimizerParamGroup({all[1]})}, options(),
+      offload());
+  step_in_memory(0, 2, options());
+  const at::Tensor good = all[1].grad();
+  const std::string place = "parameter 0 of group 1 (dtype Float, sizes [40])";
+  all[1].mutable_grad() = at::ones({40}, at::kInt);
+  expect_named<TypeError>(place, [&] { optimizer.step(); });
+  all[1].mutable_grad() = at::ones({40}).to_sparse();
+  expect_named<StateError>(place, [&] { optimizer.step(); });
+  all[1].mutable_grad() = good;
+  optimizer.step();
+  EXPECT_TRUE(equal());
+  auto state = optimizer.state_dict();
+  state[1].state.exp_avg = at::ones({3});
+  expect_named<std::invalid_argument>(
+      place, [&] { optimizer.load_state_dict(state); });
+  optimizer.add_param_group(
+      OptimizerParamGroup({at::ones({3}, at::kDouble).requires_grad_(true)}));
+  expect_named<TypeError>("parameter 0 of group 2 (dtype Double, sizes [3])",
+                          [&] { optimizer.step(); });
 }
 
 TEST_F(OffloadedAdamWTest, AGroupWithOptionsOfAnotherOptimizerIsRefused) {
@@ -193,6 +260,50 @@ TEST_F(OffloadedAdamWTest, AStateDictBringsTheStateBack) {
   EXPECT_TRUE(equal());
   for (std::size_t i = 0; i < 3; ++i) {
     EXPECT_TRUE(at::equal(others[i], parameters_[i]));
+  }
+}
+
+/// What a caller may have set, for as long as it lives.
+struct CallersModes {
+  CallersModes() {
+    c10::set_default_dtype(caffe2::TypeMeta::Make<c10::BFloat16>());
+  }
+  ~CallersModes() { c10::set_default_dtype(before); }
+
+  const caffe2::TypeMeta before = c10::get_default_dtype();
+  const c10::InferenceMode inference;
+};
+
+TEST_F(OffloadedAdamWTest, TheCallersDefaultDtypeAndModesChangeNothing) {
+  std::unique_ptr<OffloadedAdamW> optimizer;
+  OffloadOptions clipping = offload();
+  clipping.max_grad_norm = 1e9;
+  const std::vector<at::Tensor> parameters = make({3001, 64});
+  {
+    const CallersModes modes;
+    optimizer =
+        std::make_unique<OffloadedAdamW>(parameters, options(), clipping);
+  }
+  std::vector<OffloadedAdamW::ParameterState> state;
+  for (int step = 0; step < 3; ++step) {
+    step_in_memory(0, 2, options());
+    const CallersModes modes;
+    optimizer->step();
+    if (step == 1) {
+      state = optimizer->state_dict();
+      optimizer->load_state_dict(state);
+    }
+  }
+  EXPECT_TRUE(equal());
+  EXPECT_FALSE(optimizer->grad_norm().is_inference());
+  EXPECT_EQ(optimizer->grad_norm().scalar_type(), at::kFloat);
+  for (const auto& each : state) {
+    for (const at::Tensor& tensor :
+         {each.state.exp_avg, each.state.exp_avg_sq}) {
+      EXPECT_EQ(tensor.scalar_type(), at::kFloat);
+      EXPECT_FALSE(tensor.is_inference());
+      tensor.add_(0);  // Of an inference tensor it would be an error.
+    }
   }
 }
 

@@ -89,11 +89,16 @@ class AdamWEngine {
   AdamWEngine(const AdamWEngine&) = delete;
   AdamWEngine& operator=(const AdamWEngine&) = delete;
 
-  /// Checks a parameter and gives it a slot; takes no space yet. `first`: where
-  /// it begins in the whole of which it is a shard, for RoundingNoise.
-  std::size_t add(const at::Tensor& parameter, std::uint64_t first = 0) {
-    adamw::check_parameter(parameter);
-    adamw::check_place(parameter, update_on_);
+  /// Gives a parameter a slot; takes no space yet. It is checked if it is
+  /// `trained`, else when it has a gradient: what is frozen may be anything.
+  /// `first`: where it begins in the whole of which it is a shard, for
+  /// RoundingNoise.
+  std::size_t add(const at::Tensor& parameter, bool trained,
+                  std::uint64_t first = 0) {
+    if (trained) {
+      adamw::check_parameter(parameter);
+      adamw::check_place(parameter, update_on_);
+    }
     slots_.emplace_back().first = first;
     return slots_.size() - 1;
   }
@@ -103,17 +108,38 @@ class AdamWEngine {
     if (slot < slots_.size()) slots_.resize(slot);
   }
 
+  /// What other calls begin with, for each parameter: throws what is wrong with
+  /// it, or with its gradient.
+  void check(const Trained& trained) const {
+    check(trained.parameter);
+    adamw::check_place(trained.parameter.tensor, update_on_);
+    adamw::check_gradient(trained.gradient, trained.parameter.tensor);
+  }
+  void check(const Parameter& parameter) const {
+    adamw::check_parameter(parameter.tensor);
+    if (!has_state(parameter.slot)) return;
+    const Slot& slot = slots_[parameter.slot];
+    const at::Tensor& tensor = parameter.tensor;
+    const at::IntArrayRef sizes = slot.sizes;
+    const at::IntArrayRef strides = slot.strides;
+    if (tensor.scalar_type() == slot.dtype && tensor.sizes() == sizes &&
+        same_order(sizes, tensor.strides(), strides)) {
+      return;
+    }
+    adamw::fail<StateError>(
+        "the state was made for a parameter with dtype ", slot.dtype,
+        ", sizes ", sizes, " and strides ", strides, "; it has now dtype ",
+        tensor.scalar_type(), ", sizes ", tensor.sizes(), " and strides ",
+        tensor.strides(), ". Load a state to go on");
+  }
+
   /// A step of the parameters in the groups.
   void step(const std::vector<Group>& groups) {
     const PlainModes plain;
     AdamWKernel kernel(
         format_, seed_, [this] { return scratch(); }, lanes_, update_on_);
     for (const Group& group : groups) {
-      for (const Trained& trained : group.trained) {
-        check(trained.parameter);
-        adamw::check_place(trained.parameter.tensor, update_on_);
-        adamw::check_gradient(trained.gradient, trained.parameter.tensor);
-      }
+      for (const Trained& trained : group.trained) check(trained);
     }
     const std::vector<std::byte*> on_host = claim_early(groups);
     std::vector<std::size_t> numbers;
@@ -152,9 +178,7 @@ class AdamWEngine {
   /// Errors: as step(); a failed update is finish()'s to throw.
   void take(const AdamWHyper& hyper, const Trained& trained) {
     const PlainModes plain;
-    check(trained.parameter);
-    adamw::check_place(trained.parameter.tensor, update_on_);
-    adamw::check_gradient(trained.gradient, trained.parameter.tensor);
+    check(trained);
     lane_of(trained.parameter.tensor);  // For the thread that now begins.
     begin_open_step();
     if (!open_->taken.insert(trained.parameter.slot).second) {
@@ -441,24 +465,6 @@ class AdamWEngine {
       offload_.pin_tiles(lane->device());
     }
     return lane;
-  }
-
-  void check(const Parameter& parameter) {
-    adamw::check_parameter(parameter.tensor);
-    if (!has_state(parameter.slot)) return;
-    const Slot& slot = slots_[parameter.slot];
-    const at::Tensor& tensor = parameter.tensor;
-    const at::IntArrayRef sizes = slot.sizes;
-    const at::IntArrayRef strides = slot.strides;
-    if (tensor.scalar_type() == slot.dtype && tensor.sizes() == sizes &&
-        same_order(sizes, tensor.strides(), strides)) {
-      return;
-    }
-    adamw::fail<StateError>(
-        "the state was made for a parameter with dtype ", slot.dtype,
-        ", sizes ", sizes, " and strides ", strides, "; it has now dtype ",
-        tensor.scalar_type(), ", sizes ", tensor.sizes(), " and strides ",
-        tensor.strides(), ". Load a state to go on");
   }
 
   // Registers the parameter as it is now, unless it has state that stays.

@@ -16,8 +16,8 @@
 
 namespace torch_ext {
 
-/// Of a tensor in host memory. Each tensor here names its dtype, so that the
-/// caller's default one decides nothing.
+/// Options of a tensor in host memory. Each tensor here names its dtype, so
+/// that the caller's default one decides nothing.
 inline at::TensorOptions host_options(c10::ScalarType dtype) {
   return at::TensorOptions().dtype(dtype).device(at::kCPU);
 }

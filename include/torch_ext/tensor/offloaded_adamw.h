@@ -7,10 +7,12 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <filesystem>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -95,6 +97,8 @@ struct OffloadedAdamWParamState
 /// AdamW whose state lives in a file on an NVMe drive, for LibTorch: the same
 /// engine, result and errors as Python's torch_ext.OffloadedAdamW. For
 /// float32 parameters on the CPU a step equals at::_fused_adamw_ bit for bit.
+/// Parameters that require no gradient may be anything: they are left alone
+/// until they have one. Errors about a parameter name its place and group.
 ///
 /// The archive format of torch::optim is not supported: save() and load()
 /// throw. state_dict() and load_state_dict() take their place.
@@ -160,6 +164,11 @@ class OffloadedAdamW : public torch::optim::Optimizer {
             {entry_of(parameter), parameter.grad()});
       }
     }
+    for (const auto& group : groups) {
+      for (const auto& trained : group.trained) {
+        naming(trained.parameter.tensor, [&] { engine_.check(trained); });
+      }
+    }
     if (!takes_) {
       engine_.step(groups);
       for (const auto& group : groups) {
@@ -223,6 +232,7 @@ class OffloadedAdamW : public torch::optim::Optimizer {
         stepped.push_back(parameter);
       }
     }
+    check_each(stepped);
     std::vector<ParameterState> states;
     for (auto& saved : engine_.save(stepped)) {
       std::size_t i = 0;
@@ -247,6 +257,9 @@ class OffloadedAdamW : public torch::optim::Optimizer {
             std::to_string(all.size()));
       }
       saved.push_back({all[state.parameter], state.state});
+      naming(saved.back().parameter.tensor, [&] {
+        adamw::check_saved(saved.back().parameter.tensor, state.state);
+      });
     }
     engine_.load(saved);
     taken_.clear();
@@ -265,7 +278,13 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   /// What the host memory is used for, also before the first step.
   OptimizerPlan plan() {
     add_new_parameters();
-    return engine_.plan(entries());
+    std::vector<AdamWEngine::Parameter> planned = entries();
+    std::erase_if(planned, [&](const AdamWEngine::Parameter& parameter) {
+      return !parameter.tensor.requires_grad() &&
+             !engine_.has_state(parameter.slot);
+    });
+    check_each(planned);
+    return engine_.plan(planned);
   }
   /// What a log should hold, e.g. why direct I/O is not used.
   const std::vector<std::string>& notes() { return engine_.offload().notes(); }
@@ -301,13 +320,56 @@ class OffloadedAdamW : public torch::optim::Optimizer {
       for (const at::Tensor& parameter : param_groups_[i].params()) {
         const void* key = parameter.unsafeGetTensorImpl();
         if (places_.contains(key)) continue;
-        places_.emplace(key, Place{engine_.add(parameter), i});
+        places_.emplace(key, Place{added(parameter), i});
         if (on_gradient_ != nullptr && parameter.is_leaf() &&
             parameter.requires_grad()) {
           GradientHook::add(parameter, on_gradient_);
         }
       }
     }
+  }
+
+  std::size_t added(const at::Tensor& parameter) {
+    std::size_t slot = 0;
+    naming(parameter,
+           [&] { slot = engine_.add(parameter, parameter.requires_grad()); });
+    return slot;
+  }
+
+  void check_each(const std::vector<AdamWEngine::Parameter>& parameters) const {
+    for (const AdamWEngine::Parameter& parameter : parameters) {
+      naming(parameter.tensor, [&] { engine_.check(parameter); });
+    }
+  }
+
+  /// Calls `call`; what it throws about the parameter begins with its place.
+  template <typename Call>
+  void naming(const at::Tensor& parameter, const Call& call) const {
+    try {
+      call();
+    } catch (const TypeError& error) {
+      throw TypeError(named(parameter, error));
+    } catch (const StateError& error) {
+      throw StateError(named(parameter, error));
+    } catch (const std::invalid_argument& error) {
+      throw std::invalid_argument(named(parameter, error));
+    }
+  }
+
+  std::string named(const at::Tensor& parameter,
+                    const std::exception& error) const {
+    std::ostringstream text;
+    for (std::size_t i = 0; i < param_groups_.size(); ++i) {
+      const std::vector<at::Tensor>& parameters = param_groups_[i].params();
+      for (std::size_t j = 0; j < parameters.size(); ++j) {
+        if (!parameters[j].is_same(parameter)) continue;
+        text << "parameter " << j << " of group " << i;
+        text << " (dtype " << parameter.scalar_type() << ", sizes "
+             << parameter.sizes() << "): " << error.what();
+        return text.str();
+      }
+    }
+    return error.what();
   }
 
   // PyTorch calls hooks on a thread for each device.
@@ -323,6 +385,7 @@ class OffloadedAdamW : public torch::optim::Optimizer {
     if (place == places_.end() || !place->second.group) return;
     const AdamWEngine::Trained trained{entry_of(parameter), parameter.grad()};
     if (takes_) {
+      naming(parameter, [&] { engine_.check(trained); });
       const std::size_t group = *place->second.group;
       take(hyper_of(param_groups_[group]), group, trained);
     } else {
@@ -343,7 +406,8 @@ class OffloadedAdamW : public torch::optim::Optimizer {
     std::uint64_t bytes = 0;
     for (const auto& group : groups) {
       for (const at::Tensor& parameter : group.params()) {
-        if (parameter.defined() && !parameter.is_cpu() && parameter.is_leaf()) {
+        if (parameter.defined() && parameter.requires_grad() &&
+            !parameter.is_cpu() && parameter.is_leaf()) {
           const c10::ScalarType dtype =
               parameter.grad_dtype().value_or(at::kFloat);
           bytes += EarlyGradients::room_for(
@@ -372,6 +436,7 @@ class OffloadedAdamW : public torch::optim::Optimizer {
         }
       }
     }
+    check_each(without_state);
     std::reverse(without_state.begin(), without_state.end());
     if (!without_state.empty()) engine_.init(without_state);
   }

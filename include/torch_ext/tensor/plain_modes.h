@@ -8,12 +8,12 @@
 namespace torch_ext {
 
 /// While it lives, the thread's operators run without autograd, inference mode
-/// and autocast, whichever of them the caller is in. So what is computed does
-/// not depend on that, and the tensors that are made can be used anywhere: one
-/// that is made in inference mode cannot be trained with outside of it.
+/// and autocast, whichever of them the caller is in. So these change no value.
+/// The tensors that are made can be used anywhere: one that is made in
+/// inference mode could not be trained with outside of it.
 ///
-/// The default dtype is the process's, not the thread's: whatever makes a
-/// tensor names its dtype and device instead.
+/// The default dtype is the process's, not the thread's. So whatever makes a
+/// tensor names its dtype and device.
 class PlainModes {
  public:
   PlainModes() = default;
