@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -39,7 +40,8 @@ def load(
         verbose: Whether the compiler's commands are shown.
         lock_timeout: Seconds to wait while another process builds the same.
         **kwargs: Passed on. ``extra_cflags``, ``extra_ldflags`` and
-            ``extra_include_paths`` are added to those of torch_ext.
+            ``extra_include_paths`` are added to those of torch_ext. No other
+            extension may be built in ``build_directory`` at the same time.
 
     Returns:
         The module that torch_ext uses as ``torch_ext._C``; what there is to use
@@ -48,8 +50,7 @@ def load(
     Raises:
         RuntimeError: The compiler, ninja or a header is missing, or the build
             failed; the text has the remedy or the compiler's words.
-        TimeoutError: torch's lock file, which the text names, stayed. A build
-            that was killed leaves one behind.
+        TimeoutError: Another process, which the text names, went on building.
     """
     from torch.utils import cpp_extension
 
@@ -71,8 +72,10 @@ def load(
         *kwargs.get("extra_include_paths", ()),
     ]
     _check_compiler_and_python()
-    with _ninja_on_path():
-        _wait_for(directory / "lock", lock_timeout)
+    with _ninja_on_path(), _locked(directory / "torch_ext.lock", lock_timeout):
+        # A lock of torch's own. Up to 2.14 it blocks as long as the file exists, and
+        # a killed build leaves it behind; nobody builds here while ours is held.
+        (directory / "lock").unlink(missing_ok=True)
         if not (directory / f"{name}.so").exists():
             # Shown on stderr unless the user has chosen otherwise, unlike a log.
             warnings.warn(
@@ -165,14 +168,28 @@ def _ninja_on_path() -> Iterator[None]:
         os.environ["PATH"] = before
 
 
-def _wait_for(lock: Path, timeout: float) -> None:
-    """torch waits for ever while its lock file exists, whoever left it."""
+@contextmanager
+def _locked(path: Path, timeout: float) -> Iterator[None]:
+    """Holds the lock file, which a process that ends leaves unlocked."""
     deadline = time.monotonic() + timeout
-    while lock.exists():
-        if time.monotonic() >= deadline:
-            raise TimeoutError(
-                f"{lock} has blocked the build for {timeout:g} s. If no other process "
-                f"is building (a killed build leaves the file behind), delete it and "
-                f"try again."
-            )
-        time.sleep(min(0.1, max(timeout, 0.001)))
+    with path.open("a+") as file:
+        while not _try_lock(file):
+            if time.monotonic() >= deadline:
+                file.seek(0)
+                raise TimeoutError(
+                    f"process {file.read().strip() or 'unknown'} has been building the "
+                    f"C++ extension for {timeout:g} s and still holds {path}: wait for "
+                    f"it or end it, or raise lock_timeout"
+                )
+            time.sleep(min(0.1, max(timeout, 0.001)))
+        file.truncate(0)
+        print(os.getpid(), file=file, flush=True)
+        yield
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -33,11 +33,14 @@ void set_error(PyObject* type, const std::exception& error) {
 
 // OSError itself picks the subclass that belongs to the errno.
 void set_os_error(const torch_ext::IoError& error) {
-  py::tuple arguments =
-      error.failure().path.empty()
-          ? py::make_tuple(error.error(), to_text(error.what()))
-          : py::make_tuple(error.error(), to_text(error.text_without_path()),
-                           to_path(error.failure().path));
+  const std::string& path = error.failure().path;
+  // Newer versions of pybind11 give tuples of different members different
+  // types.
+  py::tuple arguments = py::make_tuple(error.error(), to_text(error.what()));
+  if (!path.empty()) {
+    arguments = py::make_tuple(
+        error.error(), to_text(error.text_without_path()), to_path(path));
+  }
   PyErr_SetObject(PyExc_OSError, arguments.ptr());
 }
 

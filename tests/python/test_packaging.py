@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -267,12 +268,56 @@ def test_sdist_has_what_git_has(sdist):
     assert not [name for name in packed if name.endswith((".so", ".pyc"))]
 
 
-def test_load_gives_up_on_a_lock_that_stays_and_names_it(tmp_path):
+# Loads in a process of its own, where ``body`` stands for torch's compilation.
+LOAD = """
+import os, signal, sys, time
+from pathlib import Path
+from torch.utils import cpp_extension
+import torch_ext
+folder = Path(sys.argv[1])
+def compile(*arguments, **options):
+    {body}
+cpp_extension.load = compile
+torch_ext.load("some", build_directory=folder)
+"""
+
+
+def test_load_gives_up_on_a_build_that_goes_on_and_names_its_process(tmp_path):
     import torch_ext
 
-    (tmp_path / "lock").touch()
-    with pytest.raises(TimeoutError, match=re.escape(str(tmp_path / "lock"))):
-        torch_ext.load(build_directory=tmp_path, lock_timeout=0.2)
+    code = LOAD.format(body="print('compiles', flush=True); time.sleep(600)")
+    builder = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert builder.stdout.readline() == "compiles\n"
+        told = f"process {builder.pid} has been.*{re.escape(str(tmp_path / 'torch_ext.lock'))}"
+        with pytest.raises(TimeoutError, match=told):
+            torch_ext.load("some", build_directory=tmp_path, lock_timeout=0.2)
+    finally:
+        builder.kill()
+        builder.communicate()
+
+
+def test_load_goes_on_where_a_killed_build_left_its_locks(tmp_path, monkeypatch):
+    from torch.utils import cpp_extension
+
+    import torch_ext
+
+    # The file by which torch up to 2.14 keeps others out.
+    body = "(folder / 'lock').touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    killed = subprocess.run(
+        [sys.executable, "-c", LOAD.format(body=body), tmp_path], cwd=ROOT, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "lock").exists()
+    found = []
+    monkeypatch.setattr(
+        cpp_extension, "load", lambda *a, **k: found.append((tmp_path / "lock").exists())
+    )
+    with pytest.warns(UserWarning, match="compiling"):
+        torch_ext.load("some", build_directory=tmp_path, lock_timeout=0.2)
+    assert found == [False]
 
 
 def test_load_says_that_it_compiles_before_it_does(tmp_path, monkeypatch):
