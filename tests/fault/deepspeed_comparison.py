@@ -1,14 +1,16 @@
 """Eleven ordinary faults, and what aio_handle and DeepSpeed's handle make of them.
 A twelfth row is a behaviour of DeepSpeed's that is kept on purpose.
 
-    python tests/fault/eleven.py [ours] [deepspeed] [--directory DIR] [--engine NAME]
+    python tests/fault/deepspeed_comparison.py [ours] [deepspeed] [--directory DIR]
+                                               [--engine NAME]
 
-Each fault befalls a process of its own, which ends within a minute or is ended.
+DeepSpeed's op is compiled and loaded once before any fault. Each fault befalls a
+process of its own, which ends within a minute or is ended.
 The table says for each: "reported" (an exception, or -1), "survived" (success,
 and the bytes are right), "kept" (the twelfth is as it is in DeepSpeed), "LOST"
 (success, and the bytes are not right), "ABORTED", "HUNG", "NOT INJECTED" (all
-went well, but nothing shows that the fault was there), or why it could not be
-tried. Exits with 0 if all of ours were reported, survived or kept, or not tried.
+went well, but nothing shows that the fault was there), or "not tried" and why.
+Exits with 0 if all of ours were reported, survived or kept, or not tried.
 Faults need root (mount, losetup), strace, or a C compiler.
 
 The list is of faults that users of NVMe offload have met, each of which was tried
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import re
 import resource
@@ -35,7 +38,9 @@ from typing import Any, NamedTuple
 
 MIB = 1 << 20
 SECONDS = 60
+LOAD_SECONDS = 600  # DeepSpeed compiles its op once, which takes a minute or two.
 GOOD = ("reported", "survived", "kept")
+WORDS = (*GOOD, "LOST", "not-tried")  # With which a child's last line begins.
 
 
 class NotTriedError(Exception):
@@ -230,6 +235,12 @@ class Preload(NamedTuple):
     libraries: tuple[str, ...] = ()
 
     def command(self, place: Path) -> list[str]:
+        for name in self.libraries:
+            if not is_linked(name):
+                raise NotTriedError(
+                    f"lib{name} is inside this build of torch_ext, so that no other "
+                    f"library can come between"
+                )
         source, library = place / "fault.c", place / "fault.so"
         source.write_text(PRELUDE + self.code)
         linked = ["-Wl,--no-as-needed", *(f"-l{name}" for name in self.libraries)]
@@ -241,12 +252,21 @@ class Preload(NamedTuple):
         return hits.stat().st_size if hits.exists() else 0
 
 
+def is_linked(name: str) -> bool:
+    """Whether torch_ext's libraries, as loaded here, call that shared library."""
+    from torch_ext._native import _C
+
+    files = {Path(_C.__file__), *Path(_C.__file__).parent.glob("lib/libtorch_ext_core.so*")}
+    return any(f"lib{name}.so".encode() in file.read_bytes() for file in files)
+
+
 PRELUDE = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <stdarg.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -257,10 +277,28 @@ static void hit(void) {
 }
 """
 
+# A wheel, and what torch_ext.load() builds, makes the call without libaio.
 HALF_OF_LIBAIO = r"""
+static long next_syscall(long number, long a, long b, long c, long d, long e, long f) {
+  static long (*next)(long, ...);
+  if (next == NULL) next = dlsym(RTLD_NEXT, "syscall");
+  if (number == SYS_io_submit && b > 1) {
+    hit();
+    b /= 2;
+  }
+  return next(number, a, b, c, d, e, f);
+}
+long syscall(long number, ...) {
+  va_list list;
+  long argument[6];
+  va_start(list, number);
+  for (int i = 0; i < 6; ++i) argument[i] = va_arg(list, long);
+  va_end(list);
+  return next_syscall(number, argument[0], argument[1], argument[2], argument[3],
+                      argument[4], argument[5]);
+}
 int io_submit(void* context, long count, void** blocks) {
-  if (count > 1) hit();
-  long rc = syscall(SYS_io_submit, context, count > 1 ? count / 2 : count, blocks);
+  long rc = next_syscall(SYS_io_submit, (long)context, count, (long)blocks, 0, 0, 0);
   return rc < 0 ? -errno : (int)rc;
 }
 """
@@ -382,22 +420,32 @@ def injection_of(who: str, name: str, engine: str) -> Injection | None:
     return injections[used]
 
 
-def make_handle(who: str, engine: str) -> Any:
-    settings = (256 * 1024, 8, False, True, 1)
+def library_of(who: str) -> Callable[..., Any]:
+    """What makes handles: imported, and DeepSpeed's compiled if it has to be."""
     if who == "ours":
-        import torch_ext
+        from torch_ext import aio_handle
 
-        return torch_ext.aio_handle(*settings, engine=engine)
+        return aio_handle
     if who != "deepspeed":
         raise ValueError(f"{who} is neither ours nor deepspeed")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    return AsyncIOBuilder().load().aio_handle(*settings)
+    return AsyncIOBuilder().load().aio_handle
 
 
 def child(who: str, name: str, place: Path, engine: str) -> int:
-    handle = make_handle(who, engine)
+    try:
+        make_handle = library_of(who)
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"\nnot-tried {text}", flush=True)
+        os._exit(0)
+    if name == "load":
+        print("\nsurvived", flush=True)
+        os._exit(0)
+    options = {"engine": engine} if who == "ours" else {}
+    handle = make_handle(256 * 1024, 8, False, True, 1, **options)
     try:
         right = FAULTS[name].action(handle, place)
     except (OSError, ValueError) as error:
@@ -411,7 +459,28 @@ def child(who: str, name: str, place: Path, engine: str) -> int:
     os._exit(0)
 
 
-def outcome_of(command: list[str]) -> tuple[str, str]:
+@functools.cache
+def why_not_loaded(who: str) -> str:
+    """Loads it in a process of its own, where nothing is broken; empty if that went well."""
+    word, text = outcome_of(
+        [sys.executable, __file__, "--child", who, "load", "."], LOAD_SECONDS
+    )
+    if word == "HUNG":
+        return (
+            f"its op did not load within {LOAD_SECONDS} s; a build that was killed leaves "
+            f"a file named lock in {extensions_folder()}, which has to be deleted"
+        )
+    return "" if word == "survived" else text
+
+
+def extensions_folder() -> str:
+    """Where torch.utils.cpp_extension builds; found without importing torch."""
+    return os.environ.get("TORCH_EXTENSIONS_DIR") or str(
+        Path.home() / ".cache/torch_extensions"
+    )
+
+
+def outcome_of(command: list[str], seconds: float = SECONDS) -> tuple[str, str]:
     """Of a child: one word, and what there is to say about it."""
     child = subprocess.Popen(
         command,
@@ -421,20 +490,22 @@ def outcome_of(command: list[str]) -> tuple[str, str]:
         start_new_session=True,
     )
     try:
-        output, _ = child.communicate(timeout=SECONDS)
+        output, _ = child.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
         child.communicate()
         return "HUNG", ""
-    lines = [line for line in output.splitlines() if line.split(" ")[0] in (*GOOD, "LOST")]
+    lines = [line for line in output.splitlines() if line.split(" ")[0] in WORDS]
     if not lines:
         return "ABORTED", f"exit status {child.returncode}"
     word, _, text = lines[-1].partition(" ")
-    return word, text
+    return word.replace("-", " "), text
 
 
 def trial(who: str, name: str, directory: str, engine: str) -> tuple[str, str]:
     """What became of it, and in which words."""
+    if why_not := why_not_loaded(who):
+        return "not tried", why_not
     place = Path(tempfile.mkdtemp(prefix="torch_ext_test.", dir=directory))
     try:
         injection = injection_of(who, name, engine)
@@ -442,7 +513,7 @@ def trial(who: str, name: str, directory: str, engine: str) -> tuple[str, str]:
         with FAULTS[name].surroundings(place) as where:
             arguments = ["--child", who, name, str(where), "--engine", engine]
             word, text = outcome_of([*prefix, sys.executable, __file__, *arguments])
-        if injection is None:
+        if injection is None or word == "not tried":
             return word, text
         times = injection.times(place)
         if times == 0 and word in GOOD:
