@@ -3,8 +3,9 @@
 PY := .venv/bin/python
 ARGS ?=
 DEMO_ARGS ?=
+VERSION ?=
 
-.PHONY: help demo demo-large test test-faults test-deepspeed test-loops test-mutants bench docs deps lint tidy format clean
+.PHONY: help demo demo-large test test-faults test-deepspeed test-loops test-mutants test-torch bench docs deps lint tidy format clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -20,6 +21,9 @@ demo-large: ## Train a model whose state is twice the memory it may have (minute
 test: ## GoogleTest and pytest (ARGS go to pytest)
 	@tools/setup.sh tests
 	@tools/test.sh $(ARGS)
+
+test-torch: ## Build and test with another torch (VERSION=2.15.0; the newest)
+	@tools/test_torch.sh $(VERSION) $(ARGS)
 
 test-mutants: ## Break the code in known ways; each named test must notice
 	@tools/setup.sh tests

@@ -7,6 +7,7 @@
 #   tools/setup.sh tests      and the C++ tests
 #   tools/setup.sh benchmarks and the C++ benchmarks
 # PYTHON: the interpreter to start from; if it has torch, that torch is used.
+# TORCH_VERSION: the torch to install, whatever PYTHON has.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 goal=${1:-package}
@@ -15,7 +16,7 @@ fail() { say "$@"; exit 1; }
 
 python=${PYTHON:-python3}
 build=${TORCH_EXT_BUILD_DIR:-$PWD/build/release}
-torch=torch==2.11.0
+torch=torch==${TORCH_VERSION:-2.11.0}
 cmake_minimum=3.25
 
 compiles() { "${CXX:-c++}" -std=c++20 -isystem .deps/usr/include -fsyntax-only -x c++ - <<<"$1" 2>/dev/null; }
@@ -91,7 +92,7 @@ pip_install() {
 setup_python() {
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$python is older than Python 3.10: set PYTHON"
   local parent='' wanted=("setuptools>=77,<82" ninja numpy "pytest>=8" pytest-timeout hypothesis rich matplotlib)
-  if [ -n "${PYTHON:-}" ] && "$python" -c 'import torch' 2>/dev/null; then
+  if [ -z "${TORCH_VERSION:-}" ] && [ -n "${PYTHON:-}" ] && "$python" -c 'import torch' 2>/dev/null; then
     parent=$("$python" -c 'import site; print("\n".join(site.getsitepackages()))')
     torch='torch>=2.11'
   fi
