@@ -69,7 +69,7 @@ class Transfer:
         self._write(self._keys)
         self._write(spare)
         for key in spare:
-            self._swapper.delete(key)
+            self._swapper.remove(key)
         self._filled = self._file_size()
 
     def grew(self) -> bool:

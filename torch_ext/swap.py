@@ -45,7 +45,8 @@ class TensorSwapper:
     The waits raise what the operation met: OSError with errno, filename, offset
     and length; TimeoutError after ``timeout`` seconds, while the operation goes
     on; KeyboardInterrupt on Ctrl-C. An error that no ticket has raised is raised
-    by the next call for that key, which then does nothing, and by ``close()``.
+    by the next ``swap_out`` or ``swap_in`` of that key, which then does nothing,
+    and else by ``close()``.
 
     Operations on one key take effect in the order of the calls. A rewrite that
     fails leaves the old value. A key can be read many times. The file has no
@@ -162,13 +163,24 @@ class TensorSwapper:
             _check_arguments(key, "out", out)
             raise
 
-    def delete(self, key: str) -> None:
-        """Forgets the key; its space is used again. Raises KeyError."""
+    def remove(self, key: str) -> None:
+        """Forgets the key at once, whatever became of its operations.
+
+        Operations already called still end; then its space is used again. An
+        error of theirs that nobody has seen is not raised here, nor by later
+        calls for the key, but by ``close()``.
+
+        Raises:
+            KeyError: There is no such key.
+        """
         try:
-            self._swapper.delete(key)
+            self._swapper.remove(key)
         except TypeError:
             _check_arguments(key)
             raise
+
+    #: The former name of ``remove``.
+    delete = remove
 
     def keys(self) -> list[str]:
         """The keys that have a value, or will have once their write ends."""

@@ -196,7 +196,7 @@ void bind_swap(py::module_& m) {
           py::arg("key"), py::arg("out") = py::none(),
           py::arg("device") = py::none(), py::arg("prefetch") = false,
           release_gil())
-      .def("delete", &TensorSwapper::remove, py::arg("key"), release_gil())
+      .def("remove", &TensorSwapper::remove, py::arg("key"), release_gil())
       .def("keys", &TensorSwapper::keys, release_gil())
       .def("notes", &TensorSwapper::notes, release_gil())
       .def("stats",

@@ -12,6 +12,8 @@ namespace torch_ext {
 /// those still being written.
 struct StoredValue::Key {
   std::string name;
+  std::shared_ptr<std::atomic<bool>> removed =
+      std::make_shared<std::atomic<bool>>(false);
   std::vector<std::shared_ptr<StoredValue>> values;
 };
 
@@ -76,6 +78,7 @@ void KeyTable::add(const std::string& key,
     entry->name = key;
   }
   value->key_ = entry;
+  value->key_removed_ = entry->removed;
   entry->values.push_back(value);
 }
 
@@ -96,6 +99,7 @@ void KeyTable::remove(const std::string& key) {
   std::lock_guard lock(mutex_);
   find_locked(key);
   dropped = std::move(keys_.extract(key).mapped());
+  *dropped->removed = true;
 }
 
 std::vector<std::string> KeyTable::keys() const {

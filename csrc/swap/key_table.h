@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <exception>
 #include <map>
@@ -30,6 +31,10 @@ class StoredValue final : public SwapTarget,
 
   std::uint64_t size() const { return size_; }
   const std::shared_ptr<const void>& tag() const { return tag_; }
+  /// Whether the key has been removed since; null before KeyTable::add().
+  const std::shared_ptr<std::atomic<bool>>& key_removed() const {
+    return key_removed_;
+  }
 
   bool enter(const OperationPtr& operation) override;
   Operations leave(const SwapOperation& operation,
@@ -48,6 +53,7 @@ class StoredValue final : public SwapTarget,
   Store& store_;
   const std::uint64_t size_;
   const std::shared_ptr<const void> tag_;
+  std::shared_ptr<std::atomic<bool>> key_removed_;  ///< Set by add().
   std::shared_ptr<Extent> extent_;  ///< Set before the first write.
 
   // Under the table's lock.

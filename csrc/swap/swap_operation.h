@@ -56,6 +56,8 @@ class SwapOperation : public FairQueue<SwapOperation>::Link {
   Kind kind = Kind::kOut;
   const char* name = "";  ///< As its user calls it.
   std::string key;
+  /// Whether the key has been removed since the call; null: a file's.
+  std::shared_ptr<std::atomic<bool>> key_removed;
   DeviceBytes bytes;
   bool on_host = false;
   EventPtr

@@ -156,6 +156,7 @@ SwapTicket Swapper::swap_out(const std::string& key, DeviceBytes source,
       impl_->make_operation(SwapOperation::Kind::kOut, key, std::move(source),
                             value, IoPriority::kWriteBack);
   impl_->keys.add(key, value);
+  operation->key_removed = value->key_removed();
   return impl_->start(std::move(operation));
 }
 
@@ -175,9 +176,11 @@ SwapTicket Swapper::swap_in(const Entry& entry, DeviceBytes destination,
                                 " bytes are stored, the destination has " +
                                 std::to_string(destination.size));
   }
-  return impl_->start(impl_->make_operation(SwapOperation::Kind::kIn, key,
-                                            std::move(destination),
-                                            entry.value_, priority));
+  auto operation =
+      impl_->make_operation(SwapOperation::Kind::kIn, key,
+                            std::move(destination), entry.value_, priority);
+  operation->key_removed = entry.value_->key_removed();
+  return impl_->start(std::move(operation));
 }
 
 std::uint64_t Swapper::Entry::size() const { return value_->size(); }
@@ -197,18 +200,13 @@ Swapper::Entry Swapper::entry(const std::string& key) {
 
 void Swapper::remove(const std::string& key) {
   const auto lock = impl_->core.enter();
-  KeyTable& keys = impl_->keys;
+  const bool has_failed = impl_->core.unseen().leave(key);
   try {
-    impl_->throw_unseen(key);
-  } catch (...) {
-    try {
-      keys.remove(key);
-    } catch (const KeyError&) {
-      // The write that failed was the key's first.
-    }
-    throw;
+    impl_->keys.remove(key);
+  } catch (const KeyError&) {
+    // The write that failed was the key's first: it is there for its user.
+    if (!has_failed) throw;
   }
-  keys.remove(key);
 }
 
 std::vector<std::string> Swapper::keys() {

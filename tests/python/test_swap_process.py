@@ -102,7 +102,7 @@ def test_a_forked_child_may_ask_a_swapper_nothing(swapper):
         swapper.keys,
         swapper.close,
         lambda: swapper.engine,
-        lambda: swapper.delete("x"),
+        lambda: swapper.remove("x"),
         lambda: swapper.swap_out("x", torch.zeros(1)),
     ]
     child = os.fork()
@@ -155,6 +155,25 @@ def test_a_full_disk_is_enospc_and_the_swapper_works_on(small_disk):
         assert torch.equal(swapper.swap_in("small").result(), small)
         swapper.swap_out("more", small).wait()
         assert torch.equal(swapper.swap_in("more").result(), small)
+
+
+def test_a_key_is_removed_whatever_failed_and_close_raises_what_nobody_has_seen(small_disk):
+    large = torch.zeros(128 << 20, dtype=torch.uint8)
+    swapper = TensorSwapper(small_disk)
+    swapper.swap_out("x", torch.zeros(1)).wait()
+    for key in ("x", "never complete"):
+        ticket = swapper.swap_out(key, large)
+        while not ticket.done():
+            pass
+    swapper.remove("x")
+    swapper.delete("never complete")  # The former name.
+    assert swapper.keys() == []
+    with pytest.raises(KeyError, match="'x'"):
+        swapper.remove("x")
+    swapper.swap_out("x", torch.ones(1))
+    assert torch.equal(swapper.swap_in("x").result(), torch.ones(1))
+    with pytest.raises(OSError, match="No space"):
+        swapper.close()
 
 
 def test_an_error_nobody_waited_for_comes_with_the_next_call_and_with_close(small_disk):

@@ -176,6 +176,40 @@ TEST_F(SwapperTest, AnErrorThatNobodyWaitedForIsThrownByTheKeysNextCallOnce) {
   swapper.close();
 }
 
+TEST_F(SwapperTest,
+       AKeyIsRemovedWhateverFailedAndCloseThrowsWhatNobodyHasSeen) {
+  Swapper swapper(scripted());
+  swapper.swap_out("k", on_device(4096, 1)).wait();
+  script_->set_plan(test::from(0, Fault::fail(EIO)));
+  static_cast<void>(swapper.swap_out("k", on_device(4096, 2)));
+  static_cast<void>(swapper.swap_in("k", on_device(4096, 2)));
+  static_cast<void>(swapper.swap_out("never complete", on_device(4096, 3)));
+  while (swapper.stats().in_flight > 0) std::this_thread::yield();
+  script_->set_plan(nullptr);
+  swapper.remove("k");
+  swapper.remove("never complete");
+  EXPECT_TRUE(swapper.keys().empty());
+  EXPECT_THROW(swapper.remove("k"), KeyError);
+  EXPECT_THROW(swapper.remove("never complete"), KeyError);
+  swapper.swap_out("k", on_device(4096, 4));
+  EXPECT_TRUE(stored(swapper, "k", 4));
+  EXPECT_THROW(swapper.close(), IoError);
+}
+
+TEST_F(SwapperTest, WhatFailsAfterItsKeyWasRemovedIsNoErrorOfTheNextValue) {
+  Swapper swapper(scripted());
+  script_->set_plan(test::from(0, Fault{.error = EIO, .hold = true}));
+  static_cast<void>(swapper.swap_out("k", on_device(4096, 1)));
+  while (script_->held() == 0) std::this_thread::yield();
+  swapper.remove("k");
+  script_->set_plan(nullptr);
+  script_->release_all();
+  while (swapper.stats().in_flight > 0) std::this_thread::yield();
+  swapper.swap_out("k", on_device(4096, 2));
+  EXPECT_TRUE(stored(swapper, "k", 2));
+  EXPECT_THROW(swapper.close(), IoError);
+}
+
 TEST_F(SwapperTest, CloseThrowsTheErrorThatNobodyHasSeenAfterClosing) {
   Swapper swapper(scripted());
   script_->set_plan(test::from(0, Fault::fail(EIO)));

@@ -130,8 +130,9 @@ class Swapper {
   /// error of the key.
   Entry entry(const std::string& key);
 
-  /// Forgets the key at once; operations already called still end.
-  /// Errors: KeyError; an unreported error of the key (which is gone then).
+  /// Forgets the key at once, whatever became of its operations; those already
+  /// called still end. An error of theirs that nobody has seen is close()'s,
+  /// no longer the key's. Errors: KeyError.
   void remove(const std::string& key);
 
   std::vector<std::string> keys();

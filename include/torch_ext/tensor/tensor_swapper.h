@@ -129,7 +129,7 @@ class TensorSwapper {
         result);
   }
 
-  /// Forgets the key. Errors: KeyError; an unreported error of the key.
+  /// Forgets the key at once; see Swapper::remove. Errors: KeyError.
   void remove(const std::string& key) { swapper_.remove(key); }
   std::vector<std::string> keys() { return swapper_.keys(); }
   SwapperStats stats() const { return swapper_.stats(); }
