@@ -172,4 +172,11 @@ def _compare(buffer: torch.Tensor, path: str, offset: int) -> None:
 
 def _open(path: str, _flags: int) -> int:
     # As the operation did. Without O_NONBLOCK a FIFO would wait for its writer.
-    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        # The name given was none, or the operation would have been refused.
+        text = "validate: the file has been replaced by a link, which is not followed"
+        raise OSError(errno.ELOOP, text, path) from None

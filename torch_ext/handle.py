@@ -44,9 +44,9 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
 
     Tensors are dense and strided, on the CPU or an accelerator, of any dtype,
     shape and length; views move as exactly their elements. Files are opened
-    without following links, made 0600 where there is none, and never
-    truncated, so a shorter rewrite keeps the old tail. Written bytes are not
-    durable until the file is synced.
+    without following links (pass ``os.path.realpath(name)``), made 0600 where
+    there is none, and never truncated, so a shorter rewrite keeps the old tail.
+    Written bytes are not durable until the file is synced.
 
     Between an ``async_`` call and ``wait()`` a tensor may not be changed, nor
     read from if it is the target. Operations on the same bytes of a file (the
@@ -55,7 +55,7 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
     Threads may share a handle; a forked child may not use it (RuntimeError).
 
     Args:
-        block_size: Bytes of one request to the disk.
+        block_size: Bytes of one request to the disk; any number, up to 1 GiB.
         queue_depth: Requests in flight per thread.
         single_submit: One system call per request.
         overlap_events: Refill the queue as requests end, not when all have.
@@ -107,7 +107,7 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         self.errors = []
         self._files = _C.TensorFileSwapper(
             self._config,
-            max(parse_size(host_memory), self._config.block_size),
+            parse_size(host_memory),
             engine_of(engine),
         )
         self._pending = Pending(self._files)

@@ -56,6 +56,16 @@ int open_retrying(const char* path, int flags, mode_t mode = 0) {
       [&] { return ::open(path, flags | O_CLOEXEC | O_NOCTTY, mode); });
 }
 
+/// What the user can do about a name that is a link, or leads round in a
+/// circle.
+std::string link_remedy(const std::string& path) {
+  struct stat status;
+  const bool circle = ::stat(path.c_str(), &status) != 0 && errno == ELOOP;
+  return circle ? "the links lead round in a circle"
+                : "it is a link, and links are not followed: pass "
+                  "os.path.realpath(path), in C++ realpath()";
+}
+
 /// Opens or makes a file that need not be a regular one yet. `created` tells
 /// which.
 int open_or_create(const std::string& path, int access, bool& created) {
@@ -223,8 +233,9 @@ File File::open(const std::filesystem::path& path, Mode mode) {
   File file(name, open_or_create(name, access, created));
   const int fd = file.buffered_fd_;
   if (fd < 0) {
-    fail("open", file.path_, errno,
-         errno == ELOOP ? "links are not followed" : "");
+    const int error = errno;
+    fail("open", file.path_, error,
+         error == ELOOP ? link_remedy(file.path_) : "");
   }
   file.take_regular(access);
   if (created) file.make_private();

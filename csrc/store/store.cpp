@@ -73,10 +73,12 @@ struct Store::Impl {
     }
     config.validate();
     if (!is_aligned(config.block_size, granule)) {
-      throw std::invalid_argument("aio: block_size must be a multiple of " +
-                                  std::to_string(granule) + " for files in " +
-                                  granule_of + ", got " +
-                                  std::to_string(config.block_size));
+      const std::uint64_t next = align_up(config.block_size, granule);
+      throw std::invalid_argument(
+          "aio: block_size must be a multiple of " + std::to_string(granule) +
+          " for scratch files in " + granule_of + ", got " +
+          std::to_string(config.block_size) + ": " + std::to_string(next) +
+          " is the next that will do");
     }
     add_queues(options);
   }

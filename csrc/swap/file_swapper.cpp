@@ -1,5 +1,6 @@
 #include "torch_ext/swap/file_swapper.h"
 
+#include <algorithm>
 #include <limits>
 #include <mutex>
 #include <stdexcept>
@@ -15,6 +16,7 @@
 #include "file_syncs.h"
 #include "swap_core.h"
 #include "swap_operation.h"
+#include "torch_ext/base/align.h"
 
 namespace torch_ext {
 namespace {
@@ -36,7 +38,9 @@ class FileSwapper::Impl {
       : queues(std::make_shared<FileQueues>(
             checked(options).aio, options.engine, options.engine_factory,
             [this](std::string text) { core.add_note(std::move(text)); })),
-        core("file swapper", options.aio, options.host_memory) {}
+        core("file swapper", options.aio,
+             std::max(options.host_memory,
+                      align_up(options.aio.block_size, page_size()))) {}
 
   static const FileSwapperOptions& checked(const FileSwapperOptions& options) {
     options.aio.validate();

@@ -15,14 +15,17 @@ namespace {
 constexpr std::uint64_t kBufferSize = std::uint64_t{4} << 20;
 
 // One buffer holds whole blocks, and there are at least two where the memory
-// allows it: a single one would take turns between copy and I/O.
+// allows it: a single one would take turns between copy and I/O. A file's block
+// may have any size, a buffer has whole pages.
 std::uint64_t buffer_size(const char* what, const AioConfig& aio,
                           std::uint64_t host_memory) {
-  const std::uint64_t block = aio.block_size;
+  const std::uint64_t block = align_up(aio.block_size, page_size());
   if (host_memory < block) {
     throw std::invalid_argument(
-        std::string(what) + ": host_memory must be at least block_size (" +
-        format_size(block) + "), got " + format_size(host_memory));
+        std::string(what) + ": host_memory is " + format_size(host_memory) +
+        ", which does not hold one block: raise host_memory to " +
+        format_size(block) + ", or lower block_size, which is " +
+        format_size(aio.block_size));
   }
   const std::uint64_t wanted = align_up(std::max(block, kBufferSize), block);
   return host_memory >= 2 * wanted ? wanted : block;

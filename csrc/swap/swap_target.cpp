@@ -16,7 +16,8 @@ ChunkShape ChunkShape::buffered(std::uint64_t rest, std::size_t lead,
         "host buffers of " + std::to_string(buffer_size) +
         " bytes are too small for this file system's unit of " +
         std::to_string(granule) +
-        ": raise block_size, and host_memory if need be");
+        ": raise block_size to as much, and host_memory to at least "
+        "block_size");
   }
   const std::uint64_t length = std::min<std::uint64_t>(rest, most - lead);
   return {.length = length,

@@ -147,6 +147,28 @@ TEST_F(FileTest, LinksAreNotFollowed) {
   EXPECT_FALSE(fs::exists(path("nowhere")));
 }
 
+TEST_F(FileTest, TheErrorOfALinkNamesTheRemedyWhereThereIsOne) {
+  const auto text_of = [&](const char* name) -> std::string {
+    try {
+      File::open(path(name), File::Mode::kWrite);
+    } catch (const IoError& error) {
+      return error.what();
+    }
+    return "no error";
+  };
+  const char* remedy = "os.path.realpath";
+  fs::create_symlink(with_text("target", "precious"), path("link"));
+  fs::create_symlink("nowhere", path("dangling"));
+  fs::create_symlink("loop", path("loop"));
+  EXPECT_NE(text_of("link").find(remedy), std::string::npos);
+  EXPECT_NE(text_of("dangling").find(remedy), std::string::npos);
+  EXPECT_EQ(text_of("loop").find(remedy), std::string::npos);
+  EXPECT_NE(text_of("loop").find("circle"), std::string::npos);
+  fs::create_directory_symlink(fs::path(path("link")).parent_path(),
+                               path("folder"));
+  EXPECT_EQ(text_of("folder/target"), "no error");
+}
+
 TEST_F(FileTest, WhatIsNotARegularFileIsRefusedWithoutWaiting) {
   ASSERT_EQ(mkfifo(path("fifo").c_str(), 0600), 0);
   fs::create_directory(path("dir"));

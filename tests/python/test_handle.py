@@ -50,6 +50,42 @@ def test_the_five_settings_are_used():
         assert handle.get_alignment() == 1024
 
 
+@pytest.mark.parametrize("host_memory", [0, "4KiB", "1MiB", "256MiB"])
+def test_every_block_size_of_the_range_works_with_any_host_memory(nvme_dir, host_memory):
+    # Two that direct I/O cannot take: the bytes go through buffers.
+    source = torch.arange(20_001).to(torch.uint8)[1:]
+    for block_size in (1, 512, 1000, 4096, 5000, 8192, 1_000_000, (1 << 20) + 1, 1 << 30):
+        name = nvme_dir / str(block_size)
+        with aio_handle(block_size, strict=True, host_memory=host_memory) as handle:
+            assert handle.get_block_size() == block_size
+            handle.sync_pwrite(source, str(name))
+            back = torch.zeros(20_001, dtype=torch.uint8)[1:]
+            handle.sync_pread(back, str(name))
+        assert name.read_bytes() == source.numpy().tobytes()
+        assert torch.equal(back, source)
+
+
+def test_a_link_is_refused_with_the_remedy_which_works(nvme_dir):
+    (nvme_dir / "target").write_bytes(bytes(range(100)))
+    link = nvme_dir / "link"
+    link.symlink_to("target")
+    buffer = torch.zeros(100, dtype=torch.uint8)
+    with aio_handle(strict=True) as handle:
+        for call in (handle.sync_pread, handle.sync_pwrite, handle.async_pread, handle.read):
+            arguments = (False,) if call == handle.read else ()
+            with pytest.raises(OSError, match=r"os\.path\.realpath") as raised:
+                call(buffer, str(link), *arguments)
+            assert raised.value.errno == errno.ELOOP
+            assert raised.value.filename == str(link)
+        handle.sync_pread(buffer, os.path.realpath(link))
+        assert buffer.tolist() == list(range(100))
+        (nvme_dir / "folder").symlink_to(nvme_dir)
+        handle.sync_pread(buffer, str(nvme_dir / "folder/target"))
+    with aio_handle() as handle:
+        assert handle.sync_pread(buffer, str(link)) == -1
+        assert "os.path.realpath" in str(handle.errors[-1])
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

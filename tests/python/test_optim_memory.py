@@ -7,6 +7,8 @@ import textwrap
 
 import pytest
 import torch
+from generic_support import GenericPair
+from optim_support import Pair, parameters
 
 from torch_ext import OffloadedAdamW
 from torch_ext.config import parse_size
@@ -101,6 +103,24 @@ def test_with_the_memory_that_the_plan_names_nothing_is_moved(
         said = re.search("with host_memory='(.*)' nothing would be moved", str(plan))[1]
         assert enough <= parse_size(said)
         assert plan_with(said).step_bytes == 0
+
+
+@pytest.mark.parametrize("block_size", [4096, 12288, 1 << 20, 1 << 30])
+@pytest.mark.parametrize("host_memory", ["240KiB", "256KiB", "8MiB"])
+def test_every_block_size_of_the_range_works_with_any_host_memory(
+    nvme_dir, block_size, host_memory
+):
+    aio = {"block_size": block_size}
+    pair = Pair(parameters(100, 50_000), nvme_dir, host_memory, aio=aio)
+    for seed in range(2):
+        pair.step(seed)
+    assert pair.equal()
+    offload = {"aio": aio}
+    pair = GenericPair(
+        torch.optim.SGD, parameters(100, 50_000), nvme_dir, host_memory, offload, momentum=0.9
+    )
+    pair.steps(2)
+    assert pair.equal()
 
 
 def test_more_host_memory_than_can_be_mapped_is_an_error_that_names_it(nvme_dir):

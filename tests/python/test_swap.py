@@ -163,14 +163,14 @@ def test_a_value_is_read_many_times_rewritten_with_another_shape_and_deleted(swa
     assert swapper.keys() == ["x"]
     assert "x" in swapper
     assert len(swapper) == 1
-    swapper.delete("x")
+    swapper.remove("x")
     assert swapper.keys() == []
     assert "x" not in swapper
     assert swapper.stats()["disk_bytes_allocated"] == 0
     with pytest.raises(KeyError, match="'x'"):
         swapper.swap_in("x")
     with pytest.raises(KeyError, match="'x'"):
-        swapper.delete("x")
+        swapper.remove("x")
 
 
 class Subclass(torch.Tensor):
@@ -231,7 +231,7 @@ def test_wrong_arguments_get_clear_errors(swapper):
     for call in [
         lambda: swapper.swap_out(3, torch.zeros(1)),
         lambda: swapper.swap_in(3),
-        lambda: swapper.delete(3),
+        lambda: swapper.remove(3),
     ]:
         with pytest.raises(TypeError, match="^a key must be a str, not int$"):
             call()
@@ -250,7 +250,11 @@ def test_wrong_arguments_get_clear_errors(swapper):
 @pytest.mark.parametrize(
     ("kwargs", "error", "match"),
     [
-        ({"host_memory": "1KiB"}, ValueError, "host_memory"),
+        (
+            {"host_memory": "1KiB"},
+            ValueError,
+            "host_memory is 1 KiB.*raise host_memory to 1 MiB, or lower block_size, .* 1 MiB$",
+        ),
         ({"host_memory": "lots"}, ValueError, "lots"),
         ({"host_memory": 1.5}, TypeError, "1.5"),
         ({"engine": "warp"}, ValueError, "warp"),
@@ -260,13 +264,30 @@ def test_wrong_arguments_get_clear_errors(swapper):
         ({"directory": "a\0b"}, ValueError, r"^directory has a NUL character: 'a\\x00b'$"),
         ({"directory": "\ud800"}, ValueError, r"^directory has a character .*'\\ud800'$"),
         ({"directory": 3}, TypeError, "^directory must be a str or os.PathLike, not int$"),
-        ({"config": {"aio": {"block_size": 1000}}}, ValueError, "4096"),
+        (
+            {"config": {"block_size": "1MB"}},
+            ValueError,
+            "block_size must be a multiple of 4096 .*, got 1000000: 1003520 is the next",
+        ),
         ({"config": {"aio": {"queue_depth": 0}}}, ValueError, "queue_depth"),
     ],
 )
 def test_construction_says_what_is_wrong(nvme_dir, kwargs, error, match):
     with pytest.raises(error, match=match):
         TensorSwapper(**{"directory": nvme_dir} | kwargs)
+
+
+@pytest.mark.parametrize("block_size", [4096, 12288, 1 << 20, 1003520, 1 << 30])
+def test_every_block_size_of_the_range_works_with_host_memory_for_one(nvme_dir, block_size):
+    config = {"block_size": block_size}
+    source = torch.arange(50_001).to(torch.uint8)[1:]
+    for host_memory in (block_size, block_size + 1, 2 * block_size):
+        with TensorSwapper(nvme_dir, config, host_memory=host_memory) as swapper:
+            swapper.swap_out("x", source)
+            assert torch.equal(swapper.swap_in("x").result(), source)
+            assert swapper.stats()["host_bytes"] <= host_memory
+    with pytest.raises(ValueError, match="host_memory.*block_size"):
+        TensorSwapper(nvme_dir, config, host_memory=block_size - 1)
 
 
 def test_directories_that_cannot_be_used_give_oserrors(nvme_dir):
@@ -320,7 +341,7 @@ def test_close_is_idempotent_frees_and_ends_all_use(nvme_dir):
     for call in [
         lambda: swapper.swap_out("x", torch.randn(1)),
         lambda: swapper.swap_in("x"),
-        lambda: swapper.delete("x"),
+        lambda: swapper.remove("x"),
         swapper.keys,
     ]:
         with pytest.raises(RuntimeError, match="this swapper is closed"):
@@ -402,13 +423,13 @@ def test_a_tensor_beyond_two_gibibytes_comes_back(nvme_dir):
 )
 def test_any_sequence_of_operations_matches_a_dict(swapper, steps, random):
     for key in list(swapper.keys()):
-        swapper.delete(key)
+        swapper.remove(key)
     model = {}
     for key, size in steps:
         if key in model and random.random() < 0.5:
             assert torch.equal(swapper.swap_in(key).result(), model[key])
             if random.random() < 0.3:
-                swapper.delete(key)
+                swapper.remove(key)
                 del model[key]
         else:
             model[key] = torch.randint(0, 256, (size,), dtype=torch.uint8)

@@ -296,9 +296,6 @@ TEST_F(FileSwapperTest, WrongOptionsAreRefused) {
   wrong.engine = "floppy";
   EXPECT_THROW(FileSwapper{wrong}, std::invalid_argument);
   wrong = options();
-  wrong.host_memory = 1;
-  EXPECT_THROW(FileSwapper{wrong}, std::invalid_argument);
-  wrong = options();
   wrong.aio.queue_depth = 0;
   EXPECT_THROW(FileSwapper{wrong}, std::invalid_argument);
 }

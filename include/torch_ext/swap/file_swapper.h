@@ -17,8 +17,8 @@ struct FileSwapperOptions {
   AioConfig aio = {};
   /// "auto" or one of engine_names(); see make_queue().
   std::string engine = "auto";
-  /// Bytes of host buffers, all of them; at least one block_size. They take
-  /// memory as they are used.
+  /// Bytes of host buffers, all of them. Less than one block_size, in whole
+  /// pages, counts as that. They take memory as they are used.
   std::uint64_t host_memory = std::uint64_t{256} << 20;
   /// Overrides `engine` where set: how tests put a faulty engine in.
   IoEngineFactory engine_factory = {};
