@@ -1,8 +1,8 @@
 """A file includes its own layer and those below it, and little else."""
 
 import re
+from functools import cache
 
-import pytest
 import tree
 
 LAYERS = [
@@ -23,29 +23,46 @@ ALLOWED = {
 }
 
 
+@cache
 def includes(file):
     return INCLUDE.findall((tree.ROOT / file).read_text())
 
 
-@pytest.mark.parametrize("file", tree.cpp_files("include/", "csrc/"), ids=str)
-def test_file_includes_only_its_layer_and_those_below(file):
+def all_includes(*folders):
+    """(file, quote, name) of every include. One test looks at all of them: a test for
+    each file would take longer to begin than to run."""
+    files = tree.cpp_files(*folders)
+    assert len(files) > 20
+    return [(file, quote, name) for file in files for quote, name in includes(file)]
+
+
+def is_of_its_layer_or_below(file, quote, name):
     layer = LAYERS.index(file.parent.name)
-    for quote, name in includes(file):
-        if name.startswith("torch_ext/"):
-            assert LAYERS.index(name.split("/")[1]) <= layer, name
-        elif quote == '"' and "/" in name:
-            assert (tree.ROOT / "csrc" / name).is_file(), f"{name}: no header of a layer"
-            assert LAYERS.index(name.split("/")[0]) < layer, name
-        elif quote == '"':
-            assert (tree.ROOT / file.parent / name).is_file(), f"{name}: not of this folder"
+    if name.startswith("torch_ext/"):
+        return LAYERS.index(name.split("/")[1]) <= layer
+    if quote == '"' and "/" in name:
+        there = (tree.ROOT / "csrc" / name).is_file()
+        return there and LAYERS.index(name.split("/")[0]) < layer
+    return quote != '"' or (tree.ROOT / file.parent / name).is_file()
 
 
-@pytest.mark.parametrize("file", tree.cpp_files("include/", "csrc/"), ids=str)
-def test_file_sees_only_the_libraries_its_layer_may(file):
-    for _, name in includes(file):
-        for pattern, folders in ALLOWED.items():
-            if re.match(pattern, name):
-                assert file.as_posix().startswith(tuple(folders)), name
+def test_files_include_only_their_layer_and_those_below():
+    strangers = [
+        f"{file}: {name}"
+        for file, quote, name in all_includes("include/", "csrc/")
+        if not is_of_its_layer_or_below(file, quote, name)
+    ]
+    assert strangers == []
+
+
+def test_files_see_only_the_libraries_their_layer_may():
+    strangers = [
+        f"{file}: {name}"
+        for file, _, name in all_includes("include/", "csrc/")
+        for pattern, folders in ALLOWED.items()
+        if re.match(pattern, name) and not file.as_posix().startswith(tuple(folders))
+    ]
+    assert strangers == []
 
 
 def test_one_module_of_python_imports_the_compiled_one():
@@ -57,8 +74,10 @@ def test_one_module_of_python_imports_the_compiled_one():
     assert [f.name for f in files if direct.search(f.read_text())] == ["_native.py"]
 
 
-@pytest.mark.parametrize("file", tree.cpp_files(""), ids=str)
-def test_file_has_no_include_that_costs_half_a_minute_or_leaves_its_folder(file):
-    for _, name in includes(file):
-        assert not BANNED.match(name), name
-        assert not name.startswith("../"), name
+def test_no_include_costs_half_a_minute_or_leaves_its_folder():
+    strangers = [
+        f"{file}: {name}"
+        for file, _, name in all_includes("")
+        if BANNED.match(name) or name.startswith("../")
+    ]
+    assert strangers == []
