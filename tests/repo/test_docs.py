@@ -62,6 +62,13 @@ def test_the_list_of_decisions_is_complete():
     assert [page.name for page in pages if f"({page.name})" not in listed] == []
 
 
+def test_every_page_has_its_place_in_the_site():
+    index = (tree.ROOT / "docs/index.md").read_text().splitlines()
+    pages = [page.stem for page in (tree.ROOT / "docs").glob("*.md") if page.stem != "index"]
+    assert pages
+    assert [page for page in pages if page not in index] == []
+
+
 def test_the_reference_has_every_core_header():
     page = (tree.ROOT / "docs/reference/cpp.md").read_text()
     shown = re.findall(r"^```\{contracts\} (.*)$", page, re.MULTILINE)
