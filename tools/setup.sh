@@ -136,8 +136,16 @@ newer_cmake() {
   [ "$(printf '%s\n' "$cmake_minimum" "$version" | sort -V | head -n 1)" = "$cmake_minimum" ]
 }
 
+# Where it is installed; CMake asks for it when a build folder is new.
+use_ccache() {
+  command -v ccache >/dev/null && [ -z "${CMAKE_CXX_COMPILER_LAUNCHER+set}" ] || return 0
+  # Paths below here count as relative, so that copies of the tree share what they built.
+  export CMAKE_CXX_COMPILER_LAUNCHER=ccache CCACHE_BASEDIR="$PWD" CCACHE_NOHASHDIR=1
+}
+
 setup_build() {
   export PATH="$PWD/.venv/bin:$PATH" TORCH_EXT_BUILD_DIR="$build"
+  use_ccache
   local arguments=()
   [ "$goal" = package ] || arguments+=(-DTORCH_EXT_TESTS=ON)
   [ "$goal" != benchmarks ] || arguments+=(-DTORCH_EXT_BENCHMARKS=ON)
