@@ -192,6 +192,11 @@ def _degraded(report: _Report) -> list[str]:
             f"nothing leaves host memory: {report['directory']['file_system']} keeps its files "
             f"there"
         )
+    if not report["directory"]["reserves"]:
+        ways.append(
+            f"zeros are written to space that is new, to make sure of it: "
+            f"{report['directory']['file_system']} has no fallocate"
+        )
     asynchronous = [e for e in report["engines"] if e["name"] in ("libaio", "io_uring")]
     if not any(engine["available"] for engine in asynchronous):
         reasons = "; ".join(f"{engine['name']}: {engine['reason']}" for engine in asynchronous)
@@ -243,6 +248,7 @@ def _render(report: _Report) -> str:
         lines += [
             ("direct I/O", "yes" if directory["direct"] else directory["buffered_reason"]),
             ("alignment", f"memory {memory}, offset and length {offset} bytes"),
+            ("fallocate", "yes" if directory["reserves"] else "no"),
         ]
     lines += [
         ("fs.aio-max-nr", f"{limits['aio_max_nr']}, of which {limits['aio_nr']} are in use"),

@@ -174,7 +174,8 @@ py::dict to_dict(const torch_ext::File& file) {
                   "memory_alignment"_a = file.memory_alignment(),
                   "offset_alignment"_a = file.offset_alignment(),
                   "granule"_a = file.granule(),
-                  "in_memory"_a = file.in_memory());
+                  "in_memory"_a = file.in_memory(),
+                  "reserves"_a = file.reserves());
 }
 
 void bind_info(py::module_& m) {

@@ -1,7 +1,10 @@
 #include "torch_ext/io/file.h"
 
 #include <fcntl.h>
+#include <linux/fiemap.h>
+#include <linux/fs.h>
 #include <linux/magic.h>
+#include <sys/ioctl.h>
 #include <sys/random.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
@@ -10,13 +13,17 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstddef>
 #include <cstdio>
 #include <limits>
+#include <mutex>
+#include <shared_mutex>
 #include <stdexcept>
 #include <system_error>
 #include <utility>
+#include <vector>
 
 #include "file_size_signal.h"
 #include "torch_ext/base/align.h"
@@ -158,25 +165,67 @@ std::string random_name() {
   return name;
 }
 
-/// ENOSPC where the file system clearly has no room for so many bytes more.
+/// Whether the file system clearly has no room for so many bytes more.
 /// fallocate() would say so too, but keep all that it could get.
-int space_error(int fd, const struct stat& status, std::uint64_t bytes) {
+bool has_no_room(int fd, std::uint64_t bytes) {
   struct statvfs space;
-  if (fstatvfs(fd, &space) != 0 || space.f_blocks == 0) return 0;
-  const std::uint64_t free =
-      (geteuid() == 0 ? space.f_bfree : space.f_bavail) * space.f_frsize;
-  const auto allocated =
-      std::uint64_t{512} * static_cast<std::uint64_t>(status.st_blocks);
-  // Blocks beyond the end may be there already.
-  const auto size = static_cast<std::uint64_t>(status.st_size);
-  const std::uint64_t ahead = allocated > size ? allocated - size : 0;
-  return bytes > free && bytes - free > ahead ? ENOSPC : 0;
+  if (fstatvfs(fd, &space) != 0 || space.f_blocks == 0) return false;
+  const std::uint64_t free = geteuid() == 0 ? space.f_bfree : space.f_bavail;
+  return bytes > free * space.f_frsize;
+}
+
+std::uint64_t bytes_allocated(const struct stat& status) {
+  return std::uint64_t{512} * static_cast<std::uint64_t>(status.st_blocks);
 }
 
 /// As far as the number of blocks tells; some beyond the end may hide them.
 bool has_holes(const struct stat& status) {
-  return std::uint64_t{512} * static_cast<std::uint64_t>(status.st_blocks) <
-         static_cast<std::uint64_t>(status.st_size);
+  return bytes_allocated(status) < static_cast<std::uint64_t>(status.st_size);
+}
+
+/// Bytes of a file.
+struct Range {
+  std::uint64_t begin = 0;
+  std::uint64_t end = 0;
+  std::uint64_t size() const { return end - begin; }
+};
+
+/// What has no blocks in a part of a file; null where the file system does not
+/// say.
+std::optional<std::vector<Range>> holes_in(int fd, Range part) {
+  constexpr std::uint32_t kMost = 64;
+  std::vector<Range> holes;
+  for (std::uint64_t begin = part.begin; begin < part.end;) {
+    // A head with as many extents behind it.
+    alignas(8) std::byte memory[sizeof(struct fiemap) +
+                                kMost * sizeof(struct fiemap_extent)] = {};
+    auto& map = *reinterpret_cast<struct fiemap*>(memory);
+    map.fm_start = begin;
+    map.fm_length = part.end - begin;
+    map.fm_extent_count = kMost;
+    if (ioctl(fd, FS_IOC_FIEMAP, &map) != 0) return std::nullopt;
+    for (std::uint32_t i = 0; i < map.fm_mapped_extents; ++i) {
+      const struct fiemap_extent& extent = map.fm_extents[i];
+      const std::uint64_t first = std::min<std::uint64_t>(
+          std::max<std::uint64_t>(extent.fe_logical, begin), part.end);
+      if (first > begin) holes.push_back({begin, first});
+      begin =
+          std::max<std::uint64_t>(begin, extent.fe_logical + extent.fe_length);
+    }
+    if (map.fm_mapped_extents < kMost) {
+      if (begin < part.end) holes.push_back({begin, part.end});
+      break;
+    }
+  }
+  return holes;
+}
+
+/// Held by those who make a file longer, and alone by those who take such a
+/// growth back: what one has seen of the size, the other must not change. Files
+/// of different processes have no such lock.
+std::shared_mutex& growth_of(const File::Identity& file) {
+  static std::array<std::shared_mutex, 64> mutexes;
+  return mutexes[(file.inode * 31 + file.device) % mutexes.size()];
 }
 
 int open_unnamed(const std::string& directory) {
@@ -263,6 +312,9 @@ File File::scratch(const std::filesystem::path& directory) {
   file.access_ = O_RDWR;
   file.identity_ = identity_of(status_of(fd, file.path_));
   file.add_direct();
+  if (file.allocate(0, 0, 1) == 0) {
+    static_cast<void>(ftruncate(fd, 0) == 0);
+  }
   return file;
 }
 
@@ -355,6 +407,7 @@ File::File(File&& other) noexcept
       access_(other.access_),
       direct_fd_(std::exchange(other.direct_fd_, -1)),
       buffered_fd_(other.buffered_fd_.exchange(-1)),
+      reserves_(other.reserves_.load()),
       memory_alignment_(other.memory_alignment_),
       offset_alignment_(other.offset_alignment_) {}
 
@@ -365,6 +418,7 @@ File& File::operator=(File&& other) noexcept {
   std::swap(access_, other.access_);
   std::swap(direct_fd_, other.direct_fd_);
   buffered_fd_ = other.buffered_fd_.exchange(buffered_fd_);
+  reserves_ = other.reserves_.exchange(reserves_);
   std::swap(memory_alignment_, other.memory_alignment_);
   std::swap(offset_alignment_, other.offset_alignment_);
   return *this;
@@ -403,34 +457,78 @@ int File::allocate(int mode, std::uint64_t offset, std::uint64_t length) const {
                      static_cast<off_t>(length));
   });
   const int error = failed == 0 ? 0 : errno;
-  return error == ENOSYS ? EOPNOTSUPP : error;
+  if (error != EOPNOTSUPP && error != ENOSYS) return error;
+  reserves_ = false;
+  return EOPNOTSUPP;
+}
+
+std::string File::unreserved_note() const {
+  return path_ +
+         ": the file system has no fallocate: space that is new is made sure "
+         "of by writing zeros to it, so its first use costs a write more";
+}
+
+// Only what was written has blocks for certain, and only what was synced has
+// them where a server or a daemon gives them.
+void File::write_zeros(std::uint64_t offset, std::uint64_t length) const {
+  constexpr std::size_t kChunk = std::size_t{1} << 20;
+  const std::vector<std::byte> zeros(std::min<std::uint64_t>(kChunk, length));
+  for (std::uint64_t done = 0; done < length; done += zeros.size()) {
+    const auto left = std::min<std::uint64_t>(zeros.size(), length - done);
+    write(offset + done, std::span(zeros).first(left));
+  }
+  sync();
+  drop_cache();  // Others need the memory more.
+}
+
+void File::check_room(std::uint64_t bytes) const {
+  if (!has_no_room(fd(), bytes)) return;
+  throw IoError({.op = "statvfs",
+                 .path = path_,
+                 .length = bytes,
+                 .error = ENOSPC,
+                 .detail = "the file system has fewer bytes free"});
 }
 
 void File::reserve(std::uint64_t offset, std::uint64_t length) const {
-  const auto failed = [&](const char* op, int error) {
-    return IoError({.op = op,
-                    .path = path_,
-                    .offset = offset,
-                    .length = length,
-                    .error = error});
-  };
   if (length == 0) return;
   const std::uint64_t old_size = size();
-  const int error = allocate(0, offset, length);
+  int error = allocate(0, offset, length);
   if (error == 0) return;
-  const bool grows = offset + length > old_size;
-  const FileSizeSignalBlocked signal_blocked;
-  if (error == EOPNOTSUPP) {
-    if (grows && ftruncate(fd(), static_cast<off_t>(offset + length)) != 0) {
-      throw failed("ftruncate", errno);
-    }
-    return;
-  }
-  // Gives back what was reserved before the failure; that is what counts.
-  if (grows) {
+  const std::uint64_t end = offset + length;
+  const std::uint64_t beyond = std::max(offset, old_size);
+  // Also of what was reserved before the failure; that is what counts.
+  const auto give_back = [&] {
+    if (end <= old_size) return;
+    const FileSizeSignalBlocked signal_blocked;
     static_cast<void>(ftruncate(fd(), static_cast<off_t>(old_size)) == 0);
+  };
+  if (error == EOPNOTSUPP) {
+    if (end <= beyond) return;
+    error = has_no_room(fd(), end - beyond) ? ENOSPC : 0;
   }
-  throw failed("fallocate", error);
+  if (error == 0) {
+    try {
+      write_zeros(beyond, end - beyond);
+      return;
+    } catch (...) {
+      give_back();
+      throw;
+    }
+  }
+  give_back();
+  throw IoError({.op = "fallocate",
+                 .path = path_,
+                 .offset = offset,
+                 .length = length,
+                 .error = error});
+}
+
+void File::shrink(std::uint64_t size) const {
+  const FileSizeSignalBlocked signal_blocked;
+  if (ftruncate(fd(), static_cast<off_t>(size)) == 0) return;
+  throw IoError(
+      {.op = "ftruncate", .path = path_, .offset = size, .error = errno});
 }
 
 bool File::needs_space(std::uint64_t offset, std::uint64_t length) const {
@@ -440,24 +538,81 @@ bool File::needs_space(std::uint64_t offset, std::uint64_t length) const {
 }
 
 void File::grow(std::uint64_t offset, std::uint64_t length) const {
+  std::shared_lock growing(growth_of(identity_));
   const struct stat status = status_of(fd(), path_);
   const auto old_size = static_cast<std::uint64_t>(status.st_size);
   const std::uint64_t end = offset + length;
+  // What lies between the old end and the range stays a hole.
+  const Range beyond = {std::max(offset, old_size),
+                        std::max({end, offset, old_size})};
+  const Range inside = {offset, std::min(end, old_size)};
+  std::optional<std::vector<Range>> holes = std::vector<Range>();
+  if (inside.begin < inside.end && has_holes(status)) {
+    holes = holes_in(fd(), inside);
+  }
+  // Blocks beyond the end may be there already.
+  const std::uint64_t allocated = bytes_allocated(status);
+  const std::uint64_t ahead = allocated > old_size ? allocated - old_size : 0;
+  std::uint64_t missing = beyond.size() - std::min(beyond.size(), ahead);
+  if (holes) {
+    for (const Range& hole : *holes) missing += hole.size();
+    if (beyond.size() == 0 && holes->empty()) return;
+  }
   const auto check = [&](int error) {
-    if (error == 0 || error == EOPNOTSUPP) return;
+    if (error == 0) return;
     throw IoError({.op = "fallocate",
                    .path = path_,
                    .offset = offset,
                    .length = length,
                    .error = error});
   };
-  // What lies between the old end and the range stays a hole.
-  const std::uint64_t beyond = std::max(offset, old_size);
-  if (end > beyond) check(space_error(fd(), status, end - beyond));
-  // The size last: a failure half way leaves it as it was.
-  const std::uint64_t first = has_holes(status) ? offset : beyond;
-  if (end > first) check(allocate(FALLOC_FL_KEEP_SIZE, first, end - first));
-  if (end > beyond) check(allocate(0, beyond, end - beyond));
+  if (end > kMaxFileSize) check(EFBIG);
+  check(has_no_room(fd(), missing) ? ENOSPC : 0);
+  try {
+    const std::uint64_t first = holes && holes->empty() ? beyond.begin : offset;
+    // The size last: a failure half way leaves it as it was.
+    const int error = allocate(FALLOC_FL_KEEP_SIZE, first, end - first);
+    if (error != EOPNOTSUPP) {
+      check(error);
+      if (beyond.size() > 0) check(allocate(0, beyond.begin, beyond.size()));
+      return;
+    }
+    for (const Range& hole : holes.value_or(std::vector<Range>())) {
+      write_zeros(hole.begin, hole.size());
+    }
+    if (beyond.size() > 0) write_zeros(beyond.begin, beyond.size());
+  } catch (...) {
+    // Nobody else writes there now: these bytes are the caller's.
+    for (const Range& hole : holes.value_or(std::vector<Range>())) {
+      static_cast<void>(fallocate(
+          fd(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+          static_cast<off_t>(hole.begin), static_cast<off_t>(hole.size())));
+    }
+    growing.unlock();
+    if (beyond.size() > 0) give_back(old_size, beyond.begin, end);
+    throw;
+  }
+}
+
+// Blocks beyond the end go when the size is set, though it be the same again.
+// Somebody else may have made the file longer: then they stay. Another process
+// that does so between the two calls below would be cut; none can be asked.
+void File::give_back(std::uint64_t old_size, std::uint64_t begin,
+                     std::uint64_t end) const {
+  const std::unique_lock alone(growth_of(identity_), std::try_to_lock);
+  struct stat status;
+  if (!alone || fstat(fd(), &status) != 0) return;
+  const auto size = static_cast<std::uint64_t>(status.st_size);
+  const bool grown = size > begin && size <= end;
+  if (size != old_size && !grown) return;
+  const FileSizeSignalBlocked signal_blocked;
+  const auto target = static_cast<off_t>(grown ? begin : old_size);
+  static_cast<void>(ftruncate(fd(), target) == 0);
+}
+
+void File::sync() const {
+  if (retrying([&] { return fdatasync(buffered_fd()); }) == 0) return;
+  throw IoError({.op = "fdatasync", .path = path_, .error = errno});
 }
 
 void File::write(std::uint64_t offset, std::span<const std::byte> bytes) const {
@@ -478,6 +633,35 @@ void File::write(std::uint64_t offset, std::span<const std::byte> bytes) const {
     offset += static_cast<std::uint64_t>(moved);
     bytes = bytes.subspan(static_cast<std::size_t>(moved));
   }
+}
+
+std::size_t File::read(std::uint64_t offset, std::span<std::byte> bytes) const {
+  std::size_t done = 0;
+  while (done < bytes.size()) {
+    const std::size_t length =
+        std::min(bytes.size() - done, IoRequest::kMaxTransfer);
+    const ssize_t moved = retrying([&] {
+      return pread(fd(), bytes.data() + done, length,
+                   static_cast<off_t>(offset + done));
+    });
+    if (moved < 0) {
+      throw IoError({.op = "pread",
+                     .path = path_,
+                     .offset = offset + done,
+                     .length = length,
+                     .error = errno});
+    }
+    if (moved == 0) break;
+    done += static_cast<std::size_t>(moved);
+    // Only the end of the file ends between two granules.
+    if (direct() && !is_aligned(done, granule())) break;
+  }
+  return done;
+}
+
+void File::drop_cache() const {
+  // It only tunes: who asks does without.
+  posix_fadvise(buffered_fd(), 0, 0, POSIX_FADV_DONTNEED);
 }
 
 }  // namespace torch_ext

@@ -24,6 +24,8 @@ void OptimizerOffload::Impl::place(std::span<const std::size_t> numbers) {
     const std::size_t stay = plan.resident(count);
     // Once chosen they stay so, unless all could stay before and no longer can.
     const bool choose = before <= plan.buffers;
+    std::vector<Tile*> on_drive;
+    std::uint64_t bytes = 0;
     for (std::size_t i = choose ? 0 : before; i < count; ++i) {
       Tile& tile = *tiles[i];
       const bool resident = choose && is_chosen(i, count, stay);
@@ -32,11 +34,17 @@ void OptimizerOffload::Impl::place(std::span<const std::size_t> numbers) {
       } else if (!resident) {
         evicted.push_back(&tile);
       }
-      if (!resident) tile.extent = store->allocate(tile.bytes);
+      if (resident) continue;
+      on_drive.push_back(&tile);
+      bytes += align_up(tile.bytes, granule);
     }
+    // What cannot be is refused before it takes time.
+    store->check_room(bytes);
+    for (Tile* tile : on_drive) tile->extent = store->allocate(tile->bytes);
   } catch (...) {
     for (Tile* tile : evicted) tile->extent.reset();
     tiles.resize(before);
+    store->trim();
     throw;
   }
   for (Tile* tile : evicted) lanes->evict(*tile);

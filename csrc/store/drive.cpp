@@ -55,6 +55,31 @@ void Drive::give(std::uint64_t offset, std::uint64_t bytes) {
   space_.give(offset, bytes);
 }
 
+void Drive::trim() noexcept {
+  std::lock_guard one_grows(growth_mutex_);
+  std::uint64_t size = 0;
+  {
+    std::lock_guard lock(mutex_);
+    const std::uint64_t tail = space_.tail(file_size_);
+    if (tail == 0) return;
+    file_size_ -= tail;
+    space_.cut(file_size_);
+    size = file_size_;
+  }
+  try {
+    file->shrink(size);
+  } catch (...) {
+    // It stays longer; growth begins where it counts from.
+  }
+}
+
+void Drive::check_room(std::uint64_t bytes) const {
+  std::unique_lock lock(mutex_);
+  const std::uint64_t free = file_size_ - allocated_;
+  lock.unlock();
+  if (bytes > free) file->check_room(bytes - free);
+}
+
 void Drive::give_up(std::uint64_t bytes) {
   std::lock_guard lock(mutex_);
   allocated_ -= bytes;

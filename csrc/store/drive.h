@@ -24,6 +24,11 @@ class Drive {
   /// to grow and may not. Errors: IoError, before anything has changed.
   std::optional<std::uint64_t> take(std::uint64_t bytes, bool may_grow);
   void give(std::uint64_t offset, std::uint64_t bytes);
+  /// Gives the disk back what is free at the end of the file.
+  void trim() noexcept;
+  /// Errors: IoError (ENOSPC) where the disk clearly has no room for `bytes`
+  /// more than the file has free.
+  void check_room(std::uint64_t bytes) const;
   /// Ends the use of space without offering it again.
   void give_up(std::uint64_t bytes);
 

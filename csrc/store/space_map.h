@@ -46,6 +46,12 @@ class SpaceMap {
     return last->first + last->second == end ? last->second : 0;
   }
 
+  /// Nothing from `end` on is free any more. REQUIRES: no free
+  /// range has it inside.
+  void cut(std::uint64_t end) {
+    free_.erase(free_.lower_bound(end), free_.end());
+  }
+
  private:
   std::map<std::uint64_t, std::uint64_t> free_;  // offset -> bytes
 };

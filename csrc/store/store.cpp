@@ -160,6 +160,7 @@ void Store::Impl::add_queues(const StoreOptions& options) {
       }
     }
     if (!file.direct()) add_note(file.buffered_reason());
+    if (!file.reserves()) add_note(file.unreserved_note());
     if (file.in_memory()) {
       add_note(file.path() +
                " is on a file system in memory (tmpfs): what is moved there "
@@ -317,7 +318,24 @@ Store::~Store() {
 }
 
 std::shared_ptr<Extent> Store::allocate(std::uint64_t bytes) {
-  return allocate(bytes, true);
+  try {
+    return allocate(bytes, true);
+  } catch (...) {
+    trim();
+    throw;
+  }
+}
+
+void Store::trim() noexcept {
+  for (const std::unique_ptr<Drive>& drive : impl_->drives) drive->trim();
+}
+
+void Store::check_room(std::uint64_t bytes) const {
+  for (std::size_t i = 0; i < impl_->drives.size(); ++i) {
+    const StripeMap& stripes = impl_->stripes;
+    impl_->drives[i]->check_room(bytes / stripes.period() *
+                                 stripes.count(i, 0, stripes.period()));
+  }
 }
 
 std::shared_ptr<Extent> Store::try_allocate(std::uint64_t bytes) {

@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <utility>
 
@@ -39,6 +40,14 @@ class FileQueues {
     return *queue;
   }
 
+  /// Has a note of a file without fallocate: once for each device.
+  void note_unreserved(const File& file) {
+    std::lock_guard lock(mutex_);
+    if (unreserved_.insert(file.identity().device).second) {
+      note_(file.unreserved_note());
+    }
+  }
+
  private:
   const AioConfig config_;
   const std::string engine_;
@@ -46,6 +55,7 @@ class FileQueues {
   const std::function<void(std::string)> note_;
   std::mutex mutex_;
   std::map<std::pair<std::uint64_t, bool>, std::unique_ptr<IoQueue>> queues_;
+  std::set<std::uint64_t> unreserved_;  // Devices.
 };
 
 }  // namespace torch_ext

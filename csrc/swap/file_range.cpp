@@ -179,6 +179,7 @@ void FileRange::grow() const {
     if (error.error() != ENOSPC || !files_.cache.drop_deleted()) throw;
     file_->grow(begin_, size_);
   }
+  if (!file_->reserves()) files_.queues.note_unreserved(*file_);
 }
 
 void FileRange::check_holds(const File& file, const Seen& seen) const {

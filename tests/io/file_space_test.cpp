@@ -6,6 +6,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <csignal>
 #include <cstddef>
@@ -93,16 +94,42 @@ TEST_F(FileSpaceTest, ReserveRefusesRangesThatNoFileCanHave) {
   EXPECT_EQ(file.size(), 0u);
 }
 
-TEST_F(FileSpaceTest, WithoutFallocateReserveSetsTheSizeAndNeverShrinks) {
+TEST_F(FileSpaceTest, WithoutFallocateReserveGivesBlocksByWritingZeros) {
   for (const int error : {EOPNOTSUPP, ENOSYS}) {
     expect_well_in_child([&]() -> std::string {
-      const File file = File::scratch(directory_.path());
       if (!refuse_syscall(SYS_fallocate, error)) {
         return test::skip("no seccomp");
       }
-      file.reserve(4096, 8192);
+      const File file = File::scratch(directory_.path());
+      if (file.reserves()) return "nobody noticed";
+      file.write(0, std::vector<std::byte>(5000, std::byte{7}));
+      file.reserve(4096, (3 << 20) - 4096);
       file.reserve(0, 4096);
-      return file.size() == 12288 ? "" : std::to_string(file.size());
+      if (file.size() != 3 << 20) return std::to_string(file.size());
+      if (status_of(file.fd()).st_blocks * 512 < 3 << 20) return "holes";
+      std::vector<char> bytes(3 << 20);
+      if (pread(file.buffered_fd(), bytes.data(), bytes.size(), 0) != 3 << 20) {
+        return "pread";
+      }
+      const auto zeros = std::count(bytes.begin(), bytes.end(), 0);
+      return zeros == (3 << 20) - 5000 ? "" : "bytes that were there changed";
+    });
+  }
+}
+
+TEST_F(FileSpaceTest, WithoutFallocateADriveThatTakesNoZerosIsAnError) {
+  for (const long number : {SYS_pwrite64, SYS_fdatasync}) {
+    expect_well_in_child([&]() -> std::string {
+      const File file = File::scratch(directory_.path());
+      file.reserve(0, 8192);
+      if (!refuse_syscall(SYS_fallocate, EOPNOTSUPP) ||
+          !refuse_syscall(number, EIO)) {
+        return test::skip("no seccomp");
+      }
+      const IoFailure failure =
+          failure_of([&] { file.reserve(8192, 1 << 20); });
+      if (failure.error != EIO) return errno_name(failure.error);
+      return file.size() == 8192 ? "" : std::to_string(file.size());
     });
   }
 }
@@ -211,14 +238,20 @@ TEST_F(FileSpaceTest, GrowFillsHolesAndKeepsTheBytes) {
   EXPECT_EQ(std::string(text, 12), "twelve bytes");
 }
 
-TEST_F(FileSpaceTest, WithoutFallocateGrowLeavesTheSizeToTheWrites) {
+TEST_F(FileSpaceTest, WithoutFallocateGrowGivesBlocksByWritingZeros) {
   expect_well_in_child([this]() -> std::string {
-    const File file = File::open(path("x"), File::Mode::kReadWrite);
+    const fs::path name = with_text("x", "twelve bytes");
+    const File file = File::open(name, File::Mode::kReadWrite);
     if (!refuse_syscall(SYS_fallocate, EOPNOTSUPP)) {
       return test::skip("no seccomp");
     }
-    file.grow(0, 8192);
-    return file.size() == 0 ? "" : std::to_string(file.size());
+    file.grow(0, 1 << 20);
+    if (file.reserves()) return "nobody noticed";
+    if (file.size() != 1 << 20) return std::to_string(file.size());
+    if (status_of(file.fd()).st_blocks * 512 < 1 << 20) return "holes";
+    char text[12];
+    if (pread(file.buffered_fd(), text, 12, 0) != 12) return "pread";
+    return std::string(text, 12) == "twelve bytes" ? "" : std::string(text, 12);
   });
 }
 
@@ -261,21 +294,101 @@ TEST_F(FileSpaceTest, AFullMemoryFileSystemLeavesTheSizeAsItWas) {
   });
 }
 
+/// A file system of 16 MiB in a loop device, in a child's own mounts.
+bool mount_small(const std::string& type, const std::string& place) {
+  const std::string image = place + "/image";
+  const auto run = [](const std::string& command) {
+    return std::system((command + " >/dev/null 2>&1").c_str()) == 0;
+  };
+  return test::own_mounts() && run("truncate -s 16M " + image) &&
+         run("PATH=$PATH:/sbin:/usr/sbin mkfs." + type + " -q " + image) &&
+         run("mount -o loop " + image + " " + place);
+}
+
 TEST_F(FileSpaceTest, AFullDiskLeavesTheSizeAsItWas) {
+  // Unlike tmpfs, ext4 keeps what it had reserved when it ran full. ext2 has no
+  // fallocate.
+  for (const char* type : {"ext4", "ext2"}) {
+    expect_well_in_child([&]() -> std::string {
+      const std::string place = directory_.path().string();
+      if (!mount_small(type, place)) {
+        return test::skip("may not mount a loop device");
+      }
+      const std::string what = reserve_too_much(place);
+      return what.empty() ? grow_too_much(place) : what;
+    });
+  }
+}
+
+/// What a full disk of 16 MiB leaves of growth into the holes of a file, and
+/// of growth beyond its end.
+std::string fill_in_vain(const fs::path& place, std::uint64_t size) {
+  const fs::path name = place / "sparse";
+  std::ofstream(name) << "twelve bytes";
+  fs::resize_file(name, size);
+  const File file = File::open(name, File::Mode::kReadWrite);
+  file.reserve(1 << 20, 4096);  // Somewhere in it there is something.
+  const std::vector<std::byte> sevens(4096, std::byte{7});
+  file.write(1 << 20, sevens);
+  const auto blocks = status_of(file.fd()).st_blocks;
+  const IoFailure failure = failure_of([&] { file.grow(5, 24 << 20); });
+  if (failure.error != ENOSPC) return errno_name(failure.error);
+  if (file.size() != size) return "size " + std::to_string(file.size());
+  const auto kept = status_of(file.fd()).st_blocks - blocks;
+  // A few hold the map of its blocks.
+  if (kept > 64) return "keeps " + std::to_string(kept) + " blocks";
+  std::vector<std::byte> bytes(4096);
+  if (pread(file.buffered_fd(), bytes.data(), 4096, 1 << 20) != 4096 ||
+      bytes != sevens) {
+    return "bytes that were there are gone";
+  }
+  char text[12];
+  if (pread(file.buffered_fd(), text, 12, 0) != 12 ||
+      std::string(text, 12) != "twelve bytes") {
+    return "text that was there is gone";
+  }
+  file.grow(0, 8 << 20);  // The rest of the disk is still there.
+  return "";
+}
+
+TEST_F(FileSpaceTest, NoFailedGrowthKeepsWhatItGotOfTheDisk) {
+  for (const char* type : {"ext4", "ext2"}) {
+    for (const std::uint64_t size :
+         {std::uint64_t{24} << 20, std::uint64_t{2} << 20}) {
+      for (const bool says : {true, false}) {
+        expect_well_in_child([&]() -> std::string {
+          if (!mount_small(type, directory_.path().string())) {
+            return test::skip("may not mount a loop device");
+          }
+          // As if others took the space in between, or there were a quota.
+          if (!says && !refuse_syscall(SYS_fstatfs, EIO)) {
+            return test::skip("no seccomp");
+          }
+          const std::string what = fill_in_vain(directory_.path(), size);
+          return what.empty() ? "" : std::string(type) + ": " + what;
+        });
+      }
+    }
+  }
+}
+
+TEST_F(FileSpaceTest, GivingBackLeavesWhatLiesBeforeTheRange) {
   expect_well_in_child([this]() -> std::string {
     const std::string place = directory_.path().string();
-    const std::string image = place + "/image";
-    const auto run = [](const std::string& command) {
-      return std::system((command + " >/dev/null 2>&1").c_str()) == 0;
-    };
-    // Unlike tmpfs, ext4 keeps what it had reserved when it ran full.
-    if (!test::own_mounts() || !run("truncate -s 16M " + image) ||
-        !run("PATH=$PATH:/sbin:/usr/sbin mkfs.ext4 -q " + image) ||
-        !run("mount -o loop " + image + " " + place)) {
+    if (!mount_small("ext2", place)) {
       return test::skip("may not mount a loop device");
     }
-    const std::string what = reserve_too_much(place);
-    return what.empty() ? grow_too_much(place) : what;
+    if (!refuse_syscall(SYS_fstatfs, EIO)) return test::skip("no seccomp");
+    const File file = File::open(path("x"), File::Mode::kReadWrite);
+    const std::vector<std::byte> sevens(4096, std::byte{7});
+    file.write(0, sevens);
+
+    if (failure_of([&] { file.grow(8192, 64 << 20); }).error != ENOSPC) {
+      return "no error";
+    }
+    std::vector<std::byte> bytes(4096);
+    if (pread(file.buffered_fd(), bytes.data(), 4096, 0) != 4096) return "cut";
+    return bytes == sevens ? "" : "changed";
   });
 }
 

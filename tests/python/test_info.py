@@ -287,7 +287,14 @@ def test_file_system_reads_mount_points_with_odd_characters(monkeypatch):
 
 
 def report_of(
-    *, direct=True, in_memory=False, libaio="", io_uring="", cuda=None, devices=("cpu",)
+    *,
+    direct=True,
+    in_memory=False,
+    reserves=True,
+    libaio="",
+    io_uring="",
+    cuda=None,
+    devices=("cpu",),
 ):
     return {
         "compiled_module": {"path": "_C.so", "reason": ""},
@@ -295,6 +302,7 @@ def report_of(
             "direct": direct,
             "buffered_reason": "" if direct else "no O_DIRECT",
             "in_memory": in_memory,
+            "reserves": reserves,
             "file_system": "tmpfs" if in_memory else "ext4",
         },
         "engines": [
@@ -313,6 +321,7 @@ def report_of(
         (report_of(), None),
         (report_of(direct=False), "buffered I/O.*no O_DIRECT"),
         (report_of(in_memory=True), "nothing leaves host memory: tmpfs"),
+        (report_of(reserves=False), "zeros are written.*ext4 has no fallocate"),
         (report_of(libaio="aio-max-nr"), None),
         (report_of(io_uring="seccomp"), None),
         (

@@ -184,6 +184,7 @@ TEST_F(StoreDrivesTest, AFullDirectoryIsNamedAndTheOthersTakeTheirSpaceBack) {
     EXPECT_EQ(failure.error, ENOSPC);
     EXPECT_EQ(failure.path.find(mount_point.path().string()), 0u);
     EXPECT_EQ(store.stats().allocated, 0u);
+    EXPECT_EQ(store.stats().file_size, 0u);  // The disk has it back.
     AlignedBuffer memory(1 << 20);
     test::fill_pattern(memory.bytes(), 1);
     auto extent = store.allocate(1 << 20);

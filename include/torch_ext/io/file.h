@@ -98,24 +98,46 @@ class File {
 
   /// Bytes, asked now. Errors: IoError.
   std::uint64_t size() const;
-  /// Reserves the blocks of a range and grows the file to its end, so that
-  /// ENOSPC comes before any byte is written; only the size is set where the
-  /// file system has no fallocate. Bytes that were written stay.
-  /// Errors: IoError, with the size as it was: so nobody else may grow the
-  /// file meanwhile.
+  /// False once the file system has said that it has no fallocate (ext2, NFS
+  /// before 4.2, some of FUSE): then space is made sure of by writing zeros.
+  /// scratch() asks; other files when they first grow.
+  bool reserves() const noexcept { return reserves_; }
+  /// What a log should hold of a file of which reserves() is false.
+  std::string unreserved_note() const;
+  /// Errors: IoError (ENOSPC) where the file system clearly has no room for so
+  /// many bytes more.
+  void check_room(std::uint64_t bytes) const;
+  /// Gives a range its blocks and grows the file to its end, so that ENOSPC
+  /// comes before any byte is written. Bytes that were written stay. Without
+  /// fallocate zeros are written, and synced, from the old end on; holes before
+  /// it stay. Errors: IoError, with the size as it was: so nobody else may grow
+  /// the file meanwhile.
   void reserve(std::uint64_t offset, std::uint64_t length) const;
+  /// Cuts the file to `size` bytes. Errors: IoError.
+  void shrink(std::uint64_t size) const;
   /// Whether writing to a range may take space on the disk: it reaches beyond
   /// the end, or the file has holes. Errors: IoError.
   bool needs_space(std::uint64_t offset, std::uint64_t length) const;
   /// Gives a range the blocks that it lacks, and makes the file reach to its
   /// end, so that ENOSPC comes before any byte is written. Never shrinks it,
-  /// whoever else changes its size meanwhile. Where the file system has no
-  /// fallocate nothing happens: a write grows the file then.
-  /// Errors: IoError, with size and bytes as they were.
+  /// whoever else changes its size meanwhile. Without fallocate zeros are
+  /// written, and synced, beyond the end and to holes that the file system
+  /// knows of (FIEMAP). Nobody else may write to the range meanwhile.
+  /// Errors: IoError, with size, bytes and blocks as they were.
   void grow(std::uint64_t offset, std::uint64_t length) const;
   /// Writes all of `bytes` at `offset`, in this thread and through the page
   /// cache. Errors: IoError, with a prefix written.
   void write(std::uint64_t offset, std::span<const std::byte> bytes) const;
+  /// Reads from `offset` on, in this thread and, if direct(), from the drive
+  /// and not the page cache: then offset, length and address are multiples of
+  /// granule(). Returns how many bytes there are before the end of the file.
+  /// Errors: IoError.
+  std::size_t read(std::uint64_t offset, std::span<std::byte> bytes) const;
+  /// Asks the page cache to forget what it has of the file and has synced.
+  void drop_cache() const;
+  /// Waits until what the page cache has of the file is on the drive.
+  /// Errors: IoError, also of earlier writes that failed on their way there.
+  void sync() const;
 
  private:
   File(std::string path, int fd);
@@ -124,6 +146,9 @@ class File {
   void make_private() const;
   void add_direct();
   int allocate(int mode, std::uint64_t offset, std::uint64_t length) const;
+  void write_zeros(std::uint64_t offset, std::uint64_t length) const;
+  void give_back(std::uint64_t old_size, std::uint64_t begin,
+                 std::uint64_t end) const;
 
   std::string path_;
   std::string reason_;
@@ -131,6 +156,7 @@ class File {
   int access_ = 0;  ///< O_RDONLY, O_WRONLY or O_RDWR; O_SYNC or O_DSYNC.
   int direct_fd_ = -1;
   mutable std::atomic<int> buffered_fd_ = -1;
+  mutable std::atomic<bool> reserves_ = true;
   std::size_t memory_alignment_ = 1;
   std::size_t offset_alignment_ = 1;
 };

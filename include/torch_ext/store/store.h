@@ -66,12 +66,22 @@ class Store {
   /// Space for `bytes` (>= 0), rounded up to the granule and reserved on the
   /// disk. Freed space is used again before the file grows. The space returns
   /// when the last reference, an operation's own included, is dropped.
-  /// Errors: IoError (ENOSPC, ...), before anything has changed.
+  /// Errors: IoError (ENOSPC, ...), before anything has changed; what was taken
+  /// of the disk is given back.
   std::shared_ptr<Extent> allocate(std::uint64_t bytes);
 
   /// The same from space that the file has already; null where it would have
   /// to grow. Makes no system call.
   std::shared_ptr<Extent> try_allocate(std::uint64_t bytes);
+
+  /// Gives the disk back what is free at the ends of the files: after a
+  /// failure, since growing again takes time.
+  void trim() noexcept;
+
+  /// Errors: IoError (ENOSPC) if a disk clearly has no room for its part of so
+  /// many bytes. To be asked before many are taken, which may take long where
+  /// there is no fallocate.
+  void check_room(std::uint64_t bytes) const;
 
   /// Writes `bytes` at `offset` of the extent. `offset` is a multiple of
   /// block_size, the length too unless it reaches the end of padded_size();
