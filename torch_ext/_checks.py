@@ -95,6 +95,15 @@ def state_format_of(value: str) -> str:
     return value
 
 
+def state_dict_mode_of(value: str) -> str:
+    """Returns the argument ``state_dict_mode``."""
+    if not isinstance(value, str):
+        raise TypeError(f"state_dict_mode must be a str, not {type(value).__name__}")
+    if value not in ("tensors", "mapped"):
+        raise ValueError(f'state_dict_mode must be "tensors" or "mapped", got {value!r:.80}')
+    return value
+
+
 def max_grad_norm_of(value: float | None) -> float | None:
     """Returns the argument ``max_grad_norm``."""
     if value is None:

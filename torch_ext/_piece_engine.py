@@ -93,10 +93,12 @@ class PieceEngine:
         engine: str,
         verify: bool,
         optimizer: PieceOptimizer,
+        state_dict_mode: str,
     ) -> None:
         scratch = min(max(host_memory // 16 // 4096 * 4096, 48 << 10), _MOST * _PIECE_BYTES)
         self._state = _C.StateEngine(directories, aio, host_memory, scratch, engine, verify)
         self._directory = os.path.abspath(os.fsencode(directories[0][0]))
+        self._mode = state_dict_mode
         self._optimizer = optimizer
         self._most = scratch // _PIECE_BYTES // _CUT * _CUT
         self._slots: list[_Slot] = []
@@ -228,7 +230,7 @@ class PieceEngine:
     def save(self, parameters: list[tuple[int, Tensor, Kept, State]]) -> list[State | None]:
         """The state of each parameter, given with its slot, what is kept and options.
 
-        Tensors are memory over a file that is gone with them. None where there is none.
+        None where there is none. After an error all is as before.
         """
         works: dict[int, _Work] = {}
         shown: list[tuple[_Work, State] | None] = []
@@ -243,22 +245,22 @@ class PieceEngine:
             shown.append((work, options))
             if own.scalars is not None:
                 works[own.number] = work
-        places, size = _places([entry[0] for entry in shown if entry])
-        file = _C.SnapshotFile(self._directory, size)
+        snapshot = _C.Snapshot(self._mode, self._directory)
+        places = _places([entry[0] for entry in shown if entry], snapshot)
+        snapshot.open()
         with signals_held(), one_thread():
-            self._state.read(lambda segments: self._show(segments, works, places, file))
+            self._state.read(lambda segments: self._show(segments, works, places, snapshot))
         for entry in shown:
             if entry and entry[0].scalars is None:
-                self._show_first(*entry, places, file)
-        flat = [place for entry in shown if entry for place in places[id(entry[0])].values()]
-        tensors = iter(file.tensors(flat))
+                self._show_first(*entry, places, snapshot)
+        tensors = snapshot.finish()
         states: list[State | None] = []
         for entry in shown:
             if entry is None:
                 states.append(None)
                 continue
             work = entry[0]
-            found = {name: next(tensors) for name in places[id(work)]}
+            found = {name: tensors[number] for name, number in places[id(work)].items()}
             state = {
                 name: found[name] if name in found else _copied(work.scalars[name])
                 for name in work.kept.names
@@ -267,15 +269,14 @@ class PieceEngine:
         return states
 
     def _show(
-        self, segments: list[Any], works: dict[int, _Work], places: Any, file: Any
+        self, segments: list[Any], works: dict[int, _Work], places: Any, snapshot: Any
     ) -> None:
         for piece in self._cut(segments, works):
             place = places[id(piece.work)]
             for name, values in piece.shown().items():
-                offset = place[name][0] + piece.first * values.itemsize
-                file.write(offset, values)
+                snapshot.write(place[name], piece.first, values)
 
-    def _show_first(self, work: _Work, options: State, places: Any, file: Any) -> None:
+    def _show_first(self, work: _Work, options: State, places: Any, snapshot: Any) -> None:
         """The state that the class has made before the first step."""
         total = work.parameter.numel()
         for first in range(0, max(total, 1), self._most):
@@ -283,8 +284,8 @@ class PieceEngine:
             values = work.reader.read(first, n).float()
             state = self._optimizer.first_state(options, values) | {MASTER: values}
             work.scalars = {k: state[k] for k in state if k not in (*work.kept.fields, MASTER)}
-            for name, (offset, _, like) in places[id(work)].items():
-                file.write(offset + first * like.itemsize, state[name].detach().contiguous())
+            for name, number in places[id(work)].items():
+                snapshot.write(number, first, state[name].detach().contiguous())
 
     def load(self, states: list[Loaded]) -> None:
         """Forgets all state and takes this. Also after an error."""
@@ -418,18 +419,16 @@ class _TilePiece:
         return shown
 
 
-def _places(works: list[_Work]) -> tuple[dict[int, dict[str, Any]], int]:
-    """Where each tensor lies in a file: (offset, what it looks like, its dtype)."""
-    places, size = {}, 0
+def _places(works: list[_Work], snapshot: Any) -> dict[int, dict[str, int]]:
+    """Of each tensor its number in the snapshot."""
+    places = {}
     for work in works:
         dtypes = dict(work.kept.fields)
         if _master_dtype(work.parameter):
             dtypes[MASTER] = torch.empty(0, dtype=torch.float32, device="cpu")
-        place = places[id(work)] = {}
-        for name, like in dtypes.items():
-            place[name] = (size, work.parameter.detach(), like)
-            size += (work.parameter.numel() * like.itemsize + 63) // 64 * 64
-    return places, size
+        like = work.parameter.detach()
+        places[id(work)] = {name: snapshot.add(like, of) for name, of in dtypes.items()}
+    return places
 
 
 def _no_elements(work: _Work) -> list[Tensor]:

@@ -21,7 +21,7 @@ from torch_ext._adamw_groups import (
     labelled_parameters,
     paired,
 )
-from torch_ext._checks import Directories, directories_of, engine_of
+from torch_ext._checks import Directories, directories_of, engine_of, state_dict_mode_of
 from torch_ext._elementwise import Kept, PieceOptimizer, options_of
 from torch_ext._local import is_distributed
 from torch_ext._modes import plain_modes
@@ -69,6 +69,7 @@ class OffloadedOptimizer(OffloadedBase):
         nvme_path: As for ``OffloadedAdamW``; also those that follow.
         host_memory: Most bytes of host memory for state; 768 KiB of it (less of a
             small budget) are for what the class computes in between.
+        state_dict_mode: As for ``OffloadedAdamW``.
         aio: What ``get_aio_config`` takes or returns; None: the defaults.
         engine: "auto", or one that ``python -m torch_ext info`` lists.
         verify: Whether checksums are kept and compared on reading.
@@ -95,6 +96,7 @@ class OffloadedOptimizer(OffloadedBase):
         *,
         nvme_path: Directories,
         host_memory: int | str = "512MiB",
+        state_dict_mode: str = "tensors",
         aio: AioConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
         engine: str = "auto",
         verify: bool = True,
@@ -111,6 +113,7 @@ class OffloadedOptimizer(OffloadedBase):
                 engine_of(engine),
                 bool(verify),
                 self._pieces,
+                state_dict_mode_of(state_dict_mode),
             )
         )
         super().__init__(params, self._pieces.defaults)
@@ -187,11 +190,12 @@ class OffloadedOptimizer(OffloadedBase):
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as the class itself does.
 
-        Tensors are memory over an unnamed file in ``nvme_path``. bfloat16 and float16
-        parameters have ``master_param`` besides.
+        ``state_dict_mode`` says where its tensors are. bfloat16 and float16 parameters
+        have ``master_param`` besides.
 
         Raises:
-            OSError: Reading failed, or ``nvme_path`` has no space for a copy.
+            OSError: Reading failed, or there is no room for a copy: no memory (ENOMEM),
+                no space. All is as before then.
             RuntimeError: As for ``step``.
         """
         self._life.check()

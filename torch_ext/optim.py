@@ -32,6 +32,7 @@ from torch_ext._checks import (
     engine_of,
     max_grad_norm_of,
     seed_of,
+    state_dict_mode_of,
     state_format_of,
     update_on_of,
 )
@@ -70,8 +71,8 @@ class OffloadedAdamW(OffloadedBase):
     alone until a step finds a gradient. An error about a parameter names it.
 
     ``state_dict()`` returns what ``torch.optim.AdamW`` would, and loads what it
-    returned. Its tensors are memory over an unnamed file in ``nvme_path``, read
-    when they are used, private to the process, and not changed by later steps.
+    returned. Its tensors are a copy in memory, which later steps do not change;
+    ``state_dict_mode="mapped"`` is for state larger than memory.
     ``state`` itself holds no tensors: one dict with the number of steps for each
     parameter, which is for reading only. Nothing but ``state_dict()`` outlives
     the optimizer.
@@ -99,7 +100,7 @@ class OffloadedAdamW(OffloadedBase):
             result is that of ``fused=True``. The groups say what was given, True for None, so
             that ``torch.optim.AdamW`` goes on in that way if it loads the state.
         nvme_path: Directory on the drive to be used. Several drives are given
-            as to ``TensorSwapper``; the first has room for a ``state_dict()``.
+            as to ``TensorSwapper``; the first has room for a mapped ``state_dict()``.
         host_memory: Most bytes of host memory for buffers, as 2**29 or
             "512MiB"; at least 240 KiB.
         overlap_backward: False or "prefetch": parameters are updated in ``step()``; the
@@ -135,6 +136,12 @@ class OffloadedAdamW(OffloadedBase):
             of the device updates them; with ``state_format="exact"`` and without
             parameters on the CPU. The results are those of torch's kernel for the CPU
             or the device, which round differently, so the choice is never made for you.
+        state_dict_mode: Where the tensors of a ``state_dict()`` are. "tensors": in memory,
+            of which there must be as much, else OSError (ENOMEM). "mapped": in a file
+            without a name in ``nvme_path``, gone with the last of them; they cost memory as
+            far as they are touched. What the drive did not take is an OSError of
+            ``state_dict()``; but if the drive fails afterwards, while they are in use, the
+            system ends the process (SIGBUS), as with every mapped file: save them at once.
         aio: What ``get_aio_config`` takes or returns; None: the defaults.
         engine: "auto", or one that ``python -m torch_ext info`` lists.
         verify: Whether checksums are kept and compared on reading.
@@ -171,6 +178,7 @@ class OffloadedAdamW(OffloadedBase):
         state_format: str = "exact",
         seed: int = 0,
         update_on: str = "cpu",
+        state_dict_mode: str = "tensors",
         aio: AioConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
         engine: str = "auto",
         verify: bool = True,
@@ -223,6 +231,7 @@ class OffloadedAdamW(OffloadedBase):
                 seed_of(seed),
                 update_on_of(update_on),
                 early_bytes,
+                state_dict_mode_of(state_dict_mode),
             )
         )
         super().__init__(params, defaults)
@@ -341,7 +350,8 @@ class OffloadedAdamW(OffloadedBase):
         a DTensor is one, with the same mesh and placements.
 
         Raises:
-            OSError: Reading failed, or ``nvme_path`` has no space for a copy.
+            OSError: Reading failed, or there is no room for a copy: no memory (ENOMEM),
+                no space. All is as before then.
             RuntimeError: As for ``step``.
         """
         if self._taken():

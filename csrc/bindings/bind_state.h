@@ -5,8 +5,6 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
-#include <ATen/ops/from_blob.h>
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -15,6 +13,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <memory>
 #include <optional>
 #include <sstream>
@@ -29,15 +28,15 @@
 #include "torch_ext/base/align.h"
 #include "torch_ext/optim/adamw_update.h"
 #include "torch_ext/optim/optimizer_offload.h"
-#include "torch_ext/optim/snapshot_file.h"
 #include "torch_ext/tensor/dense_tensor.h"
+#include "torch_ext/tensor/snapshot.h"
 #include "torch_ext/tensor/tensor_check.h"
 
 namespace {
 
 using torch_ext::OptimizerOffload;
 using torch_ext::OrderedReader;
-using torch_ext::SnapshotFile;
+using torch_ext::Snapshot;
 using torch_ext::StateFields;
 using torch_ext::StateSegment;
 
@@ -216,31 +215,6 @@ void split_piece(const at::Tensor& master,
       static_cast<std::size_t>(master.numel()));
 }
 
-void write_piece(SnapshotFile& file, std::uint64_t offset,
-                 const at::Tensor& piece) {
-  file.write(offset, {static_cast<const std::byte*>(piece.const_data_ptr()),
-                      piece.nbytes()});
-}
-
-/// Tensors over a file, each with the sizes and strides of one that it is like.
-std::vector<at::Tensor> map_tensors(
-    const SnapshotFile& file,
-    const std::vector<std::tuple<std::uint64_t, at::Tensor, at::Tensor>>& of) {
-  const std::shared_ptr<std::byte> memory = file.map();
-  std::vector<at::Tensor> tensors;
-  for (const auto& [offset, like, of_dtype] : of) {
-    const auto options = torch_ext::host_options(of_dtype.scalar_type());
-    tensors.push_back(
-        like.numel() == 0
-            ? at::empty_strided(like.sizes(), like.strides(), options)
-            : at::from_blob(
-                  memory.get() + offset, like.sizes(), like.strides(),
-                  [memory = memory](void*) mutable { memory.reset(); },
-                  options));
-  }
-  return tensors;
-}
-
 void bind_pieces(py::module_& m) {
   py::class_<OrderedReader>(m, "OrderedReader", py::module_local())
       .def(py::init([](const at::Tensor& source, const at::Tensor& like) {
@@ -249,12 +223,32 @@ void bind_pieces(py::module_& m) {
            py::arg("source"), py::arg("like"), release_gil())
       .def("read", &read_piece, py::arg("first"), py::arg("count"),
            release_gil());
-  py::class_<SnapshotFile>(m, "SnapshotFile", py::module_local())
-      .def(py::init<const std::filesystem::path&, std::uint64_t>(),
-           py::arg("directory"), py::arg("bytes"), release_gil())
-      .def("write", &write_piece, py::arg("offset"), py::arg("piece"),
-           release_gil())
-      .def("tensors", &map_tensors, py::arg("of"), release_gil());
+  py::class_<Snapshot>(m, "Snapshot", py::module_local())
+      .def(py::init([](const std::string& mode,
+                       std::filesystem::path directory) {
+             return std::make_unique<Snapshot>(
+                 torch_ext::parse_state_dict_mode(mode), std::move(directory));
+           }),
+           py::arg("mode"), py::arg("directory"))
+      .def(
+          "add",
+          [](Snapshot& snapshot, const at::Tensor& like,
+             const at::Tensor& of_dtype) {
+            return snapshot.add(like, of_dtype.scalar_type());
+          },
+          py::arg("like"), py::arg("of_dtype"))
+      .def("open", &Snapshot::open, release_gil())
+      .def(
+          "write",
+          [](Snapshot& snapshot, std::size_t tensor, std::uint64_t first,
+             const at::Tensor& piece) {
+            snapshot.write(
+                tensor, first,
+                {static_cast<const std::byte*>(piece.const_data_ptr()),
+                 piece.nbytes()});
+          },
+          py::arg("tensor"), py::arg("first"), py::arg("piece"), release_gil())
+      .def("finish", &Snapshot::finish, release_gil());
   m.def("check_trained", &check_trained, py::arg("parameter"));
   m.def("check_gradient", &check_gradient, py::arg("gradient"),
         py::arg("parameter"));

@@ -104,7 +104,8 @@ class Pair:
     """Both optimizers over equal parameters, or groups of them."""
 
     def __init__(self, groups, nvme_path, host_memory=SMALL, **options):
-        offload = {k: options.pop(k) for k in ("aio", "engine", "verify") if k in options}
+        own = ("aio", "engine", "verify", "state_dict_mode")
+        offload = {k: options.pop(k) for k in own if k in options}
         if isinstance(groups[0], torch.Tensor):
             groups = [{"params": groups}]
         self.ours = [p for group in groups for p in group["params"]]

@@ -19,7 +19,7 @@ PROGRAM = """
     def run(parameter, host_memory):
         optimizer = OffloadedOptimizer(
             torch.optim.RMSprop, [parameter], centered=True, momentum=0.9,
-            nvme_path=sys.argv[1], host_memory=host_memory,
+            nvme_path=sys.argv[1], host_memory=host_memory, state_dict_mode="mapped",
         )
         for _ in range(2):
             optimizer.step()

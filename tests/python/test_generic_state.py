@@ -122,9 +122,10 @@ def test_state_in_any_strides_and_dtype_is_loaded(nvme_dir):
     assert pair.equal()
 
 
-def test_the_state_dict_is_a_snapshot(nvme_dir, make):
+@pytest.mark.parametrize("mode", ["tensors", "mapped"])
+def test_the_state_dict_is_a_snapshot(nvme_dir, make, mode):
     ours = parameters(30_000, 5)
-    a = make(torch.optim.Adam, ours)
+    a = make(torch.optim.Adam, ours, state_dict_mode=mode)
     set_gradients(ours, seed=0)
     a.step()
     before = a.state_dict()

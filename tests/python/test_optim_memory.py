@@ -25,7 +25,8 @@ PROGRAM = """
 
     def run(parameters, host_memory):
         optimizer = OffloadedAdamW(
-            parameters, nvme_path=sys.argv[1], host_memory=host_memory
+            parameters, nvme_path=sys.argv[1], host_memory=host_memory,
+            state_dict_mode="mapped",
         )
         for _ in range(2):
             optimizer.step()

@@ -91,9 +91,10 @@ def test_we_go_on_with_torchs_state_bit_for_bit(nvme_dir, make, fused):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_saved_file_brings_everything_back(nvme_dir, make, dtype):
+@pytest.mark.parametrize("mode", ["tensors", "mapped"])
+def test_a_saved_file_brings_everything_back(nvme_dir, make, dtype, mode):
     ours = parameters(*SIZES, dtype=dtype)
-    a = make(ours)
+    a = make(ours, state_dict_mode=mode)
     for seed in range(3):
         set_gradients(ours, seed=seed)
         a.step()
@@ -108,9 +109,10 @@ def test_a_saved_file_brings_everything_back(nvme_dir, make, dtype):
         assert equal(ours, rest)
 
 
-def test_the_state_dict_is_a_snapshot(nvme_dir, make):
+@pytest.mark.parametrize("mode", ["tensors", "mapped"])
+def test_the_state_dict_is_a_snapshot(nvme_dir, make, mode):
     ours = parameters(30_000, 5)
-    a = make(ours)
+    a = make(ours, state_dict_mode=mode)
     set_gradients(ours, seed=0)
     a.step()
     before = a.state_dict()
@@ -127,14 +129,14 @@ def test_the_state_dict_is_a_snapshot(nvme_dir, make):
     assert equal_states(fresh, after)
 
 
-def test_the_tensors_hold_the_snapshot_file(nvme_dir, make):
+def test_mapped_tensors_hold_the_snapshot_file(nvme_dir, make):
     def open_files():
         gc.collect()
         maps = Path("/proc/self/maps").read_text().splitlines()
         return sum(str(nvme_dir) in line for line in maps)
 
     ours = parameters(30_000, 5)
-    a = make(ours, engine="threads")
+    a = make(ours, engine="threads", state_dict_mode="mapped")
     set_gradients(ours, seed=0)
     a.step()
     assert open_files() == 0

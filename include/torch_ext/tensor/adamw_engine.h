@@ -66,10 +66,12 @@ class AdamWEngine {
                        StateFormat format = StateFormat::kExact,
                        std::uint64_t seed = 0,
                        UpdateOn update_on = UpdateOn::kCpu,
-                       std::uint64_t early_bytes = 0)
+                       std::uint64_t early_bytes = 0,
+                       StateDictMode mode = StateDictMode::kTensors)
       : format_(format),
         seed_(seed),
         update_on_(update_on),
+        mode_(mode),
         directory_(first_of(options.store.directory)),
         scratch_bytes_(scratch_bytes_for(options.host_memory)),
         early_wanted_(update_on == UpdateOn::kCpu ? early_bytes : 0),
@@ -208,12 +210,13 @@ class AdamWEngine {
     offload_.add_state(numbers_of(parameters));
   }
 
-  /// The state of those parameters that have one, in memory that is private
-  /// to the process, over a file in the directory which is gone with the
-  /// tensors. Later steps do not change it.
+  /// The state of those parameters that have one, in tensors that later steps
+  /// do not change. `mode` says where these are: a file of kMapped is in the
+  /// first directory, and gone with the tensors. After an error all is as
+  /// before.
   std::vector<Saved> save(const std::vector<Parameter>& parameters) {
     const PlainModes plain;
-    AdamWSnapshot snapshot(format_, make_scratch());
+    AdamWSnapshot snapshot(format_, make_scratch(), mode_, directory_);
     std::vector<Saved> saved;
     for (const Parameter& parameter : parameters) {
       if (!has_state(parameter.slot)) continue;
@@ -221,8 +224,9 @@ class AdamWEngine {
       snapshot.add(number_of(parameter), parameter.tensor.detach());
       saved.push_back({parameter, {}});
     }
-    snapshot.open(directory_);
+    snapshot.open();
     offload_.read_state(snapshot);
+    snapshot.finish();
     for (Saved& entry : saved) {
       entry.state = snapshot.state(number_of(entry.parameter));
       entry.state.step = step_of(entry.parameter.slot);
@@ -496,6 +500,7 @@ class AdamWEngine {
   const StateFormat format_;
   const std::uint64_t seed_;
   const UpdateOn update_on_;
+  const StateDictMode mode_;
   const std::filesystem::path directory_;
   const std::uint64_t scratch_bytes_;
   const std::uint64_t early_wanted_;

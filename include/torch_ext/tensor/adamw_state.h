@@ -1,8 +1,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty_strided.h>
-#include <ATen/ops/from_blob.h>
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
@@ -15,12 +13,12 @@
 #include <span>
 #include <unordered_map>
 #include <utility>
+#include <vector>
 
-#include "torch_ext/base/align.h"
-#include "torch_ext/optim/snapshot_file.h"
 #include "torch_ext/optim/update_kernel.h"
 #include "torch_ext/tensor/adamw_kernel.h"
 #include "torch_ext/tensor/dense_tensor.h"
+#include "torch_ext/tensor/snapshot.h"
 
 namespace torch_ext {
 
@@ -32,27 +30,25 @@ struct AdamWState {
   at::Tensor master;  ///< Of 16-bit parameters; undefined: the parameter.
 };
 
-/// Copies state into a file, tile by tile, and makes tensors of it that are
-/// private memory over the file.
+/// Copies state into tensors of its own, tile by tile.
 class AdamWSnapshot final : public UpdateKernel {
  public:
-  AdamWSnapshot(StateFormat format, AdamWKernel::MakeScratch make_scratch)
-      : format_(format), make_scratch_(std::move(make_scratch)) {}
+  AdamWSnapshot(StateFormat format, AdamWKernel::MakeScratch make_scratch,
+                StateDictMode mode, std::filesystem::path directory)
+      : format_(format),
+        make_scratch_(std::move(make_scratch)),
+        snapshot_(mode, std::move(directory)) {}
 
   void add(std::size_t number, const at::Tensor& parameter) {
     Place place{parameter, master_format(parameter.scalar_type()), {}};
     for (std::size_t i = 0; i < place.tensors(); ++i) {
-      place.offsets[i] = bytes_;
-      bytes_ += align_up(
-          sizeof(float) * static_cast<std::uint64_t>(parameter.numel()), 64);
+      place.numbers[i] = snapshot_.add(parameter, at::kFloat);
     }
     places_.emplace(number, std::move(place));
   }
 
-  /// Reserves the space; after the last add().
-  void open(const std::filesystem::path& directory) {
-    file_ = std::make_unique<SnapshotFile>(directory, bytes_);
-  }
+  /// Takes the space; after the last add(). Errors: IoError.
+  void open() { snapshot_.open(); }
 
   void update(std::span<const StateSegment> segments) override {
     const c10::NoGradGuard no_grad;
@@ -63,15 +59,17 @@ class AdamWSnapshot final : public UpdateKernel {
     }
   }
 
+  /// After the last update(). Errors: IoError.
+  void finish() { tensors_ = snapshot_.finish(); }
+
   /// The state of a parameter, with its shape and strides, without the step.
-  AdamWState state(std::size_t number) {
-    if (memory_ == nullptr) memory_ = file_->map();
+  AdamWState state(std::size_t number) const {
     const Place& place = places_.at(number);
     return {.step = 0,
-            .exp_avg = tensor(place, 0),
-            .exp_avg_sq = tensor(place, 1),
+            .exp_avg = tensors_[place.numbers[0]],
+            .exp_avg_sq = tensors_[place.numbers[1]],
             .master = place.master != MasterFormat::kNone
-                          ? tensor(place, AdamWFields::kMaster)
+                          ? tensors_[place.numbers[AdamWFields::kMaster]]
                           : at::Tensor()};
   }
 
@@ -79,10 +77,10 @@ class AdamWSnapshot final : public UpdateKernel {
   struct Place {
     at::Tensor parameter;
     MasterFormat master = MasterFormat::kNone;
-    std::array<std::uint64_t, 3> offsets = {};  ///< Bytes into the file.
+    std::array<std::size_t, 3> numbers = {};  ///< Of the tensors.
 
     std::size_t tensors() const {
-      return master == MasterFormat::kNone ? 2 : offsets.size();
+      return master == MasterFormat::kNone ? 2 : numbers.size();
     }
   };
 
@@ -95,8 +93,8 @@ class AdamWSnapshot final : public UpdateKernel {
         const float* values = i == AdamWFields::kMaster
                                   ? master(segment, done, count, place, scratch)
                                   : moment(segment, done, count, i, scratch);
-        file_->write(place.offsets[i] + (segment.first + done) * sizeof(float),
-                     std::as_bytes(std::span(values, count)));
+        snapshot_.write(place.numbers[i], segment.first + done,
+                        std::as_bytes(std::span(values, count)));
       }
     }
   }
@@ -131,23 +129,11 @@ class AdamWSnapshot final : public UpdateKernel {
     return values;
   }
 
-  at::Tensor tensor(const Place& place, std::size_t field) const {
-    const at::Tensor& like = place.parameter;
-    const auto options = host_options(at::kFloat);
-    if (like.numel() == 0) {
-      return at::empty_strided(like.sizes(), like.strides(), options);
-    }
-    return at::from_blob(
-        memory_.get() + place.offsets[field], like.sizes(), like.strides(),
-        [memory = memory_](void*) mutable { memory.reset(); }, options);
-  }
-
   const StateFormat format_;
   const AdamWKernel::MakeScratch make_scratch_;
+  Snapshot snapshot_;
   std::unordered_map<std::size_t, Place> places_;
-  std::uint64_t bytes_ = 0;
-  std::unique_ptr<SnapshotFile> file_;
-  std::shared_ptr<std::byte> memory_;
+  std::vector<at::Tensor> tensors_;
 };
 
 /// Fills state from tensors of any floating dtype, device and strides.

@@ -70,7 +70,7 @@ enum class OverlapBackward {
 
 /// Where and in how much memory the state is kept.
 struct OffloadOptions {
-  /// Of several directories, the first holds what state_dict() returns.
+  /// Of several directories, the first holds a mapped state_dict().
   DirectoryList nvme_path = {};
   std::uint64_t host_memory = std::uint64_t{512} << 20;  ///< Bytes, at most.
   /// What the drive holds of each moment; all but kExact lose precision.
@@ -83,6 +83,8 @@ struct OffloadOptions {
   /// Where parameters on a device are updated; kDevice is for kExact only, and
   /// no parameter may be on the CPU.
   UpdateOn update_on = UpdateOn::kCpu;
+  /// Where the tensors of a state_dict() are.
+  StateDictMode state_dict_mode = StateDictMode::kTensors;
   AioConfig aio = {};
   std::string engine = "auto";  ///< Or one of engine_names().
   bool verify = true;           ///< Checksums are compared on reading.
@@ -119,7 +121,8 @@ class OffloadedAdamW : public torch::optim::Optimizer {
                            .verify = offload.verify},
                  .host_memory = offload.host_memory},
                 offload.state_format, offload.seed, offload.update_on,
-                prefetches(offload) ? early_bytes(groups) : 0),
+                prefetches(offload) ? early_bytes(groups) : 0,
+                offload.state_dict_mode),
         max_grad_norm_(offload.max_grad_norm),
         takes_(takes(offload)) {
     if (max_grad_norm_ && !(*max_grad_norm_ > 0)) {
@@ -216,7 +219,8 @@ class OffloadedAdamW : public torch::optim::Optimizer {
     AdamWState state;
   };
 
-  /// Of the parameters that have state. Errors: IoError.
+  /// Of the parameters that have state. Errors: IoError (ENOMEM where kTensors
+  /// takes more memory than there is); all is as before then.
   std::vector<ParameterState> state_dict() {
     if (!taken_.empty()) {
       throw StateError(
