@@ -77,8 +77,9 @@ class OffloadedAdamW(OffloadedBase):
     parameter, which is for reading only. Nothing but ``state_dict()`` outlives
     the optimizer.
 
-    After an I/O error the state may be half updated: each later step raises the
-    error again until a state is loaded. One call at a time, from any thread.
+    After an I/O error in the midst of a step the state may be half updated: each later
+    step raises the error again until a state is loaded. After any other error, as of
+    ``state_dict()``, all is as it was. One call at a time, from any thread.
     Ctrl-C during a call takes effect when the call has ended, so that no step
     is left half done. The caller's default dtype and device, inference mode, autocast and
     grad mode change nothing. A forked child may not use the optimizer (RuntimeError);

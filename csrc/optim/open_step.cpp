@@ -56,7 +56,13 @@ void OptimizerOffload::Impl::finish_open_step() {
   const bool alone = newcomers.size() == parameters.size();
   TileLanes::Round round;
   round.repeat = alone;
-  run(std::move(round), *open_kernel);
+  try {
+    run(std::move(round), *open_kernel);
+  } catch (...) {
+    // The others have been updated.
+    if (refusal == nullptr) refusal = with_remedy(std::current_exception());
+    throw;
+  }
 }
 
 void OptimizerOffload::Impl::give_up_open_step() {

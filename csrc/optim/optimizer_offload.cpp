@@ -92,7 +92,8 @@ void OptimizerOffload::Impl::run(TileLanes::Round round, UpdateKernel& kernel) {
       show(tile, fresh, kernel);
     });
   } catch (...) {
-    refusal = with_remedy(std::current_exception());
+    // After any other failure all is as it was.
+    if (const auto error = lanes->failure()) refusal = with_remedy(error);
     throw;
   }
 }
@@ -196,7 +197,14 @@ void OptimizerOffload::step(std::span<const std::size_t> active,
   impl_->activate(active);
   impl_->place(active);
   for (const std::size_t number : active) ++impl_->parameters[number].step;
-  impl_->run({}, kernel);
+  try {
+    impl_->run({}, kernel);
+  } catch (...) {
+    if (impl_->refusal == nullptr) {
+      for (const std::size_t number : active) --impl_->parameters[number].step;
+    }
+    throw;
+  }
   ++impl_->steps;
 }
 

@@ -41,7 +41,8 @@ void TileLanes::run(Round round, const Work& work) {
 
 void TileLanes::begin(Round round) {
   Lock lock(mutex_);
-  if (failure_ != nullptr) std::rethrow_exception(failure_);
+  if (lost_) std::rethrow_exception(failure_);
+  failure_ = nullptr;  // What has failed is tried again.
   if (round.repeat) {
     ++steps_;
     step_start_ = now();
@@ -65,17 +66,23 @@ void TileLanes::begin(Round round) {
 
 void TileLanes::visit(const Work& work) {
   Lock lock(mutex_);
-  while (Tile* tile = next(lock)) {
-    tile->visited = true;
-    ++visited_;
-    tile->state = Tile::State::kBusy;
-    tile->step = round_.repeat ? steps_ : 0;
-    lock.unlock();
-    work_on(*tile, work);
-    lock.lock();
-    finish(*tile);
+  try {
+    while (Tile* tile = next(lock)) {
+      tile->visited = true;
+      ++visited_;
+      tile->state = Tile::State::kBusy;
+      tile->step = round_.repeat ? steps_ : 0;
+      lock.unlock();
+      work_on(*tile, work);
+      lock.lock();
+      finish(*tile);
+    }
+    if (failure_ != nullptr) std::rethrow_exception(failure_);
+  } catch (...) {
+    if (!lock) lock.lock();
+    if (!lost_) leave_round(lock);
+    throw;
   }
-  if (failure_ != nullptr) std::rethrow_exception(failure_);
   running_ = false;
   if (!round_.repeat) {
     round_ = std::exchange(before_, {});
@@ -86,6 +93,21 @@ void TileLanes::visit(const Work& work) {
   } else {
     fetched_ -= round_.tiles.size();
   }
+}
+
+// A round has failed that has changed nothing. What it has brought is let go
+// of, since the round that is expected need not have these tiles; what else
+// fails of it is nobody's, so it has to end first.
+void TileLanes::leave_round(Lock& lock) {
+  running_ = false;
+  for (Tile* tile : round_.tiles) {
+    if (tile->in_memory) continue;
+    if (tile->state == Tile::State::kReady) let_go(*tile);
+    if (tile->state == Tile::State::kReading) tile->unwanted = true;
+  }
+  changed_.wait(lock, [this] { return in_flight_ == 0; });
+  if (!round_.repeat) round_ = std::exchange(before_, {});
+  fetched_ = 0;
 }
 
 void TileLanes::release(Tile& tile) {
@@ -121,7 +143,7 @@ void TileLanes::close_round() {
 
 void TileLanes::abort(std::exception_ptr error) {
   const Lock lock(mutex_);
-  fail(std::move(error));
+  fail(std::move(error), true);
 }
 
 std::vector<Tile*> TileLanes::order() const {
@@ -183,8 +205,12 @@ void TileLanes::work_on(Tile& tile, const Work& work) {
     work(tile, !round_.read || !(tile.on_disk || tile.in_memory));
   } catch (...) {
     Lock lock(mutex_);
-    fail(std::current_exception());
-    let_go(tile);
+    fail(std::current_exception(), round_.write);
+    if (tile.in_memory && !round_.write) {
+      tile.state = Tile::State::kReady;
+    } else {
+      let_go(tile);
+    }
     throw;
   }
   const double end = now();
@@ -196,7 +222,7 @@ void TileLanes::work_on(Tile& tile, const Work& work) {
 
 void TileLanes::finish(Tile& tile) {
   if (round_.repeat) ++visits_.all;
-  if (tile.resident && failure_ == nullptr) {
+  if (tile.resident && (tile.in_memory || failure_ == nullptr)) {
     if (round_.repeat && tile.in_memory) ++visits_.hits;
     tile.in_memory = tile.in_memory || round_.write;
     tile.state = Tile::State::kReady;
@@ -259,7 +285,7 @@ void TileLanes::start_read(Tile& tile) {
     reading_.start(tile.start);
     ++in_flight_;
   } catch (...) {
-    fail(std::current_exception());
+    fail_read(std::current_exception());
     let_go(tile);
   }
 }
@@ -277,7 +303,7 @@ void TileLanes::start_write(Tile& tile) {
     writing_.start(tile.start);
     ++in_flight_;
   } catch (...) {
-    fail(std::current_exception());
+    fail(std::current_exception(), true);
     let_go(tile);
   }
 }
@@ -287,7 +313,7 @@ void TileLanes::read_ended(Tile& tile, std::exception_ptr error) noexcept {
   const double end = now();
   reading_.stop(end);
   note(Lane::kRead, tile, end);
-  if (error != nullptr) fail(std::move(error));
+  if (error != nullptr) fail_read(std::move(error));
   if (tile.unwanted || failure_ != nullptr) {
     let_go(tile);
     pump();
@@ -304,7 +330,7 @@ void TileLanes::write_ended(Tile& tile, std::exception_ptr error) noexcept {
   writing_.stop(end);
   note(Lane::kWrite, tile, end);
   if (error != nullptr) {
-    fail(std::move(error));
+    fail(std::move(error), true);
   } else {
     tile.on_disk = true;
   }
@@ -321,9 +347,16 @@ void TileLanes::let_go(Tile& tile) {
   tile.unwanted = false;
 }
 
-void TileLanes::fail(std::exception_ptr error) {
-  if (failure_ == nullptr) failure_ = std::move(error);
+void TileLanes::fail(std::exception_ptr error, bool lost) {
+  if (failure_ == nullptr || (lost && !lost_)) failure_ = std::move(error);
+  lost_ = lost_ || lost;
   changed_.notify_all();
+}
+
+// In an open round what is to be updated is gone when the round is.
+void TileLanes::fail_read(std::exception_ptr error) {
+  const bool updates = running_ && round_.write;
+  fail(std::move(error), updates && (visited_ > 0 || round_.open));
 }
 
 void TileLanes::note(Lane lane, const Tile& tile, double end) noexcept {
@@ -342,12 +375,13 @@ std::exception_ptr TileLanes::clear() noexcept {
   fetched_ = 0;
   changed_.wait(lock, [this] { return in_flight_ == 0; });
   for (Tile* tile : tiles) let_go(*tile);
-  return std::exchange(failure_, nullptr);
+  const std::exception_ptr error = std::exchange(failure_, nullptr);
+  return std::exchange(lost_, false) ? error : nullptr;
 }
 
 std::exception_ptr TileLanes::failure() const {
   Lock lock(mutex_);
-  return failure_;
+  return lost_ ? failure_ : nullptr;
 }
 
 TileLanes::Seconds TileLanes::seconds() const {

@@ -44,8 +44,7 @@ class TileLanes {
   /// begin() and visit().
   void run(Round round, const Work& work);
 
-  /// Has the first tiles read. Not to be called after a failure before clear().
-  /// Errors: a failure since the last round.
+  /// Has the first tiles read. Errors: failure(), until clear().
   void begin(Round round);
 
   /// Visits the tiles; the last writes may be in flight on return.
@@ -69,9 +68,13 @@ class TileLanes {
   void evict(Tile& tile);
 
   /// Waits for all transfers, lets go of all buffers and forgets the tiles
-  /// and the failure, which it returns.
+  /// and the failure(), which it returns.
   std::exception_ptr clear() noexcept;
 
+  /// What has failed so that state may be half updated or lost: a write; work
+  /// or a read in a round that writes, but for a read before the first visit.
+  /// Null after any other failure: nothing has changed, the next round is as
+  /// if the failed one had not been.
   std::exception_ptr failure() const;
 
   struct Seconds {
@@ -114,7 +117,9 @@ class TileLanes {
   void read_ended(Tile& tile, std::exception_ptr error) noexcept;
   void write_ended(Tile& tile, std::exception_ptr error) noexcept;
   void let_go(Tile& tile);
-  void fail(std::exception_ptr error);
+  void fail(std::exception_ptr error, bool lost);
+  void fail_read(std::exception_ptr error);
+  void leave_round(Lock& lock);
   void note(LaneEvent::Lane lane, const Tile& tile, double end) noexcept;
 
   Store& store_;
@@ -133,7 +138,8 @@ class TileLanes {
   std::size_t visited_ = 0;
   std::size_t first_ = 0;  ///< All before it have been visited.
   std::size_t in_flight_ = 0;
-  std::exception_ptr failure_;
+  std::exception_ptr failure_;  ///< Nothing goes on before the next round.
+  bool lost_ = false;           ///< It is failure() as well.
 
   BusyClock reading_;
   BusyClock writing_;

@@ -80,38 +80,101 @@ void load(OptimizerOffload& offload, ScalarAdamW& adamw) {
   offload.write_state(all, fill);
 }
 
-TEST_F(OptimizerFaultsTest, EveryFailedTransferIsReportedAndRefusesMoreSteps) {
+// Either nothing has changed, and the call can be made again, or no step is
+// made before a state is loaded.
+TEST_F(OptimizerFaultsTest, EveryFailedTransferIsReportedAndNeverHalfUsed) {
+  FunctionKernel look([](const StateSegment&) {});
+  const std::vector<std::size_t> all = {0, 1};
   for (const int error : {EIO, ENOSPC}) {
-    bool failed = true;
-    for (std::size_t index = 0; failed; ++index) {
+    int refused = 0, made_again = 0, not_needed = 0;
+    for (std::size_t index = 0;; ++index) {
       script_ =
           std::make_shared<FaultScript>(test::only(index, Fault::fail(error)));
       OptimizerOffload offload(options());
       ScalarAdamW adamw(offload);
       adamw.add(4 * kPerTile + 77);
       adamw.add(40);
-      const auto steps = [&] {
-        for (int step = 0; step < 3; ++step) adamw.step_all();
-        FunctionKernel look([](const StateSegment&) {});
-        offload.read_state(look);  // The last step's writes are seen here.
+      int steps = 0;
+      const auto again = [&] {
+        if (steps == 3) return offload.read_state(look);
+        offload.step(all, adamw);
+        ++steps;
       };
-      const std::string first = error_of<IoError>(steps);
-      failed = !first.empty();
-      if (!failed) {
+      const std::string first = error_of<IoError>([&] {
+        while (steps < 3) {
+          for (const std::size_t number : all) adamw.prepare(number);
+          again();
+        }
+        again();  // The last step's writes are seen here.
+      });
+      if (first.empty()) {
         EXPECT_TRUE(adamw.equal());
-        EXPECT_GT(index, 20u);
-        break;
+        if (script_->requests() <= index) break;
+        ++not_needed;  // What failed ahead of a step was read in it.
+        continue;
       }
       EXPECT_TRUE(contains(first, errno_name(error))) << first;
       EXPECT_TRUE(contains(first, "[scratch]")) << first;
-      const std::string second = error_of<IoError>([&] { adamw.step_all(); });
-      EXPECT_TRUE(contains(second, errno_name(error))) << second;
-      EXPECT_TRUE(contains(second, "load it anew")) << second;
-      EXPECT_THROW(offload.add_state({}), IoError);
-      load(offload, adamw);
+      const std::string second = error_of<IoError>(again);
+      if (second.empty()) {
+        ++made_again;
+      } else {
+        ++refused;
+        EXPECT_TRUE(contains(second, errno_name(error))) << second;
+        EXPECT_TRUE(contains(second, "load it anew")) << second;
+        EXPECT_THROW(offload.add_state({}), IoError);
+        load(offload, adamw);
+      }
       for (int step = 0; step < 3; ++step) adamw.step_all();
       EXPECT_TRUE(adamw.equal()) << index;
       offload.close();
+    }
+    EXPECT_GT(refused, 10);
+    EXPECT_GT(made_again + not_needed, 3);
+  }
+}
+
+TEST_F(OptimizerFaultsTest, AFailedLookAtTheStateLeavesItAsItWas) {
+  for (const std::uint64_t buffers : {3u, 5u, 16u}) {  // None, some, all stay.
+    OptimizerOffloadOptions with = options();
+    with.host_memory = buffers * 64 * kKiB;
+    with.tile_bytes = 64 * kKiB;
+    for (const bool kernel : {false, true}) {
+      script_->set_plan(nullptr);
+      OptimizerOffload offload(with);
+      ScalarAdamW adamw(offload);
+      adamw.add(4 * kPerTile + 77);
+      adamw.add(2 * kPerTile);
+      adamw.add(40);
+      for (std::size_t index = 0; index < 5; ++index) {
+        adamw.step({0, 2});  // What is expected next is not all there is.
+        adamw.step_all();
+        std::size_t looks = 0;
+        FunctionKernel look([&](const StateSegment&) {
+          if (kernel && looks++ == index) throw std::runtime_error("no room");
+        });
+        if (!kernel) {
+          script_->set_plan([](std::size_t, const IoRequest& request) {
+            return request.op == IoRequest::Op::kRead ? Fault::fail(EIO)
+                                                      : Fault();
+          });
+        }
+        const std::string text =
+            error_of<std::runtime_error>([&] { offload.read_state(look); });
+        script_->set_plan(nullptr);
+        if (kernel) {
+          EXPECT_EQ(text, "no room");
+        } else if (buffers < 16) {
+          EXPECT_TRUE(contains(text, "EIO")) << text;
+        }
+        FunctionKernel fine([](const StateSegment&) {});
+        EXPECT_EQ(error_of<std::exception>([&] { offload.read_state(fine); }),
+                  "");
+        adamw.step({1});
+        adamw.step_all();
+        EXPECT_TRUE(adamw.equal());
+      }
+      EXPECT_NO_THROW(offload.close());
     }
   }
 }

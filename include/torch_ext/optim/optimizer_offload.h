@@ -89,10 +89,12 @@ struct LaneEvent {
 /// keeps the drive busy throughout. If there is a buffer for every tile, all
 /// stay. Buffers are used only as far as there are tiles.
 ///
-/// Errors: after a failed transfer or kernel the state may be half updated;
-/// the call, or the next one, throws, and all later ones are refused with the
-/// same error until write_state() has succeeded, which also gives up a step
-/// that has begun.
+/// Errors: after a failed write, and a failed read or kernel in the midst of a
+/// step, the state may be half updated; the call, or the next one, throws, and
+/// all later ones are refused with the same error until write_state() has
+/// succeeded, which also gives up a step that has begun. After any other
+/// failure, as of read_state() or of a step before it has updated anything, all
+/// is as before the call.
 /// Threads: any, one call at a time. Forked children: StateError.
 class OptimizerOffload {
  public:
@@ -147,7 +149,7 @@ class OptimizerOffload {
   void add_state(std::span<const std::size_t> parameters);
 
   /// Shows the kernel all state there is; what it changes is lost.
-  /// Errors: as step().
+  /// Errors: as step(); its own reads and kernel change nothing.
   void read_state(UpdateKernel& kernel);
 
   /// A parameter and the number of its steps.
