@@ -5,7 +5,7 @@ ARGS ?=
 DEMO_ARGS ?=
 VERSION ?=
 
-.PHONY: help demo demo-large test test-faults test-deepspeed test-loops test-mutants test-torch bench docs deps lint tidy format clean
+.PHONY: help demo demo-large test test-faults test-deepspeed test-loops test-mutants optimizers-table test-torch bench docs deps lint tidy format clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -37,6 +37,12 @@ test-deepspeed: ## DeepSpeed's ZeRO-3 on its own I/O and on ours (minutes: it co
 	@tools/setup.sh tests
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation deepspeed
 	@PATH="$$PWD/.venv/bin:$$PATH" $(PY) -m pytest tests/deepspeed $(ARGS)
+
+optimizers-table: ## Which optimizer classes OffloadedOptimizer runs, for docs/optimizers.md
+	@tools/setup.sh package
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target build/optimizers \
+	  timm pytorch-optimizer schedulefree prodigyopt lion-pytorch torch-optimi dadaptation
+	@PYTHONPATH=build/optimizers $(PY) tests/python/optimizer_classes.py --write docs/optimizers.md $(ARGS)
 
 test-loops: ## Trainers of Hugging Face and Lightning with OffloadedAdamW (installs them)
 	@tools/setup.sh tests

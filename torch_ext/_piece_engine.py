@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -11,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_ext._elementwise import Kept, Piece, PieceOptimizer, State
+from torch_ext._elementwise import Kept, Piece, PieceError, PieceOptimizer, State
 from torch_ext._native import _C
 from torch_ext._undisturbed import one_thread, signals_held
+from torch_ext._values import copied, differing
 from torch_ext.config import AioConfig
 
 #: The name of the float32 master of a 16-bit parameter in a state_dict().
@@ -31,15 +31,41 @@ class Trained(NamedTuple):
 
     slot: int
     parameter: Tensor
-    gradient: Tensor
+    #: None where another method than ``step`` is called.
+    gradient: Tensor | None
 
 
-class Group(NamedTuple):
+@dataclass
+class Group:
     """Parameters of a step that have options in common."""
 
+    #: The group itself.
+    own: State
+    #: Before the step; each batch of pieces begins with them.
     options: State
     kept: Kept
     trained: list[Trained]
+    #: As the class has left them.
+    after: State | None = None
+
+    def take(self, after: State) -> None:
+        """What the class has written to the group, which must be the same each time."""
+        for key in differing(self.after, after) if self.after is not None else ():
+            raise PieceError(
+                f"it has written something else to group[{key!r}] with other pieces of the "
+                f"parameters, which it did not in the trial"
+            )
+        self.after = after
+
+    def finish(self) -> None:
+        """What the class wrote goes to the group, as the step has succeeded."""
+        for key in differing(self.options, self.after) if self.after is not None else ():
+            if key not in self.after:
+                del self.own[key]
+                continue
+            value, old = self.after[key], self.own.get(key)
+            both = isinstance(value, Tensor) and isinstance(old, Tensor)
+            self.own[key] = value.to(old.device) if both else value
 
 
 class Loaded(NamedTuple):
@@ -72,6 +98,8 @@ class _Work:
     kept: Kept
     group: int = 0
     gradient: Any = None
+    #: Where what the class writes to a gradient goes, if pieces are no views of it.
+    written_gradient: Tensor | None = None
     sources: dict[str, Any] = field(default_factory=dict)
     scalars: State | None = None
 
@@ -154,7 +182,8 @@ class PieceEngine:
     def check(self, trained: Trained, kept: Kept) -> None:
         """What a step begins with, for one parameter."""
         self.expect(trained.slot, trained.parameter, kept)
-        _C.check_gradient(trained.gradient, trained.parameter)
+        if trained.gradient is not None:
+            _C.check_gradient(trained.gradient, trained.parameter)
 
     def has_state(self, slot: int) -> bool:
         return self._slots[slot].scalars is not None
@@ -169,7 +198,12 @@ class PieceEngine:
 
     # Steps ------------------------------------------------------------------------------
 
-    def step(self, groups: list[Group]) -> None:
+    def step(self, groups: list[Group], method: str = "step") -> None:
+        """Calls a method of the class for the groups.
+
+        Raises:
+            RuntimeError: The class does what it cannot do to pieces.
+        """
         for group in groups:
             for trained in group.trained:
                 self.check(trained, group.kept)
@@ -177,39 +211,73 @@ class PieceEngine:
         for i, group in enumerate(groups):
             for slot, parameter, gradient in group.trained:
                 own = self._slots[slot]
-                reader = _C.OrderedReader(gradient, parameter)
-                works[own.number] = _Work(own, parameter, own.kept, i, reader)
+                work = works[own.number] = _Work(own, parameter, own.kept, i)
                 # Autograd must see that what it saved has changed.
                 if not parameter.is_inference():
                     torch.autograd.graph.increment_version(parameter)
-        with signals_held(), one_thread():
-            self._state.step(
-                list(works), lambda segments: self._update(segments, works, groups)
-            )
-            for work in works.values():
-                if work.parameter.numel() == 0:
-                    fields = [f.view(torch.uint8) for f in _no_elements(work)]
-                    self._update([(work.slot.number, 0, 0, fields)], works, groups)
-                work.slot.scalars = work.scalars
+                if gradient is not None:
+                    work.gradient = _C.OrderedReader(gradient, parameter)
+                    work.written_gradient = _not_in_place(gradient, parameter, group.kept)
+        try:
+            with signals_held(), one_thread():
+                self._optimizer.begin()
+                self._run_idle(groups, method)
+                self._state.step(
+                    list(works),
+                    lambda segments: self._update(segments, works, groups, method),
+                )
+                for work in works.values():
+                    if work.parameter.numel() == 0:
+                        fields = [f.view(torch.uint8) for f in _no_elements(work)]
+                        empty = [(work.slot.number, 0, 0, fields)]
+                        self._update(empty, works, groups, method)
+                for work in works.values():
+                    work.slot.scalars = work.scalars
+                for group in groups:
+                    group.finish()
+        except PieceError as error:
+            raise RuntimeError(
+                f"{self._optimizer.name} cannot be run piece by piece: {error}"
+            ) from None
+
+    def _run_idle(self, groups: list[Group], method: str) -> None:
+        """What the class does with groups in which nothing has a gradient: count, say.
+
+        A class with modes is asked in each step, before anything changes, whether it is
+        in the right one.
+        """
+        for group in groups:
+            if group.kept.writes_group and (not group.trained or self._optimizer.modes):
+                after = self._optimizer.run_idle(group.options, method)
+                self._optimizer.check_attributes()
+                if not group.trained:
+                    group.after = after
 
     def _update(
-        self, segments: list[Any], works: dict[int, _Work], groups: list[Group]
+        self,
+        segments: list[Any],
+        works: dict[int, _Work],
+        groups: list[Group],
+        method: str,
     ) -> None:
         batch: list[_TilePiece] = []
         elements = 0
         for tile_piece in self._cut(segments, works):
             elements += tile_piece.count
             if batch and (elements > self._most or not batch[-1].joins(tile_piece)):
-                self._run(batch, groups)
+                self._run(batch, groups, method)
                 batch = []
                 elements = tile_piece.count
             batch.append(tile_piece)
         if batch:
-            self._run(batch, groups)
+            self._run(batch, groups, method)
+        self._optimizer.check_attributes()
 
-    def _run(self, batch: list[_TilePiece], groups: list[Group]) -> None:
+    def _run(self, batch: list[_TilePiece], groups: list[Group], method: str) -> None:
         pieces = [tile_piece.loaded() for tile_piece in batch]
-        self._optimizer.update(groups[batch[0].work.group].options, pieces)
+        group = groups[batch[0].work.group]
+        after = self._optimizer.run(group.options, pieces, group.kept.from_start, method)
+        group.take(after)
         for tile_piece, piece in zip(batch, pieces, strict=True):
             tile_piece.store(piece, self._optimizer.name)
 
@@ -262,7 +330,7 @@ class PieceEngine:
             work = entry[0]
             found = {name: tensors[number] for name, number in places[id(work)].items()}
             state = {
-                name: found[name] if name in found else _copied(work.scalars[name])
+                name: found[name] if name in found else copied(work.scalars[name])
                 for name in work.kept.names
             }
             states.append(state | {n: t for n, t in found.items() if n == MASTER})
@@ -343,7 +411,7 @@ class PieceEngine:
 class _TilePiece:
     """Elements of a parameter whose state is in a tile."""
 
-    __slots__ = ("count", "fields", "first", "here", "work")
+    __slots__ = ("count", "fields", "first", "gradient", "here", "work")
 
     def __init__(self, work: _Work, first: int, count: int, fields: list[Tensor]) -> None:
         self.work = work
@@ -351,6 +419,7 @@ class _TilePiece:
         self.count = count
         self.fields = fields
         self.here: Tensor | None = None
+        self.gradient: Tensor | None = None
 
     def joins(self, other: _TilePiece) -> bool:
         """Whether one call may update both."""
@@ -360,16 +429,17 @@ class _TilePiece:
 
     def loaded(self) -> Piece:
         work = self.work
-        gradient = work.gradient.read(self.first, self.count).float()
+        if work.gradient is not None:
+            self.gradient = work.gradient.read(self.first, self.count).float()
         own = work.slot.scalars
         state = None
         if own is not None:
             named = dict(zip(work.kept.fields, self.fields, strict=False))
             state = {
-                name: named[name] if name in named else _copied(own[name])
+                name: named[name] if name in named else copied(own[name])
                 for name in work.kept.names
             }
-        return Piece(self._values(), gradient, state)
+        return Piece(self._values(), self.gradient, state, work.parameter.__dict__)
 
     def _values(self) -> Tensor:
         """The parameter in float32, which is its own place if it can be."""
@@ -399,6 +469,8 @@ class _TilePiece:
             if state[key].data_ptr() != values.data_ptr():
                 values.copy_(state[key])
         work.scalars = {k: v for k, v in state.items() if k not in work.kept.fields}
+        if work.written_gradient is not None:
+            _write(work.written_gradient, work.parameter, self.first, self.gradient)
         here = self.here
         if here.dtype == torch.bfloat16:
             _C.split_master(piece.values, here, self.fields[-1])
@@ -457,5 +529,19 @@ def _kind_of(parameter: Tensor) -> tuple[Any, ...]:
     return parameter.dtype, sizes, strides if parameter.numel() else []
 
 
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else copy.copy(value)
+def _not_in_place(gradient: Tensor, parameter: Tensor, kept: Kept) -> Tensor | None:
+    """The gradient, if the class writes to gradients and pieces are no views of this one."""
+    if not kept.writes_gradients:
+        return None
+    same_order = _kind_of(gradient)[2] == _kind_of(parameter)[2]
+    plain = gradient.is_cpu and gradient.dtype == torch.float32 and same_order
+    return None if plain else gradient
+
+
+def _write(tensor: Tensor, like: Tensor, first: int, values: Tensor) -> None:
+    """Writes elements that are in the order in which ``like`` has them in memory."""
+    order = sorted(range(like.dim()), key=like.stride, reverse=True)
+    ordered = tensor.detach().permute(order)
+    places = torch.arange(first, first + values.numel(), dtype=torch.int64, device="cpu")
+    where = torch.unravel_index(places.to(tensor.device), ordered.shape) if order else ()
+    ordered[where] = values.to(tensor.device, tensor.dtype).view(-1 if order else ())

@@ -7,6 +7,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -29,6 +30,8 @@ from torch_ext._native import _C
 from torch_ext._offload import OffloadedBase
 from torch_ext._piece_engine import MASTER, Group, Loaded, PieceEngine, Trained
 from torch_ext._plan import OffloadPlan
+from torch_ext._trial import Trials
+from torch_ext._values import differing
 from torch_ext.config import AioConfig, parse_size, resolve_aio_config
 
 _MOST_FIELDS = 5
@@ -43,13 +46,17 @@ class OffloadedOptimizer(OffloadedBase):
     own kernels round the last elements of a thread's share differently).
 
     So the class must be elementwise: what becomes of an element depends on that element's
-    gradient, value and state, and on numbers such as ``step``. Whether it is, and what
-    state it keeps, a trial finds out at construction, and again when options of a group
-    change that may decide it: one small parameter, whole and cut at 64 elements, must
-    agree bit for bit after 3 steps. What such a trial does not reach, it does not see: a
-    bound on the norm of a whole parameter, say, that only a large one exceeds. SGD with
-    momentum, Adam, AdamW, RMSprop, Adagrad, Adamax, NAdam and their like are; Adafactor,
-    Muon, LBFGS are not.
+    gradient, value and state, and on numbers such as ``step``. A trial at construction runs
+    the class on whole parameters and on pieces of them: after each of 12 steps all bits must
+    agree. It is run again when options of a group change that may decide it. What such a
+    trial does not reach, it does not see. SGD with momentum, Adam, AdamW, RMSprop, Adagrad,
+    Adamax, NAdam and their like are elementwise; Adafactor, Muon, LBFGS are not.
+    docs/optimizers.md lists what was tried, also of other packages.
+
+    What the class writes to its group (``group["step"] += 1``) is carried from step to step
+    and belongs to the ``state_dict()``. What it writes to gradients is written to yours. If
+    the class has ``train()`` and ``eval()``, as schedule-free ones, this has them too. What it
+    keeps elsewhere, in itself or under another key of ``state``, is refused by name.
     State of a parameter's shape is kept on the drive, other state in memory.
 
     The rest is as with ``OffloadedAdamW``, which is faster than this with ``AdamW``:
@@ -105,6 +112,9 @@ class OffloadedOptimizer(OffloadedBase):
         _check_class(optimizer_class)
         check_ways(f"OffloadedOptimizer({optimizer_class.__name__})", options)
         self._pieces = PieceOptimizer(optimizer_class, options)
+        self._trials = Trials(self._pieces)
+        self._passes = 0  # Calls of train() and eval(), which the engine counts as steps.
+        self._whole = False
         self._own(
             PieceEngine(
                 directories_of(nvme_path, "nvme_path"),
@@ -117,10 +127,44 @@ class OffloadedOptimizer(OffloadedBase):
             )
         )
         super().__init__(params, self._pieces.defaults)
+        self._whole = True
+        self._check_groups(self.param_groups)
+
+    def __getattr__(self, name: str) -> Any:
+        pieces = self.__dict__.get("_pieces")
+        of_class = None if name.startswith("_") or not pieces else pieces.optimizer_class
+        if not callable(getattr(of_class, name, None)):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if name in pieces.modes:
+            return partial(self._switch, name)
+        raise AttributeError(
+            f"OffloadedOptimizer has no {name!r}, a method of {pieces.name}'s own: it runs "
+            f"{', '.join(('step', *pieces.modes))} piece by piece, and nothing else"
+        )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_ways(f"OffloadedOptimizer({self._pieces.name})", group)
-        kept = self._kept(group)
+        given = options_of(group)
+        made = self._pieces.prepared(given)
+        for key in differing(given, made):
+            group[key] = made[key]
+        if self._whole:
+            self._check_groups(self.param_groups)
+
+    def _check_groups(self, groups: list[dict[str, Any]]) -> list[Kept]:
+        """What is kept in each group of them.
+
+        Raises:
+            ValueError, TypeError: One cannot be offloaded.
+        """
+        for group in groups:
+            check_ways(f"OffloadedOptimizer({self._pieces.name})", group)
+        all_kept = self._trials.kept(groups)
+        for group, kept in zip(groups, all_kept, strict=True):
+            self._check_kept(group, kept)
+        return all_kept
+
+    def _check_kept(self, group: dict[str, Any], kept: Kept) -> None:
         for parameter in group["params"]:
             if not parameter.requires_grad and parameter.grad is None:
                 continue  # Frozen, whatever it is.
@@ -141,9 +185,6 @@ class OffloadedOptimizer(OffloadedBase):
                     f"{_MOST_FIELDS} (one less for 16-bit parameters) that can be offloaded"
                 )
 
-    def _kept(self, group: dict[str, Any]) -> Kept:
-        return self._pieces.kept(options_of(group))
-
     @torch._disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs a step and returns what ``closure``, if given, returned.
@@ -156,6 +197,8 @@ class OffloadedOptimizer(OffloadedBase):
             RuntimeError: A gradient is sparse; a parameter was put into
                 ``param_groups`` by hand; the optimizer is closed or belongs to
                 another process.
+            RuntimeError: The class does what it did not in the trial and pieces cannot
+                share. The state is half updated then.
             ValueError, TypeError: A parameter, gradient or option cannot be used;
                 nothing has changed then.
             Exception: What the class raises. The state is half updated then.
@@ -171,17 +214,38 @@ class OffloadedOptimizer(OffloadedBase):
     @plain_modes()
     def _step(self) -> None:
         groups = []
-        for group in self.param_groups:
-            self._check_group(group)
+        all_kept = self._check_groups(self.param_groups)
+        for group, kept in zip(self.param_groups, all_kept, strict=True):
             trained = [
                 Trained(self._slot_of(p), p, p.grad)
                 for p in group["params"]
                 if p.grad is not None
             ]
-            groups.append(Group(options_of(group), self._kept(group), trained))
+            groups.append(Group(group, options_of(group), kept, trained))
+        self._run(groups, "step")
+
+    @torch._disable_dynamo
+    @plain_modes()
+    def _switch(self, mode: str) -> None:
+        """``train()`` or ``eval()`` of a class that has them."""
+        self._life.check()
+        groups = []
+        all_kept = self._check_groups(self.param_groups)
+        for group, kept in zip(self.param_groups, all_kept, strict=True):
+            slots = [(self._slot_of(p), p) for p in group["params"]]
+            with_state = [
+                Trained(slot, p, None)
+                for slot, p in slots
+                if self._engine.has_state(slot) or (kept.from_start and p.requires_grad)
+            ]
+            groups.append(Group(group, options_of(group), kept, with_state))
+        self._run(groups, mode)
+        self._passes += 1
+
+    def _run(self, groups: list[Group], method: str) -> None:
         kept_of = {t.parameter: (t, group.kept) for group in groups for t in group.trained}
         with self._naming(kept_of, lambda p: self._engine.check(*kept_of[p])):
-            self._engine.step(groups)
+            self._engine.step(groups, method)
         for trained in chain.from_iterable(group.trained for group in groups):
             self.state[trained.parameter] = self._shown_state(trained.parameter)
 
@@ -203,10 +267,11 @@ class OffloadedOptimizer(OffloadedBase):
             pre_hook(self)
         number_of = {p: i for i, p in enumerate(self._parameters())}
         groups, asked = [], []
-        for group in self.param_groups:
+        all_kept = self._trials.kept(self.param_groups)
+        for group, kept in zip(self.param_groups, all_kept, strict=True):
             packed = {key: value for key, value in group.items() if key != "params"}
             groups.append(packed | {"params": [number_of[p] for p in group["params"]]})
-            kept, options = self._kept(group), options_of(group)
+            options = options_of(group)
             asked += [
                 (self._slot_of(p), p, kept, options)
                 for p in group["params"]
@@ -254,9 +319,8 @@ class OffloadedOptimizer(OffloadedBase):
         groups = [_merged(*both) for both in paired(self.param_groups, saved, state)]
         labels = iter(labelled_parameters(self.param_groups))
         loaded = []
-        for group, other in zip(groups, saved, strict=True):
-            self._check_group(group)
-            kept = self._kept(group)
+        all_kept = self._check_groups(groups)
+        for group, other, kept in zip(groups, saved, all_kept, strict=True):
             for key in other["params"]:
                 label, p = next(labels)
                 entry = state.get(key)
@@ -284,11 +348,17 @@ class OffloadedOptimizer(OffloadedBase):
     def plan(self) -> OffloadPlan:
         """As ``OffloadedAdamW.plan``."""
         self._life.check()
-        for group in self.param_groups:
+        all_kept = self._trials.kept(self.param_groups)
+        for group, kept in zip(self.param_groups, all_kept, strict=True):
             for p in filter(self._is_kept, group["params"]):
                 with self._naming([p]):
-                    self._engine.expect(self._slot_of(p), p, self._kept(group))
+                    self._engine.expect(self._slot_of(p), p, kept)
         return super().plan()
+
+    def stats(self) -> dict[str, int | float]:
+        """As ``OffloadedAdamW.stats``."""
+        stats = super().stats()
+        return stats | {"steps": stats["steps"] - self._passes}
 
     def _check_part(self, parameter: Tensor) -> None:
         _C.check_trained(parameter)
@@ -323,6 +393,11 @@ def _check_class(optimizer_class: Any) -> None:
         )
     if issubclass(optimizer_class, OffloadedBase):
         raise TypeError(f"{optimizer_class.__name__} keeps its state on NVMe by itself")
+    if optimizer_class.state_dict is not torch.optim.Optimizer.state_dict:
+        raise ValueError(
+            f"{optimizer_class.__name__} has its own state_dict(), which cannot be run on "
+            f"pieces of parameters"
+        )
 
 
 def _merged(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:

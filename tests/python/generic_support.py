@@ -33,6 +33,9 @@ class Normalized(torch.optim.SGD):
 
     def step(self, closure=None):
         gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        gradients = [g for g in gradients if g is not None]
+        if not gradients:
+            return super().step(closure)
         norm = torch.cat([g.flatten() for g in gradients]).norm()
         for gradient in gradients:
             gradient.div_(norm)
@@ -46,6 +49,11 @@ def equal_states(ours, theirs):
         list(a[key]) == list(b[key]) and all(_same(a[key][n], b[key][n]) for n in a[key])
         for key in a
     )
+
+
+def _without_empty(state_dict):
+    """A class makes an empty entry where it only looks whether there is a state."""
+    return {**state_dict, "state": {k: v for k, v in state_dict["state"].items() if v}}
 
 
 def _same(a, b):
@@ -88,3 +96,18 @@ class GenericPair:
 
     def equal(self):
         return equal(self.ours, self.theirs)
+
+    def equal_in_all(self):
+        """Parameters, gradients, states and groups."""
+        groups = [[{**g, "params": 0} for g in o.param_groups] for o in (self.a, self.b)]
+        gradients = [
+            [p.grad for p in ps if p.grad is not None] for ps in (self.ours, self.theirs)
+        ]
+        return (
+            self.equal()
+            and len(gradients[0]) == len(gradients[1])
+            and equal(*gradients)
+            and equal_states(self.a.state_dict(), _without_empty(self.b.state_dict()))
+            and [list(g) for g in groups[0]] == [list(g) for g in groups[1]]
+            and all(_same(a[k], b[k]) for a, b in zip(*groups, strict=True) for k in a)
+        )

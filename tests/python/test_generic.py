@@ -209,7 +209,8 @@ def test_a_class_may_give_its_parameters_other_memory(nvme_dir):
         def step(self, closure=None):
             super().step(closure)
             for p in self.param_groups[0]["params"]:
-                p.data = p.data * 0.5
+                if p.grad is not None:
+                    p.data = p.data * 0.5
 
     pair = GenericPair(Rebinding, parameters(9000), nvme_dir, lr=0.1, momentum=0.9)
     pair.steps(3)

@@ -28,7 +28,7 @@ def make(nvme_dir):
 @pytest.mark.parametrize(
     ("cls", "text"),
     [
-        (torch.optim.Adafactor, "Adafactor is not elementwise.*cut at 64 elements"),
+        (torch.optim.Adafactor, "Adafactor is not elementwise.*the state 'row_var' did not"),
         (Normalized, "Normalized is not elementwise.*bit for bit"),
         (torch.optim.LBFGS, "LBFGS cannot be run piece by piece.*closure"),
         (torch.optim.SparseAdam, "SparseAdam cannot be run piece by piece"),
@@ -47,7 +47,8 @@ def test_a_rate_that_begins_at_zero_hides_nothing(make):
             super().step(closure)
             for group in self.param_groups:
                 for p in group["params"]:
-                    p.add_(p.norm(), alpha=-group["lr"])
+                    if p.grad is not None:
+                        p.add_(p.norm(), alpha=-group["lr"])
 
     for rate in (0.0, torch.tensor(0.0)):
         with pytest.raises(ValueError, match="Trusting is not elementwise"):
@@ -65,19 +66,20 @@ class Bounded(torch.optim.SGD):
     def step(self, closure=None):
         for group in self.param_groups:
             for p in group["params"]:
-                p.grad.mul_((group["max_norm"] / p.grad.norm()).clamp(max=1))
+                if p.grad is not None:
+                    p.grad.mul_((group["max_norm"] / p.grad.norm()).clamp(max=1))
         super().step(closure)
 
 
 def test_a_number_that_makes_a_class_look_at_a_whole_parameter_is_tried_again(make):
     params = parameters(100)
-    optimizer = make(Bounded, params, max_norm=1e3, momentum=0.9)
+    optimizer = make(Bounded, params, max_norm=1e30, momentum=0.9)
     set_gradients(params, seed=1)
     optimizer.step()
     optimizer.param_groups[0].update(lr=0.5, momentum=0.8)  # As schedules do.
     optimizer.step()
     before = [p.detach().clone() for p in params]
-    optimizer.param_groups[0]["max_norm"] = 1.0
+    optimizer.param_groups[0]["max_norm"] = 1e5  # Only some gradients of a trial are larger.
     with pytest.raises(ValueError, match="Bounded is not elementwise"):
         optimizer.step()
     assert equal(before, params)
@@ -279,13 +281,13 @@ def test_after_an_io_error_steps_are_refused_until_a_state_is_loaded(nvme_dir):
 
 
 class Failing(torch.optim.SGD):
-    left = 10**9
-
     def step(self, closure=None):
-        Failing.left -= 1
-        if Failing.left == 0:
+        if _calls_left and next(_calls_left[0], None) is None:
             raise ArithmeticError("the class's own words")
         return super().step(closure)
+
+
+_calls_left = []
 
 
 def test_what_the_class_raises_comes_out_and_later_steps_are_refused(make, monkeypatch):
@@ -294,13 +296,14 @@ def test_what_the_class_raises_comes_out_and_later_steps_are_refused(make, monke
     set_gradients(ours, seed=0)
     optimizer.step()
     state = optimizer.state_dict()
-    monkeypatch.setattr(Failing, "left", 3)
+    monkeypatch.setitem(globals(), "_calls_left", [iter(range(3))])
     with pytest.raises(ArithmeticError, match="^the class's own words$"):
         optimizer.step()
     with pytest.raises(
         RuntimeError, match="own words; the optimizer state may be half updated"
     ):
         optimizer.step()
+    monkeypatch.undo()
     optimizer.load_state_dict(state)
     optimizer.step()
 
@@ -321,7 +324,6 @@ def test_ctrl_c_waits_for_the_end_of_the_step(nvme_dir):
         torch.optim.SGD, ours, lr=0.1, momentum=0.9, nvme_path=nvme_dir, host_memory=SMALL
     )
     b = torch.optim.SGD(theirs, lr=0.1, momentum=0.9)
-    a._pieces._class = Interrupted
     a._pieces._optimizer = Interrupted([torch.zeros(1)], lr=0.1, momentum=0.9)
     for seed in range(2):
         set_gradients(ours, theirs, seed=seed)
