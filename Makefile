@@ -4,6 +4,7 @@ PY := .venv/bin/python
 ARGS ?=
 DEMO_ARGS ?=
 VERSION ?=
+JOBS ?= 1
 
 .PHONY: help demo demo-large test test-faults test-deepspeed test-loops test-mutants optimizers-table test-torch bench docs deps lint tidy format clean
 
@@ -18,9 +19,9 @@ demo-large: ## Train a model whose state is twice the memory it may have (minute
 	@tools/setup.sh package
 	@$(PY) examples/demo_large.py $(DEMO_ARGS) $(ARGS)
 
-test: ## GoogleTest and pytest (ARGS go to pytest)
+test: ## GoogleTest and pytest (ARGS go to pytest; JOBS=2: side by side)
 	@tools/setup.sh tests
-	@tools/test.sh $(ARGS)
+	@JOBS=$(JOBS) tools/test.sh $(ARGS)
 
 test-torch: ## Build and test with another torch (VERSION=2.15.0; the newest)
 	@tools/test_torch.sh $(VERSION) $(ARGS)

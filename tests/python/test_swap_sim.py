@@ -207,6 +207,7 @@ def test_copies_are_asynchronous_and_in_chunks(sim, swapper):
 
 
 def test_memory_of_the_device_is_given_back(sim, swapper):
+    gc.collect()  # What the tests before have left.
     before = sim.counts()["live_bytes"]
     for i in range(10):
         swapper.swap_out(str(i), filled(i))
