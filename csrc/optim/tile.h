@@ -42,7 +42,7 @@ struct Tile {
   State state = State::kIdle;
   Buffer buffer;
   bool on_disk = false;          ///< Has been written in full.
-  bool in_memory = false;        ///< `buffer` has state that the disk lacks.
+  bool in_memory = false;        ///< `buffer` is the only copy; resident.
   bool unwanted = false;         ///< Let go of as soon as it is read.
   bool released = false;         ///< May be visited in this round.
   bool visited = false;          ///< Has been.

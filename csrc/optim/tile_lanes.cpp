@@ -1,3 +1,26 @@
+// How tiles come and go
+//
+// State that is larger than memory is cut in tiles. A round is a list of tiles
+// to be visited one by one. Each needs a buffer for its visit, and there are
+// fewer buffers than tiles, so a buffer goes from tile to tile:
+//
+//   kIdle -> kReading -> kReady -> kBusy -> kWriting -> kIdle
+//
+// pump() hands out buffers, in the order of the visits. It stops at the first
+// tile that can have none, and whoever frees a buffer calls it again. After the
+// last visit of a round it goes on with the first of the next, so the drive
+// reads while nobody visits. Nothing else takes a buffer.
+//
+// A visit that nothing can stand in the way of needs one rule: who holds a
+// buffer will give it back without help, or is visited before all who wait.
+//   - A transfer in flight ends; a tile that is written gives its buffer back.
+//   - A tile that the round waits for is visited. What was read ahead for
+//     another order is kept only if its place is among the first `lanes_`.
+//   - A resident tile keeps its buffer while this is the only copy of its
+//     state. OptimizerOffload sees that `lanes_` buffers are left to others.
+// Every other tile is dismissed: it gives its buffer back at once, or when its
+// read ends. A tile leaves a round only through dismiss() or after its visit.
+
 #include "tile_lanes.h"
 
 #include <algorithm>
@@ -100,11 +123,7 @@ void TileLanes::visit(const Work& work) {
 // fails of it is nobody's, so it has to end first.
 void TileLanes::leave_round(Lock& lock) {
   running_ = false;
-  for (Tile* tile : round_.tiles) {
-    if (tile->in_memory) continue;
-    if (tile->state == Tile::State::kReady) let_go(*tile);
-    if (tile->state == Tile::State::kReading) tile->unwanted = true;
-  }
+  for (Tile* tile : round_.tiles) dismiss(*tile);
   changed_.wait(lock, [this] { return in_flight_ == 0; });
   if (!round_.repeat) round_ = std::exchange(before_, {});
   fetched_ = 0;
@@ -128,10 +147,8 @@ void TileLanes::close_round() {
     if (tile.released || tile.visited) {
       kept.push_back(&tile);
       fetched += (i < fetched_ ? 1U : 0U) + (i + count < fetched_ ? 1U : 0U);
-    } else if (!tile.resident) {
-      // It gives its buffer to one that waits for it.
-      if (tile.state == Tile::State::kReady) let_go(tile);
-      if (tile.state == Tile::State::kReading) tile.unwanted = true;
+    } else {
+      dismiss(tile);
     }
   }
   round_.tiles = std::move(kept);
@@ -158,10 +175,15 @@ void TileLanes::keep_only(const std::vector<Tile*>& tiles) {
   std::size_t rank = 0;
   for (Tile* tile : tiles) tile->rank = tile->resident ? 0 : rank++;
   for (Tile* tile : round_.tiles) {
-    if (tile->resident || tile->rank < lanes_) continue;
-    if (tile->state == Tile::State::kReady) let_go(*tile);
-    if (tile->state == Tile::State::kReading) tile->unwanted = true;
+    if (tile->rank >= lanes_) dismiss(*tile);
   }
+}
+
+// No round waits for the tile (any more).
+void TileLanes::dismiss(Tile& tile) {
+  if (tile.in_memory) return;
+  if (tile.state == Tile::State::kReady) let_go(tile);
+  if (tile.state == Tile::State::kReading) tile.unwanted = true;
 }
 
 void TileLanes::expect(std::vector<Tile*> tiles) {
@@ -222,11 +244,12 @@ void TileLanes::work_on(Tile& tile, const Work& work) {
 
 void TileLanes::finish(Tile& tile) {
   if (round_.repeat) ++visits_.all;
-  if (tile.resident && (tile.in_memory || failure_ == nullptr)) {
+  const bool changed = round_.write && failure_ == nullptr;
+  if (tile.resident && (tile.in_memory || changed)) {
     if (round_.repeat && tile.in_memory) ++visits_.hits;
-    tile.in_memory = tile.in_memory || round_.write;
+    tile.in_memory = true;
     tile.state = Tile::State::kReady;
-  } else if (round_.write && failure_ == nullptr) {
+  } else if (changed) {
     start_write(tile);
   } else {
     let_go(tile);
@@ -266,7 +289,7 @@ void TileLanes::pump() noexcept {
 void TileLanes::evict(Tile& tile) {
   Lock lock(mutex_);
   tile.resident = false;
-  if (!tile.in_memory) return;
+  if (!tile.in_memory) return dismiss(tile);
   tile.in_memory = false;
   tile.step = 0;
   start_write(tile);
@@ -370,11 +393,11 @@ void TileLanes::note(Lane lane, const Tile& tile, double end) noexcept {
 
 std::exception_ptr TileLanes::clear() noexcept {
   Lock lock(mutex_);
-  const std::vector<Tile*> tiles = std::exchange(round_.tiles, {});
+  round_ = before_ = {};
+  released_.clear();
   running_ = false;
   fetched_ = 0;
   changed_.wait(lock, [this] { return in_flight_ == 0; });
-  for (Tile* tile : tiles) let_go(*tile);
   const std::exception_ptr error = std::exchange(failure_, nullptr);
   return std::exchange(lost_, false) ? error : nullptr;
 }

@@ -67,8 +67,8 @@ class TileLanes {
   /// and has an extent. Between rounds.
   void evict(Tile& tile);
 
-  /// Waits for all transfers, lets go of all buffers and forgets the tiles
-  /// and the failure(), which it returns.
+  /// Waits for all transfers, and forgets the tiles and the failure(), which it
+  /// returns. The tiles' buffers go with the tiles.
   std::exception_ptr clear() noexcept;
 
   /// What has failed so that state may be half updated or lost: a write; work
@@ -93,6 +93,7 @@ class TileLanes {
   std::vector<LaneEvent> timeline() const;
 
  private:
+  friend struct OptimizerOffloadProbe;  // Of tests.
   using Lock = std::unique_lock<std::mutex>;
 
   /// Adds up the time during which at least one of its things goes on.
@@ -106,6 +107,7 @@ class TileLanes {
   };
 
   void keep_only(const std::vector<Tile*>& tiles);
+  void dismiss(Tile& tile);
   void expect(std::vector<Tile*> tiles);
   Tile* next(Lock& lock);
   Tile* ready_tile();

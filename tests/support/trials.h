@@ -50,9 +50,9 @@ class Tally {
   std::vector<std::string> broken_;
 };
 
-/// Runs jobs on `threads` threads, since most of them wait. One that takes more
-/// than two minutes hangs: the process is ended with its name, for its memory
-/// may still be written to.
+/// Runs jobs on `threads` threads, since most of them wait. One that takes
+/// longer than its limit hangs: the process is ended with its name, for its
+/// memory may still be written to.
 class Jobs {
  public:
   /// `step` makes the job's next trial and returns whether there is another.
@@ -69,7 +69,8 @@ class Jobs {
     }
   }
 
-  void run(std::size_t threads) {
+  void run(std::size_t threads,
+           std::chrono::seconds limit = std::chrono::minutes(2)) {
     std::vector<Running> running(std::min(threads, jobs_.size()));
     std::vector<std::thread> workers;
     busy_ = running.size();
@@ -80,7 +81,7 @@ class Jobs {
     while (busy_ > 0) {
       idle_.wait_for(lock, std::chrono::seconds(1));
       for (const Running& mine : running) {
-        if (Clock::now() - mine.since < std::chrono::minutes(2)) continue;
+        if (Clock::now() - mine.since < limit) continue;
         if (mine.job == nullptr) continue;
         std::fprintf(stderr, "HANG: %s\n", mine.job->name.c_str());
         std::_Exit(1);

@@ -196,6 +196,7 @@ class OptimizerOffload {
   void close();
 
  private:
+  friend struct OptimizerOffloadProbe;  // Of tests.
   class Impl;
   std::unique_ptr<Impl> impl_;
 };
