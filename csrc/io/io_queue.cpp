@@ -89,12 +89,21 @@ IoQueue::~IoQueue() {
 }
 
 Ticket IoQueue::submit(IoOperation operation) {
+  return start(prepare(std::move(operation)));
+}
+
+IoQueue::Prepared IoQueue::prepare(IoOperation operation) {
   impl_->check_process();
   if (operation.caller == 0) operation.caller = this_caller();
-  const auto started = std::make_shared<RunningOperation>(
+  Prepared prepared;
+  prepared.operation_ = std::make_shared<RunningOperation>(
       std::move(operation), impl_->config_.block_size);
-  impl_->backlog_.push(started);
-  return started->ticket();
+  return prepared;
+}
+
+Ticket IoQueue::start(Prepared prepared) noexcept {
+  impl_->backlog_.push(prepared.operation_);
+  return prepared.operation_->ticket();
 }
 
 bool IoQueue::cancel(const Ticket& ticket) {

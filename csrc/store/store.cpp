@@ -42,13 +42,13 @@ class Join {
       : left_(count), done_(std::move(done)) {}
 
   Ticket ticket() const { return source_.ticket(); }
-  void end(std::exception_ptr error, std::size_t count = 1) {
+  void end(std::exception_ptr error) {
     if (error != nullptr) {
       std::lock_guard lock(mutex_);
       if (error_ == nullptr) error_ = std::move(error);
     }
     // The last one sees what the others wrote.
-    if (left_.fetch_sub(count) != count) return;
+    if (left_.fetch_sub(1) != 1) return;
     done_(error_);
     source_.finish(error_);
   }
@@ -107,8 +107,9 @@ struct Store::Impl {
   };
   std::vector<Run> runs_of(Extent& extent, std::uint64_t offset,
                            std::span<std::byte> bytes) const;
-  Ticket submit(IoRequest::Op op, const Run& run, Done done,
-                IoPriority priority, std::uint64_t caller);
+  /// In the queue of the run's drive.
+  IoQueue::Prepared prepare(IoRequest::Op op, const Run& run, Done done,
+                            IoPriority priority, std::uint64_t caller);
   Ticket submit(IoRequest::Op op, std::shared_ptr<Extent> extent,
                 std::uint64_t offset, std::span<std::byte> bytes, Done done,
                 IoPriority priority, std::uint64_t caller);
@@ -239,8 +240,9 @@ std::vector<Store::Impl::Run> Store::Impl::runs_of(
   return runs;
 }
 
-Ticket Store::Impl::submit(IoRequest::Op op, const Run& run, Done done,
-                           IoPriority priority, std::uint64_t caller) {
+IoQueue::Prepared Store::Impl::prepare(IoRequest::Op op, const Run& run,
+                                       Done done, IoPriority priority,
+                                       std::uint64_t caller) {
   IoOperation operation;
   operation.op = op;
   operation.file = drives[run.drive]->file;
@@ -250,7 +252,7 @@ Ticket Store::Impl::submit(IoRequest::Op op, const Run& run, Done done,
   operation.priority = priority;
   operation.caller = caller;
   operation.on_done = std::move(done);
-  return drives[run.drive]->queue->submit(std::move(operation));
+  return drives[run.drive]->queue->prepare(std::move(operation));
 }
 
 Ticket Store::Impl::submit(IoRequest::Op op, std::shared_ptr<Extent> extent,
@@ -267,24 +269,25 @@ Ticket Store::Impl::submit(IoRequest::Op op, std::shared_ptr<Extent> extent,
     if (done) done(error);
   };
   if (drives.size() == 1 || bytes.empty()) {
-    return submit(op,
-                  {0, bytes.empty() ? 0 : target.offsets_[0] + offset, bytes,
-                   checksums_of(target, offset, bytes.size())},
-                  std::move(last), priority, caller);
+    const Run run{0, bytes.empty() ? 0 : target.offsets_[0] + offset, bytes,
+                  checksums_of(target, offset, bytes.size())};
+    return drives[0]->queue->start(
+        prepare(op, run, std::move(last), priority, caller));
   }
   const std::vector<Run> runs = runs_of(target, offset, bytes);
   const auto join = std::make_shared<Join>(runs.size(), std::move(last));
   Ticket ticket = join->ticket();
+  // All or none: were some started when one cannot be, the end would be for
+  // this thread to report, which may hold what `done` needs.
+  std::vector<IoQueue::Prepared> prepared;
+  prepared.reserve(runs.size());
+  for (const Run& run : runs) {
+    prepared.push_back(prepare(
+        op, run, [join](std::exception_ptr error) { join->end(error); },
+        priority, caller));
+  }
   for (std::size_t i = 0; i < runs.size(); ++i) {
-    try {
-      submit(
-          op, runs[i], [join](std::exception_ptr error) { join->end(error); },
-          priority, caller);
-    } catch (...) {
-      // Those before it have the memory until they end.
-      join->end(std::current_exception(), runs.size() - i);
-      break;
-    }
+    drives[runs[i].drive]->queue->start(std::move(prepared[i]));
   }
   return ticket;
 }

@@ -10,6 +10,7 @@
 #include <cerrno>
 #include <map>
 #include <memory>
+#include <new>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -17,6 +18,7 @@
 #include <vector>
 
 #include "support/aligned_buffer.h"
+#include "support/failing_new.h"
 #include "support/faulty_engine.h"
 #include "support/io_queue_test.h"
 #include "support/pattern.h"
@@ -103,6 +105,33 @@ TEST_F(StoreDrivesTest, BlocksAreSharedOutByWeightAlsoOfSmallExtents) {
   for (const IoRequest& request : script_->log()) ++requests[request.fd];
   ASSERT_EQ(requests.size(), 2u);
   EXPECT_EQ(requests.begin()->second * requests.rbegin()->second, 30 * 10);
+}
+
+// TileLanes calls with a lock that its callback takes.
+TEST_F(StoreDrivesTest, WhereMemoryRunsOutNothingHasBegunAndNobodyIsCalledBack) {
+  Store store(scripted({1, 1, 1}));
+  const auto extent = store.allocate(6 * kBlock);
+  AlignedBuffer memory(6 * kBlock);
+  for (std::size_t good = 0;; ++good) {
+    std::atomic<bool> called = false;
+    const std::size_t before = script_->requests();
+    Store::Done done = [&](std::exception_ptr) { called = true; };
+    Ticket ticket;
+    bool thrown = false;
+    {
+      const test::FailingNew failing(good);
+      try {
+        ticket = store.write(extent, 0, memory.bytes(), std::move(done));
+      } catch (const std::bad_alloc&) {
+        thrown = true;
+      }
+    }
+    ticket.wait();
+    EXPECT_EQ(called, !thrown) << good;
+    if (!thrown) break;
+    EXPECT_EQ(script_->requests(), before) << good;
+    ASSERT_LT(good, 1000u);
+  }
 }
 
 TEST_F(StoreDrivesTest, ALongOperationIsOneRequestPerBlockAndGoesToAllDrives) {

@@ -46,6 +46,8 @@ struct IoOperation {
   std::function<void(std::exception_ptr)> on_done = nullptr;
 };
 
+class RunningOperation;
+
 /// What an IoQueue has to do, and what it has done since it was made.
 struct IoQueueStats {
   std::uint64_t operations_queued = 0;  ///< With requests that no thread took.
@@ -91,6 +93,19 @@ class IoQueue {
   /// wrong number of checksums or an offset + length beyond 2^63 - 1; whatever
   /// the kernel says comes through the ticket.
   Ticket submit(IoOperation operation);
+
+  /// An operation that lacks nothing but its start. Dropped, it never was:
+  /// on_done is not called.
+  class Prepared {
+   private:
+    friend class IoQueue;
+    std::shared_ptr<RunningOperation> operation_;
+  };
+
+  /// submit() in two halves, for operations of which all are to be started or
+  /// none. The first has all the errors, the second none.
+  Prepared prepare(IoOperation operation);
+  Ticket start(Prepared prepared) noexcept;
 
   /// Leaves out the requests of the ticket's operation that no I/O thread has
   /// taken yet. True: that were some, and the operation fails with ECANCELED

@@ -87,8 +87,9 @@ class Store {
   /// block_size, the length too unless it reaches the end of padded_size();
   /// the address is a multiple of memory_alignment(). `bytes` is borrowed
   /// until `done` has been called, on an I/O thread: it must not block or
-  /// throw. `caller`: as of IoOperation. Errors: std::invalid_argument here;
-  /// the rest through done and ticket.
+  /// throw. `caller`: as of IoOperation. Errors: std::invalid_argument and
+  /// std::bad_alloc here, before anything has begun and without `done`; the
+  /// rest through done and ticket.
   Ticket write(std::shared_ptr<Extent> extent, std::uint64_t offset,
                std::span<const std::byte> bytes, Done done = {},
                IoPriority priority = IoPriority::kNow,
