@@ -38,7 +38,7 @@ struct BufferPool::State {
     // A forked child has no such mapping; what is there now is not ours.
     if (process_id() != owner) return;
     for (const auto& device : pinned) device->unpin(memory());
-    munmap(base, buffer_size * count);
+    unmap_pages(base, buffer_size * count);
   }
 
   static std::byte* map(std::size_t bytes) {

@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <limits>
 
-#include "torch_ext/base/align.h"
 #include "torch_ext/base/error.h"
 
 namespace torch_ext {
@@ -25,11 +24,13 @@ std::byte* map(std::size_t bytes) {
 
 }  // namespace
 
-std::byte* map_pages(std::size_t bytes) {
-  if (bytes < kHugePage) return map(bytes);
-  if (bytes > std::numeric_limits<std::size_t>::max() - kHugePage) {
+std::byte* map_pages(std::size_t bytes, std::size_t page) {
+  if (bytes > std::numeric_limits<std::size_t>::max() - kHugePage - page) {
     throw IoError({.op = "mmap", .length = bytes, .error = ENOMEM});
   }
+  // munmap() refuses what does not begin with a page.
+  bytes = align_up(bytes, page);
+  if (bytes < kHugePage) return map(bytes);
   std::byte* const mapped = map(bytes + kHugePage);
   auto* const data = reinterpret_cast<std::byte*>(
       align_up(reinterpret_cast<std::uintptr_t>(mapped), kHugePage));
@@ -39,6 +40,11 @@ std::byte* map_pages(std::size_t bytes) {
   // It only tunes: a kernel without it changes no result.
   madvise(data, bytes, MADV_HUGEPAGE);
   return data;
+}
+
+void unmap_pages(std::byte* data, std::size_t bytes,
+                 std::size_t page) noexcept {
+  munmap(data, align_up(bytes, page));
 }
 
 }  // namespace torch_ext

@@ -50,7 +50,7 @@ std::shared_ptr<std::byte> allocate_pinned(std::size_t bytes,
         disown_pinned(freed);
         // A forked child has the memory, but not the GPU.
         if (*locked && process_id() == owner) cuda->host_unregister(freed);
-        munmap(freed, size);
+        unmap_pages(freed, size);
       });
 #ifdef MADV_POPULATE_WRITE
   // Present from now on, also where nothing locks it, and one page after the
