@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch_ext
+from torch_ext._size import size
 
 _Report = dict[str, Any]
 
@@ -210,17 +211,10 @@ def _degraded(report: _Report) -> list[str]:
     return ways
 
 
-def _size(count: int | None) -> str:
-    """``count`` bytes for a reader; torch_ext.format_size needs the compiled module."""
-    if count is None:
-        return "unlimited"
-    power = min(max(count.bit_length() - 1, 0) // 10, 4)
-    return f"{count / 1024**power:.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
-
-
 def _render(report: _Report) -> str:
     versions, directory = report["versions"], report["directory"]
     limits, cuda = report["limits"], report["cuda_runtime"]
+    memlock = limits["memlock_bytes"]
     module = report["compiled_module"]
     lines = [
         ("torch_ext", versions["torch_ext"]),
@@ -241,7 +235,7 @@ def _render(report: _Report) -> str:
     lines += [
         ("directory", directory["path"]),
         ("file system", f"{directory['file_system']} on {directory['source']}"),
-        ("free space", _size(directory["free_bytes"])),
+        ("free space", size(directory["free_bytes"])),
     ]
     if "direct" in directory:
         memory, offset = directory["memory_alignment"], directory["offset_alignment"]
@@ -252,7 +246,7 @@ def _render(report: _Report) -> str:
         ]
     lines += [
         ("fs.aio-max-nr", f"{limits['aio_max_nr']}, of which {limits['aio_nr']} are in use"),
-        ("memlock limit", _size(limits["memlock_bytes"])),
+        ("memlock limit", "unlimited" if memlock is None else size(memlock)),
     ]
     lines += [("degraded", way) for way in report["degraded"] or ["nothing"]]
     width = max(len(name) for name, _ in lines)

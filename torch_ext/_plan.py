@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch_ext._size import size, size_up
+
 
 @dataclass(frozen=True)
 class OffloadPlan:
@@ -32,33 +34,20 @@ class OffloadPlan:
         moved = self.tiles - self.resident_tiles
         share = self.resident_bytes / self.state_bytes if self.state_bytes else 1.0
         lines = [
-            f"state:    {_size(self.state_bytes)} in {self.tiles} tiles of up to "
-            f"{_size(self.tile_bytes)} (a 256th of the budget, 1 to 16 MiB, or less than 1 MiB "
+            f"state:    {size(self.state_bytes)} in {self.tiles} tiles of up to "
+            f"{size(self.tile_bytes)} (a 256th of the budget, 1 to 16 MiB, or less than 1 MiB "
             f"where that is an eighth)",
-            f"budget:   {_size(self.host_memory)}: {_size(self.scratch_bytes)} scratch, "
+            f"budget:   {size(self.host_memory)}: {size(self.scratch_bytes)} scratch, "
             f"{self.lane_buffers} lane buffers, {self.resident_tiles} resident tiles",
-            f"resident: {_size(self.resident_bytes)} ({share:.0%}) stay in memory, spread "
+            f"resident: {size(self.resident_bytes)} ({share:.0%}) stay in memory, spread "
             f"evenly over the order of visits",
         ]
         if moved:
             lines.append(
-                f"a step:   reads and writes {moved} tiles, {_size(self.step_bytes)} together; "
+                f"a step:   reads and writes {moved} tiles, {size(self.step_bytes)} together; "
                 f"up to {self.lane_buffers} are read ahead of it; with "
-                f"host_memory={_size_up(self.host_memory_for_all)!r} nothing would be moved"
+                f"host_memory={size_up(self.host_memory_for_all)!r} nothing would be moved"
             )
         else:
             lines.append("a step:   reads and writes nothing")
         return "\n".join(lines)
-
-
-def _size(count: int) -> str:
-    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if count >= unit:
-            return f"{count / unit:.4g} {name}"
-    return f"{count} bytes"
-
-
-def _size_up(count: int) -> str:
-    """As the argument of a size: no fewer bytes, rounded up to whole MiB or KiB."""
-    unit, name = (1 << 20, "MiB") if count >= 16 << 20 else (1 << 10, "KiB")
-    return f"{-(-count // unit)} {name}"

@@ -164,7 +164,6 @@ void bind_config(py::module_& m) {
   bind_parser(m, "parse_aio_config", &torch_ext::parse_aio_config);
   bind_parser(m, "parse_aio_settings", &torch_ext::parse_aio_settings);
   m.def("parse_size", &torch_ext::parse_size, py::arg("text"));
-  m.def("format_size", &torch_ext::format_size, py::arg("bytes"));
 }
 
 py::dict to_dict(const torch_ext::File& file) {
