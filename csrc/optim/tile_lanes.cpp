@@ -11,8 +11,8 @@
 // last visit of a round it goes on with the first of the next, so the drive
 // reads while nobody visits. Nothing else takes a buffer.
 //
-// A visit that nothing can stand in the way of needs one rule: who holds a
-// buffer will give it back without help, or is visited before all who wait.
+// No visit may wait without end. So one rule holds: who has a buffer gives it
+// back without help, or is visited before all who wait for one.
 //   - A transfer in flight ends; a tile that is written gives its buffer back.
 //   - A tile that the round waits for is visited. What was read ahead for
 //     another order is kept only if its place is among the first `lanes_`.

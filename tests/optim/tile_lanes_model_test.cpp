@@ -138,10 +138,10 @@ class Model final : public UpdateKernel {
         const std::uint64_t offset = segment.first * 4;
         // New state is zeros.
         const std::uint64_t was = call_ == Call::kFill ? 0 : p.content;
-        expect(was == 0 ? std::ranges::count(bytes, std::byte{0}) ==
-                              static_cast<std::ptrdiff_t>(bytes.size())
-                        : test::holds_pattern(bytes, was * kFields + field,
-                                              offset),
+        expect(was == 0
+                   ? std::ranges::count(bytes, std::byte{0}) ==
+                         static_cast<std::ptrdiff_t>(bytes.size())
+                   : test::holds_pattern(bytes, was * kFields + field, offset),
                "wrong bytes");
         if (call_ == Call::kRead) continue;
         test::fill_pattern(bytes, p.next * kFields + field, offset);

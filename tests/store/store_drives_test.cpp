@@ -108,7 +108,8 @@ TEST_F(StoreDrivesTest, BlocksAreSharedOutByWeightAlsoOfSmallExtents) {
 }
 
 // TileLanes calls with a lock that its callback takes.
-TEST_F(StoreDrivesTest, WhereMemoryRunsOutNothingHasBegunAndNobodyIsCalledBack) {
+TEST_F(StoreDrivesTest,
+       WhereMemoryRunsOutNothingHasBegunAndNobodyIsCalledBack) {
   Store store(scripted({1, 1, 1}));
   const auto extent = store.allocate(6 * kBlock);
   AlignedBuffer memory(6 * kBlock);

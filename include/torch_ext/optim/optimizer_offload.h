@@ -148,7 +148,7 @@ class OptimizerOffload {
   /// Errors: IoError (ENOSPC), before anything has changed.
   void add_state(std::span<const std::size_t> parameters);
 
-  /// Shows the kernel all state there is; what it changes is lost.
+  /// Shows the kernel all state there is, which it must not change.
   /// Errors: as step(); its own reads and kernel change nothing.
   void read_state(UpdateKernel& kernel);
 
