@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import GetSetDescriptorType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import _engine_run_backward
 
 from torch_ext._local import local_of
 from torch_ext._native import _C
+
+_logger = logging.getLogger("torch_ext")
 
 _MODES = (False, "prefetch", "update")
 
@@ -20,8 +27,26 @@ _TAKEN = (
     "{} on a gradient that OffloadedAdamW has taken during backward, with "
     'overlap_backward="update". Call backward once before step() and zero_grad(), '
     "earlier ones inside `with optimizer.accumulate():`. To clip, pass "
-    "max_grad_norm to the optimizer; with a GradScaler, or to look at gradients, use "
+    "max_grad_norm to the optimizer; with a GradScaler, or to look at gradients, or where "
+    "gradients come in parts, as with activation checkpointing of your own, use "
     'overlap_backward="prefetch". If backward was interrupted, step() ends the step'
+)
+
+_READ = (
+    "{} on a parameter that OffloadedAdamW is updating, as it does from its gradient in "
+    'backward to the end of step() with overlap_backward="update": its values may be half '
+    "updated. Use it after step(); all passes of a step but the last go inside `with "
+    "optimizer.accumulate():`. If activation checkpointing (or a Function of your own) "
+    "recomputes in backward what reads a parameter but needs no gradient for it, as "
+    'weight.detach(), use overlap_backward="prefetch". If backward was interrupted, step() '
+    "ends the step, and load_state_dict() or close() of the optimizer gives it up"
+)
+
+_IN_PARTS = (
+    "reentrant activation checkpointing brings gradients in parts: with "
+    'overlap_backward="update" such backward passes keep their gradients, and step() updates '
+    "the parameters. To update them during backward, pass use_reentrant=False to "
+    "torch.utils.checkpoint.checkpoint"
 )
 
 
@@ -74,8 +99,85 @@ class TakenGradient(Tensor):
         raise RuntimeError(_TAKEN.format(function))
 
 
+# What does not touch the values of a parameter. ``.data``, ``.T`` and the like lead to them.
+_HARMLESS = {
+    accessor
+    for name, attribute in vars(torch._C.TensorBase).items()
+    if isinstance(attribute, GetSetDescriptorType)
+    and name not in ("data", "real", "imag", "T", "mT", "H", "mH")
+    for accessor in (attribute.__get__, attribute.__set__, attribute.__delete__)
+} | {
+    *(Tensor.dim, Tensor.ndimension, Tensor.size, Tensor.stride, Tensor.numel, Tensor.nelement),
+    *(Tensor.__len__, Tensor.storage_offset, Tensor.element_size, Tensor.is_contiguous),
+    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_inference, Tensor.get_device),
+    *(Tensor.register_hook, Tensor.register_post_accumulate_grad_hook),
+    *(Tensor.requires_grad_, Tensor.retain_grad),
+    *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_inference),
+    *(torch.empty_like, torch.zeros_like, torch.ones_like),
+}
+
+
+def _refuse(
+    cls: type[Tensor], function: Any, types: Any, args: Any = (), kwargs: Any = None
+) -> Any:
+    if function not in _HARMLESS:
+        name = torch.overrides.resolve_name(function) or function
+        raise RuntimeError(_READ.format(name))
+    with torch._C.DisableTorchFunctionSubclass():
+        return function(*args, **(kwargs or {}))
+
+
+def _guarded(kind: Any) -> Any:
+    return type(kind)(
+        f"Taken{kind.__name__}", (kind,), {"__torch_function__": classmethod(_refuse)}
+    )
+
+
+# What a parameter is made while it is being updated: any use of its values in Python raises.
+_GUARDED = {kind: _guarded(kind) for kind in (Tensor, torch.nn.Parameter)}
+
+
+def _guard(parameter: Tensor) -> None:
+    """Until ``_unguard``. Tensors of other classes are left as they are."""
+    guarded = _GUARDED.get(type(parameter))
+    if guarded is not None:
+        parameter.__class__ = guarded
+
+
+def _unguard(parameter: Tensor) -> None:
+    for kind, guarded in _GUARDED.items():
+        if type(parameter) is guarded:
+            parameter.__class__ = kind
+
+
+def _is_nested() -> bool:
+    """Whether a backward pass has been begun by the backward of a ``Function``."""
+    # The thread that calls a hook is not always the one that began the pass.
+    for frame in sys._current_frames().values():
+        runs = False
+        while frame is not None:
+            if runs and frame.f_code in _WITHIN:
+                return True
+            runs = runs or frame.f_code is _RUN
+            frame = frame.f_back
+    return False
+
+
+_RUN = _engine_run_backward.__code__
+_WITHIN = {_RUN} | {  # The second came with torch 2.15.
+    getattr(BackwardCFunction, name).__code__
+    for name in ("apply", "apply_boxed")
+    if hasattr(BackwardCFunction, name)
+}
+
+
 class Overlap:
     """Calls ``take(parameter)`` for each gradient that is final in a backward pass.
+
+    With ``must``, the values of a parameter that was taken cannot be used in Python before
+    ``forget()``. Nor is ``take`` called then for gradients that may come in parts, as those
+    of reentrant activation checkpointing, which begins backward passes within one: what has
+    been updated would be read again. ``step()`` takes them.
 
     A hook that comes later may change it still, as ``DistributedDataParallel``'s do: then
     ``take`` is not called, and with ``must`` backward raises RuntimeError. Nor is it called
@@ -90,10 +192,13 @@ class Overlap:
         # PyTorch calls hooks on a thread for each device.
         self._lock = threading.Lock()
         self._handles: list[Any] = []
-        # Parameters may outlive the optimizer.
-        weakref.finalize(self, _remove, self._handles).atexit = False
         self._accumulating = 0
         self.taken: set[Tensor] = set()
+        self._pass = -1  # Of backward, that a gradient came in last.
+        self._in_parts = False  # Gradients of this step may come so.
+        self._warned = False
+        # Parameters may outlive the optimizer.
+        weakref.finalize(self, _let_go, self._handles, self.taken).atexit = False
 
     def watch(self, parameters: Iterable[Tensor]) -> None:
         """Hooks those that are trained; ``step()`` finds the gradients of others."""
@@ -111,7 +216,12 @@ class Overlap:
             self._accumulating -= 1
 
     def stop(self) -> None:
-        _remove(self._handles)
+        _let_go(self._handles, set())
+
+    def forget(self) -> None:
+        """Nothing is being updated any more."""
+        _let_go([], self.taken)
+        self._in_parts = False
 
     def on_gradient(self, parameter: Tensor) -> None:
         if self._accumulating:
@@ -129,15 +239,32 @@ class Overlap:
             )
         if parameter in self.taken:
             raise RuntimeError(
-                "a second backward pass before step(): its gradient would not be counted. "
-                "All but the last go inside `with optimizer.accumulate():`. If backward was "
+                "a second backward pass before step(), or within another, as activation "
+                "checkpointing of your own may make it: its gradient would not be counted. "
+                "All but the last go inside `with optimizer.accumulate():`; with passes "
+                'within another use overlap_backward="prefetch". If backward was '
                 "interrupted, step() ends the step with what it had taken, and zero_grad() "
                 "drops the rest"
             )
         if parameter.is_cpu and local_of(parameter.grad).is_pinned():
             return
         with self._lock:
+            if self._must and self._comes_in_parts():
+                return
             take(parameter)
+            if self._must:
+                _guard(parameter)
+
+    def _comes_in_parts(self) -> bool:
+        now = torch._C._current_graph_task_id()
+        if now != self._pass:
+            self._pass = now
+            if _C.has_reentrant_checkpoint() or _is_nested():
+                self._in_parts = True
+                if not self._warned:
+                    self._warned = True
+                    _logger.warning(_IN_PARTS)
+        return self._in_parts
 
 
 def _assignable_dtype(parameter: Tensor) -> torch.dtype:
@@ -147,10 +274,13 @@ def _assignable_dtype(parameter: Tensor) -> torch.dtype:
     return parameter.grad_dtype or parameter.grad.dtype
 
 
-def _remove(handles: list[Any]) -> None:
+def _let_go(handles: list[Any], taken: set[Tensor]) -> None:
     for handle in handles:
         handle.remove()
     handles.clear()
+    for parameter in taken:
+        _unguard(parameter)
+    taken.clear()
 
 
 class _Hook:

@@ -115,9 +115,12 @@ class OffloadedAdamW(OffloadedBase):
             gradients are final, and these are freed: after ``backward()`` any use of a
             gradient raises RuntimeError. ``step()`` updates the rest; options of the
             groups are those at the time of ``backward()``. Between it and the end of
-            ``step()`` parameters are being updated and are not to be read; if the
-            options, or parameters on the CPU, were changed, ``step()`` makes the step and
-            raises RuntimeError.
+            ``step()`` parameters are being updated: using their values raises
+            RuntimeError, also in what activation checkpointing computes again during
+            backward. If the options, or parameters on the CPU, were changed all the same,
+            ``step()`` makes the step and raises RuntimeError.
+            With reentrant checkpointing gradients come in parts, and ``step()`` updates
+            all; ``use_reentrant=False`` avoids that. docs/guide.md has the cases.
             Gradients in page-locked memory wait for ``step()``: FSDP2's ``CPUOffloadPolicy``
             brings them from the GPU until backward ends. Every backward pass of a step
             but the last goes inside ``with optimizer.accumulate():``. Not with
@@ -429,8 +432,13 @@ class OffloadedAdamW(OffloadedBase):
             if (entry := state_dict["state"].get(key))
         ]
         self._placed = set()
-        with self._naming([p for p, _ in entries], self._check_part):
-            self._engine.load([(*self._own_part(p), *entry) for p, entry in entries])
+        try:
+            with self._naming([p for p, _ in entries], self._check_part):
+                self._engine.load([(*self._own_part(p), *entry) for p, entry in entries])
+        except BaseException:
+            if not self._engine.in_step():
+                self._forget_taken()
+            raise
         self._placed = {p for p, _ in entries}
         self._forget_taken()
         self.param_groups = groups
@@ -483,7 +491,8 @@ class OffloadedAdamW(OffloadedBase):
 
     def _forget_taken(self) -> None:
         self._hypers, self._versions = {}, {}
-        self._taken().clear()
+        if self._overlap is not None:
+            self._overlap.forget()
 
     def _group_of(self, parameter: Tensor) -> tuple[int, dict[str, Any]]:
         if not self._hypers or parameter not in self._numbers:
@@ -509,8 +518,10 @@ class OffloadedAdamW(OffloadedBase):
                 )
             self._take(p)
         parameters, complaint = list(self._taken()), self._complaint()
-        self._forget_taken()
-        self._engine.finish()
+        try:
+            self._engine.finish()
+        finally:
+            self._forget_taken()
         return parameters, complaint
 
     def _complaint(self) -> str:

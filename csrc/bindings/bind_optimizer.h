@@ -146,6 +146,7 @@ void bind_modes(py::module_& m) {
 void bind_optimizer(py::module_& m) {
   bind_modes(m);
   m.def("may_change_later", &torch_ext::may_change_later, py::arg("parameter"));
+  m.def("has_reentrant_checkpoint", &torch_ext::has_reentrant_checkpoint);
   py::class_<AdamWEngine, std::unique_ptr<AdamWEngine, DeleteWithoutGil>>(
       m, "AdamWEngine", py::module_local())
       .def(py::init([](const Directories& directories, const AioConfig& aio,
@@ -201,6 +202,7 @@ void bind_optimizer(py::module_& m) {
           },
           py::arg("group"), release_gil())
       .def("finish", &AdamWEngine::finish, release_gil())
+      .def("in_step", &AdamWEngine::in_step)
       .def(
           "prefetch",
           [](AdamWEngine& engine, std::size_t slot, const at::Tensor& parameter,

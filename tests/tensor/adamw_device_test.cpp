@@ -8,6 +8,7 @@
 #include <c10/core/StreamGuard.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -47,6 +48,35 @@ class AdamWDeviceTest : public testing::Test {
   test::TempDir temp_;
   const c10::Device sim_ = (machine(), c10::Device("sim:0"));
 };
+
+TEST_F(AdamWDeviceTest, AGradientInPageLockedMemoryIsLeftToStep) {
+  // Its copy from a device ends with backward, and not before.
+  const at::Tensor start = at::randn({5000});
+  std::vector<at::Tensor> results;
+  for (const auto overlap : {OverlapBackward::kOff, OverlapBackward::kUpdate}) {
+    const at::Tensor parameter = start.clone().requires_grad_(true);
+    at::Tensor late;
+    const auto copies_later = std::make_shared<const GradientHook::Function>(
+        [&](const at::Tensor& of) { of.mutable_grad() = late; });
+    GradientHook::add(parameter, copies_later);
+    OffloadedAdamW optimizer({parameter}, OffloadedAdamWOptions(0.01),
+                             {.nvme_path = temp_.path(),
+                              .host_memory = kBudget,
+                              .overlap_backward = overlap});
+    for (int step = 0; step < 3; ++step) {
+      optimizer.zero_grad();
+      late = at::full({5000}, NAN).pin_memory();
+      ASSERT_TRUE(late.is_pinned());
+      parameter.sum().backward();
+      ASSERT_FALSE(is_taken(parameter));
+      late.fill_(step + 0.5);
+      optimizer.step();
+    }
+    results.push_back(parameter.detach());
+  }
+  EXPECT_TRUE(at::equal(results[0], results[1]));
+  EXPECT_FALSE(at::equal(results[0], start));
+}
 
 TEST_F(AdamWDeviceTest, BothPlacesAndTheCpuGiveTheSameResult) {
   for (const c10::ScalarType dtype : {at::kFloat, at::kBFloat16, at::kHalf}) {

@@ -3,8 +3,10 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/randn.h>
 #include <gtest/gtest.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/nn/utils/clip_grad.h>
 
+#include <cerrno>
 #include <cstddef>
 #include <functional>
 #include <memory>
@@ -12,6 +14,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "support/faulty_engine.h"
 #include "support/temp_dir.h"
 #include "torch_ext/tensor/offloaded_adamw.h"
 
@@ -163,6 +166,93 @@ TEST_F(OverlapTest, AGradientThatAHookChangesLaterIsNotTaken) {
   const auto accumulator = torch::autograd::impl::grad_accumulator(ours[1]);
   accumulator->add_post_hook(std::make_unique<LaterHook>());
   EXPECT_THROW(loss_of(ours).backward(), StateError);
+}
+
+/// A layer that is computed again in backward, by a backward pass of its own;
+/// so its weight gets a gradient in parts.
+struct CheckpointedLayer : public torch::autograd::Function<CheckpointedLayer> {
+  static at::Tensor forward(torch::autograd::AutogradContext* context,
+                            const at::Tensor& x, const at::Tensor* weight) {
+    context->save_for_backward({x});
+    context->saved_data["weight"] = reinterpret_cast<std::int64_t>(weight);
+    return x.matmul(*weight).tanh();
+  }
+
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* context,
+      torch::autograd::variable_list gradients) {
+    const auto* weight = reinterpret_cast<const at::Tensor*>(
+        context->saved_data["weight"].toInt());
+    const at::Tensor x =
+        context->get_saved_variables()[0].detach().requires_grad_(true);
+    const c10::AutoGradMode with_grad(true);
+    x.matmul(*weight).tanh().backward(gradients[0]);
+    return {x.grad(), at::Tensor()};
+  }
+};
+
+TEST_F(OverlapTest, GradientsThatComeInPartsAreLeftToStep) {
+  std::vector<Tensors> trained;
+  for (const auto overlap : {OverlapBackward::kOff, OverlapBackward::kUpdate}) {
+    trained.push_back({weights()[0]});
+    const at::Tensor& weight = trained.back()[0];
+    OffloadedAdamW optimizer(trained.back(), OffloadedAdamWOptions(1e-2),
+                             offload(overlap));
+    for (int step = 1; step <= 3; ++step) {
+      optimizer.zero_grad();
+      at::Tensor x = at::full({4, 72}, 0.1 * step).requires_grad_(true);
+      for (int i = 0; i < 3; ++i) x = CheckpointedLayer::apply(x, &weight);
+      // The gradient of this comes first.
+      x.matmul(weight).square().sum().backward();
+      optimizer.step();
+    }
+  }
+  EXPECT_TRUE(equal(trained[0], trained[1]));
+  EXPECT_FALSE(at::equal(trained[0][0], weights()[0]));
+}
+
+TEST_F(OverlapTest,
+       AfterAFailedLoadInTheMiddleOfAStepItsErrorIsWhatCallsThrow) {
+  const auto script = std::make_shared<test::FaultScript>();
+  AdamWEngine engine(
+      {.store = {.directory = temp_.path(),
+                 .engine_factory = test::faulty_factory("threads", script)},
+       .host_memory = std::uint64_t{240} << 10});
+  const at::Tensor tensor = at::full({100'000}, 1.0);
+  const at::Tensor gradient = at::full({100'000}, 0.5);
+  const AdamWEngine::Parameter parameter{engine.add(tensor, true), tensor};
+  const AdamWHyper hyper{.lr = 0.01};
+  engine.take(hyper, {parameter, gradient});
+  engine.finish();
+  const auto saved = engine.save({parameter});
+  engine.take(hyper, {parameter, gradient});
+  EXPECT_TRUE(engine.in_step());
+  script->set_plan(test::from(0, test::Fault::fail(EIO)));
+  const auto error_of = [](const auto& call) -> std::string {
+    try {
+      call();
+    } catch (const IoError& error) {
+      return error.what();
+    }
+    return "no IoError";
+  };
+  // The last write may fail after the call, but not the first.
+  EXPECT_NE(error_of([&] { engine.load(saved); }).find("EIO"),
+            std::string::npos);
+  EXPECT_FALSE(engine.in_step());
+  script->set_plan(nullptr);
+  for (int i = 0; i < 2; ++i) {
+    EXPECT_NE(error_of([&] {
+                engine.take(hyper, {parameter, gradient});
+              }).find("load it anew"),
+              std::string::npos);
+    EXPECT_NE(error_of([&] { engine.finish(); }).find("load it anew"),
+              std::string::npos);
+  }
+  engine.load(saved);
+  engine.take(hyper, {parameter, gradient});
+  engine.finish();
+  EXPECT_EQ(engine.step_of(parameter.slot), 2u);
 }
 
 TEST_F(OverlapTest, WhatChangesBetweenBackwardAndStepIsAnErrorOfTheStep) {

@@ -204,6 +204,9 @@ class AdamWEngine {
     lanes_.around([&] { offload_.end_step(); });
   }
 
+  /// Whether take() has begun a step that has not ended.
+  bool in_step() const { return open_ != nullptr; }
+
   /// Gives zero state without a step to parameters that have none.
   void init(const std::vector<Parameter>& parameters) {
     for (const Parameter& parameter : parameters) check(parameter);
@@ -241,6 +244,7 @@ class AdamWEngine {
       adamw::check_saved(parameter.tensor, state);
     }
     offload_.abandon_step();
+    open_.reset();  // Also if what follows fails.
     AdamWLoader loader(format_, seed_, make_scratch());
     std::vector<OptimizerOffload::ParameterStep> steps;
     for (const auto& [parameter, state] : saved) {
@@ -250,7 +254,6 @@ class AdamWEngine {
       steps.push_back({number, state.step});
     }
     offload_.write_state(steps, loader);
-    open_.reset();
     early_.clear();
   }
 
@@ -277,6 +280,7 @@ class AdamWEngine {
   /// As OptimizerOffload::close(), after what is queued on devices.
   void close() {
     offload_.abandon_step();
+    open_.reset();
     closed_ = true;
     early_.clear();
     std::exception_ptr error;

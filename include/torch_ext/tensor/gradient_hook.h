@@ -4,10 +4,15 @@
 #include <ATen/ops/empty_strided.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <algorithm>
 #include <functional>
 #include <memory>
+#include <string>
+#include <string_view>
+#include <typeinfo>
 #include <utility>
 
 namespace torch_ext {
@@ -45,6 +50,27 @@ class GradientHook final : public torch::autograd::PostAccumulateGradHook {
 inline bool may_change_later(const at::Tensor& parameter) {
   const auto node = torch::autograd::impl::try_get_grad_accumulator(parameter);
   return node != nullptr && !node->post_hooks().empty();
+}
+
+/// Whether the backward pass that calls a hook on this thread has reentrant
+/// activation checkpointing in it: functions whose backward recomputes and runs
+/// a backward pass of its own. Gradients then come in parts, and what has been
+/// updated meanwhile is read again. It shows by the name: of Python's
+/// torch.utils.checkpoint, and of others that are called so, as DeepSpeed's.
+inline bool has_reentrant_checkpoint() {
+  const auto* nodes = torch::autograd::get_current_graph_task_nodes_in_graph();
+  if (nodes == nullptr) return false;
+  return std::any_of(
+      nodes->begin(), nodes->end(), [](torch::autograd::Node* node) {
+        const auto contains = [](std::string_view text, const char* part) {
+          return text.find(part) != std::string_view::npos;
+        };
+        // Names are made on demand, and slowly; there may be 100,000 nodes.
+        const char* const type = typeid(*node).name();
+        return contains(type, "heckpoint") ||
+               (contains(type, "PyNode") &&
+                contains(node->name(), "heckpoint"));
+      });
 }
 
 /// Takes the place of a gradient that an optimizer has taken: on the meta

@@ -61,10 +61,14 @@ enum class OverlapBackward {
   /// Not with hooks that change gradients later, as
   /// DistributedDataParallel's: backward() throws StateError. Nor with
   /// parameters that are views of one tensor: PyTorch takes the update of one
-  /// for a change of all, and throws. Between
-  /// backward() and the end of step() parameters are being updated: they and
-  /// the groups' options are not to be changed, and not to be read. Gradients
-  /// are zeroed with zero_grad() to none, as is its default.
+  /// for a change of all, and throws. Gradients in page-locked memory, and
+  /// those of a backward pass with a function in it whose name has
+  /// "Checkpoint", are left to step(): they may come in parts. Another function
+  /// whose backward runs a backward pass of its own, or reads parameters other
+  /// than those that it saved, is not seen: take kPrefetch. Between backward()
+  /// and the end of step() parameters are being updated: they and the groups'
+  /// options are not to be changed, and not to be read. Gradients are zeroed
+  /// with zero_grad() to none, as is its default.
   kUpdate,
 };
 
@@ -186,6 +190,7 @@ class OffloadedAdamW : public torch::optim::Optimizer {
     }
     const std::string complaint = complaint_about(groups);
     const auto taken = std::exchange(taken_, {});
+    in_parts_ = false;
     engine_.finish();
     for (const Taken& each : taken) show(each.parameter);
     if (!complaint.empty()) throw StateError(complaint);
@@ -265,8 +270,14 @@ class OffloadedAdamW : public torch::optim::Optimizer {
         adamw::check_saved(saved.back().parameter.tensor, state.state);
       });
     }
-    engine_.load(saved);
+    try {
+      engine_.load(saved);
+    } catch (...) {
+      if (!engine_.in_step()) taken_.clear();
+      throw;
+    }
     taken_.clear();
+    in_parts_ = false;
     state_.clear();
     for (const auto& entry : saved) show(entry.parameter);
   }
@@ -384,6 +395,7 @@ class OffloadedAdamW : public torch::optim::Optimizer {
     const bool changes = may_change_later(parameter);
     if (!takes_ && changes) return;
     if (changes) throw StateError(kChangesLater);
+    if (takes_ && is_left_to_step(parameter)) return;
     if (takes_ && taken_.empty()) begin_taking();
     const auto place = places_.find(parameter.unsafeGetTensorImpl());
     if (place == places_.end() || !place->second.group) return;
@@ -395,6 +407,16 @@ class OffloadedAdamW : public torch::optim::Optimizer {
     } else {
       engine_.prefetch(trained);
     }
+  }
+
+  /// Whether a gradient may be not all there before backward ends.
+  bool is_left_to_step(const at::Tensor& parameter) {
+    const int pass = torch::autograd::get_current_graph_task_id();
+    if (std::exchange(pass_, pass) != pass && has_reentrant_checkpoint()) {
+      in_parts_ = true;
+    }
+    // A copy from a device may be on its way to page-locked memory.
+    return in_parts_ || (parameter.is_cpu() && parameter.grad().is_pinned());
   }
 
   static bool takes(const OffloadOptions& offload) {
@@ -556,6 +578,8 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   std::vector<Taken> taken_;
   at::Tensor grad_norm_;
   std::size_t accumulating_ = 0;
+  int pass_ = -1;          // Of backward, that a gradient came in last.
+  bool in_parts_ = false;  // Gradients of this step may come so.
 };
 
 }  // namespace torch_ext
