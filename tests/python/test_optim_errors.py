@@ -253,7 +253,7 @@ def test_a_directory_in_memory_is_warned_of(small_disk, caplog):
 
 def test_a_full_disk_refuses_new_state_and_keeps_the_old(small_disk):
     pair = Pair(
-        parameters(60_000, 100_000), small_disk, engine="threads", state_dict_mode="mapped"
+        parameters(70_000, 100_000), small_disk, engine="threads", state_dict_mode="mapped"
     )
     pair.step(0, [0])
     set_gradients(pair.ours, seed=1)
