@@ -19,6 +19,10 @@ from gpt_training import GPT, Batches, Job, LinearIn32Bits, memory, read_text, t
 
 from torch_ext import OffloadedAdamW
 
+#: Steps until the learning rate is as asked for. The first steps of Adam move each
+#: weight by all of it, whatever the gradient: with 40 blocks the loss would rise.
+WARM_UP = 10
+
 
 def make_model(job: Job) -> GPT:
     """In bfloat16 from the start: no float32 copy of it ever exists."""
@@ -29,7 +33,9 @@ def make_model(job: Job) -> GPT:
         torch.set_default_dtype(torch.float32)
 
 
-def in_memory(parameters: list[torch.nn.Parameter], lr: float) -> Callable[[], None]:
+def in_memory(
+    parameters: list[torch.nn.Parameter], lr: float
+) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
     """What everybody does: float32 masters, and torch's AdamW on them."""
     masters = [torch.nn.Parameter(p.detach().float()) for p in parameters]
     optimizer = torch.optim.AdamW(masters, lr=lr, fused=True)
@@ -44,7 +50,7 @@ def in_memory(parameters: list[torch.nn.Parameter], lr: float) -> Callable[[], N
         for master, parameter in zip(masters, parameters, strict=True):
             parameter.copy_(master)
 
-    return step
+    return optimizer, step
 
 
 def train(job: Job, offload: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +60,6 @@ def train(job: Job, offload: dict[str, Any]) -> dict[str, Any]:
     parameters = list(model.parameters())
     tell("started", parameters=sum(p.numel() for p in parameters), resident=memory("VmRSS"))
     batches = Batches(read_text()[0], job, job.seed)
-    optimizer = None
     if job.offloaded:
         tell("stage", text="making OffloadedAdamW")
         optimizer = OffloadedAdamW(
@@ -67,10 +72,13 @@ def train(job: Job, offload: dict[str, Any]) -> dict[str, Any]:
         step = optimizer.step
     else:
         tell("stage", text="making float32 masters")
-        step = in_memory(parameters, job.lr)
+        optimizer, step = in_memory(parameters, job.lr)
     for number in range(1, job.steps + 1):
         start = time.perf_counter()
         tell("stage", text=f"backward of step {number}")
+        # Before backward, which with overlap_backward="update" uses it already.
+        for group in optimizer.param_groups:
+            group["lr"] = job.lr * min(1.0, number / WARM_UP)
         tokens, targets = batches.next()
         loss = F.cross_entropy(model(tokens).float().flatten(0, 1), targets.flatten())
         loss.backward()
@@ -87,7 +95,7 @@ def train(job: Job, offload: dict[str, Any]) -> dict[str, Any]:
             peak=memory("VmHWM"),
         )
     result = {"plan": "", "stats": None}
-    if optimizer is not None:
+    if job.offloaded:
         result["plan"] = str(optimizer.plan())
         optimizer.close()
         result["stats"] = optimizer.stats()
