@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "errors.h"
+#include "gil.h"
 #include "torch_ext/base/size.h"
 #include "torch_ext/config/aio_config.h"
 #include "torch_ext/device/cuda_runtime.h"
@@ -113,7 +114,7 @@ void bind_parser(py::module_& m, const char* name, Parse parse) {
       name,
       [parse](std::string_view json) {
         const auto parsed = [json, parse] {
-          py::gil_scoped_release released;
+          const ReleasedGil released;
           return parse(json);
         }();
         return to_tuple(parsed);
@@ -180,7 +181,7 @@ py::dict to_dict(const torch_ext::File& file) {
 void bind_info(py::module_& m) {
   m.def("engine_info", [] {
     std::vector<std::pair<std::string, std::string>> engines;
-    py::gil_scoped_release released;
+    const ReleasedGil released;
     for (const std::string_view name : torch_ext::engine_names()) {
       engines.emplace_back(name, torch_ext::engine_unavailable_reason(name));
     }
@@ -190,7 +191,7 @@ void bind_info(py::module_& m) {
       "probe_directory",
       [](const std::filesystem::path& directory) {
         const auto file = [&directory] {
-          py::gil_scoped_release released;
+          const ReleasedGil released;
           return torch_ext::File::scratch(directory);
         }();
         return to_dict(file);

@@ -43,7 +43,7 @@ template <typename Start>
 void add_ticket(py::list& tickets, Start start) {
   std::optional<TensorTicket> ticket;
   {
-    py::gil_scoped_release released;
+    const ReleasedGil released;
     ticket = start();
   }
   tickets.append(std::move(*ticket));
@@ -55,7 +55,7 @@ void bind_file_swapper(py::module_& m) {
       m, "TensorFileSwapper", py::module_local())
       .def(py::init([](const AioConfig& aio, std::uint64_t host_memory,
                        std::string engine) {
-             py::gil_scoped_release released;
+             const ReleasedGil released;
              return std::unique_ptr<TensorFileSwapper, DeleteWithoutGil>(
                  new TensorFileSwapper({.aio = aio,
                                         .engine = std::move(engine),
@@ -93,7 +93,7 @@ void bind_file_swapper(py::module_& m) {
       .def("stats",
            [](const TensorFileSwapper& swapper) {
              return to_dict([&] {
-               py::gil_scoped_release released;
+               const ReleasedGil released;
                return swapper.stats();
              }());
            })

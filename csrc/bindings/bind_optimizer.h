@@ -103,7 +103,7 @@ py::list to_list(const std::vector<torch_ext::LaneEvent>& timeline) {
 py::list save(AdamWEngine& engine, const std::vector<SlotArgs>& parameters) {
   std::vector<AdamWEngine::Saved> saved;
   {
-    py::gil_scoped_release released;
+    const ReleasedGil released;
     saved = engine.save(to_parameters(parameters));
   }
   py::list list;
@@ -155,7 +155,7 @@ void bind_optimizer(py::module_& m) {
                        std::uint64_t seed, const std::string& update_on,
                        std::uint64_t early_bytes,
                        const std::string& state_dict_mode) {
-             py::gil_scoped_release released;
+             const ReleasedGil released;
              return std::unique_ptr<AdamWEngine, DeleteWithoutGil>(
                  new AdamWEngine(
                      {.store = {.directory = to_list(directories),
@@ -223,7 +223,7 @@ void bind_optimizer(py::module_& m) {
       .def("stats",
            [](AdamWEngine& engine) {
              return to_dict([&] {
-               py::gil_scoped_release released;
+               const ReleasedGil released;
                return engine.offload().stats();
              }());
            })
@@ -231,7 +231,7 @@ void bind_optimizer(py::module_& m) {
           "plan",
           [](AdamWEngine& engine, const std::vector<SlotArgs>& parameters) {
             return to_dict([&] {
-              py::gil_scoped_release released;
+              const ReleasedGil released;
               return engine.plan(to_parameters(parameters));
             }());
           },
@@ -239,7 +239,7 @@ void bind_optimizer(py::module_& m) {
       .def("timeline",
            [](AdamWEngine& engine) {
              return to_list([&] {
-               py::gil_scoped_release released;
+               const ReleasedGil released;
                return engine.offload().timeline();
              }());
            })

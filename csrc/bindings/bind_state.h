@@ -89,11 +89,11 @@ class PythonKernel final : public torch_ext::UpdateKernel {
       : engine_(engine), callback_(std::move(callback)) {}
 
   void update(std::span<const StateSegment> segments) override {
-    const py::gil_scoped_acquire acquired;
+    const AcquiredGil acquired;
     try {
       py::list list;
       for (const StateSegment& segment : segments) list.append(shown(segment));
-      callback_(list);
+      parked_at_exit([&] { callback_(list); });
     } catch (const py::error_already_set& error) {
       error_ = error;
       const std::string text = error.what();
@@ -127,7 +127,7 @@ template <typename Call>
 void run_python(StateEngine& engine, py::function callback, Call call) {
   PythonKernel kernel(engine, std::move(callback));
   try {
-    const py::gil_scoped_release released;
+    const ReleasedGil released;
     call(engine.offload(), kernel);
   } catch (...) {
     if (kernel.error()) throw py::error_already_set(*kernel.error());
@@ -265,7 +265,7 @@ void bind_state_engine(py::module_& m) {
       .def(py::init([](const Directories& directories, const AioConfig& aio,
                        std::uint64_t host_memory, std::uint64_t scratch,
                        std::string engine, bool verify) {
-             const py::gil_scoped_release released;
+             const ReleasedGil released;
              return std::unique_ptr<StateEngine, DeleteWithoutGil>(
                  new StateEngine({.store = {.directory = to_list(directories),
                                             .aio = aio,
@@ -312,7 +312,7 @@ void bind_state_engine(py::module_& m) {
       .def("stats",
            [](StateEngine& engine) {
              return to_dict([&] {
-               const py::gil_scoped_release released;
+               const ReleasedGil released;
                return engine.stats();
              }());
            })
@@ -320,7 +320,7 @@ void bind_state_engine(py::module_& m) {
           "plan",
           [](StateEngine& engine, const Numbers& numbers) {
             return to_dict([&] {
-              const py::gil_scoped_release released;
+              const ReleasedGil released;
               return engine.offload().plan(numbers);
             }());
           },
@@ -328,7 +328,7 @@ void bind_state_engine(py::module_& m) {
       .def("timeline",
            [](StateEngine& engine) {
              return to_list([&] {
-               const py::gil_scoped_release released;
+               const ReleasedGil released;
                return engine.offload().timeline();
              }());
            })

@@ -71,7 +71,7 @@ void wait_interruptibly(const TensorTicket& ticket, const py::object& timeout,
     const Duration slice(std::min(left, 0.05));
     bool done = false;
     {
-      py::gil_scoped_release released;
+      const ReleasedGil released;
       done = wait_for(std::chrono::ceil<std::chrono::nanoseconds>(slice));
     }
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
@@ -86,7 +86,7 @@ void wait_interruptibly(const TensorTicket& ticket, const py::object& timeout,
 void wait_for_bytes(const TensorTicket& ticket, const py::object& timeout) {
   wait_interruptibly(ticket, timeout,
                      [&](auto slice) { return ticket.wait_for(slice); });
-  py::gil_scoped_release released;
+  const ReleasedGil released;
   ticket.wait();
 }
 
@@ -96,7 +96,7 @@ py::object outcome_of(const TensorTicket& ticket, const py::object& timeout) {
   wait_interruptibly(ticket, timeout,
                      [&](auto slice) { return ticket.wait_for(slice); });
   try {
-    py::gil_scoped_release released;
+    const ReleasedGil released;
     ticket.wait();
   } catch (...) {
     return to_python(std::current_exception());
@@ -107,14 +107,14 @@ py::object outcome_of(const TensorTicket& ticket, const py::object& timeout) {
 void wait_for_source(const TensorTicket& ticket, const py::object& timeout) {
   wait_interruptibly(ticket, timeout,
                      [&](auto slice) { return ticket.wait_source_for(slice); });
-  py::gil_scoped_release released;
+  const ReleasedGil released;
   ticket.wait_source();
 }
 
 py::object result_of(const TensorTicket& ticket, const py::object& timeout) {
   wait_for_bytes(ticket, timeout);
   const at::Tensor tensor = [&ticket] {
-    py::gil_scoped_release released;
+    const ReleasedGil released;
     return ticket.result();
   }();
   return tensor.defined() ? py::cast(tensor) : py::none();
@@ -172,7 +172,7 @@ void bind_swap(py::module_& m) {
       .def(py::init([](const Directories& directories, const AioConfig& aio,
                        std::uint64_t host_memory, std::string engine,
                        bool verify) {
-             py::gil_scoped_release released;
+             const ReleasedGil released;
              return std::unique_ptr<TensorSwapper, DeleteWithoutGil>(
                  new TensorSwapper({.store = {.directory = to_list(directories),
                                               .aio = aio,
@@ -202,7 +202,7 @@ void bind_swap(py::module_& m) {
       .def("stats",
            [](const TensorSwapper& swapper) {
              return to_dict([&] {
-               py::gil_scoped_release released;
+               const ReleasedGil released;
                return swapper.stats();
              }());
            })
