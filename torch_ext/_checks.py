@@ -157,7 +157,9 @@ class Life:
         if self._process != os.getpid():
             raise RuntimeError(
                 f"this {self._what} was created in process {self._process} and cannot be "
-                f"used in a forked child; create one in the child"
+                f"used in a forked child; create one in the child. There PyTorch's own "
+                f"operators wait for threads of the parent for ever: call "
+                f"torch.set_num_threads(1) first, or start it with the method 'spawn'"
             )
 
     def check(self) -> None:

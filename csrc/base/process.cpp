@@ -15,7 +15,11 @@ void forget_id() { id = 0; }
 /// True if a forked child will ask anew.
 bool watch_forks() { return pthread_atfork(nullptr, nullptr, forget_id) == 0; }
 
+const pid_t loaded_in = getpid();
+
 }  // namespace
+
+bool is_forked_child() noexcept { return process_id() != loaded_in; }
 
 pid_t process_id() noexcept {
   static const bool watched = watch_forks();

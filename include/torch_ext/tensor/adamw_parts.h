@@ -15,14 +15,13 @@
 #include <exception>
 #include <memory>
 
+#include "torch_ext/base/process.h"
 #include "torch_ext/optim/adamw_update.h"
 #include "torch_ext/optim/state_format.h"
 #include "torch_ext/optim/update_kernel.h"
 #include "torch_ext/tensor/adamw_options.h"
 #include "torch_ext/tensor/dense_tensor.h"
-
-/// Of the OpenMP that PyTorch brings, if it does: for the calling thread only.
-extern "C" void omp_set_num_threads(int) noexcept __attribute__((weak));
+#include "torch_ext/tensor/one_thread.h"
 
 namespace torch_ext {
 
@@ -93,25 +92,6 @@ inline at::Tensor host_part(const at::Tensor& parameter, std::uint64_t first,
   return here.copy_(there);
 }
 
-/// The calling thread's operators run on it alone, for as long as this lives.
-/// PyTorch's other threads would wait for the next one without sleeping, on
-/// cores that I/O needs.
-class OneThread {
- public:
-  OneThread() : before_(at::get_num_threads()) { set(1); }
-  ~OneThread() { set(before_); }
-  OneThread(const OneThread&) = delete;
-  OneThread& operator=(const OneThread&) = delete;
-
-  /// For good.
-  static void set(int threads) {
-    if (omp_set_num_threads != nullptr) omp_set_num_threads(threads);
-  }
-
- private:
-  const int before_;
-};
-
 /// Calls `work` for each number below `parts`, on the calling thread and, as
 /// far as they come in time, on those of PyTorch's inter-op pool, `threads` in
 /// all. Throws what `work` has thrown first, when all is done.
@@ -138,6 +118,8 @@ void run_in_parallel(std::size_t threads, std::size_t parts, const Work& work) {
       if (++shared->done == parts) shared->done.notify_all();
     }
   };
+  // The pool of a forked child has no threads; to wake them may take for ever.
+  if (is_forked_child()) threads = 1;
   try {
     for (std::size_t i = 1; i < std::min(threads, parts); ++i) at::launch(help);
   } catch (...) {

@@ -5,6 +5,8 @@
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include "torch_ext/tensor/one_thread.h"
+
 namespace torch_ext {
 
 /// While it lives, the thread's operators run without autograd, inference mode
@@ -14,6 +16,8 @@ namespace torch_ext {
 ///
 /// The default dtype is the process's, not the thread's. So whatever makes a
 /// tensor names its dtype and device.
+///
+/// In a forked child they run on the thread alone.
 class PlainModes {
  public:
   PlainModes() = default;
@@ -25,6 +29,7 @@ class PlainModes {
   const c10::NoGradGuard no_grad_;  // After it, which turns autograd on.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast_{
       c10::autocast_dispatch_keyset};
+  const OneThreadInChild alone_;
 };
 
 }  // namespace torch_ext
