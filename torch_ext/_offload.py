@@ -19,6 +19,7 @@ from torch_ext._checks import Life, close_quietly, log_notes
 from torch_ext._local import check_parameter, is_distributed, local_gradient, local_of
 from torch_ext._modes import plain_modes
 from torch_ext._plan import OffloadPlan
+from torch_ext._undisturbed import undisturbed
 
 _logger = logging.getLogger("torch_ext")
 _Self = TypeVar("_Self", bound="OffloadedBase")
@@ -55,6 +56,7 @@ class OffloadedBase(torch.optim.Optimizer):
         """Raises ValueError or TypeError if a group's options cannot be used."""
         raise NotImplementedError
 
+    @undisturbed
     @plain_modes()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, before or after the first step; see ``torch.optim``.
@@ -137,6 +139,7 @@ class OffloadedBase(torch.optim.Optimizer):
         self._life.check_process()
         return self._engine.engine
 
+    @undisturbed
     def close(self) -> None:
         """Waits for writes in flight and frees memory and disk space.
 

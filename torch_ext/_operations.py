@@ -21,17 +21,20 @@ class Operation:
 
     Signal handlers may raise anything at any line of Python, and what they raise
     must neither pass for the operation's failure nor lose the operation. So the
-    compiled module puts tickets into a list, and returns failures.
+    compiled module puts tickets into a list, and returns failures; and handlers wait
+    while operations are started, and while they are taken and reported.
     """
 
-    __slots__ = ("_check", "_ended", "_tickets", "error")
+    __slots__ = ("_check", "_ended", "_tickets", "error", "reported")
 
     def __init__(self) -> None:
         self._check: tuple[torch.Tensor, str, int] | None = None
         self._ended = False
         self._tickets: list[Any] = []
-        #: What it failed with, once wait() has returned.
+        #: What it failed with, once wait() has returned and until it is reported.
         self.error: Exception | None = None
+        #: Whether a call has taken it, to report it.
+        self.reported = False
 
     def start(
         self,
@@ -88,26 +91,34 @@ class Pending:
         with self._lock:
             self._operations[operation] = None
 
-    def take(self, timeout: float | None = None) -> tuple[int, list[Exception]]:
-        """Waits for what is pending now, and takes what no other thread has taken.
-
-        Returns how many that are, and what failed of them. Cut short by an
-        exception (see Operation.wait), as after ``timeout`` seconds, it takes
-        nothing.
-        """
+    def wait(self, timeout: float | None = None) -> list[Operation]:
+        """Waits for what is pending now, and returns it: see Operation.wait."""
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._lock:
             operations = list(self._operations)
         for operation in operations:
             operation.wait(deadline)
-        ended = set(operations)
+        return operations
+
+    def take(
+        self, ended: list[Operation], own: Operation | None = None
+    ) -> tuple[int, list[Exception]]:
+        """Takes those that no other thread has taken, and ``own``, which never was pending.
+
+        Returns how many that are, and what failed of them, which nobody else reports.
+        """
+        wanted = set(ended)
         with self._lock:
-            taken = [operation for operation in self._operations if operation in ended]
-            failures = [operation.error for operation in taken if operation.error is not None]
-            # One assignment, so that Ctrl-C leaves all of them or none.
+            taken = [operation for operation in self._operations if operation in wanted]
             self._operations = {
-                operation: None for operation in self._operations if operation not in ended
+                operation: None for operation in self._operations if operation not in wanted
             }
+        if own is not None:
+            taken.append(own)
+        failures = [operation.error for operation in taken if operation.error is not None]
+        for operation in taken:
+            operation.reported = True
+            operation.error = None  # Frames that a failure leads to have the operation.
         return len(taken), failures
 
     def close(self) -> list[Exception]:
@@ -117,7 +128,7 @@ class Pending:
             self._files.close()
         except Exception as error:
             unseen = [without_frames(error)]
-        _, failures = self.take()
+        _, failures = self.take(self.wait())
         # The former is one of the latter, unless its ticket was lost on Ctrl-C.
         return failures or unseen
 

@@ -18,6 +18,7 @@ from torch.autograd.graph import _engine_run_backward
 
 from torch_ext._local import local_of
 from torch_ext._native import _C
+from torch_ext._undisturbed import undisturbed
 
 _logger = logging.getLogger("torch_ext")
 
@@ -223,6 +224,7 @@ class Overlap:
         _let_go([], self.taken)
         self._in_parts = False
 
+    @undisturbed  # The engine and what is noted here have to agree.
     def on_gradient(self, parameter: Tensor) -> None:
         if self._accumulating:
             return

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torch_ext._elementwise import Kept, Piece, PieceError, PieceOptimizer, State
 from torch_ext._native import _C
-from torch_ext._undisturbed import one_thread, signals_held
+from torch_ext._undisturbed import one_thread
 from torch_ext._values import copied, differing
 from torch_ext.config import AioConfig
 
@@ -110,7 +110,7 @@ class _Work:
 class PieceEngine:
     """As ``_C.AdamWEngine`` is for AdamW. Holds no parameter.
 
-    One call at a time. Signals wait until a call has ended.
+    One call at a time. The caller keeps handlers of signals away: see undisturbed().
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class PieceEngine:
                     work.gradient = _C.OrderedReader(gradient, parameter)
                     work.written_gradient = _not_in_place(gradient, parameter, group.kept)
         try:
-            with signals_held(), one_thread():
+            with one_thread():
                 self._optimizer.begin()
                 self._run_idle(groups, method)
                 self._state.step(
@@ -316,7 +316,7 @@ class PieceEngine:
         snapshot = _C.Snapshot(self._mode, self._directory)
         places = _places([entry[0] for entry in shown if entry], snapshot)
         snapshot.open()
-        with signals_held(), one_thread():
+        with one_thread():
             self._state.read(lambda segments: self._show(segments, works, places, snapshot))
         for entry in shown:
             if entry and entry[0].scalars is None:
@@ -370,7 +370,7 @@ class PieceEngine:
             works[own.number] = work
         for own in self._slots:
             own.scalars = None
-        with signals_held(), one_thread():
+        with one_thread():
             self._state.write(list(works), lambda segments: self._fill(segments, works))
             for work in works.values():
                 work.slot.scalars = work.scalars

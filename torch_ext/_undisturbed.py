@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
-from collections.abc import Iterator
-from types import FrameType
+import functools
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
 
 import torch
+
+from torch_ext._native import _C
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_held = _C.HeldSignals()
 
 
 @contextlib.contextmanager
@@ -26,26 +31,16 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Runs the handlers of signals that come in the meantime at the end.
+def undisturbed(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A function during which no handler of a signal runs; they do when it has ended.
 
-    For what is written in Python and must not be left half done, as Ctrl-C would.
+    For what must not be left half done, as Ctrl-C would, nor be seen so by a handler that
+    saves. All handlers of the signals that came run, as Python itself runs them.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Handlers run in the main thread.
-        return
-    came: list[tuple[int, FrameType | None]] = []
-    handlers = {}
-    try:
-        for number in signal.valid_signals():
-            handler = signal.getsignal(number)
-            if callable(handler):
-                handlers[number] = handler
-                signal.signal(number, lambda n, frame: came.append((n, frame)))
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number, frame in came:
-            handlers[number](number, frame)
+
+    @functools.wraps(function)
+    def held(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with _held:
+            return function(*args, **kwargs)
+
+    return held

@@ -31,6 +31,7 @@ from torch_ext._offload import OffloadedBase
 from torch_ext._piece_engine import MASTER, Group, Loaded, PieceEngine, Trained
 from torch_ext._plan import OffloadPlan
 from torch_ext._trial import Trials
+from torch_ext._undisturbed import undisturbed
 from torch_ext._values import differing
 from torch_ext.config import AioConfig, parse_size, resolve_aio_config
 
@@ -62,8 +63,8 @@ class OffloadedOptimizer(OffloadedBase):
     The rest is as with ``OffloadedAdamW``, which is faster than this with ``AdamW``:
     masters of bfloat16 and float16 parameters (``master_param`` in a ``state_dict()``),
     ``state`` without tensors, what follows an I/O error, one call at a time, fork, pickle.
-    ``state_dict()`` is as that of the class itself: either loads the other's. Ctrl-C
-    takes effect when a call has ended.
+    ``state_dict()`` is as that of the class itself: either loads the other's.
+    Handlers of signals, such as Ctrl-C, run when a call has ended.
 
     The caller's default device, inference mode, autocast and grad mode change nothing. The
     class sees torch's default dtype, as it does in memory: ``NAdam`` keeps a product in
@@ -211,6 +212,7 @@ class OffloadedOptimizer(OffloadedBase):
         self._step()
         return loss
 
+    @undisturbed
     @plain_modes()
     def _step(self) -> None:
         groups = []
@@ -225,6 +227,7 @@ class OffloadedOptimizer(OffloadedBase):
         self._run(groups, "step")
 
     @torch._disable_dynamo
+    @undisturbed
     @plain_modes()
     def _switch(self, mode: str) -> None:
         """``train()`` or ``eval()`` of a class that has them."""
@@ -265,6 +268,15 @@ class OffloadedOptimizer(OffloadedBase):
         self._life.check()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        state_dict = self._saved()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state_dict)
+            if changed is not None:
+                state_dict = changed
+        return state_dict
+
+    @undisturbed
+    def _saved(self) -> dict[str, Any]:
         number_of = {p: i for i, p in enumerate(self._parameters())}
         groups, asked = [], []
         all_kept = self._trials.kept(self.param_groups)
@@ -280,15 +292,10 @@ class OffloadedOptimizer(OffloadedBase):
         kept_of = {p: (slot, p, kept) for slot, p, kept, _ in asked}
         with self._naming(kept_of, lambda p: self._engine.expect(*kept_of[p])):
             states = zip(kept_of, self._engine.save(asked), strict=True)
-        state_dict = {
+        return {
             "state": {number_of[p]: state for p, state in states if state is not None},
             "param_groups": groups,
         }
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            changed = post_hook(self, state_dict)
-            if changed is not None:
-                state_dict = changed
-        return state_dict
 
     @torch._disable_dynamo
     @plain_modes()
@@ -314,6 +321,12 @@ class OffloadedOptimizer(OffloadedBase):
             if changed is not None:
                 state_dict = changed
         check_state_dict(state_dict)
+        self._load(state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    @undisturbed
+    def _load(self, state_dict: dict[str, Any]) -> None:
         state = state_dict["state"]
         saved = state_dict["param_groups"]
         groups = [_merged(*both) for both in paired(self.param_groups, saved, state)]
@@ -341,9 +354,8 @@ class OffloadedOptimizer(OffloadedBase):
         self.state = defaultdict(dict)
         for entry in loaded:
             self.state[entry.parameter] = self._shown_state(entry.parameter)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
 
+    @undisturbed
     @plain_modes()
     def plan(self) -> OffloadPlan:
         """As ``OffloadedAdamW.plan``."""

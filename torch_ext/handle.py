@@ -23,6 +23,7 @@ from torch_ext._handle_arguments import (
 )
 from torch_ext._native import _C
 from torch_ext._operations import Operation, Pending, without_frames
+from torch_ext._undisturbed import undisturbed
 from torch_ext.config import parse_size
 
 _logger = logging.getLogger("torch_ext")
@@ -231,9 +232,9 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         self._life.check()
         seconds = _C.to_seconds(timeout)
         self._log_notes()
-        ended = self._pending.take(seconds)
+        ended = self._pending.wait(seconds)
         try:
-            return self._report(*ended)
+            return self._report(ended)
         finally:
             self._files.drop_deleted()
 
@@ -266,6 +267,7 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         self._life.check_process()
         return self._files.stats()
 
+    @undisturbed
     def close(self) -> None:
         """Waits for all operations and frees memory and descriptors. Idempotent.
 
@@ -347,39 +349,46 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         target: str | int,
         offset: int,
         validate: bool,
-        then: Callable[[Operation], tuple[int, list[Exception]]],
+        then: Callable[[Operation], int],
     ) -> int:
         self._life.check()
         operation = Operation()
         try:
-            start(operation, buffer, target, offset, validate)
-            count, failures = then(operation)
-        except BaseException as error:
-            if operation.started:
+            if not self._begin(operation, start, buffer, target, offset, validate):
+                return -1
+            return then(operation)
+        except BaseException:
+            if operation.started and not operation.reported:
                 # A signal's handler: the next wait() has to know of what goes on.
                 self._pending.add(operation)
-                raise
-            if self._strict or not isinstance(error, _Refusal):
+            raise
+
+    @undisturbed  # What a handler raises is no refusal.
+    def _begin(self, operation: Operation, start: Callable[..., None], *arguments: Any) -> bool:
+        """Returns whether it has started; if not, its failure is reported."""
+        try:
+            start(operation, *arguments)
+        except _Refusal as error:
+            if self._strict or operation.started:
                 raise
             self.errors.append(without_frames(error))
-            return -1
-        del operation  # As in _raise_first().
-        return self._report(count, failures)
+        return operation.started
 
-    def _leave(self, operation: Operation) -> tuple[int, list[Exception]]:
+    def _leave(self, operation: Operation) -> int:
         self._pending.add(operation)
-        return 0, []
+        return 0
 
-    def _finish_alone(self, operation: Operation) -> tuple[int, list[Exception]]:
+    def _finish_alone(self, operation: Operation) -> int:
         operation.wait()
-        return 0, _failures_of(operation)
+        return min(0, self._report([], operation))
 
-    def _finish(self, operation: Operation) -> tuple[int, list[Exception]]:
+    def _finish(self, operation: Operation) -> int:
         operation.wait()
-        count, failures = self._pending.take()
-        return count + 1, failures + _failures_of(operation)
+        return self._report(self._pending.wait(), operation)
 
-    def _report(self, count: int, failures: list[Exception]) -> int:
+    @undisturbed  # What is taken must be reported.
+    def _report(self, ended: list[Operation], own: Operation | None = None) -> int:
+        count, failures = self._pending.take(ended, own)
         if not failures:
             return count
         if self._strict:
@@ -462,10 +471,6 @@ class pin_handle:  # noqa: N801
     def is_pinned(self, buffer: torch.Tensor) -> bool:
         """See ``aio_handle.is_pinned``."""
         return is_pinned(buffer)
-
-
-def _failures_of(operation: Operation) -> list[Exception]:
-    return [] if operation.error is None else [operation.error]
 
 
 def new_cpu_locked_tensor(num_elem: int, example: torch.Tensor) -> torch.Tensor:

@@ -47,6 +47,7 @@ from torch_ext._modes import plain_modes
 from torch_ext._native import _C
 from torch_ext._offload import OffloadedBase
 from torch_ext._overlap import Overlap, TakenGradient, overlap_of, version_of, with_gradient
+from torch_ext._undisturbed import undisturbed
 from torch_ext.config import AioConfig, parse_size, resolve_aio_config
 
 _logger = logging.getLogger("torch_ext")
@@ -80,10 +81,11 @@ class OffloadedAdamW(OffloadedBase):
     After an I/O error in the midst of a step the state may be half updated: each later
     step raises the error again until a state is loaded. After any other error, as of
     ``state_dict()``, all is as it was. One call at a time, from any thread.
-    Ctrl-C during a call takes effect when the call has ended, so that no step
-    is left half done. The caller's default dtype and device, inference mode, autocast and
-    grad mode change nothing. A forked child may not use the optimizer (RuntimeError);
-    pickling and copying raise TypeError.
+    Handlers of signals, such as Ctrl-C, that come during a call run when it has ended,
+    those that come during a closure at once. So no step is left half done, and what a
+    handler saves is the state before or after a whole step. The caller's default dtype and
+    device, inference mode, autocast and grad mode change nothing. A forked child may not
+    use the optimizer (RuntimeError); pickling and copying raise TypeError.
 
     Args:
         params: As for ``torch.optim.AdamW``: parameters, named parameters or
@@ -253,6 +255,7 @@ class OffloadedAdamW(OffloadedBase):
         if self._overlap is not None:
             self._overlap.watch(parameters)
 
+    @undisturbed
     def close(self) -> None:
         self._life.check_process()
         if self._overlap is not None:
@@ -276,6 +279,7 @@ class OffloadedAdamW(OffloadedBase):
         """
         return nullcontext() if self._overlap is None else self._overlap.accumulate()
 
+    @undisturbed
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in ``torch.optim``. With ``set_to_none=False`` gradients that were taken take
         memory again, of zeros.
@@ -303,6 +307,7 @@ class OffloadedAdamW(OffloadedBase):
             ValueError, TypeError: A parameter or gradient cannot be used;
                 nothing has changed then.
         """
+        self._life.check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -310,6 +315,7 @@ class OffloadedAdamW(OffloadedBase):
         self._step()
         return loss
 
+    @undisturbed
     @plain_modes()
     def _step(self) -> None:
         complaint = ""
@@ -366,6 +372,15 @@ class OffloadedAdamW(OffloadedBase):
             )
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        state_dict = self._saved()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state_dict)
+            if changed is not None:
+                state_dict = changed
+        return state_dict
+
+    @undisturbed
+    def _saved(self) -> dict[str, Any]:
         number_of = {p: i for i, p in enumerate(self._parameters())}
         groups = []
         for group in self.param_groups:
@@ -387,12 +402,7 @@ class OffloadedAdamW(OffloadedBase):
             if master is not None:
                 entry["master_param"] = like_parameter(master, parameter)
             state[number_of[parameter]] = entry
-        state_dict = {"state": state, "param_groups": groups}
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            changed = post_hook(self, state_dict)
-            if changed is not None:
-                state_dict = changed
-        return state_dict
+        return {"state": state, "param_groups": groups}
 
     @torch._disable_dynamo
     @plain_modes()
@@ -419,6 +429,12 @@ class OffloadedAdamW(OffloadedBase):
             if changed is not None:
                 state_dict = changed
         check_state_dict(state_dict)
+        self._load(state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    @undisturbed
+    def _load(self, state_dict: dict[str, Any]) -> None:
         groups = [
             merged(group, saved, self.defaults)
             for group, saved in paired(
@@ -445,8 +461,6 @@ class OffloadedAdamW(OffloadedBase):
         self.state = defaultdict(dict)
         for p, _ in entries:
             self.state[p] = self._shown_state(p)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
 
     def _check_trained(self, parameter: Tensor) -> None:
         self._engine.check(*self._own_part(parameter), self._own_gradient(parameter))

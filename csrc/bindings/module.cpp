@@ -9,10 +9,12 @@
 #include "bind_state.h"
 #include "bind_swap.h"
 #include "errors.h"
+#include "signals.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The compiled half of torch_ext; see the package itself.";
   bind_errors();
+  bind_signals(m);
   bind_config(m);
   bind_info(m);
   bind_swap(m);
