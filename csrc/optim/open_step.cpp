@@ -21,9 +21,12 @@ void OptimizerOffload::Impl::release(std::size_t number) {
   {
     const std::lock_guard lock(parameters_mutex);
     p.active = true;
-    if (p.has_state) ++p.step;
+    if (p.placed) {
+      ++p.step;
+      p.has_state = true;
+    }
   }
-  if (!p.has_state) {
+  if (!p.placed) {
     newcomers.push_back(number);
     return;
   }
@@ -51,9 +54,12 @@ void OptimizerOffload::Impl::finish_open_step() {
   if (newcomers.empty()) return;
   activate(newcomers);
   place(newcomers);
-  for (const std::size_t number : newcomers) ++parameters[number].step;
+  for (const std::size_t number : newcomers) {
+    ++parameters[number].step;
+    parameters[number].has_state = true;
+  }
   // What comes in the next step is all of it.
-  const bool alone = newcomers.size() == parameters.size();
+  const bool alone = newcomers.size() + unused.size() == parameters.size();
   TileLanes::Round round;
   round.repeat = alone;
   try {

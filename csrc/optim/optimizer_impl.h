@@ -5,6 +5,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "remedy.h"
@@ -27,8 +28,9 @@ class OptimizerOffload::Impl {
     std::uint64_t elements = 0;
     StateFields fields;
     std::uint64_t step = 0;
-    bool has_state = false;
-    bool active = false;  ///< In the round that runs.
+    bool placed = false;     ///< Has room in tiles.
+    bool has_state = false;  ///< That counts: a step, or state that was given.
+    bool active = false;     ///< In the round that runs.
     std::vector<Tile*> tiles = {};
   };
 
@@ -85,6 +87,12 @@ class OptimizerOffload::Impl {
   }
 
   void place(std::span<const std::size_t> numbers);
+  void forget(std::span<const std::size_t> numbers);
+  /// Steps, and whether there is state, to be set back if a round changes
+  /// nothing.
+  using Counts = std::vector<std::pair<std::uint64_t, bool>>;
+  Counts counts(std::span<const std::size_t> numbers) const;
+  void set_counts(std::span<const std::size_t> numbers, const Counts& counts);
   void activate(std::span<const std::size_t> numbers);
   void run(TileLanes::Round round, UpdateKernel& kernel);
   void release(std::size_t number);
@@ -113,6 +121,7 @@ class OptimizerOffload::Impl {
   std::unique_ptr<BufferPool> pool;
   std::unique_ptr<BufferPool> scratch;
   std::vector<Parameter> parameters;
+  std::vector<std::size_t> unused;  ///< Numbers of removed parameters.
   std::mutex parameters_mutex;  // Of what the updater looks at besides tiles.
   TileList tiles;
   std::vector<Tile*> order;  ///< Of the visits.

@@ -4,13 +4,14 @@
 #include <memory>
 #include <mutex>
 #include <stdexcept>
+#include <tuple>
 #include <utility>
 
 #include "optimizer_impl.h"
 
 namespace torch_ext {
 
-// Gives space to parameters that have no state yet; all or none.
+// Gives space to parameters that have none yet; all or none.
 void OptimizerOffload::Impl::place(std::span<const std::size_t> numbers) {
   const std::size_t before = tiles.size();
   std::vector<Tile*> evicted;
@@ -18,7 +19,7 @@ void OptimizerOffload::Impl::place(std::span<const std::size_t> numbers) {
     TileLayout layout(tiles, plan.tile_bytes);
     for (const std::size_t number : numbers) {
       const Parameter& p = parameter(number);
-      if (!p.has_state) layout.add(number, p.elements, p.fields);
+      if (!p.placed) layout.add(number, p.elements, p.fields);
     }
     const std::size_t count = tiles.size();
     const std::size_t stay = plan.resident(count);
@@ -26,15 +27,20 @@ void OptimizerOffload::Impl::place(std::span<const std::size_t> numbers) {
     const bool choose = before <= plan.buffers;
     std::vector<Tile*> on_drive;
     std::uint64_t bytes = 0;
-    for (std::size_t i = choose ? 0 : before; i < count; ++i) {
+    std::size_t residents = 0;
+    for (std::size_t i = 0; i < count; ++i) {
       Tile& tile = *tiles[i];
-      const bool resident = choose && is_chosen(i, count, stay);
+      const bool chosen = choose && is_chosen(i, count, stay);
       if (i >= before) {
-        tile.resident = resident;
-      } else if (!resident) {
+        // Where others have been forgotten there may be room for more.
+        tile.resident = choose ? chosen : residents + (i - before) < stay;
+        if (tile.resident) continue;
+      } else if (tile.resident && choose && !chosen) {
         evicted.push_back(&tile);
+      } else {
+        if (tile.resident) ++residents;
+        continue;
       }
-      if (resident) continue;
       on_drive.push_back(&tile);
       bytes += align_up(tile.bytes, granule);
     }
@@ -48,13 +54,53 @@ void OptimizerOffload::Impl::place(std::span<const std::size_t> numbers) {
     throw;
   }
   for (Tile* tile : evicted) lanes->evict(*tile);
-  for (const std::size_t number : numbers) parameters[number].has_state = true;
+  for (const std::size_t number : numbers) parameters[number].placed = true;
   for (std::size_t i = before; i < tiles.size(); ++i) {
     Tile* tile = tiles[i].get();
     order.push_back(tile);
     for (const Segment& segment : tile->segments) {
       parameters[segment.parameter].tiles.push_back(tile);
     }
+  }
+}
+
+// Gives the space back; tiles that others share keep a gap.
+void OptimizerOffload::Impl::forget(std::span<const std::size_t> numbers) {
+  std::vector<Tile*> emptied;
+  for (const std::size_t number : numbers) {
+    Parameter& p = parameters[number];
+    for (Tile* tile : p.tiles) {
+      std::erase_if(tile->segments, [number](const Segment& segment) {
+        return segment.parameter == number;
+      });
+      if (tile->segments.empty()) emptied.push_back(tile);
+    }
+    p.tiles.clear();
+    p.placed = p.has_state = p.active = false;
+    p.step = 0;
+  }
+  if (emptied.empty()) return;
+  lanes->drop(emptied);
+  const auto is_empty = [](const Tile& tile) { return tile.segments.empty(); };
+  std::erase_if(order, [&](const Tile* tile) { return is_empty(*tile); });
+  std::erase_if(tiles, [&](const auto& tile) { return is_empty(*tile); });
+  for (std::size_t i = 0; i < tiles.size(); ++i) tiles[i]->number = i;
+}
+
+OptimizerOffload::Impl::Counts OptimizerOffload::Impl::counts(
+    std::span<const std::size_t> numbers) const {
+  Counts counts;
+  for (const std::size_t number : numbers) {
+    counts.emplace_back(parameters[number].step, parameters[number].has_state);
+  }
+  return counts;
+}
+
+void OptimizerOffload::Impl::set_counts(std::span<const std::size_t> numbers,
+                                        const Counts& counts) {
+  for (std::size_t i = 0; i < numbers.size(); ++i) {
+    std::tie(parameters[numbers[i]].step, parameters[numbers[i]].has_state) =
+        counts[i];
   }
 }
 
@@ -185,8 +231,23 @@ std::size_t OptimizerOffload::add_parameter(std::uint64_t elements,
                                 std::to_string(StateFields::kCut));
   }
   const std::lock_guard parameters_lock(impl_->parameters_mutex);
-  impl_->parameters.push_back({.elements = elements, .fields = fields});
+  Impl::Parameter parameter{.elements = elements, .fields = fields};
+  if (!impl_->unused.empty()) {
+    const std::size_t number = impl_->unused.back();
+    impl_->unused.pop_back();
+    impl_->parameters[number] = std::move(parameter);
+    return number;
+  }
+  impl_->parameters.push_back(std::move(parameter));
   return impl_->parameters.size() - 1;
+}
+
+void OptimizerOffload::remove_parameter(std::size_t parameter) {
+  const std::vector<std::size_t> numbers{parameter};
+  forget_state(numbers);
+  const auto lock = impl_->enter();
+  if (std::ranges::count(impl_->unused, parameter) > 0) return;
+  impl_->unused.push_back(parameter);
 }
 
 void OptimizerOffload::step(std::span<const std::size_t> active,
@@ -196,13 +257,15 @@ void OptimizerOffload::step(std::span<const std::size_t> active,
   impl_->refuse_in_step();
   impl_->activate(active);
   impl_->place(active);
-  for (const std::size_t number : active) ++impl_->parameters[number].step;
+  const Impl::Counts before = impl_->counts(active);
+  for (const std::size_t number : active) {
+    ++impl_->parameters[number].step;
+    impl_->parameters[number].has_state = true;
+  }
   try {
     impl_->run({}, kernel);
   } catch (...) {
-    if (impl_->refusal == nullptr) {
-      for (const std::size_t number : active) --impl_->parameters[number].step;
-    }
+    if (impl_->refusal == nullptr) impl_->set_counts(active, before);
     throw;
   }
   ++impl_->steps;
@@ -214,13 +277,68 @@ void OptimizerOffload::add_state(std::span<const std::size_t> parameters) {
   impl_->refuse_in_step();
   impl_->activate(parameters);
   impl_->place(parameters);
+  for (const std::size_t number : parameters) {
+    impl_->parameters[number].has_state = true;
+  }
 }
 
-void OptimizerOffload::read_state(UpdateKernel& kernel) {
+void OptimizerOffload::make_room(std::span<const std::size_t> parameters) {
   const auto lock = impl_->enter();
   impl_->refuse_if_failed();
   impl_->refuse_in_step();
-  for (auto& p : impl_->parameters) p.active = p.has_state;
+  impl_->activate(parameters);
+  impl_->place(parameters);
+}
+
+void OptimizerOffload::forget_state(std::span<const std::size_t> parameters) {
+  const auto lock = impl_->enter();
+  for (const std::size_t number : parameters) impl_->parameter(number);
+  impl_->refuse_in_step();
+  impl_->forget(parameters);
+}
+
+void OptimizerOffload::change_state(std::span<const ParameterStep> parameters,
+                                    UpdateKernel& kernel) {
+  const auto lock = impl_->enter();
+  impl_->refuse_if_failed();
+  impl_->refuse_in_step();
+  std::vector<std::size_t> numbers;
+  for (const ParameterStep& given : parameters) {
+    numbers.push_back(given.parameter);
+  }
+  impl_->activate(numbers);
+  impl_->place(numbers);
+  const Impl::Counts before = impl_->counts(numbers);
+  for (const ParameterStep& given : parameters) {
+    impl_->parameters[given.parameter].step = given.step;
+    impl_->parameters[given.parameter].has_state = true;
+  }
+  try {
+    impl_->run({.tiles = {}, .read = true, .write = true, .repeat = false},
+               kernel);
+  } catch (...) {
+    if (impl_->refusal == nullptr) impl_->set_counts(numbers, before);
+    throw;
+  }
+}
+
+void OptimizerOffload::read_state(UpdateKernel& kernel) {
+  std::vector<std::size_t> all;
+  {
+    const auto lock = impl_->enter();
+    for (std::size_t i = 0; i < impl_->parameters.size(); ++i) {
+      if (impl_->parameters[i].has_state) all.push_back(i);
+    }
+  }
+  read_state(all, kernel);
+}
+
+void OptimizerOffload::read_state(std::span<const std::size_t> parameters,
+                                  UpdateKernel& kernel) {
+  const auto lock = impl_->enter();
+  impl_->refuse_if_failed();
+  impl_->refuse_in_step();
+  impl_->activate(parameters);
   impl_->run({.tiles = {}, .read = true, .write = false, .repeat = false},
              kernel);
 }
@@ -239,7 +357,7 @@ void OptimizerOffload::write_state(std::span<const ParameterStep> parameters,
   impl_->order.clear();
   impl_->tiles.clear();
   for (auto& p : impl_->parameters) {
-    p.has_state = false;
+    p.placed = p.has_state = false;
     p.step = 0;
     p.tiles.clear();
   }
@@ -252,6 +370,7 @@ void OptimizerOffload::write_state(std::span<const ParameterStep> parameters,
   }
   for (const ParameterStep& given : parameters) {
     impl_->parameters[given.parameter].step = given.step;
+    impl_->parameters[given.parameter].has_state = true;
   }
   impl_->run({.tiles = {}, .read = false, .write = true, .repeat = false},
              kernel);

@@ -295,6 +295,29 @@ void TileLanes::evict(Tile& tile) {
   start_write(tile);
 }
 
+void TileLanes::drop(const std::vector<Tile*>& tiles) {
+  Lock lock(mutex_);
+  std::vector<Tile*> kept;
+  std::size_t fetched = 0;
+  for (std::size_t i = 0; i < round_.tiles.size(); ++i) {
+    Tile* const tile = round_.tiles[i];
+    if (std::ranges::count(tiles, tile) > 0) continue;
+    kept.push_back(tile);
+    if (i < fetched_) ++fetched;
+  }
+  round_.tiles = std::move(kept);
+  fetched_ = fetched;
+  for (Tile* tile : tiles) {
+    if (tile->state == Tile::State::kReading) tile->unwanted = true;
+    changed_.wait(lock, [tile] {
+      return tile->state != Tile::State::kReading &&
+             tile->state != Tile::State::kWriting;
+    });
+    let_go(*tile);
+  }
+  pump();
+}
+
 void TileLanes::start_read(Tile& tile) {
   tile.state = Tile::State::kReading;
   tile.start = now();

@@ -67,6 +67,10 @@ class TileLanes {
   /// and has an extent. Between rounds.
   void evict(Tile& tile);
 
+  /// Forgets tiles that hold no state any more, once their transfers have
+  /// ended. Between rounds.
+  void drop(const std::vector<Tile*>& tiles);
+
   /// Waits for all transfers, and forgets the tiles and the failure(), which it
   /// returns. The tiles' buffers go with the tiles.
   std::exception_ptr clear() noexcept;

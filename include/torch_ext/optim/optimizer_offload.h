@@ -110,6 +110,9 @@ class OptimizerOffload {
   /// before the parameter's first step.
   std::size_t add_parameter(std::uint64_t elements, const StateFields& fields);
 
+  /// As forget_state(); then the number is free for add_parameter().
+  void remove_parameter(std::size_t parameter);
+
   /// Counts a step of each parameter in `active` (no number twice) and runs
   /// the kernel over their state. New state is zeros. Tiles without an active
   /// parameter are neither read nor written.
@@ -148,9 +151,20 @@ class OptimizerOffload {
   /// Errors: IoError (ENOSPC), before anything has changed.
   void add_state(std::span<const std::size_t> parameters);
 
+  /// Gives them space in which their first step finds zeros. They have no
+  /// state before it. Errors: as add_state().
+  void make_room(std::span<const std::size_t> parameters);
+
+  /// Takes state and space from them: the next step begins with zeros and
+  /// counts from 1. Also after an error. Errors: StateError in a step.
+  void forget_state(std::span<const std::size_t> parameters);
+
   /// Shows the kernel all state there is, which it must not change.
   /// Errors: as step(); its own reads and kernel change nothing.
   void read_state(UpdateKernel& kernel);
+  /// The same of those parameters' tiles only.
+  void read_state(std::span<const std::size_t> parameters,
+                  UpdateKernel& kernel);
 
   /// A parameter and the number of its steps.
   struct ParameterStep {
@@ -162,6 +176,12 @@ class OptimizerOffload {
   /// given parameters' new state, which is zeros. Errors: as step().
   void write_state(std::span<const ParameterStep> parameters,
                    UpdateKernel& kernel);
+
+  /// Has the kernel change these parameters' state, which is zeros where there
+  /// was none, and sets their numbers of steps. Other state stays as it is.
+  /// Errors: as step().
+  void change_state(std::span<const ParameterStep> parameters,
+                    UpdateKernel& kernel);
 
   bool has_state(std::size_t parameter) const;
   /// Steps counted so far.
