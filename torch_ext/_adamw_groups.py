@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
 from typing import Any
@@ -133,9 +133,12 @@ def check_state_dict(state_dict: Any) -> None:
 
 
 def paired(
-    groups: list[dict[str, Any]], saved: list[dict[str, Any]], state: Mapping[Any, Any]
+    groups: list[dict[str, Any]],
+    saved: list[dict[str, Any]],
+    state: Mapping[Any, Any],
+    fields: Collection[str],
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each group with the saved one.
+    """Each group with the saved one. ``fields``: tensors of which a state has some.
 
     Raises:
         ValueError: There are more or fewer groups or parameters, or a state of
@@ -150,7 +153,11 @@ def paired(
                 "that doesn't match the size of optimizer's group"
             )
     ids = set(chain.from_iterable(group["params"] for group in saved))
-    if strangers := [key for key in state if key not in ids]:
+    if strangers := [
+        key
+        for key, value in state.items()
+        if key not in ids and not _is_foreign(key, value, fields)
+    ]:
         raise ValueError(
             f"the loaded state_dict has a state of {reprlib.repr(strangers)}, which no "
             f"parameter group has"
@@ -188,6 +195,39 @@ def labelled_parameters(groups: list[dict[str, Any]]) -> Iterator[tuple[str, Ten
             yield f"param_groups[{i}]['params'][{j}]{name}", parameter
 
 
+def _is_foreign(key: Any, value: Any, fields: Collection[str]) -> bool:
+    """Whether a key of a saved state is somebody's own and no lost parameter's."""
+    is_state = isinstance(value, Mapping) and any(name in value for name in fields)
+    return not isinstance(key, int) and not is_state
+
+
+def others_of(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
+    """What a saved state has under keys that are no parameters."""
+    ids = set(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
+    return {key: value for key, value in state_dict["state"].items() if key not in ids}
+
+
+def foreign_of(
+    parameter: Tensor, entry: Any, own: Collection[str]
+) -> tuple[Any, dict[str, Any]]:
+    """A parameter's loaded state without what others keep in it, and that: its tensors
+    where the parameter is, in its dtype, as torch.optim puts them.
+    """
+    if not isinstance(entry, Mapping):
+        return entry, {}
+    foreign = {
+        name: _placed(value, parameter) for name, value in entry.items() if name not in own
+    }
+    return {name: value for name, value in entry.items() if name in own}, foreign
+
+
+def _placed(value: Any, parameter: Tensor) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    dtype = parameter.dtype if parameter.is_floating_point() else value.dtype
+    return value.to(dtype=dtype, device=parameter.device)
+
+
 def read_entry(
     label: str, parameter: Tensor, entry: Any
 ) -> tuple[int, Tensor, Tensor, Tensor | None]:
@@ -197,13 +237,30 @@ def read_entry(
     Raises:
         ValueError, TypeError: It does not fit; the text has ``label``.
     """
-    state = f"the loaded state of {label}"
+    return _read(f"the loaded state of {label}", parameter, entry, {"master_param"})
+
+
+def read_change(
+    label: str, parameter: Tensor, entry: dict[str, Any], step: int | None
+) -> tuple[int, Tensor | None, Tensor | None, Tensor | None]:
+    """The same of what was assigned to a state with that many steps, or to none."""
+    may_lack = {"exp_avg", "exp_avg_sq", "master_param"} - entry.keys()
+    if step is None:
+        may_lack &= {"master_param"}
+    else:
+        entry = {"step": step} | entry
+    return _read(f"the state of {label}", parameter, entry, may_lack)
+
+
+def _read(
+    state: str, parameter: Tensor, entry: Any, may_lack: Collection[str]
+) -> tuple[int, Any, Any, Tensor | None]:
     if not isinstance(entry, Mapping):
         raise TypeError(f"{state} must be a dict, not {type(entry).__name__}")
     tensors: dict[str, Tensor] = {}
     for name in ("exp_avg", "exp_avg_sq", "master_param"):
         tensor = entry.get(name)
-        if tensor is None and name == "master_param":
+        if tensor is None and name in may_lack:
             continue
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{state} has no tensor {name!r}")
@@ -211,7 +268,7 @@ def read_entry(
         tensors[name] = local_state(what, tensor, parameter)
         check_saved_tensor(what, tensors[name], local_of(parameter))
     step = _read_step(state, entry.get("step"))
-    return step, tensors["exp_avg"], tensors["exp_avg_sq"], tensors.get("master_param")
+    return step, tensors.get("exp_avg"), tensors.get("exp_avg_sq"), tensors.get("master_param")
 
 
 def check_saved_tensor(what: str, tensor: Tensor, parameter: Tensor) -> None:

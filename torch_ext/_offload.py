@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from types import TracebackType
@@ -19,6 +19,7 @@ from torch_ext._checks import Life, close_quietly, log_notes
 from torch_ext._local import check_parameter, is_distributed, local_gradient, local_of
 from torch_ext._modes import plain_modes
 from torch_ext._plan import OffloadPlan
+from torch_ext._state import OptimizerState
 from torch_ext._undisturbed import undisturbed
 
 _logger = logging.getLogger("torch_ext")
@@ -35,9 +36,11 @@ class OffloadedBase(torch.optim.Optimizer):
     _engine: Any
     _slots: dict[Tensor, int]
     _life: Life
+    _state: OptimizerState
 
     def _own(self, engine: Any) -> None:
         self._slots = {}
+        self._state = OptimizerState._of(self)
         self._life = Life("optimizer")
         self._engine = engine
         self._notes_logged = 0
@@ -46,6 +49,27 @@ class OffloadedBase(torch.optim.Optimizer):
         self._finalizer = weakref.finalize(
             self, close_quietly, engine, os.getpid(), f"an {type(self).__name__}"
         )
+
+    @property
+    def state(self) -> OptimizerState:
+        """What is known of each parameter, as in ``torch.optim``: one dict for each.
+
+        ``state[p]["exp_avg"]`` reads that tensor from the drive. Assigning to it, or
+        writing to what was read, counts in the next step; writing to it after that step
+        makes the next call raise RuntimeError, once. A loop over items finds the numbers,
+        keys that others have put there, and None for each tensor.
+        ``del state[p]``, ``state.clear()`` and an empty dict in its place start anew.
+        Keys of others stay, and are in ``state_dict()``. What is assigned is checked when it
+        is used: by ``step()`` and ``state_dict()``.
+
+        State is its parameter's: taking the parameter out of all groups leaves it.
+        """
+        return self._state
+
+    @state.setter
+    def state(self, value: Mapping[Any, Any]) -> None:
+        if value is not self._state:
+            self._state._become(value)
 
     def _log_notes(self) -> None:
         notes = self._engine.notes()
@@ -74,15 +98,17 @@ class OffloadedBase(torch.optim.Optimizer):
             if len(set(group["params"])) < len(group["params"]):
                 raise ValueError("a parameter group has the same parameter twice")
             for p in group["params"]:
+                if p in self._slots:
+                    continue
                 with self._naming([p]):
                     slots[p] = self._new_slot(p)
         except Exception:
             self.param_groups.pop()
-            if slots:
-                self._engine.remove_from(min(slots.values()))
+            for slot in reversed(slots.values()):
+                self._engine.remove(slot)
             raise
         self._slots.update(slots)
-        self._watch(group["params"])
+        self._watch(list(slots))
 
     def stats(self) -> dict[str, int | float]:
         """Counters since the optimizer was made.
@@ -193,7 +219,8 @@ class OffloadedBase(torch.optim.Optimizer):
 
     def _label_of(self, parameter: Tensor) -> str:
         labelled = labelled_parameters(self.param_groups)
-        return next(label for label, p in labelled if p is parameter)
+        in_no_group = f"a parameter in no group, of sizes {list(parameter.shape)}"
+        return next((label for label, p in labelled if p is parameter), in_no_group)
 
     @contextmanager
     def _naming(
@@ -235,25 +262,26 @@ class OffloadedBase(torch.optim.Optimizer):
     def _slot_of(self, parameter: Tensor) -> int:
         if (slot := self._slots.get(parameter)) is not None:
             return slot
-        if not self.state:
-            return self._adopt(parameter)
-        raise RuntimeError(
-            f"{self._label_of(parameter)} is a tensor that this optimizer was not given. "
-            f"Change a parameter in place (parameter.data = ...), add new ones with "
-            f"add_param_group(), or make a new optimizer"
-        )
+        return self._adopt(parameter)
 
     def _adopt(self, parameter: Tensor) -> int:
-        """Takes a parameter that stands in the place of another: before there is any
-        state accelerate puts FSDP2's shards where the whole parameters were.
+        """Takes a parameter that was put into a group by hand, as accelerate puts FSDP2's
+        shards where the whole parameters were, and who prunes rows what is left of them.
         """
         with self._naming([parameter]):
-            slot = self._new_slot(parameter)
-        # Those that are gone shall not be kept alive.
-        for gone in self._slots.keys() - set(self._parameters()):
-            del self._slots[gone]
+            self._slots[parameter] = slot = self._new_slot(parameter)
         self._watch([parameter])
-        return self._slots.setdefault(parameter, slot)
+        self._let_go()
+        return slot
+
+    def _let_go(self) -> None:
+        """Does not keep alive what is in no group and has no state."""
+        if not self._is_between_steps():
+            return
+        for gone in self._slots.keys() - set(self._parameters()):
+            if not self._engine.has_state(self._slots[gone]):
+                self._unwatch(gone)
+                self._engine.remove(self._slots.pop(gone))
 
     def _new_slot(self, parameter: Tensor) -> int:
         if parameter.requires_grad:
@@ -262,3 +290,71 @@ class OffloadedBase(torch.optim.Optimizer):
 
     def _watch(self, parameters: list[Tensor]) -> None:
         """Called with the parameters that are new."""
+
+    def _unwatch(self, parameter: Tensor) -> None:
+        """Called with one that is gone."""
+
+    # Of optimizer.state ----------------------------------------------------------------
+
+    def _known(self) -> Iterable[Tensor]:
+        return list(self._slots)
+
+    def _takes_part(self, parameter: Tensor) -> bool:
+        return parameter in self._slots or any(p is parameter for p in self._parameters())
+
+    def _has_state(self, parameter: Tensor) -> bool:
+        slot = self._slots.get(parameter)
+        return slot is not None and self._engine.has_state(slot)
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Any] | None:
+        return self._shown_state(parameter) if self._has_state(parameter) else None
+
+    def _shown_state(self, parameter: Tensor) -> dict[str, Any]:
+        """An entry of ``state``.
+
+        Without tensors, since accelerate and Lightning move those to the GPU;
+        with all keys, since torch.distributed.checkpoint looks for their names.
+        """
+        raise NotImplementedError
+
+    @undisturbed
+    def _forget_states(self, parameters: list[Tensor]) -> None:
+        self._life.check()
+        self._engine.forget([self._slots[p] for p in parameters if p in self._slots])
+        self._let_go()
+
+    def _is_between_steps(self) -> bool:
+        return True
+
+    def _check_between_steps(self, what: str) -> None:
+        if self._is_between_steps():
+            return
+        raise RuntimeError(
+            f'{what} between backward() and step(), with overlap_backward="update": the step '
+            f"that backward has begun is not complete. Call step() first"
+        )
+
+    def _labels(self) -> dict[Tensor, str]:
+        return {p: label for label, p in labelled_parameters(self.param_groups)}
+
+    def _numbers_of_saved(self) -> dict[Tensor, int]:
+        """What stands for each parameter in a ``state_dict()``."""
+        number_of = {p: i for i, p in enumerate(self._parameters())}
+        if left_out := [p for p in self._known() if p not in number_of and self._has_state(p)]:
+            _logger.warning(
+                "state_dict() leaves out the state of %d parameters that are in no group: "
+                "nothing could load it. Delete it from the optimizer's state if they are gone",
+                len(left_out),
+            )
+        return number_of
+
+    def _with_foreign(
+        self, state: dict[Any, Any], number_of: dict[Tensor, int]
+    ) -> dict[Any, Any]:
+        """A saved state with what others keep in it."""
+        for parameter, number in number_of.items():
+            if foreign := self._state.foreign(parameter):
+                state[number] = state.get(number, {}) | foreign
+        return {number: state[number] for number in number_of.values() if number in state} | (
+            self._state.others()
+        )

@@ -192,7 +192,7 @@ class Overlap:
         self._must = must
         # PyTorch calls hooks on a thread for each device.
         self._lock = threading.Lock()
-        self._handles: list[Any] = []
+        self._handles: dict[int, Any] = {}  # By id: none is let go of before its parameter.
         self._accumulating = 0
         self.taken: set[Tensor] = set()
         self._pass = -1  # Of backward, that a gradient came in last.
@@ -206,7 +206,12 @@ class Overlap:
         hook = _Hook(self)
         for parameter in parameters:
             if parameter.requires_grad and parameter.is_leaf:
-                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+                handle = parameter.register_post_accumulate_grad_hook(hook)
+                self._handles[id(parameter)] = handle
+
+    def unwatch(self, parameter: Tensor) -> None:
+        if (handle := self._handles.pop(id(parameter), None)) is not None:
+            handle.remove()
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -221,7 +226,7 @@ class Overlap:
 
     def forget(self) -> None:
         """Nothing is being updated any more."""
-        _let_go([], self.taken)
+        _let_go({}, self.taken)
         self._in_parts = False
 
     @undisturbed  # The engine and what is noted here have to agree.
@@ -276,8 +281,8 @@ def _assignable_dtype(parameter: Tensor) -> torch.dtype:
     return parameter.grad_dtype or parameter.grad.dtype
 
 
-def _let_go(handles: list[Any], taken: set[Tensor]) -> None:
-    for handle in handles:
+def _let_go(handles: dict[int, Any], taken: set[Tensor]) -> None:
+    for handle in handles.values():
         handle.remove()
     handles.clear()
     for parameter in taken:

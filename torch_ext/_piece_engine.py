@@ -129,7 +129,8 @@ class PieceEngine:
         self._mode = state_dict_mode
         self._optimizer = optimizer
         self._most = scratch // _PIECE_BYTES // _CUT * _CUT
-        self._slots: list[_Slot] = []
+        self._slots: dict[int, _Slot] = {}
+        self._next = 0
 
     def add(self, parameter: Tensor, trained: bool) -> int:
         """Gives a parameter a slot; takes no space yet. It is checked if it is trained,
@@ -137,12 +138,33 @@ class PieceEngine:
         """
         if trained:
             _C.check_trained(parameter)
-        self._slots.append(_Slot())
-        return len(self._slots) - 1
+        self._slots[self._next] = _Slot()
+        self._next += 1
+        return self._next - 1
 
-    def remove_from(self, slot: int) -> None:
-        """Takes back the slots from this one on, which nothing was done with."""
-        del self._slots[slot:]
+    def remove(self, slot: int) -> None:
+        """Takes back a slot, with its state."""
+        if (own := self._slots.pop(slot, None)) is not None and own.number is not None:
+            self._state.remove(own.number)
+
+    def forget(self, slots: list[int]) -> None:
+        """Takes their state and its space from slots: the next step is the first."""
+        own = [self._slots[slot] for slot in slots]
+        self._state.forget([o.number for o in own if o.number is not None])
+        for o in own:
+            o.scalars = None
+
+    def has_state(self, slot: int) -> bool:
+        return self._slots[slot].scalars is not None
+
+    def fits(self, slot: int, parameter: Tensor, kept: Kept) -> bool:
+        """Whether its state is for what the parameter is now."""
+        own = self._slots[slot]
+        return (
+            own.kind == _kind_of(parameter)
+            and own.kept is not None
+            and own.kept.goes_on_as(kept)
+        )
 
     def expect(self, slot: int, parameter: Tensor, kept: Kept, anew: bool = False) -> None:
         """Prepares for a parameter as it is now, unless it has a state that fits.
@@ -157,6 +179,8 @@ class PieceEngine:
             self._check_same(own, kind, kept)
             return
         if own.number is None or own.kind != kind or not own.kept.same(kept):
+            if own.number is not None:
+                self._state.remove(own.number)
             sizes = [f.itemsize for f in kept.fields.values()]
             own.number = self._state.add(parameter.numel(), sizes + _master_size(parameter))
         own.kind, own.kept = kind, kept
@@ -170,13 +194,13 @@ class PieceEngine:
             )
             raise RuntimeError(
                 f"OffloadedOptimizer: the state was made for a parameter with {was}; it has "
-                f"now {now}. Load a state to go on"
+                f"now {now}. Load a state to go on, or delete it from the optimizer's state"
             )
         if not own.kept.goes_on_as(kept):
             raise ValueError(
                 f"{self._optimizer.name} keeps {list(kept.names)} with these options, but the "
                 f"state was made for {list(own.kept.names)}: load a state that has them, or "
-                f"make a new optimizer"
+                f"delete it from the optimizer's state"
             )
 
     def check(self, trained: Trained, kept: Kept) -> None:
@@ -184,9 +208,6 @@ class PieceEngine:
         self.expect(trained.slot, trained.parameter, kept)
         if trained.gradient is not None:
             _C.check_gradient(trained.gradient, trained.parameter)
-
-    def has_state(self, slot: int) -> bool:
-        return self._slots[slot].scalars is not None
 
     def names(self, slot: int) -> list[str]:
         """Of what is kept, fields and others."""
@@ -317,7 +338,9 @@ class PieceEngine:
         places = _places([entry[0] for entry in shown if entry], snapshot)
         snapshot.open()
         with one_thread():
-            self._state.read(lambda segments: self._show(segments, works, places, snapshot))
+            self._state.read(
+                list(works), lambda segments: self._show(segments, works, places, snapshot)
+            )
         for entry in shown:
             if entry and entry[0].scalars is None:
                 self._show_first(*entry, places, snapshot)
@@ -355,6 +378,54 @@ class PieceEngine:
             for name, number in places[id(work)].items():
                 snapshot.write(number, first, state[name].detach().contiguous())
 
+    def read(self, slot: int, parameter: Tensor, name: str) -> Tensor:
+        """One tensor of a parameter's state, in memory of its own."""
+        own = self._slots[slot]
+        if own.kind != _kind_of(parameter) and name != MASTER:
+            # Rows are being cut: from the parameter first, then from its state.
+            dtype, sizes, strides = own.kind
+            strides = strides or torch.empty(sizes, dtype=dtype, device="meta").stride()
+            parameter = torch.empty_strided(sizes, strides, dtype=dtype, device="cpu")
+        self.expect(slot, parameter, own.kept)
+        work = _Work(own, parameter, own.kept)
+        like = (
+            torch.empty(0, dtype=torch.float32, device="cpu")
+            if name == MASTER
+            else own.kept.fields[name]
+        )
+        tensor = torch.empty_strided(
+            parameter.size(), parameter.stride(), dtype=like.dtype, device="cpu"
+        )
+        flat = tensor.as_strided((tensor.numel(),), (1,))
+
+        def show(segments: list[Any]) -> None:
+            for piece in self._cut(segments, {own.number: work}):
+                flat[piece.first : piece.first + piece.count] = piece.shown()[name]
+
+        with one_thread():
+            self._state.read([own.number], show)
+        return tensor
+
+    def change(self, states: list[Loaded]) -> None:
+        """Takes what is given of these states: the rest of one that there is stays."""
+        works, scalars = {}, {}
+        for slot, parameter, kept, state in states:
+            own = self._slots[slot]
+            fresh = own.scalars is None
+            self.expect(slot, parameter, kept)
+            work = works[own.number] = _Work(own, parameter, kept)
+            names = [*kept.fields, *([MASTER] if _master_dtype(parameter) else [])]
+            for name in names:
+                source = state.get(name, parameter if fresh and name == MASTER else None)
+                reader = None if source is None else _C.OrderedReader(source, parameter)
+                work.sources[name] = reader
+            numbers = {k: state[k] for k in kept.names if k in state and k not in kept.fields}
+            scalars[own.number] = (own.scalars or {}) | numbers
+        with one_thread():
+            self._state.change(list(works), lambda segments: self._fill(segments, works))
+            for number, work in works.items():
+                work.slot.scalars = scalars[number]
+
     def load(self, states: list[Loaded]) -> None:
         """Forgets all state and takes this. Also after an error."""
         works = {}
@@ -368,7 +439,7 @@ class PieceEngine:
                 source = state.get(name, parameter)
                 work.sources[name] = _C.OrderedReader(source, parameter)
             works[own.number] = work
-        for own in self._slots:
+        for own in self._slots.values():
             own.scalars = None
         with one_thread():
             self._state.write(list(works), lambda segments: self._fill(segments, works))
@@ -380,6 +451,8 @@ class PieceEngine:
             for (name, source), values in zip(
                 piece.work.sources.items(), piece.fields, strict=True
             ):
+                if source is None:
+                    continue
                 given = source.read(piece.first, piece.count)
                 if name == MASTER and values.dtype == torch.int16:
                     _C.split_master(given.float(), None, values)

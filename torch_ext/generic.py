@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -19,7 +17,9 @@ from torch_ext._adamw_groups import (
     check_saved_tensor,
     check_state_dict,
     check_ways,
+    foreign_of,
     labelled_parameters,
+    others_of,
     paired,
 )
 from torch_ext._checks import Directories, directories_of, engine_of, state_dict_mode_of
@@ -62,7 +62,8 @@ class OffloadedOptimizer(OffloadedBase):
 
     The rest is as with ``OffloadedAdamW``, which is faster than this with ``AdamW``:
     masters of bfloat16 and float16 parameters (``master_param`` in a ``state_dict()``),
-    ``state`` without tensors, what follows an I/O error, one call at a time, fork, pickle.
+    ``state`` that is read from the drive when it is asked for, what follows an I/O error,
+    one call at a time, fork, pickle.
     ``state_dict()`` is as that of the class itself: either loads the other's.
     Handlers of signals, such as Ctrl-C, run when a call has ended.
 
@@ -195,13 +196,13 @@ class OffloadedOptimizer(OffloadedBase):
 
         Raises:
             OSError: Reading or writing failed, now or since the last call.
-            RuntimeError: A gradient is sparse; a parameter was put into
-                ``param_groups`` by hand; the optimizer is closed or belongs to
+            RuntimeError: A gradient is sparse; a tensor of ``state`` was written to after
+                the step that it was read before; the optimizer is closed or belongs to
                 another process.
             RuntimeError: The class does what it did not in the trial and pieces cannot
                 share. The state is half updated then.
-            ValueError, TypeError: A parameter, gradient or option cannot be used;
-                nothing has changed then.
+            ValueError, TypeError: A parameter, a gradient, an option or what was assigned to
+                ``state`` cannot be used; nothing has changed then.
             Exception: What the class raises. The state is half updated then.
         """
         self._life.check()
@@ -215,6 +216,7 @@ class OffloadedOptimizer(OffloadedBase):
     @undisturbed
     @plain_modes()
     def _step(self) -> None:
+        self._state.flush()
         groups = []
         all_kept = self._check_groups(self.param_groups)
         for group, kept in zip(self.param_groups, all_kept, strict=True):
@@ -232,6 +234,7 @@ class OffloadedOptimizer(OffloadedBase):
     def _switch(self, mode: str) -> None:
         """``train()`` or ``eval()`` of a class that has them."""
         self._life.check()
+        self._state.flush()
         groups = []
         all_kept = self._check_groups(self.param_groups)
         for group, kept in zip(self.param_groups, all_kept, strict=True):
@@ -249,8 +252,7 @@ class OffloadedOptimizer(OffloadedBase):
         kept_of = {t.parameter: (t, group.kept) for group in groups for t in group.trained}
         with self._naming(kept_of, lambda p: self._engine.check(*kept_of[p])):
             self._engine.step(groups, method)
-        for trained in chain.from_iterable(group.trained for group in groups):
-            self.state[trained.parameter] = self._shown_state(trained.parameter)
+        self._state.retire(kept_of)
 
     @torch._disable_dynamo
     @plain_modes()
@@ -277,7 +279,8 @@ class OffloadedOptimizer(OffloadedBase):
 
     @undisturbed
     def _saved(self) -> dict[str, Any]:
-        number_of = {p: i for i, p in enumerate(self._parameters())}
+        self._state.flush()
+        number_of = self._numbers_of_saved()
         groups, asked = [], []
         all_kept = self._trials.kept(self.param_groups)
         for group, kept in zip(self.param_groups, all_kept, strict=True):
@@ -292,8 +295,9 @@ class OffloadedOptimizer(OffloadedBase):
         kept_of = {p: (slot, p, kept) for slot, p, kept, _ in asked}
         with self._naming(kept_of, lambda p: self._engine.expect(*kept_of[p])):
             states = zip(kept_of, self._engine.save(asked), strict=True)
+        shown = {number_of[p]: state for p, state in states if state is not None}
         return {
-            "state": {number_of[p]: state for p, state in states if state is not None},
+            "state": self._with_foreign(shown, number_of),
             "param_groups": groups,
         }
 
@@ -305,7 +309,7 @@ class OffloadedOptimizer(OffloadedBase):
         Tensors may have any floating dtype and device and are read one part
         after the other; the dict is not copied. A bfloat16 or float16
         parameter whose ``master_param`` is missing, or does not round to it,
-        is its own master.
+        is its own master. Names that the class does not keep stay in ``state``.
 
         Raises:
             ValueError, TypeError: The state does not fit; nothing has changed.
@@ -329,9 +333,11 @@ class OffloadedOptimizer(OffloadedBase):
     def _load(self, state_dict: dict[str, Any]) -> None:
         state = state_dict["state"]
         saved = state_dict["param_groups"]
-        groups = [_merged(*both) for both in paired(self.param_groups, saved, state)]
+        fields = {name for kept in self._trials.kept(self.param_groups) for name in kept.fields}
+        pairs = paired(self.param_groups, saved, state, fields)
+        groups = [_merged(*both) for both in pairs]
         labels = iter(labelled_parameters(self.param_groups))
-        loaded = []
+        loaded, foreign = [], {}
         all_kept = self._check_groups(groups)
         for group, other, kept in zip(groups, saved, all_kept, strict=True):
             for key in other["params"]:
@@ -345,15 +351,17 @@ class OffloadedOptimizer(OffloadedBase):
                         stacklevel=6,
                     )
                 elif entry:
-                    named = f"parameter {key!r}, {label}"
-                    read = _read_entry(named, p, kept, entry, bool(group.get("fused")))
+                    entry, foreign[p] = foreign_of(p, entry, kept.names.keys() | {MASTER})
+                    if not entry and self.defaults.keys() <= other.keys():
+                        continue  # Only what others keep.
+                    text = f"the loaded state of parameter {key!r}, {label}"
+                    read = _read_entry(text, p, kept, entry, bool(group.get("fused")))
                     loaded.append(Loaded(self._slot_of(p), p, kept, read))
         with self._naming([entry.parameter for entry in loaded], self._check_part):
             self._engine.load(loaded)
         self.param_groups = groups
-        self.state = defaultdict(dict)
-        for entry in loaded:
-            self.state[entry.parameter] = self._shown_state(entry.parameter)
+        self._state.loaded(foreign, others_of(state_dict))
+        self._let_go()
 
     @undisturbed
     @plain_modes()
@@ -375,8 +383,9 @@ class OffloadedOptimizer(OffloadedBase):
     def _check_part(self, parameter: Tensor) -> None:
         _C.check_trained(parameter)
 
+    # Of optimizer.state ----------------------------------------------------------------
+
     def _shown_state(self, parameter: Tensor) -> dict[str, Any]:
-        """An entry of ``state``: all names, and no tensors, which others would move."""
         slot = self._slots[parameter]
         shown = dict.fromkeys(self._engine.names(slot))
         for name, value in self._engine.scalars(slot).items():
@@ -384,6 +393,54 @@ class OffloadedOptimizer(OffloadedBase):
         if parameter.dtype != torch.float32:
             shown[MASTER] = None
         return shown
+
+    def _own_names(self, parameter: Tensor) -> frozenset[str]:
+        if self._has_state(parameter):
+            names = frozenset(self._engine.names(self._slots[parameter]))
+        else:
+            kept = self._kept_of(parameter)
+            names = frozenset() if kept is None else frozenset(kept.names)
+        return names if parameter.dtype == torch.float32 else names | {MASTER}
+
+    def _kept_of(self, parameter: Tensor) -> Kept | None:
+        """What is kept of it: in no group, as of those in the first."""
+        all_kept = self._trials.kept(self.param_groups)
+        for group, kept in zip(self.param_groups, all_kept, strict=True):
+            if any(p is parameter for p in group["params"]):
+                return kept
+        return all_kept[0] if all_kept else None
+
+    @undisturbed
+    @plain_modes()
+    def _read_state(self, parameter: Tensor, name: str) -> Tensor:
+        self._life.check()
+        tensor = self._engine.read(self._slots[parameter], parameter, name)
+        return tensor.to(parameter.device)
+
+    def _like(self, parameter: Tensor, local: Tensor) -> Tensor:
+        return local
+
+    @undisturbed
+    @plain_modes()
+    def _change_states(self, changes: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        self._life.check()
+        labels = self._labels()
+        read, outgrown = [], []
+        for parameter, entry in changes:
+            text = f"the state of {labels.get(parameter) or self._label_of(parameter)}"
+            slot, kept = self._slot_of(parameter), self._kept_of(parameter)
+            if kept is None:
+                raise ValueError(f"{text} is assigned, and there is no parameter group")
+            partly, fused = self._has_state(parameter), bool(self.defaults.get("fused"))
+            whole = kept.fields.keys() <= entry.keys()
+            if partly and whole and not self._engine.fits(slot, parameter, kept):
+                # Rows were cut from the parameter and from its state.
+                outgrown.append(slot)
+                entry, partly = self._engine.scalars(slot) | entry, False
+            values = _read_entry(text, parameter, kept, entry, fused, partly)
+            read.append(Loaded(slot, parameter, kept, values))
+        self._engine.forget(outgrown)
+        self._engine.change(read)
 
 
 def _could_be_trained(parameter: Tensor) -> bool:
@@ -420,30 +477,28 @@ def _merged(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_entry(
-    label: str, parameter: Tensor, kept: Kept, entry: Any, fused: bool
+    text: str, parameter: Tensor, kept: Kept, entry: Any, fused: bool, partly: bool = False
 ) -> dict[str, Any]:
     """A parameter's loaded state, its numbers in the form that the class keeps.
 
+    ``partly``: of state that there is already.
+
     Raises:
-        ValueError, TypeError: It does not fit; the text has ``label``.
+        ValueError, TypeError: It does not fit; the text begins with ``text``.
     """
-    text = f"the loaded state of {label}"
     if not isinstance(entry, Mapping):
         raise TypeError(f"{text} must be a dict, not {type(entry).__name__}")
     given = {name: value for name, value in entry.items() if value is not None}
-    if strangers := given.keys() - kept.names.keys() - {MASTER}:
-        raise ValueError(
-            f"{text} has {sorted(map(str, strangers))}, which is not kept with these options; "
-            f"kept are {list(kept.names)}"
-        )
     for name in (*kept.fields, MASTER):
         tensor = given.get(name)
-        if tensor is None and name == MASTER:
+        if tensor is None and (name == MASTER or (partly and name not in entry)):
             continue
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{text} has no tensor {name!r}")
         check_saved_tensor(f"{text}: {name}", tensor, parameter)
     for name in kept.names.keys() - kept.fields.keys():
+        if partly and name not in entry:
+            continue
         like, value = kept.names[name], entry.get(name)
         if all(isinstance(t, Tensor) and t.is_floating_point() for t in (like, value)):
             # As Optimizer.load_state_dict() does, whatever the default dtype is now.

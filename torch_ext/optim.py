@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
@@ -20,10 +19,13 @@ from torch_ext._adamw_groups import (
     check_group,
     check_state_dict,
     early_bytes_of,
+    foreign_of,
     hyper,
     labelled_parameters,
     merged,
+    others_of,
     paired,
+    read_change,
     read_entry,
 )
 from torch_ext._checks import (
@@ -52,6 +54,10 @@ from torch_ext.config import AioConfig, parse_size, resolve_aio_config
 
 _logger = logging.getLogger("torch_ext")
 
+#: Of the state, as AdamWFields counts them.
+_TENSORS = ("exp_avg", "exp_avg_sq", "master_param")
+_NAMES = frozenset(("step", *_TENSORS[:2]))
+
 
 class OffloadedAdamW(OffloadedBase):
     """``torch.optim.AdamW`` whose state lives in a file on an NVMe drive.
@@ -74,8 +80,8 @@ class OffloadedAdamW(OffloadedBase):
     ``state_dict()`` returns what ``torch.optim.AdamW`` would, and loads what it
     returned. Its tensors are a copy in memory, which later steps do not change;
     ``state_dict_mode="mapped"`` is for state larger than memory.
-    ``state`` itself holds no tensors: one dict with the number of steps for each
-    parameter, which is for reading only. Nothing but ``state_dict()`` outlives
+    ``state`` is as in ``torch.optim``, but that its tensors are read from the drive one by
+    one, when they are asked for by name: see there. Nothing but ``state_dict()`` outlives
     the optimizer.
 
     After an I/O error in the midst of a step the state may be half updated: each later
@@ -221,11 +227,12 @@ class OffloadedAdamW(OffloadedBase):
             early_bytes = min(early_bytes_of(params), 2**63)
             if early_bytes == 0:
                 self._overlap = None
-        # Of the step that backward has begun: each group's numbers, and whose they are.
+        # Of the step that backward has begun: each group's numbers, by its place, whose
+        # they are, and what was used for the parameters taken.
         self._hypers: dict[int, tuple[Any, ...]] = {}
         self._numbers: dict[Tensor, int] = {}
-        self._versions: dict[Tensor, int] = {}  # Of the parameters taken.
-        self._placed: set[Tensor] = set()  # Have room for their state.
+        self._used: dict[Tensor, tuple[Any, ...]] = {}
+        self._versions: dict[Tensor, int] = {}
         self._own(
             _C.AdamWEngine(
                 directories_of(nvme_path, "nvme_path"),
@@ -254,6 +261,10 @@ class OffloadedAdamW(OffloadedBase):
     def _watch(self, parameters: list[Tensor]) -> None:
         if self._overlap is not None:
             self._overlap.watch(parameters)
+
+    def _unwatch(self, parameter: Tensor) -> None:
+        if self._overlap is not None:
+            self._overlap.unwatch(parameter)
 
     @undisturbed
     def close(self) -> None:
@@ -301,11 +312,11 @@ class OffloadedAdamW(OffloadedBase):
         Raises:
             OSError: Reading or writing failed, now or since the last call.
             RuntimeError: A gradient is sparse, or a DTensor on another mesh or with
-                other placements than its parameter; a parameter was put into
-                ``param_groups`` by hand after the first step; the optimizer is closed
+                other placements than its parameter; a tensor of ``state`` was written to
+                after the step that it was read before; the optimizer is closed
                 or belongs to another process.
-            ValueError, TypeError: A parameter or gradient cannot be used;
-                nothing has changed then.
+            ValueError, TypeError: A parameter, a gradient or what was assigned to ``state``
+                cannot be used; nothing has changed then.
         """
         self._life.check()
         loss = None
@@ -319,6 +330,8 @@ class OffloadedAdamW(OffloadedBase):
     @plain_modes()
     def _step(self) -> None:
         complaint = ""
+        if self._is_between_steps():
+            self._state.flush()
         trained = [(group, with_gradient(group)) for group in self.param_groups]
         if self._max_grad_norm is not None:
             clipped = list(chain.from_iterable(group for _, group in trained))
@@ -327,7 +340,7 @@ class OffloadedAdamW(OffloadedBase):
                 if clipped
                 else torch.zeros((), dtype=torch.float32, device="cpu")
             )
-        if not self.state and not self._taken() and asks_for_state_only(trained):
+        if self._has_no_state() and not self._taken() and asks_for_state_only(trained):
             parameters = [p for _, group in trained for p in group]
             with self._naming(parameters, self._check_part):
                 self._engine.init([self._own_part(p) for p in parameters])
@@ -342,8 +355,8 @@ class OffloadedAdamW(OffloadedBase):
             with self._naming(parameters, self._check_trained):
                 self._engine.step(groups)
         self._log_notes()
+        self._state.retire(parameters)
         for p in parameters:
-            self.state[p] = self._shown_state(p)
             if is_distributed(p) and not self._takes:
                 # The engine has told autograd of the shard's change only.
                 torch.autograd.graph.increment_version(p)
@@ -381,7 +394,8 @@ class OffloadedAdamW(OffloadedBase):
 
     @undisturbed
     def _saved(self) -> dict[str, Any]:
-        number_of = {p: i for i, p in enumerate(self._parameters())}
+        self._state.flush()
+        number_of = self._numbers_of_saved()
         groups = []
         for group in self.param_groups:
             packed = {key: value for key, value in group.items() if key != "params"}
@@ -389,7 +403,7 @@ class OffloadedAdamW(OffloadedBase):
             groups.append(packed)
         by_slot = {self._slot_of(p): p for p in number_of}
         state = {}
-        stepped = [p for p in number_of if p in self.state]
+        stepped = [p for p in number_of if self._has_state(p)]
         with self._naming(stepped, self._check_part):
             saved = self._engine.save([self._own_part(p) for p in stepped])
         for slot, step, exp_avg, exp_avg_sq, master in saved:
@@ -402,7 +416,7 @@ class OffloadedAdamW(OffloadedBase):
             if master is not None:
                 entry["master_param"] = like_parameter(master, parameter)
             state[number_of[parameter]] = entry
-        return {"state": state, "param_groups": groups}
+        return {"state": self._with_foreign(state, number_of), "param_groups": groups}
 
     @torch._disable_dynamo
     @plain_modes()
@@ -413,7 +427,7 @@ class OffloadedAdamW(OffloadedBase):
         after the other; the dict is not copied. Those of a DTensor parameter have
         its mesh and placements, or are plain tensors: the local shards. A bfloat16
         or float16 parameter whose ``master_param`` is missing, or does not round to
-        it, is its own master.
+        it, is its own master. Keys that are not AdamW's are kept in ``state``.
 
         Raises:
             ValueError, TypeError: The state does not fit; nothing has changed.
@@ -438,16 +452,19 @@ class OffloadedAdamW(OffloadedBase):
         groups = [
             merged(group, saved, self.defaults)
             for group, saved in paired(
-                self.param_groups, state_dict["param_groups"], state_dict["state"]
+                self.param_groups,
+                state_dict["param_groups"],
+                state_dict["state"],
+                _TENSORS,
             )
         ]
         ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        entries = [
-            (p, read_entry(f"parameter {key!r}, {label}", p, entry))
-            for key, (label, p) in zip(ids, labelled_parameters(self.param_groups), strict=True)
-            if (entry := state_dict["state"].get(key))
-        ]
-        self._placed = set()
+        entries, foreign = [], {}
+        for key, (label, p) in zip(ids, labelled_parameters(self.param_groups), strict=True):
+            if entry := state_dict["state"].get(key):
+                own, foreign[p] = foreign_of(p, entry, _NAMES | {"master_param"})
+                if own:
+                    entries.append((p, read_entry(f"parameter {key!r}, {label}", p, own)))
         try:
             with self._naming([p for p, _ in entries], self._check_part):
                 self._engine.load([(*self._own_part(p), *entry) for p, entry in entries])
@@ -455,12 +472,10 @@ class OffloadedAdamW(OffloadedBase):
             if not self._engine.in_step():
                 self._forget_taken()
             raise
-        self._placed = {p for p, _ in entries}
         self._forget_taken()
         self.param_groups = groups
-        self.state = defaultdict(dict)
-        for p, _ in entries:
-            self.state[p] = self._shown_state(p)
+        self._state.loaded(foreign, others_of(state_dict))
+        self._let_go()
 
     def _check_trained(self, parameter: Tensor) -> None:
         self._engine.check(*self._own_part(parameter), self._own_gradient(parameter))
@@ -472,16 +487,19 @@ class OffloadedAdamW(OffloadedBase):
         """Has a parameter updated whose gradient is final."""
         self._life.check()
         if not self._taken():
+            self._state.flush()
             self._make_room()
-        number, group = self._group_of(parameter)
+        if (number := self._group_of(parameter)) is None:
+            return  # It is trained no more.
         if number not in self._hypers:
-            self._hypers[number] = hyper(group)
+            self._hypers[number] = hyper(self.param_groups[number])
         part, gradient = self._own_part(parameter), self._own_gradient(parameter)
         with self._naming([parameter], self._check_trained):
             self._engine.take((*self._hypers[number], [(*part, gradient)]))
         if is_distributed(parameter):
             torch.autograd.graph.increment_version(parameter)
         self._taken().add(parameter)
+        self._used[parameter] = self._hypers[number]
         self._versions[parameter] = version_of(parameter)
         parameter.grad = TakenGradient(parameter)
 
@@ -497,24 +515,25 @@ class OffloadedAdamW(OffloadedBase):
         """Gives parameters state before their first gradient comes, so that the first step
         need not keep all gradients either. Backward mostly goes the other way round.
         """
-        new = [p for p in self._parameters() if p.requires_grad and p not in self._placed]
+        new = [p for p in self._parameters() if p.requires_grad and not self._has_state(p)]
         if new:
             with self._naming(new, self._check_part):
-                self._engine.init([self._own_part(p) for p in reversed(new)])
-            self._placed.update(new)
+                self._engine.make_room([self._own_part(p) for p in reversed(new)])
 
     def _forget_taken(self) -> None:
-        self._hypers, self._versions = {}, {}
+        for p in self._taken() - set(self._parameters()):  # zero_grad() does not come by.
+            if isinstance(p.grad, TakenGradient):
+                p.grad = None
+        self._hypers, self._used, self._versions = {}, {}, {}
         if self._overlap is not None:
             self._overlap.forget()
 
-    def _group_of(self, parameter: Tensor) -> tuple[int, dict[str, Any]]:
+    def _group_of(self, parameter: Tensor) -> int | None:
         if not self._hypers or parameter not in self._numbers:
             self._numbers = {
                 p: i for i, group in enumerate(self.param_groups) for p in group["params"]
             }
-        number = self._numbers[parameter]
-        return number, self.param_groups[number]
+        return self._numbers.get(parameter)
 
     def _finish(
         self, trained: list[tuple[dict[str, Any], list[Tensor]]]
@@ -540,8 +559,16 @@ class OffloadedAdamW(OffloadedBase):
 
     def _complaint(self) -> str:
         between = 'between backward() and step(). With overlap_backward="update" '
-        for number, numbers in self._hypers.items():
-            if numbers != hyper(self.param_groups[number]):
+        places = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        now = [_hyper_or_error(group) for group in self.param_groups]
+        for p, numbers in self._used.items():
+            if (number := places.get(p)) is None:
+                return (
+                    f"a parameter of sizes {list(p.shape)} was taken out of param_groups "
+                    f"{between}it is updated by the step that backward() has begun, and its "
+                    f"state goes on: change groups after step()"
+                )
+            if numbers != now[number]:
                 return (
                     f"options of param_groups[{number}] were changed {between}the step has "
                     f"used the ones that it found in backward(): change them after step()"
@@ -554,14 +581,56 @@ class OffloadedAdamW(OffloadedBase):
                 )
         return ""
 
-    def _shown_state(self, parameter: Tensor) -> dict[str, int | None]:
-        """An entry of ``state``.
+    def _has_no_state(self) -> bool:
+        return not any(map(self._engine.has_state, self._slots.values()))
 
-        Without tensors, since accelerate and Lightning move those to the GPU;
-        with all keys, since torch.distributed.checkpoint looks for their names.
-        """
+    # Of optimizer.state ----------------------------------------------------------------
+
+    def _is_between_steps(self) -> bool:
+        return not self._taken()
+
+    def _shown_state(self, parameter: Tensor) -> dict[str, int | None]:
         shown: dict[str, int | None] = {"step": self._engine.step_of(self._slots[parameter])}
         shown |= {"exp_avg": None, "exp_avg_sq": None}
         if parameter.dtype != torch.float32:
             shown["master_param"] = None
         return shown
+
+    def _own_names(self, parameter: Tensor) -> frozenset[str]:
+        return _NAMES if parameter.dtype == torch.float32 else _NAMES | {"master_param"}
+
+    @undisturbed
+    @plain_modes()
+    def _read_state(self, parameter: Tensor, name: str) -> Tensor:
+        self._life.check()
+        slot, part = self._own_part(parameter)
+        return self._engine.read(slot, part, _TENSORS.index(name)).to(part.device)
+
+    def _like(self, parameter: Tensor, local: Tensor) -> Tensor:
+        return like_parameter(local, parameter)
+
+    @undisturbed
+    @plain_modes()
+    def _change_states(self, changes: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        self._life.check()
+        labels = self._labels()
+        read, outgrown = [], []
+        for parameter, entry in changes:
+            label = labels.get(parameter) or self._label_of(parameter)
+            slot, part = self._own_part(parameter)
+            step = self._engine.step_of(slot) if self._has_state(parameter) else None
+            whole = self._own_names(parameter) - entry.keys() <= {"step", "master_param"}
+            if step is not None and whole and not self._engine.fits(slot, part):
+                # Rows were cut from the parameter and from its state.
+                outgrown.append(slot)
+                entry, step = {"step": step} | entry, None
+            read.append((slot, part, *read_change(label, parameter, entry, step)))
+        self._engine.forget(outgrown)
+        self._engine.change(read)
+
+
+def _hyper_or_error(group: dict[str, Any]) -> tuple[Any, ...] | None:
+    try:
+        return hyper(group)
+    except (KeyError, TypeError, ValueError):
+        return None

@@ -35,8 +35,10 @@ using TrainedArgs = std::tuple<std::size_t, at::Tensor, at::Tensor>;
 using GroupArgs = std::tuple<double, double, double, double, double, bool,
                              std::vector<TrainedArgs>>;
 // slot, parameter, step, exp_avg, exp_avg_sq, master
-using SavedArgs = std::tuple<std::size_t, at::Tensor, std::uint64_t, at::Tensor,
-                             at::Tensor, std::optional<at::Tensor>>;
+using SavedArgs =
+    std::tuple<std::size_t, at::Tensor, std::uint64_t,
+               std::optional<at::Tensor>, std::optional<at::Tensor>,
+               std::optional<at::Tensor>>;
 
 std::vector<AdamWEngine::Group> to_groups(const std::vector<GroupArgs>& from) {
   std::vector<AdamWEngine::Group> groups;
@@ -115,15 +117,16 @@ py::list save(AdamWEngine& engine, const std::vector<SlotArgs>& parameters) {
   return list;
 }
 
-void load(AdamWEngine& engine, const std::vector<SavedArgs>& from) {
+std::vector<AdamWEngine::Saved> to_saved(const std::vector<SavedArgs>& from) {
   std::vector<AdamWEngine::Saved> saved;
   for (const auto& [slot, parameter, step, exp_avg, exp_avg_sq, master] :
        from) {
     saved.push_back(
         {{slot, parameter},
-         {step, exp_avg, exp_avg_sq, master.value_or(at::Tensor())}});
+         {step, exp_avg.value_or(at::Tensor()),
+          exp_avg_sq.value_or(at::Tensor()), master.value_or(at::Tensor())}});
   }
-  engine.load(saved);
+  return saved;
 }
 
 /// A context manager for Python.
@@ -183,8 +186,7 @@ void bind_optimizer(py::module_& m) {
           },
           py::arg("slot"), py::arg("parameter"),
           py::arg("gradient") = py::none())
-      .def("has_state", &AdamWEngine::has_state, py::arg("slot"), release_gil())
-      .def("remove_from", &AdamWEngine::remove_from, py::arg("slot"))
+      .def("remove", &AdamWEngine::remove, py::arg("slot"), release_gil())
       .def(
           "step",
           [](AdamWEngine& engine, const std::vector<GroupArgs>& groups) {
@@ -217,8 +219,42 @@ void bind_optimizer(py::module_& m) {
             engine.init(to_parameters(parameters));
           },
           py::arg("parameters"), release_gil())
+      .def(
+          "make_room",
+          [](AdamWEngine& engine, const std::vector<SlotArgs>& parameters) {
+            engine.make_room(to_parameters(parameters));
+          },
+          py::arg("parameters"), release_gil())
       .def("save", &save, py::arg("parameters"))
-      .def("load", &load, py::arg("states"), release_gil())
+      .def(
+          "load",
+          [](AdamWEngine& engine, const std::vector<SavedArgs>& states) {
+            engine.load(to_saved(states));
+          },
+          py::arg("states"), release_gil())
+      .def(
+          "read",
+          [](AdamWEngine& engine, std::size_t slot, const at::Tensor& parameter,
+             std::size_t field) {
+            return engine.read({slot, parameter}, field);
+          },
+          py::arg("slot"), py::arg("parameter"), py::arg("field"),
+          release_gil())
+      .def(
+          "change",
+          [](AdamWEngine& engine, const std::vector<SavedArgs>& states) {
+            engine.change(to_saved(states));
+          },
+          py::arg("states"), release_gil())
+      .def("forget", &AdamWEngine::forget, py::arg("slots"), release_gil())
+      .def(
+          "fits",
+          [](AdamWEngine& engine, std::size_t slot,
+             const at::Tensor& parameter) {
+            return engine.fits({slot, parameter});
+          },
+          py::arg("slot"), py::arg("parameter"), release_gil())
+      .def("has_state", &AdamWEngine::has_state, py::arg("slot"), release_gil())
       .def("step_of", &AdamWEngine::step_of, py::arg("slot"), release_gil())
       .def("stats",
            [](AdamWEngine& engine) {

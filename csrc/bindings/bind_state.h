@@ -26,6 +26,7 @@
 #include "errors.h"
 #include "gil.h"
 #include "torch_ext/base/align.h"
+#include "torch_ext/base/checksum.h"
 #include "torch_ext/optim/adamw_update.h"
 #include "torch_ext/optim/optimizer_offload.h"
 #include "torch_ext/tensor/dense_tensor.h"
@@ -58,8 +59,10 @@ class StateEngine {
     for (std::size_t i = 0; i < bytes.size(); ++i) {
       fields.bytes_per_cut[i] = bytes[i] * StateFields::kCut;
     }
-    fields_.push_back(fields);
-    return offload_.add_parameter(elements, fields);
+    const std::size_t number = offload_.add_parameter(elements, fields);
+    if (number >= fields_.size()) fields_.resize(number + 1);
+    fields_[number] = fields;
+    return number;
   }
 
   const StateFields& fields(std::size_t number) const {
@@ -215,7 +218,26 @@ void split_piece(const at::Tensor& master,
       static_cast<std::size_t>(master.numel()));
 }
 
+/// How many tensors there are over a tensor's memory, itself one of them.
+std::size_t users_of(const at::Tensor& tensor) {
+  if (!tensor.has_storage()) return 0;
+  const c10::Storage& storage = tensor.storage();
+  // Python's object for the storage stays once it was asked for.
+  const auto* slot = storage.unsafeGetStorageImpl()->pyobj_slot();
+  return storage.use_count() - (slot->load_pyobj() != nullptr ? 1 : 0);
+}
+
+/// Of the bytes of a tensor on the CPU.
+std::uint64_t checksum_of(const at::Tensor& tensor) {
+  const at::Tensor dense =
+      tensor.is_non_overlapping_and_dense() ? tensor : tensor.contiguous();
+  return torch_ext::checksum(
+      {static_cast<const std::byte*>(dense.const_data_ptr()), dense.nbytes()});
+}
+
 void bind_pieces(py::module_& m) {
+  m.def("users_of", &users_of, py::arg("tensor"));
+  m.def("checksum_of", &checksum_of, py::arg("tensor"), release_gil());
   py::class_<OrderedReader>(m, "OrderedReader", py::module_local())
       .def(py::init([](const at::Tensor& source, const at::Tensor& like) {
              return OrderedReader(source, like.strides());
@@ -289,13 +311,38 @@ void bind_state_engine(py::module_& m) {
           py::arg("numbers"), py::arg("update"))
       .def(
           "read",
-          [](StateEngine& engine, py::function show) {
+          [](StateEngine& engine, const Numbers& numbers, py::function show) {
             run_python(engine, std::move(show),
-                       [](OptimizerOffload& offload, PythonKernel& kernel) {
-                         offload.read_state(kernel);
+                       [&](OptimizerOffload& offload, PythonKernel& kernel) {
+                         offload.read_state(numbers, kernel);
                        });
           },
-          py::arg("show"))
+          py::arg("numbers"), py::arg("show"))
+      .def(
+          "change",
+          [](StateEngine& engine, const Numbers& numbers, py::function fill) {
+            std::vector<OptimizerOffload::ParameterStep> steps;
+            for (const std::size_t number : numbers) {
+              steps.push_back({.parameter = number, .step = 0});
+            }
+            run_python(engine, std::move(fill),
+                       [&](OptimizerOffload& offload, PythonKernel& kernel) {
+                         offload.change_state(steps, kernel);
+                       });
+          },
+          py::arg("numbers"), py::arg("fill"))
+      .def(
+          "forget",
+          [](StateEngine& engine, const Numbers& numbers) {
+            engine.offload().forget_state(numbers);
+          },
+          py::arg("numbers"), release_gil())
+      .def(
+          "remove",
+          [](StateEngine& engine, std::size_t number) {
+            engine.offload().remove_parameter(number);
+          },
+          py::arg("number"), release_gil())
       .def(
           "write",
           [](StateEngine& engine, const Numbers& numbers, py::function fill) {

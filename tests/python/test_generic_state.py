@@ -183,7 +183,13 @@ BAD_STATES = {
     "text as step": (lambda s: bad(s, step="many"), "'step' is 'many', which is no number"),
     "two steps": (lambda s: bad(s, step=torch.ones(2)), "which is no number"),
     "integers": (lambda s: bad(s, exp_avg=torch.zeros(100, dtype=torch.int)), "torch.int32"),
-    "another class": (lambda s: bad(s, momentum_buffer=torch.ones(100)), "'momentum_buffer'"),
+    "another class": (
+        lambda s: {
+            "param_groups": [{"lr": 0.1, "params": [0, 1]}],
+            "state": {0: {"momentum_buffer": torch.ones(100)}},
+        },
+        "no tensor 'exp_avg'",
+    ),
     "no dict": (lambda s: {**s, "state": {0: 5}}, "must be a dict, not int"),
     "number": (lambda s: 3, "a state_dict must be a dict.*not int"),
     "strangers": (lambda s: {**s, "state": {"w": s["state"][0]}}, r"a state of \['w'\]"),

@@ -411,6 +411,32 @@ def test_shards_may_take_the_place_of_parameters_before_the_first_step(ranks, nv
     assert ranks[2].run(switched, nvme_dir) == [(True, True)] * 2
 
 
+def rewritten(directory, overlap):
+    """State that is deleted, assigned and written to, of shards."""
+    ours, theirs = sharded(), sharded()
+    a = offloaded(ours, directory, overlap_backward=overlap)
+    b = torch.optim.AdamW(theirs.parameters(), lr=LR, fused=True)
+    same = []
+    for seeds in (range(2), range(2, 4)):
+        same.append(train(ours, a, seeds) == train(theirs, b, seeds))
+        a.zero_grad()
+        for optimizer, model in ((a, ours), (b, theirs)):
+            first, second, third = list(model.parameters())[:3]
+            del optimizer.state[first]
+            with torch.no_grad():
+                optimizer.state[second]["exp_avg"].zero_()
+                doubled = optimizer.state[third]["exp_avg_sq"] * 2
+            assert isinstance(doubled, DTensor)
+            optimizer.state[third]["exp_avg_sq"] = doubled
+    same.append(train(ours, a, range(4, 6)) == train(theirs, b, range(4, 6)))
+    return [*same, equal(shards(ours), shards(theirs))]
+
+
+@pytest.mark.parametrize("overlap", [False, "update"])
+def test_what_is_written_to_the_state_of_shards_counts(ranks, nvme_dir, overlap):
+    assert ranks[2].run(rewritten, nvme_dir, overlap) == [[True] * 4] * 2
+
+
 def first_step_at_rate_zero(directory):
     """Of a parameter of which the other ranks have nothing."""
     mesh = init_device_mesh("cpu", (2,))

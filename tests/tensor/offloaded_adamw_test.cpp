@@ -389,6 +389,81 @@ TEST_F(OffloadedAdamWTest, TheStateOfTheBaseClassHasStepsAndNoTensors) {
   EXPECT_EQ(shown.step, 2u);
 }
 
+TEST_F(OffloadedAdamWTest, ErasingAnEntryOfTheStateBeginsItAnew) {
+  for (const auto overlap : {OverlapBackward::kOff, OverlapBackward::kUpdate}) {
+    parameters_.clear();
+    in_memory_.clear();
+    OffloadOptions with = offload();
+    with.overlap_backward = overlap;
+    const std::vector<at::Tensor> made = make({30000, 5, 7});
+    OffloadedAdamW optimizer(made, options(), with);
+    for (int step = 0; step < 9; ++step) {
+      if (step == 3) optimizer.state().erase(made[0].unsafeGetTensorImpl());
+      if (step == 5) optimizer.state().clear();
+      if (step == 7) {
+        auto& entry = *optimizer.state().at(made[1].unsafeGetTensorImpl());
+        static_cast<OffloadedAdamWParamState&>(entry).step = 40;
+        in_memory_[1].step.fill_(40);
+      }
+      for (std::size_t i = 0; i < 3; ++i) {
+        if (step != 5 && (step != 3 || i != 0)) continue;
+        in_memory_[i].exp_avg.zero_();
+        in_memory_[i].exp_avg_sq.zero_();
+        in_memory_[i].step.zero_();
+      }
+      step_in_memory(0, 3, options());
+      optimizer.step();
+      EXPECT_TRUE(equal()) << step;
+    }
+    const auto state = optimizer.state_dict();
+    ASSERT_EQ(state.size(), 3u);
+    EXPECT_EQ(state[0].state.step, 4u);
+    EXPECT_EQ(state[1].state.step, 42u);
+    optimizer.state().clear();
+    EXPECT_TRUE(optimizer.state_dict().empty());
+  }
+}
+
+TEST_F(OffloadedAdamWTest, StateIsTheParametersWhateverGroupItIsIn) {
+  OffloadedAdamW optimizer(make({30000, 5}), options(), offload());
+  for (int step = 0; step < 3; ++step) {
+    step_in_memory(0, 2, options());
+    optimizer.step();
+  }
+  auto& groups = optimizer.param_groups();
+  groups[0].params().pop_back();
+  step_in_memory(0, 1, options());
+  optimizer.step();
+  groups[0].params().push_back(parameters_[1]);
+  for (int step = 0; step < 3; ++step) {
+    step_in_memory(0, 2, options());
+    optimizer.step();
+  }
+  EXPECT_TRUE(equal());
+}
+
+TEST_F(OffloadedAdamWTest, AParameterThatIsNoMoreLeavesNoState) {
+  OffloadedAdamW optimizer(make({5}), options(), offload());
+  auto& params = optimizer.param_groups()[0].params();
+  for (int i = 0; i < 50; ++i) {
+    // Often at the address of the last.
+    at::Tensor other = at::randn({30000}).requires_grad_(true);
+    at::Tensor expected = other.detach().clone();
+    at::Tensor exp_avg = at::zeros({30000}), exp_avg_sq = at::zeros({30000});
+    params.push_back(other);
+    other.mutable_grad() = at::randn({30000});
+    optimizer.step();
+    at::_fused_adamw_({expected}, {other.grad()}, {exp_avg}, {exp_avg_sq}, {},
+                      {at::ones({})}, 1e-3, 0.9, 0.999, 1e-2, 1e-8,
+                      /*amsgrad=*/false, /*maximize=*/false);
+    EXPECT_TRUE(at::equal(other, expected));
+    params.pop_back();
+  }
+  optimizer.step();
+  EXPECT_TRUE(optimizer.state().empty());
+  EXPECT_EQ(optimizer.stats().tiles, 0u);
+}
+
 TEST_F(OffloadedAdamWTest, AClosedOptimizerRefusesSteps) {
   OffloadedAdamW optimizer(make({5}), options(), offload());
   step_in_memory(0, 1, options());

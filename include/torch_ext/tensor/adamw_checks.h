@@ -81,9 +81,12 @@ inline void check_gradient(const at::Tensor& gradient,
   check_sizes("gradient", gradient, parameter);
 }
 
-inline void check_saved(const at::Tensor& parameter, const AdamWState& state) {
+/// `partly`: tensors may be undefined.
+inline void check_saved(const at::Tensor& parameter, const AdamWState& state,
+                        bool partly = false) {
   check_parameter(parameter);
   const auto check_one = [&](const char* name, const at::Tensor& tensor) {
+    if (partly && !tensor.defined()) return;
     check_has_plain_memory(tensor, std::string("OffloadedAdamW: ") + name);
     check_sizes(name, tensor, parameter);
     if (!c10::isFloatingType(tensor.scalar_type()) ||

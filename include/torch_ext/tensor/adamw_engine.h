@@ -9,6 +9,7 @@
 #include <deque>
 #include <exception>
 #include <filesystem>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -101,13 +102,26 @@ class AdamWEngine {
       adamw::check_parameter(parameter);
       adamw::check_place(parameter, update_on_);
     }
-    slots_.emplace_back().first = first;
-    return slots_.size() - 1;
+    slots_[next_slot_].first = first;
+    return next_slot_++;
   }
 
-  /// Takes back the slots from this one on, which nothing was done with.
+  /// Takes back a slot, with its state. Errors: as forget().
+  void remove(std::size_t slot) {
+    const auto found = slots_.find(slot);
+    if (found == slots_.end()) return;
+    if (found->second.number) {
+      offload_.remove_parameter(*found->second.number);
+    }
+    slots_.erase(found);
+    if (slot + 1 == next_slot_) next_slot_ = slot;
+  }
+
+  /// Takes back the slots from this one on.
   void remove_from(std::size_t slot) {
-    if (slot < slots_.size()) slots_.resize(slot);
+    while (!slots_.empty() && slots_.rbegin()->first >= slot) {
+      remove(slots_.rbegin()->first);
+    }
   }
 
   /// What other calls begin with, for each parameter: throws what is wrong with
@@ -119,20 +133,17 @@ class AdamWEngine {
   }
   void check(const Parameter& parameter) const {
     adamw::check_parameter(parameter.tensor);
-    if (!has_state(parameter.slot)) return;
-    const Slot& slot = slots_[parameter.slot];
+    if (fits(parameter)) return;
+    const Slot& slot = slots_.at(parameter.slot);
     const at::Tensor& tensor = parameter.tensor;
     const at::IntArrayRef sizes = slot.sizes;
     const at::IntArrayRef strides = slot.strides;
-    if (tensor.scalar_type() == slot.dtype && tensor.sizes() == sizes &&
-        same_order(sizes, tensor.strides(), strides)) {
-      return;
-    }
     adamw::fail<StateError>(
         "the state was made for a parameter with dtype ", slot.dtype,
         ", sizes ", sizes, " and strides ", strides, "; it has now dtype ",
         tensor.scalar_type(), ", sizes ", tensor.sizes(), " and strides ",
-        tensor.strides(), ". Load a state to go on");
+        tensor.strides(),
+        ". Load a state to go on, or delete it from the optimizer's state");
   }
 
   /// A step of the parameters in the groups.
@@ -207,6 +218,12 @@ class AdamWEngine {
   /// Whether take() has begun a step that has not ended.
   bool in_step() const { return open_ != nullptr; }
 
+  /// Gives parameters space for state that they get in their first step.
+  void make_room(const std::vector<Parameter>& parameters) {
+    for (const Parameter& parameter : parameters) check(parameter);
+    offload_.make_room(numbers_of(parameters));
+  }
+
   /// Gives zero state without a step to parameters that have none.
   void init(const std::vector<Parameter>& parameters) {
     for (const Parameter& parameter : parameters) check(parameter);
@@ -221,20 +238,69 @@ class AdamWEngine {
     const PlainModes plain;
     AdamWSnapshot snapshot(format_, make_scratch(), mode_, directory_);
     std::vector<Saved> saved;
+    std::vector<std::size_t> numbers;
     for (const Parameter& parameter : parameters) {
       if (!has_state(parameter.slot)) continue;
       check(parameter);
+      numbers.push_back(number_of(parameter));
       snapshot.add(number_of(parameter), parameter.tensor.detach());
       saved.push_back({parameter, {}});
     }
     snapshot.open();
-    offload_.read_state(snapshot);
+    offload_.read_state(numbers, snapshot);
     snapshot.finish();
     for (Saved& entry : saved) {
       entry.state = snapshot.state(number_of(entry.parameter));
       entry.state.step = step_of(entry.parameter.slot);
     }
     return saved;
+  }
+
+  /// One tensor of a parameter's state, in memory of its own: exp_avg,
+  /// exp_avg_sq or, of a 16-bit parameter, its master; see AdamWFields.
+  at::Tensor read(const Parameter& parameter, std::size_t field) {
+    if (!has_state(parameter.slot)) {
+      adamw::fail<StateError>("a parameter has no state to read");
+    }
+    const Slot& slot = slots_.at(parameter.slot);
+    at::Tensor like = parameter.tensor.detach();
+    if (!fits(parameter) && field != AdamWFields::kMaster) {
+      // Rows are being cut: from the parameter first, then from its state.
+      like = at::empty_strided(
+          slot.sizes, slot.strides,
+          at::TensorOptions().dtype(slot.dtype).device(at::kMeta));
+    } else {
+      check(parameter);
+    }
+    const std::vector<std::size_t> numbers{*slot.number};
+    AdamWSnapshot snapshot(format_, make_scratch(), mode_, directory_);
+    snapshot.add(numbers[0], like);
+    at::Tensor tensor = snapshot.open_in_memory(numbers[0], field);
+    offload_.read_state(numbers, snapshot);
+    return tensor;
+  }
+
+  /// Takes the state that is given for these parameters: of one that has
+  /// state, an undefined tensor stays as it is. Other state stays.
+  void change(const std::vector<Saved>& given) {
+    for (const auto& [parameter, state] : given) {
+      check(parameter);
+      adamw::check_saved(parameter.tensor, state, has_state(parameter.slot));
+    }
+    AdamWLoader loader(format_, seed_, make_scratch());
+    offload_.change_state(fill(loader, given, /*anew=*/false), loader);
+  }
+
+  /// Takes their state and its space from slots: the next step is the first.
+  /// Errors: StateError between take() and finish().
+  void forget(const std::vector<std::size_t>& slots) {
+    std::vector<std::size_t> numbers;
+    for (const std::size_t slot : slots) {
+      if (const auto& number = slots_.at(slot).number) {
+        numbers.push_back(*number);
+      }
+    }
+    offload_.forget_state(numbers);
   }
 
   /// Forgets all state and takes this. Also after an error.
@@ -246,14 +312,7 @@ class AdamWEngine {
     offload_.abandon_step();
     open_.reset();  // Also if what follows fails.
     AdamWLoader loader(format_, seed_, make_scratch());
-    std::vector<OptimizerOffload::ParameterStep> steps;
-    for (const auto& [parameter, state] : saved) {
-      const std::size_t number = number_of(parameter, /*anew=*/true);
-      loader.add(number, parameter.tensor, ordinal_of(parameter),
-                 slots_[parameter.slot].first, state);
-      steps.push_back({number, state.step});
-    }
-    offload_.write_state(steps, loader);
+    offload_.write_state(fill(loader, saved, /*anew=*/true), loader);
     early_.clear();
   }
 
@@ -268,6 +327,16 @@ class AdamWEngine {
   bool has_state(std::size_t slot) const {
     const auto& number = slots_.at(slot).number;
     return number && offload_.has_state(*number);
+  }
+
+  /// Whether a parameter's state, if it has one, is for what it is now.
+  bool fits(const Parameter& parameter) const {
+    if (!has_state(parameter.slot)) return true;
+    const Slot& slot = slots_.at(parameter.slot);
+    const at::Tensor& tensor = parameter.tensor;
+    return tensor.scalar_type() == slot.dtype &&
+           tensor.sizes() == at::IntArrayRef(slot.sizes) &&
+           same_order(tensor.sizes(), tensor.strides(), slot.strides);
   }
 
   std::uint64_t step_of(std::size_t slot) const {
@@ -483,6 +552,9 @@ class AdamWEngine {
     const bool same = slot.number && slot.dtype == tensor.scalar_type() &&
                       tensor.sizes() == at::IntArrayRef(slot.sizes);
     if (!same) {
+      if (const auto old = std::exchange(slot.number, {})) {
+        offload_.remove_parameter(*old);
+      }
       slot.number = offload_.add_parameter(
           static_cast<std::uint64_t>(tensor.numel()), fields_of(tensor));
     }
@@ -490,6 +562,20 @@ class AdamWEngine {
     slot.strides = tensor.strides().vec();
     slot.dtype = tensor.scalar_type();
     return *slot.number;
+  }
+
+  // Prepares a loader; returns what it is for.
+  std::vector<OptimizerOffload::ParameterStep> fill(
+      AdamWLoader& loader, const std::vector<Saved>& given, bool anew) {
+    std::vector<OptimizerOffload::ParameterStep> steps;
+    for (const auto& [parameter, state] : given) {
+      const bool fresh = anew || !has_state(parameter.slot);
+      const std::size_t number = number_of(parameter, anew);
+      loader.add(number, parameter.tensor, ordinal_of(parameter),
+                 slots_.at(parameter.slot).first, state, fresh);
+      steps.push_back({number, state.step});
+    }
+    return steps;
   }
 
   std::vector<std::size_t> numbers_of(
@@ -514,7 +600,8 @@ class AdamWEngine {
   EarlyGradients early_;
   bool closed_ = false;
   DeviceLanes lanes_;  // After what they copy to and from.
-  std::vector<Slot> slots_;
+  std::map<std::size_t, Slot> slots_;
+  std::size_t next_slot_ = 0;
 };
 
 }  // namespace torch_ext

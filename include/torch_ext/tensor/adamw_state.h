@@ -50,6 +50,17 @@ class AdamWSnapshot final : public UpdateKernel {
   /// Takes the space; after the last add(). Errors: IoError.
   void open() { snapshot_.open(); }
 
+  /// Instead of open(), for one tensor of one parameter, which is returned and
+  /// filled by update().
+  at::Tensor open_in_memory(std::size_t number, std::size_t field) {
+    Place& place = places_.at(number);
+    only_ = at::empty_strided(
+        place.parameter.sizes(), place.parameter.strides(),
+        at::TensorOptions().dtype(at::kFloat).device(at::kCPU));
+    only_field_ = field;
+    return only_;
+  }
+
   void update(std::span<const StateSegment> segments) override {
     const c10::NoGradGuard no_grad;
     for (const StateSegment& segment : segments) {
@@ -90,9 +101,15 @@ class AdamWSnapshot final : public UpdateKernel {
     for (std::uint64_t done = 0; done < segment.count; done += chunk) {
       const std::uint64_t count = std::min(chunk, segment.count - done);
       for (std::size_t i = 0; i < place.tensors(); ++i) {
+        if (only_.defined() && i != only_field_) continue;
         const float* values = i == AdamWFields::kMaster
                                   ? master(segment, done, count, place, scratch)
                                   : moment(segment, done, count, i, scratch);
+        if (only_.defined()) {
+          std::copy_n(values, count,
+                      only_.mutable_data_ptr<float>() + segment.first + done);
+          continue;
+        }
         snapshot_.write(place.numbers[i], segment.first + done,
                         std::as_bytes(std::span(values, count)));
       }
@@ -134,6 +151,8 @@ class AdamWSnapshot final : public UpdateKernel {
   Snapshot snapshot_;
   std::unordered_map<std::size_t, Place> places_;
   std::vector<at::Tensor> tensors_;
+  at::Tensor only_;
+  std::size_t only_field_ = 0;
 };
 
 /// Fills state from tensors of any floating dtype, device and strides.
@@ -143,19 +162,23 @@ class AdamWLoader final : public UpdateKernel {
               AdamWKernel::MakeScratch make_scratch)
       : format_(format), seed_(seed), make_scratch_(std::move(make_scratch)) {}
 
+  /// Undefined tensors leave what there is; but in `fresh` state a 16-bit
+  /// parameter without a master is its own.
   void add(std::size_t number, const at::Tensor& parameter,
            std::uint32_t ordinal, std::uint64_t first_element,
-           const AdamWState& state) {
-    const at::IntArrayRef strides = parameter.strides();
-    Source source{{OrderedReader(state.exp_avg, strides),
-                   OrderedReader(state.exp_avg_sq, strides), OrderedReader()},
+           const AdamWState& state, bool fresh = true) {
+    const auto reader = [&](const at::Tensor& tensor) {
+      return tensor.defined() ? OrderedReader(tensor, parameter.strides())
+                              : OrderedReader();
+    };
+    Source source{{reader(state.exp_avg), reader(state.exp_avg_sq), {}},
                   master_format(parameter.scalar_type()),
                   ordinal,
                   first_element};
     if (source.master != MasterFormat::kNone) {
-      const bool own = state.master.defined();
+      const bool own = state.master.defined() || !fresh;
       source.readers[AdamWFields::kMaster] =
-          OrderedReader(own ? state.master : parameter, strides);
+          reader(own ? state.master : parameter);
     }
     sources_.emplace(number, std::move(source));
   }
@@ -166,7 +189,11 @@ class AdamWLoader final : public UpdateKernel {
     for (const StateSegment& segment : segments) {
       const Source& source = sources_.at(segment.parameter);
       for (std::size_t i = 0; i < source.readers.size(); ++i) {
-        if (segment.fields[i] != nullptr) fill(segment, i, source, scratch);
+        if (segment.fields[i] == nullptr ||
+            !source.readers[i].source().defined()) {
+          continue;
+        }
+        fill(segment, i, source, scratch);
       }
     }
   }

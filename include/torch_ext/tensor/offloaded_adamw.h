@@ -94,7 +94,8 @@ struct OffloadOptions {
   bool verify = true;           ///< Checksums are compared on reading.
 };
 
-/// What OffloadedAdamW shows in state(): no tensors.
+/// What OffloadedAdamW shows in state(): no tensors. Erasing an entry starts
+/// the parameter's state anew; another step counts from the next one on.
 struct OffloadedAdamWParamState
     : torch::optim::OptimizerCloneableParamState<OffloadedAdamWParamState> {
   std::uint64_t step = 0;
@@ -107,7 +108,8 @@ struct OffloadedAdamWParamState
 /// until they have one. Errors about a parameter name its place and group.
 ///
 /// The archive format of torch::optim is not supported: save() and load()
-/// throw. state_dict() and load_state_dict() take their place.
+/// throw. state_dict() and load_state_dict() take their place. State is its
+/// parameter's for as long as that lives, also while it is in no group.
 /// Threads: one call at a time. Forked children: StateError.
 class OffloadedAdamW : public torch::optim::Optimizer {
  public:
@@ -161,6 +163,7 @@ class OffloadedAdamW : public torch::optim::Optimizer {
     }
     const PlainModes plain;
     add_new_parameters();
+    if (taken_.empty()) take_over_state();
     clip();
     std::vector<AdamWEngine::Group> groups;
     for (const auto& group : param_groups_) {
@@ -234,16 +237,11 @@ class OffloadedAdamW : public torch::optim::Optimizer {
           "began");
     }
     add_new_parameters();
+    take_over_state();
     const std::vector<AdamWEngine::Parameter> all = entries();
-    std::vector<AdamWEngine::Parameter> stepped;
-    for (const AdamWEngine::Parameter& parameter : all) {
-      if (state_.count(parameter.tensor.unsafeGetTensorImpl()) > 0) {
-        stepped.push_back(parameter);
-      }
-    }
-    check_each(stepped);
+    check_each(with_state(all));
     std::vector<ParameterState> states;
-    for (auto& saved : engine_.save(stepped)) {
+    for (auto& saved : engine_.save(all)) {
       std::size_t i = 0;
       while (all[i].slot != saved.parameter.slot) ++i;
       states.push_back({i, std::move(saved.state)});
@@ -313,6 +311,8 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   struct Place {
     std::size_t slot;
     std::optional<std::size_t> group;  ///< None: it is trained no more.
+    /// As long as there is one, its address is not another tensor's.
+    c10::weak_intrusive_ptr<c10::TensorImpl> tensor;
   };
   struct Taken {
     AdamWEngine::Parameter parameter;
@@ -331,11 +331,14 @@ class OffloadedAdamW : public torch::optim::Optimizer {
 
   // The base class's add_param_group is not virtual: new ones are found here.
   void add_new_parameters() {
+    if (taken_.empty()) let_go();
     for (std::size_t i = 0; i < param_groups_.size(); ++i) {
       for (const at::Tensor& parameter : param_groups_[i].params()) {
         const void* key = parameter.unsafeGetTensorImpl();
         if (places_.contains(key)) continue;
-        places_.emplace(key, Place{added(parameter), i});
+        places_.emplace(key, Place{added(parameter), i,
+                                   c10::weak_intrusive_ptr<c10::TensorImpl>(
+                                       parameter.getIntrusivePtr())});
         if (on_gradient_ != nullptr && parameter.is_leaf() &&
             parameter.requires_grad()) {
           GradientHook::add(parameter, on_gradient_);
@@ -349,6 +352,15 @@ class OffloadedAdamW : public torch::optim::Optimizer {
     naming(parameter,
            [&] { slot = engine_.add(parameter, parameter.requires_grad()); });
     return slot;
+  }
+
+  std::vector<AdamWEngine::Parameter> with_state(
+      const std::vector<AdamWEngine::Parameter>& parameters) const {
+    std::vector<AdamWEngine::Parameter> found;
+    for (const AdamWEngine::Parameter& parameter : parameters) {
+      if (engine_.has_state(parameter.slot)) found.push_back(parameter);
+    }
+    return found;
   }
 
   void check_each(const std::vector<AdamWEngine::Parameter>& parameters) const {
@@ -385,6 +397,49 @@ class OffloadedAdamW : public torch::optim::Optimizer {
       }
     }
     return error.what();
+  }
+
+  // Of parameters that are no more.
+  void let_go() {
+    for (auto it = places_.begin(); it != places_.end();) {
+      if (!it->second.tensor.expired()) {
+        ++it;
+        continue;
+      }
+      engine_.remove(it->second.slot);
+      state_.erase(const_cast<void*>(it->first));
+      it = places_.erase(it);
+    }
+  }
+
+  // What was done to state().
+  void take_over_state() {
+    std::vector<std::size_t> erased;
+    std::vector<AdamWEngine::Saved> changed;
+    for (auto& [key, place] : places_) {
+      const auto found = state_.find(const_cast<void*>(key));
+      const bool is_shown = found != state_.end() && found->second != nullptr;
+      const bool has_state = engine_.has_state(place.slot);
+      if (has_state && !is_shown) erased.push_back(place.slot);
+      if (!is_shown) continue;
+      const auto* shown =
+          dynamic_cast<const OffloadedAdamWParamState*>(found->second.get());
+      if (shown == nullptr || !has_state) {
+        throw TypeError(
+            "OffloadedAdamW: an entry was put into state(), which only shows "
+            "what there is: load_state_dict() gives a parameter state");
+      }
+      const auto tensor = place.tensor.lock();
+      if (shown->step != engine_.step_of(place.slot) && tensor) {
+        changed.push_back({{place.slot, at::Tensor(tensor)},
+                           {.step = shown->step,
+                            .exp_avg = {},
+                            .exp_avg_sq = {},
+                            .master = {}}});
+      }
+    }
+    if (!erased.empty()) engine_.forget(erased);
+    if (!changed.empty()) engine_.change(changed);
   }
 
   // PyTorch calls hooks on a thread for each device.
@@ -449,6 +504,7 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   // before the first gradient comes, so that the first step need not keep all
   // gradients either. Backward mostly goes the other way round.
   void begin_taking() {
+    take_over_state();
     for (auto& [key, place] : places_) place.group.reset();
     std::vector<AdamWEngine::Parameter> without_state;
     for (std::size_t i = 0; i < param_groups_.size(); ++i) {
@@ -464,7 +520,7 @@ class OffloadedAdamW : public torch::optim::Optimizer {
     }
     check_each(without_state);
     std::reverse(without_state.begin(), without_state.end());
-    if (!without_state.empty()) engine_.init(without_state);
+    if (!without_state.empty()) engine_.make_room(without_state);
   }
 
   void take(const AdamWHyper& hyper, std::size_t group,
@@ -489,6 +545,11 @@ class OffloadedAdamW : public torch::optim::Optimizer {
         what = "options";
       }
       if (version != version_of(parameter.tensor)) what = "a parameter";
+      const auto shown = state_.find(parameter.tensor.unsafeGetTensorImpl());
+      if (engine_.step_of(parameter.slot) > 1 &&
+          (shown == state_.end() || shown->second == nullptr)) {
+        what = "the state of a parameter";
+      }
       if (what == nullptr) continue;
       return std::string("OffloadedAdamW: ") + what + " of group " +
              std::to_string(group) +
