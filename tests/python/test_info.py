@@ -18,6 +18,7 @@ import pytest
 import torch_ext
 from torch_ext import __main__ as command
 from torch_ext._native import _C
+from torch_ext._size import size, size_up
 
 PACKAGE = Path(torch_ext.__file__).parent
 
@@ -341,12 +342,20 @@ def test_each_slower_way_is_named_with_its_reason(report, words):
 @pytest.mark.parametrize(
     ("count", "text"),
     [
-        (None, "unlimited"),
         (0, "0 B"),
+        (1023, "1023 B"),
         (65536, "64 KiB"),
         (8 << 20, "8 MiB"),
         (3 << 39, "1.5 TiB"),
     ],
 )
 def test_sizes_are_shown_in_powers_of_1024(count, text):
-    assert command._size(count) == text
+    assert size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(1, "1 KiB"), (4097, "5 KiB"), ((16 << 20) + 1, "17 MiB")]
+)
+def test_a_size_that_is_to_be_given_is_rounded_up(count, text):
+    assert size_up(count) == text
+    assert torch_ext.parse_size(text) >= count
