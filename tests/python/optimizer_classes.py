@@ -16,13 +16,12 @@ import importlib.metadata
 import importlib.util
 import inspect
 import io
+import multiprocessing
 import re
-import signal
 import sys
 import tempfile
 import types
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -208,28 +207,34 @@ def verdicts(packages: list[str], folder: Path) -> dict[str, dict[str, Verdict]]
     for package in packages:
         of_package = found[package] = {}
         for name, cls in classes(package).items():
-            torch.manual_seed(0)
-            try:
-                with contextlib.redirect_stdout(io.StringIO()), _limited():
-                    of_package[name] = compare(cls, folder)
-            except TimeoutError:
-                of_package[name] = Verdict("no use", f"not done after {LIMIT} seconds")
+            of_package[name] = _apart(cls, folder)
             print(package, name, *of_package[name], flush=True)
     return found
 
 
-@contextlib.contextmanager
-def _limited() -> Iterator[None]:
-    def late(*_: Any) -> None:
-        raise TimeoutError
+def _apart(cls: type[torch.optim.Optimizer], folder: Path) -> Verdict:
+    """In a process of its own, which can be ended whatever it does."""
+    processes = multiprocessing.get_context("fork")
+    here, there = processes.Pipe(duplex=False)
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(LIMIT)
+    def run() -> None:
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+        with contextlib.redirect_stdout(io.StringIO()):
+            there.send(compare(cls, folder))
+
+    process = processes.Process(target=run)
+    process.start()
+    there.close()
     try:
-        yield
+        if here.poll(LIMIT):
+            return here.recv()
+        return Verdict("no use", f"not done after {LIMIT} seconds")
+    except EOFError:
+        return Verdict("no use", "ends the process")
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        process.kill()
+        process.join()
 
 
 def table(found: dict[str, dict[str, Verdict]]) -> str:
