@@ -115,9 +115,9 @@ def test_tensors_that_only_pretend_to_have_memory_are_refused(swapper):
     with pytest.raises(TypeError, match="swap_out: subclass or wrapper"):
         swapper.swap_out("y", torch._efficientzerotensor(4))
     with FakeTensorMode():
-        with pytest.raises(TypeError, match="swap_in"):
+        with pytest.raises(RuntimeError, match="FakeTensorMode"):
             swapper.swap_in("x")
-        with pytest.raises(TypeError, match="swap_out"):
+        with pytest.raises(RuntimeError, match="FakeTensorMode"):
             swapper.swap_out("y", torch.randn(4))
     with pytest.raises(TypeError, match="swap_in: meta"):
         swapper.swap_in("x", device="meta")
