@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from torch_ext._undisturbed import undisturbed
+
 _PIECE = 1 << 24
 
 
@@ -86,6 +88,7 @@ class Pending:
         self._operations: dict[Operation, None] = {}
         self._lock = threading.Lock()
 
+    @undisturbed  # What is raised where the lock is given back would keep it.
     def add(self, operation: Operation) -> None:
         """Idempotent."""
         with self._lock:
@@ -94,11 +97,15 @@ class Pending:
     def wait(self, timeout: float | None = None) -> list[Operation]:
         """Waits for what is pending now, and returns it: see Operation.wait."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._lock:
-            operations = list(self._operations)
+        operations = self._all()
         for operation in operations:
             operation.wait(deadline)
         return operations
+
+    @undisturbed  # As in add().
+    def _all(self) -> list[Operation]:
+        with self._lock:
+            return list(self._operations)
 
     def take(
         self, ended: list[Operation], own: Operation | None = None
