@@ -96,7 +96,12 @@ class PythonKernel final : public torch_ext::UpdateKernel {
     try {
       py::list list;
       for (const StateSegment& segment : segments) list.append(shown(segment));
-      parked_at_exit([&] { callback_(list); });
+      parked_at_exit([&] {
+        callback_(list);
+        // Not in its destructor, which lets nothing through: a tensor that goes
+        // lets go of the GIL for a while.
+        list.release().dec_ref();
+      });
     } catch (const py::error_already_set& error) {
       error_ = error;
       const std::string text = error.what();

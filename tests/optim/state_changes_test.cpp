@@ -86,7 +86,7 @@ TEST_F(StateChangesTest, AnyOrderOfChangesEqualsStateInVectors) {
       std::mt19937 random(seed);
       OptimizerOffload offload(options(buffers));
       ScalarAdamW adamw(offload);
-      for (const std::size_t size : {40000, 17, 1, 0, 9000, 300, 8192}) {
+      for (const std::size_t size : {40000u, 17u, 1u, 0u, 9000u, 300u, 8192u}) {
         adamw.add(size);
       }
       const std::size_t count = adamw.parameters.size();
