@@ -15,7 +15,7 @@ namespace fs = std::filesystem;
 
 constexpr std::uint64_t kUnlimited = std::numeric_limits<std::uint64_t>::max();
 
-/// The number in a file of one; none for "max" and where there is no file.
+/// The number that a file holds. None for "max", and where there is no file.
 std::optional<std::uint64_t> read_number(const fs::path& path) {
   std::ifstream file(path);
   std::uint64_t number = 0;
@@ -23,7 +23,8 @@ std::optional<std::uint64_t> read_number(const fs::path& path) {
   return number;
 }
 
-/// The sum of the numbers that stand behind these names, one a line.
+/// The sum of the numbers behind these two names. The file has a name and a
+/// number on each line.
 std::uint64_t sum_of(const fs::path& path, std::string_view one,
                      std::string_view other) {
   std::ifstream file(path);
@@ -39,7 +40,8 @@ std::uint64_t sum_of(const fs::path& path, std::string_view one,
   return sum;
 }
 
-/// Where a version of cgroups says what a group may take and has.
+/// The files in which a version of cgroups says what a group may take, and what
+/// it has taken.
 struct Files {
   const char* limit;
   const char* used;
@@ -63,8 +65,8 @@ std::uint64_t left_in(const fs::path& group, const Files& files) {
   return *limit > kept ? *limit - kept : 0;
 }
 
-/// The least of a group and those above it, as far as they are seen: in a
-/// container the uppermost one is the container's own.
+/// The least that is left in a group and in those above it that can be seen. In
+/// a container, the uppermost one that is seen is the container's own.
 std::uint64_t left_along(const fs::path& mount, const std::string& path,
                          const Files& files) {
   std::uint64_t left = left_in(mount, files);

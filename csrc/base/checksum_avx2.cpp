@@ -2,8 +2,8 @@
 
 #if defined(__x86_64__)
 
-// Outside of what is compiled for AVX2: the linker keeps one copy of an
-// inline function, which must run everywhere.
+// These stand outside the part that is compiled for AVX2. The linker keeps one
+// copy of each inline function, and that copy must run on every processor.
 #include <immintrin.h>
 #include <limits.h>
 #include <stddef.h>

@@ -6,7 +6,7 @@
 
 namespace torch_ext {
 
-/// checksum(), by instructions that not every x86-64 processor has.
+/// checksum() with AVX2 instructions. Call it only where have_avx2() is true.
 #if defined(__x86_64__)
 bool have_avx2() noexcept;
 std::uint64_t checksum_avx2(std::span<const std::byte> bytes) noexcept;

@@ -12,7 +12,7 @@ std::atomic<pid_t> id = 0;
 
 void forget_id() { id = 0; }
 
-/// True if a forked child will ask anew.
+/// Makes a forked child ask for its id anew. False if that cannot be had.
 bool watch_forks() { return pthread_atfork(nullptr, nullptr, forget_id) == 0; }
 
 const pid_t loaded_in = getpid();

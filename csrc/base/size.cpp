@@ -87,8 +87,8 @@ std::uint64_t parse_size(std::string_view text) {
   if (error != std::errc() || count > kMaxSize / unit->bytes) {
     refuse(text, "it is too large");
   }
-  // Multiplies the fraction by the unit as on paper, from the last digit: what
-  // is carried over the point are bytes, what stays behind it must be zeros.
+  // Multiplies the fraction by the unit as on paper, from the last digit. What
+  // is carried over the point are bytes. Only zeros may stay behind it.
   std::uint64_t carry = 0;
   for (; !fraction.empty(); fraction.remove_suffix(1)) {
     carry += static_cast<std::uint64_t>(fraction.back() - '0') * unit->bytes;

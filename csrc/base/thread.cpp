@@ -11,7 +11,8 @@
 namespace torch_ext {
 namespace {
 
-/// Blocks all signals for the calling thread and those that it makes.
+/// Blocks all signals for the calling thread, and for the threads that it
+/// makes.
 class SignalsBlocked {
  public:
   SignalsBlocked() {

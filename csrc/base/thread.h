@@ -5,8 +5,9 @@
 
 namespace torch_ext {
 
-/// A thread that the system shows under `name`, of 15 characters at most. It
-/// gets no signals: those are for the application's threads.
+/// Starts a thread that the system shows under `name`, which has at most 15
+/// characters. The thread gets no signals: those are for the application's
+/// threads.
 /// Errors: IoError ("pthread_create").
 std::thread start_thread(const char* name, std::function<void()> body);
 

@@ -24,7 +24,7 @@ enum class Kind { kSize, kCount, kFlag };
 struct Knob {
   std::string_view name;
   Kind kind;
-  std::uint64_t max;  // The least is 1, for flags 0.
+  std::uint64_t max;  // The least is 1, or 0 for a flag.
   ConfigValue (*get)(const AioConfig&);
   void (*set)(AioConfig&, std::uint64_t);
 };
@@ -54,8 +54,8 @@ constexpr std::array kKnobs = {
     make_knob<&AioConfig::overlap_events>("overlap_events", Kind::kFlag, 1),
 };
 
-// The names of the knobs, then two that thread_count has elsewhere: DeepSpeed
-// renamed it, and its tuner prints yet another.
+// The names of the knobs, then two other names of thread_count: DeepSpeed
+// renamed it, and its tuner prints yet another name.
 constexpr std::array<std::string_view, kKnobs.size() + 2> kKeys = [] {
   std::array<std::string_view, kKnobs.size() + 2> keys;
   std::ranges::transform(kKnobs, keys.begin(), &Knob::name);
@@ -130,7 +130,7 @@ std::string refusal(const Knob& knob, std::string_view key,
          "; allowed: " + allowed(knob);
 }
 
-// Insertions, deletions and replacements that turn one word into the other.
+// How many insertions, deletions and replacements turn one word into the other.
 std::size_t edit_distance(std::string_view a, std::string_view b) {
   std::vector<std::size_t> row(b.size() + 1);
   std::iota(row.begin(), row.end(), std::size_t{0});
@@ -194,7 +194,7 @@ std::optional<std::uint64_t> from_text(const Knob& knob,
   return number;
 }
 
-// The value as an unsigned integer; none if it cannot be one for this knob.
+// The value as an unsigned integer. None if this knob cannot take it as one.
 std::optional<std::uint64_t> to_number(const Knob& knob,
                                        const ConfigValue& value) {
   const bool flag = knob.kind == Kind::kFlag;
@@ -210,7 +210,7 @@ std::optional<std::uint64_t> to_number(const Knob& knob,
     if (*number >= 0) return static_cast<std::uint64_t>(*number);
   }
   if (const double* number = std::get_if<double>(&value)) {
-    // Compared before it is cast: a cast of more than 2^64 is undefined.
+    // Compare before casting: a cast of more than 2^64 is undefined.
     if (*number >= 0 && *number <= static_cast<double>(knob.max) &&
         std::trunc(*number) == *number) {
       return static_cast<std::uint64_t>(*number);
@@ -283,8 +283,9 @@ ParsedAioConfig read_aio_section(const ConfigItems& section) {
 
 namespace {
 
-// Listens to the parser, which keeps no document and does not recurse, and
-// notes the items of the top-level object's "aio" and of that object itself.
+// Listens to the parser, and notes the items of the top-level object and of its
+// "aio". The parser keeps no document and does not recurse, so text of any
+// length and nesting is safe.
 class SectionReader {
  public:
   ConfigItems take_items() { return std::move(items_); }
@@ -394,7 +395,8 @@ class SectionReader {
 };
 
 SectionReader read_json(std::string_view json) {
-  // The parser takes a NUL for the end and would not look behind it.
+  // The parser takes a NUL for the end of the text, and would not look behind
+  // it.
   if (const auto nul = json.find('\0'); nul != json.npos) {
     throw std::invalid_argument("bad JSON at byte " + std::to_string(nul + 1) +
                                 ": a NUL byte");
@@ -404,7 +406,7 @@ SectionReader read_json(std::string_view json) {
   return reader;
 }
 
-// Of the section, with a warning for what lies beside it.
+// Reads the section, and warns of a knob's key that lies beside it.
 ParsedAioConfig read_section(SectionReader& reader) {
   ParsedAioConfig parsed = read_aio_section(reader.take_items());
   for (const auto& [key, value] : reader.take_top_items()) {

@@ -10,8 +10,8 @@
 
 #include "torch_ext/base/error.h"
 
-// Types only: nothing of the run-time is linked. PyTorch's wheels bring the
-// first header without the second, which it includes.
+// Only types come from here: nothing of the run-time is linked. PyTorch's
+// wheels bring the first header without the second, which the first includes.
 #if __has_include(<cuda_runtime_api.h>) && __has_include(<crt/host_defines.h>)
 #include <cuda_runtime_api.h>
 #define TORCH_EXT_HAS_CUDA_HEADER
@@ -20,7 +20,7 @@
 namespace torch_ext {
 namespace {
 
-// From driver_types.h; part of the run-time's ABI.
+// These numbers are from driver_types.h. They are part of the run-time's ABI.
 constexpr int kSuccess = 0;                       // cudaSuccess
 constexpr int kErrorMemoryAllocation = 2;         // cudaErrorMemoryAllocation
 constexpr int kErrorStreamCaptureImplicit = 906;  // cuda... of that name
@@ -28,7 +28,8 @@ constexpr unsigned kHostRegisterPortable = 1;     // cudaHostRegisterPortable
 constexpr int kCaptureModeThreadLocal = 1;  // cudaStreamCaptureModeThreadLocal
 constexpr int kCaptureStatusNone = 0;       // cudaStreamCaptureStatusNone
 
-// Each function, with enumerations as int and cudaStream_t as void*.
+// The functions of the run-time, with enumerations as int and cudaStream_t as
+// void*.
 using HostRegister = int(void*, std::size_t, unsigned);
 using HostUnregister = int(void*);
 using ThreadExchangeStreamCaptureMode = int(int*);
@@ -45,7 +46,7 @@ static_assert(kHostRegisterPortable == cudaHostRegisterPortable);
 static_assert(kCaptureModeThreadLocal == cudaStreamCaptureModeThreadLocal);
 static_assert(kCaptureStatusNone == cudaStreamCaptureStatusNone);
 
-// What a parameter or result of theirs is called here.
+// Translates a parameter's or result's type from the header's to ours.
 template <class T>
 struct Plain {
   using type = T;
@@ -98,8 +99,8 @@ Library open_library(const std::string& name, std::string& why_not) {
     if (library == nullptr) why_not = last_dl_error();
     return library;
   }
-  // A copy that is loaded already is PyTorch's own: another one would not
-  // know its streams.
+  // A copy that is loaded already is PyTorch's own. Another copy would not know
+  // PyTorch's streams.
   for (const int flags : {RTLD_NOLOAD, 0}) {
     for (const char* known : {"libcudart.so.13", "libcudart.so.12"}) {
       Library library(dlopen(known, RTLD_NOW | RTLD_LOCAL | flags));
@@ -123,7 +124,8 @@ struct CudaRuntime::Table {
   RuntimeGetVersion* get_version = nullptr;
   int version = 0;
 
-  /// Names the first function that the library lacks; null if none.
+  /// Finds all functions. Returns the name of the first that the library lacks,
+  /// or null.
   const char* fill() {
     const char* missing = nullptr;
     const auto find = [&](const char* name, auto*& function) {
@@ -171,7 +173,7 @@ void CudaRuntime::host_register(void* memory, std::size_t bytes) {
 }
 
 void CudaRuntime::host_unregister(void* memory) noexcept {
-  // Nobody can act on a failure; at exit the run-time may be gone already.
+  // Nobody can act on a failure. At exit the run-time may be gone already.
   if (table_->host_unregister(memory) != kSuccess) table_->get_last_error();
 }
 
@@ -185,7 +187,8 @@ bool CudaRuntime::is_capturing(void* stream) {
   int status = kCaptureStatusNone;
   const int code = table_->is_capturing(stream, &status);
   if (code == kErrorStreamCaptureImplicit) {
-    // The legacy stream, while a stream that it waits for is being captured.
+    // This is the legacy stream, and a stream that it waits for is being
+    // captured.
     table_->get_last_error();
     return true;
   }

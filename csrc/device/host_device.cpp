@@ -14,7 +14,7 @@ class HostDevice final : public Device {
 
   EventPtr record(Stream) override {
     static const DeviceEvent done;
-    return EventPtr(EventPtr(), &done);  // Owned by nobody: costs nothing.
+    return EventPtr(EventPtr(), &done);  // Nobody owns it: no count.
   }
   void wait(Stream, const EventPtr&) override {}
   bool query(const EventPtr&) override { return true; }

@@ -27,7 +27,7 @@ struct BufferPool::State {
       : buffer_size(size), count(buffers) {
     free.reserve(buffers);
     base = map(size * buffers);
-    // It only tunes: a kernel without it changes no result.
+    // This only tunes. On a kernel without it the results are the same.
     madvise(base, size * buffers, MADV_DONTFORK);
     for (std::size_t i = buffers; i > 0; --i) {
       free.push_back(base + (i - 1) * size);
@@ -35,7 +35,8 @@ struct BufferPool::State {
   }
 
   ~State() {
-    // A forked child has no such mapping; what is there now is not ours.
+    // A forked child does not have this mapping. What lies at its address there
+    // is not ours.
     if (process_id() != owner) return;
     for (const auto& device : pinned) device->unpin(memory());
     unmap_pages(base, buffer_size * count);

@@ -28,7 +28,7 @@ std::byte* map_pages(std::size_t bytes, std::size_t page) {
   if (bytes > std::numeric_limits<std::size_t>::max() - kHugePage - page) {
     throw IoError({.op = "mmap", .length = bytes, .error = ENOMEM});
   }
-  // munmap() refuses what does not begin with a page.
+  // munmap() refuses an address that is not the beginning of a page.
   bytes = align_up(bytes, page);
   if (bytes < kHugePage) return map(bytes);
   std::byte* const mapped = map(bytes + kHugePage);
@@ -37,7 +37,7 @@ std::byte* map_pages(std::size_t bytes, std::size_t page) {
   const auto before = static_cast<std::size_t>(data - mapped);
   if (before > 0) munmap(mapped, before);
   munmap(data + bytes, kHugePage - before);
-  // It only tunes: a kernel without it changes no result.
+  // This only tunes. On a kernel without it the results are the same.
   madvise(data, bytes, MADV_HUGEPAGE);
   return data;
 }

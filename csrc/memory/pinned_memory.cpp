@@ -21,14 +21,14 @@ namespace {
 
 constexpr std::size_t kPage = 4096;
 
-/// First byte and size of each allocation.
+/// The first byte of each allocation, and its size in bytes.
 struct Registry {
   std::mutex mutex;
   std::map<const std::byte*, std::size_t, std::less<>> sizes;
 };
 
 Registry& registry() {
-  // Never destroyed: tensors may die after everything static.
+  // This is never destroyed: tensors may die after everything static.
   static auto* const all = new Registry;
   return *all;
 }
@@ -43,7 +43,7 @@ std::shared_ptr<std::byte> allocate_pinned(std::size_t bytes,
     throw IoError({.op = "mmap", .length = bytes, .error = ENOMEM});
   }
   std::byte* const data = map_pages(size);
-  // From here on the deleter frees what there is, whatever throws.
+  // From here on the deleter frees what there is, even if something throws.
   auto locked = std::make_shared<bool>(false);
   std::shared_ptr<std::byte> allocation(
       data, [size, cuda, locked, owner = process_id()](std::byte* freed) {
@@ -53,9 +53,9 @@ std::shared_ptr<std::byte> allocate_pinned(std::size_t bytes,
         unmap_pages(freed, size);
       });
 #ifdef MADV_POPULATE_WRITE
-  // Present from now on, also where nothing locks it, and one page after the
-  // other: touched by several threads they lie scattered, and I/O is slower.
-  // Kernels before 5.14 leave it to whoever touches them.
+  // This makes the pages present now, one after the other, also where nothing
+  // locks them. Pages that several threads touch first lie scattered, which
+  // makes I/O slower. Kernels before 5.14 leave it to whoever touches them.
   madvise(data, size, MADV_POPULATE_WRITE);
 #endif
   if (cuda != nullptr) {

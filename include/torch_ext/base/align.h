@@ -25,8 +25,8 @@ inline bool is_aligned(const void* address, std::uint64_t unit) {
   return reinterpret_cast<std::uintptr_t>(address) % unit == 0;
 }
 
-/// Bytes of a page: where direct and buffered I/O may meet, as the page cache
-/// works in pages.
+/// Bytes of a page. Direct and buffered I/O may meet at its multiples, since
+/// the page cache works in pages.
 inline std::size_t page_size() {
   static const auto size = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
   return size;

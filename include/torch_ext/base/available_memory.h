@@ -5,11 +5,11 @@
 
 namespace torch_ext {
 
-/// Bytes of memory that this process may take before somebody is killed for
-/// it: what the kernel calls available, swap included, or what its memory
-/// cgroups leave, if that is less. As of now: others take memory too. The
-/// largest number where the kernel does not say. `root`: where /proc and /sys
-/// are. Threads: any; never fails.
+/// Bytes of memory that this process may take before the kernel kills somebody
+/// for it. This is what the kernel calls available, swap included, or what the
+/// process's memory cgroups leave, if that is less. It holds for this moment
+/// only: others take memory too. Where the kernel does not say, it is the
+/// largest number. `root`: where /proc and /sys are. Threads: any; never fails.
 std::uint64_t available_memory(const std::filesystem::path& root = "/");
 
 }  // namespace torch_ext

@@ -6,7 +6,7 @@
 
 namespace torch_ext {
 
-/// XXH3-64 of `bytes`, seed 0. Any thread; never fails.
+/// XXH3-64 of `bytes` with seed 0. Threads: any; never fails.
 /// Format: https://github.com/Cyan4973/xxHash, "XXH3_64bits".
 std::uint64_t checksum(std::span<const std::byte> bytes) noexcept;
 

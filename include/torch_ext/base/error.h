@@ -7,7 +7,7 @@
 
 namespace torch_ext {
 
-/// What was tried and why the system refused it; every field may be left out.
+/// What was tried, and why the system refused it. Every field may be left out.
 struct IoFailure {
   std::string op = {};  ///< The call: "pwrite", "io_submit", "fallocate", ...
   std::string path =
@@ -34,7 +34,7 @@ class IoError : public std::runtime_error {
   IoFailure failure_;
 };
 
-/// A wait ran out of time; the operation goes on. TimeoutError in Python.
+/// A wait ran out of time. The operation goes on. TimeoutError in Python.
 class TimeoutError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;

@@ -7,9 +7,10 @@ namespace torch_ext {
 /// getpid(), without its system call. Threads: any.
 pid_t process_id() noexcept;
 
-/// Whether a process that had loaded this library was forked to become this
-/// one. Threads that others started before, such as PyTorch's, are missing
-/// here, and who wakes or awaits one of them may wait for ever. Threads: any.
+/// Whether this process was forked from one that had loaded this library. A
+/// forked child lacks the threads that others, such as PyTorch, had started
+/// before. Whoever wakes or awaits one of those may wait for ever. Threads:
+/// any.
 bool is_forked_child() noexcept;
 
 }  // namespace torch_ext

@@ -11,11 +11,11 @@
 
 namespace torch_ext {
 
-/// The `aio` section of a DeepSpeed configuration, with its meaning and
-/// defaults. This is the one place that states a knob's default and range.
+/// The `aio` section of a DeepSpeed configuration, with DeepSpeed's meaning and
+/// defaults. Only this struct states a knob's default and range.
 struct AioConfig {
-  /// Bytes per request; direct I/O rounds it down to a multiple of the file's
-  /// granule, but not below one.
+  /// Bytes per request. Direct I/O rounds it down to a multiple of the file's
+  /// granule, but not below one granule.
   std::uint64_t block_size = std::uint64_t{1} << 20;
   int queue_depth = 8;         ///< Requests in flight per thread.
   int thread_count = 1;        ///< I/O threads per queue.
@@ -26,15 +26,14 @@ struct AioConfig {
   static constexpr int kMaxQueueDepth = 65536;  ///< fs.aio-max-nr's default.
   static constexpr int kMaxThreadCount = 256;
 
-  /// Throws std::invalid_argument naming key, value and range.
+  /// Errors: std::invalid_argument that names key, value and range.
   void validate() const;
 
   bool operator==(const AioConfig&) const = default;
 };
 
-/// A configuration value before it is checked. `Other` is anything that no
-/// knob can take (list, object, integer beyond 64 bits): its text, for the
-/// message.
+/// Text for the message about a value that no knob can take: a list, an object,
+/// an integer beyond 64 bits.
 struct OtherValue {
   std::string text;
 };
@@ -43,33 +42,36 @@ using ConfigValue =
                  std::string, OtherValue>;
 using ConfigItems = std::vector<std::pair<std::string, ConfigValue>>;
 
-/// A parsed section, and what its reader should be told (unknown keys).
+/// A parsed section, and what its author should be told, such as unknown keys.
 struct ParsedAioConfig {
   AioConfig config;
   std::vector<std::string> warnings;
 };
 
-/// The keys of an `aio` section, then `intra_op_parallelism` and
-/// `num_threads`, which are read as `thread_count`.
+/// The keys of an `aio` section, then `intra_op_parallelism` and `num_threads`,
+/// which are read as `thread_count`.
 std::span<const std::string_view> aio_keys() noexcept;
 
-/// Checks the items of an `aio` section. Missing, null or "auto": the default.
-/// Integers may be integral floats or decimal strings, block_size a size as
-/// parse_size() reads it, flags "true" or "false" in any case.
-/// Errors: std::invalid_argument naming key, value and allowed range; also
-/// for a key given twice and for two names of one knob that disagree.
+/// Checks the items of an `aio` section. A value that is missing, null or
+/// "auto" means the default. An integer may be an integral float or a decimal
+/// string. block_size may be a size that parse_size() reads. A flag may be
+/// "true" or "false" in any case.
+/// Errors: std::invalid_argument that names key, value and allowed range. It
+/// also refuses a key that is given twice, and two names of one knob that
+/// disagree.
 ParsedAioConfig read_aio_section(const ConfigItems& section);
 
 /// Reads the `aio` section of a whole configuration in JSON (UTF-8, no
-/// comments). No section, or null: the defaults. Text of any length and
-/// nesting: nothing but the section and the top level's scalars is kept. A key
-/// of aio_keys() beside the section is ignored, with a warning.
-/// Errors: std::invalid_argument as above, for bad JSON with the byte's
-/// position, for a key of the top level given twice.
+/// comments). Without a section, or with null, the defaults hold. The text may
+/// have any length and nesting: only the section and the top level's scalars
+/// are kept. A key of aio_keys() beside the section is ignored, with a warning.
+/// Errors: std::invalid_argument as above, for bad JSON (with the byte's
+/// position), and for a key of the top level that is given twice.
 ParsedAioConfig parse_aio_config(std::string_view json);
 
-/// As parse_aio_config(), but the object may also be a section itself: one
-/// without `aio` and with a key of aio_keys(). One with keys but neither warns.
+/// As parse_aio_config(), but the object may also be a section itself: it then
+/// has a key of aio_keys() and no `aio`. An object that has keys, but none of
+/// these, gives a warning.
 ParsedAioConfig parse_aio_settings(std::string_view json);
 
 }  // namespace torch_ext

@@ -9,9 +9,9 @@
 
 namespace torch_ext {
 
-/// A lease of one of a pool's buffers; gives it back when destroyed.
-/// Ownership: move-only; keeps the pool's memory alive. Threads: any, one at
-/// a time.
+/// A lease of one of a pool's buffers. Its destructor gives the buffer back.
+/// Ownership: move-only; keeps the pool's memory alive.
+/// Threads: any, one at a time.
 class Buffer {
  public:
   Buffer() = default;
@@ -31,9 +31,10 @@ class Buffer {
   std::size_t size_ = 0;
 };
 
-/// `count` buffers of `buffer_size` bytes in one anonymous mapping: exact
-/// size, page aligned, on huge pages where they help, not inherited by a
-/// forked child. Never grows. Last given back, first taken.
+/// `count` buffers of `buffer_size` bytes in one anonymous mapping. The mapping
+/// has exactly that size, is aligned to pages, and uses huge pages where they
+/// help. A forked child does not inherit it. The pool never grows. The buffer
+/// that was given back last is taken first.
 /// Threads: any.
 class BufferPool {
  public:
@@ -43,12 +44,13 @@ class BufferPool {
   BufferPool(const BufferPool&) = delete;
   BufferPool& operator=(const BufferPool&) = delete;
 
-  /// A buffer with undefined content, or an empty lease if all are out.
+  /// A buffer with undefined content, or an empty lease if all are taken.
   Buffer try_take();
 
-  /// Page-locks the memory for `device` and all others of its type (the part
-  /// of its name before ':'), once; unlocked with the memory. Returns an
-  /// empty string, or why the memory stays unlocked.
+  /// Page-locks the memory for `device` and all others of its type, which is
+  /// the part of its name before ':'. This is done once for each type, and
+  /// undone when the memory is freed. Returns an empty string, or why the
+  /// memory stays unlocked.
   std::string pin(std::shared_ptr<Device> device);
 
   std::size_t buffer_size() const noexcept;
