@@ -1,7 +1,7 @@
 #pragma once
 
-// Linux's native AIO through libaio, or without it: the same five functions
-// over libaio's types or the kernel's own. Both return -errno.
+// Linux's native AIO, through libaio or without it. The same five functions
+// work on libaio's types or on the kernel's own. Both return -errno.
 
 #if !defined(TORCH_EXT_RAW_AIO) && !__has_include(<libaio.h>)
 #define TORCH_EXT_RAW_AIO 1
@@ -121,7 +121,7 @@ inline std::uint64_t cookie(const io_event& event) {
 
 #endif
 
-/// Bytes moved or -errno; libaio's field is unsigned.
+/// Bytes moved, or -errno. libaio's field is unsigned.
 inline std::int64_t result(const io_event& event) {
   return static_cast<std::int64_t>(event.res);
 }

@@ -5,14 +5,15 @@
 
 namespace torch_ext {
 
-/// A point in time that any timeout may lie ahead of, also nanoseconds::max().
+/// The end of a timeout. The timeout may be of any length, even
+/// nanoseconds::max().
 class Deadline {
  public:
   explicit Deadline(std::chrono::nanoseconds timeout)
       : start_(Clock::now()), timeout_(timeout) {}
 
-  /// Time left, at least 0 and at most an hour: what every clock can add. A
-  /// wait that ends early asks again.
+  /// Time left: at least 0, and at most an hour, which every clock can add.
+  /// Whoever waited that long asks again.
   std::chrono::nanoseconds left() const {
     const std::chrono::nanoseconds left = timeout_ - (Clock::now() - start_);
     return std::clamp<std::chrono::nanoseconds>(

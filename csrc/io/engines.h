@@ -7,18 +7,18 @@
 
 namespace torch_ext {
 
-/// Times that an engine submits again at once after EINTR. Then the kernel has
-/// no room: whoever submits tries again later, and not for ever.
+/// How often an engine submits again at once after EINTR. After that it reports
+/// "no room now". Its owner tries again later, for a limited time.
 constexpr int kMaxInterruptions = 100;
 
 /// Errors: IoError where the kernel refuses.
 std::unique_ptr<IoEngine> make_libaio_engine(int depth);
-/// Empty if the kernel has AIO and room for one more engine, else why not.
+/// Why the kernel has no AIO, or no room for one more engine; else empty.
 std::string libaio_unavailable_reason();
 
 /// Errors: IoError where the kernel refuses, or liburing was not built in.
 std::unique_ptr<IoEngine> make_io_uring_engine(int depth);
-/// Empty if a ring can be made and used, else why not.
+/// Why no ring can be made and used; empty if one can.
 std::string io_uring_unavailable_reason();
 
 std::unique_ptr<IoEngine> make_thread_engine(int depth);

@@ -10,22 +10,28 @@
 
 namespace torch_ext {
 
-/// The order of IoQueue, for whatever waits for a share of something: pieces of
-/// the drive's time, host buffers.
+/// The order that IoQueue promises, for whatever waits for a share of
+/// something: a piece of the drive's time, a host buffer.
 ///
 /// An item has a priority and a caller. next() gives the item whose share is
 /// next, by three rules:
-///  1. The most urgent priority that waits has the share. But of any 16 shares,
-///     one is for each less urgent priority that waits: so none stands still,
-///     and the most urgent of those that are overdue comes first.
+///  1. The most urgent priority that waits has the share. But each less urgent
+///     priority that waits has one share in 16, so none stands still. If
+///     several are overdue, the most urgent of them comes first.
 ///  2. Within a priority, callers take turns. Each has a line, in the order of
-///     push(); callers whose numbers are equal modulo 64 have one line.
-///  3. A turn is the first item in the line, or `turn` shares of it. What is
-///     left of the item then goes to the end of its line.
+///     push(). Callers whose numbers are equal modulo 64 share a line.
+///  3. A turn is the first item in the line, or `turn` shares of it. The rest
+///     of the item then goes to the end of its line.
 ///
-/// Intrusive: it allocates nothing, so an order can be changed where no error
-/// can be reported. Items are borrowed while they are in it; an Item is a
-/// FairQueue<Item>::Link.
+/// How it does that: each priority has 64 lines and a bit for each line that is
+/// not empty, so the next line is found without a search. A priority that is
+/// passed over counts the share; at 16 it is overdue. The owner calls next(),
+/// hands out the share, then calls served(), which counts it towards the turn,
+/// or remove().
+///
+/// The queue is intrusive. It allocates nothing, so an order can be changed
+/// where no error can be reported. Items are borrowed while they are in it. An
+/// Item is a FairQueue<Item>::Link.
 /// Threads: none of its own; its owner locks.
 template <typename Item>
 class FairQueue {
@@ -41,10 +47,10 @@ class FairQueue {
 
   static constexpr std::size_t kPriorities =
       static_cast<std::size_t>(IoPriority::kWriteBack) + 1;
-  /// Of each priority, whether next() shall pass it over.
+  /// For each priority, whether next() shall pass it over.
   using Blocked = std::array<bool, kPriorities>;
 
-  /// `turn`: shares of an item after which it is another's turn.
+  /// `turn`: how many shares an item has before another's turn comes.
   explicit FairQueue(std::size_t turn = std::numeric_limits<std::size_t>::max())
       : turn_(turn) {}
 
@@ -58,13 +64,14 @@ class FairQueue {
     ++size_;
   }
 
-  /// Takes an item out, wherever in its line it is.
+  /// Takes an item out, wherever it is in its line.
   void remove(Item* item) {
     class_of(item).remove(item);
     --size_;
   }
 
-  /// The item that has the next share. Null if all that wait are blocked.
+  /// The item that has the next share. Null if none waits whose priority is not
+  /// blocked.
   Item* next(const Blocked& blocked = {}) {
     Class* next = nullptr;
     bool overdue = false;
@@ -83,8 +90,8 @@ class FairQueue {
     return next->front();
   }
 
-  /// The item, which next() gave, has had its share. If that was all that it
-  /// wants, remove() comes next.
+  /// The item that next() gave has had its share. If it wants no more, call
+  /// remove() next.
   void served(Item* item) {
     Class& its = class_of(item);
     if (++its.shares < turn_) return;
@@ -129,7 +136,8 @@ class FairQueue {
 
     /// REQUIRES: It is not empty.
     Item* front() {
-      // An empty line has no turn. In the middle of a turn it is not empty.
+      // An empty line has no turn. In the middle of a turn the line is not
+      // empty.
       const int empty_lines =
           std::countr_zero(std::rotr(waiting_, static_cast<int>(current_)));
       current_ = (current_ + static_cast<std::size_t>(empty_lines)) % kLines;
@@ -142,7 +150,7 @@ class FairQueue {
       waiting_ |= std::uint64_t{1} << line;
     }
 
-    // A turn ends with the removal of the item that has had it.
+    // A turn ends when the item that has it is removed.
     void remove(Item* item) {
       const std::size_t line = link(item).line_;
       if (shares > 0 && item == lines_[current_].front()) {

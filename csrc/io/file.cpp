@@ -1,3 +1,24 @@
+// Files, and how they are given space before they are written.
+//
+// A file is opened once by name, without following links. The same descriptor
+// becomes the direct one, so no other file can take the name in between. The
+// buffered descriptor comes later, through /proc/self/fd. O_DIRECT and its
+// alignment are asked of the kernel (STATX_DIOALIGN).
+//
+// reserve() is for files that only this process makes longer, such as scratch:
+// on failure it sets the old size again. grow() is for the user's files, and
+// must leave them as they were. It works in this order:
+//
+// 1. It finds the holes in the range (FIEMAP), and counts the bytes that are
+//    missing.
+// 2. It asks statvfs() for room first, since a fallocate() that fails keeps
+//    what it got.
+// 3. It allocates with FALLOC_FL_KEEP_SIZE, and sets the size last.
+// 4. Where there is no fallocate(), it writes zeros to the holes and beyond the
+//    end, and syncs them.
+// 5. After a failure it punches the holes again, and cuts what it added beyond
+//    the end.
+
 #include "torch_ext/io/file.h"
 
 #include <fcntl.h>
@@ -33,7 +54,8 @@
 namespace torch_ext {
 namespace {
 
-/// Suits every device where the kernel does not say what this one needs.
+/// Suits every device. It is used where the kernel does not say what this one
+/// needs.
 constexpr std::size_t kSafeAlignment = 4096;
 
 constexpr std::uint64_t kMaxFileSize = std::numeric_limits<std::int64_t>::max();
@@ -46,8 +68,9 @@ constexpr std::uint64_t kMaxFileSize = std::numeric_limits<std::int64_t>::max();
                  .detail = std::move(detail)});
 }
 
-/// Makes a call again that a signal interrupts. Not for ever: a timer that is
-/// quicker than the call, which begins anew each time, would never let it end.
+/// Repeats a call that a signal interrupts, but not for ever. The call begins
+/// anew each time, so a timer that is quicker than the call would never let it
+/// end.
 template <typename Call>
 auto retrying(Call call) {
   constexpr int kMostInterruptions = 100;
@@ -63,8 +86,8 @@ int open_retrying(const char* path, int flags, mode_t mode = 0) {
       [&] { return ::open(path, flags | O_CLOEXEC | O_NOCTTY, mode); });
 }
 
-/// What the user can do about a name that is a link, or leads round in a
-/// circle.
+/// What the user can do about a name that is a link, or whose links lead round
+/// in a circle.
 std::string link_remedy(const std::string& path) {
   struct stat status;
   const bool circle = ::stat(path.c_str(), &status) != 0 && errno == ELOOP;
@@ -73,12 +96,13 @@ std::string link_remedy(const std::string& path) {
                   "os.path.realpath(path), in C++ realpath()";
 }
 
-/// Opens or makes a file that need not be a regular one yet. `created` tells
-/// which.
+/// Opens a file, or makes it. `created` tells which. Whether it is a regular
+/// file is not checked here.
 int open_or_create(const std::string& path, int access, bool& created) {
-  // O_NONBLOCK: opening a FIFO would wait for its other end.
+  // Without O_NONBLOCK, opening a FIFO would wait for its other end.
   const int flags = access | O_NOFOLLOW | O_NONBLOCK;
-  // Another process may make or remove the file in between, but not for ever.
+  // Another process may make or remove the file in between, but hardly every
+  // time.
   for (int attempt = 0; attempt < 100; ++attempt) {
     created = false;
     int fd = open_retrying(path.c_str(), flags);
@@ -107,14 +131,15 @@ void check_regular(const struct stat& status, const std::string& path) {
   }
 }
 
-/// What direct I/O demands; 0 and 0: the file has none.
+/// The alignment that direct I/O demands. Both are 0 if the file has no direct
+/// I/O.
 struct DirectAlignment {
   std::size_t memory = kSafeAlignment;
   std::size_t offset = kSafeAlignment;
 };
 
 DirectAlignment direct_alignment(int fd) {
-  // The kernel's structure: a C library's may lack the fields of newer ones.
+  // This is the kernel's structure. A C library's may lack newer fields.
   struct KernelStatx {
     std::uint32_t mask;
     std::uint32_t unused[37];
@@ -134,8 +159,8 @@ DirectAlignment direct_alignment(int fd) {
   return {status.memory, status.offset};
 }
 
-/// A second descriptor of the file behind `fd`: through /proc, else by `name`
-/// if it has one. -1 and errno where there is none.
+/// Opens the file behind `fd` again, through /proc, or else by `name` if that
+/// is not empty. Returns -1, with errno, on failure.
 int reopen(int fd, int flags, const std::string& name) {
   const std::string link = "/proc/self/fd/" + std::to_string(fd);
   const int second = open_retrying(link.c_str(), flags);
@@ -165,8 +190,8 @@ std::string random_name() {
   return name;
 }
 
-/// Whether the file system clearly has no room for so many bytes more.
-/// fallocate() would say so too, but keep all that it could get.
+/// Whether the file system clearly has no room for `bytes` more bytes.
+/// fallocate() would say so too, but would keep all that it could get.
 bool has_no_room(int fd, std::uint64_t bytes) {
   struct statvfs space;
   if (fstatvfs(fd, &space) != 0 || space.f_blocks == 0) return false;
@@ -178,25 +203,26 @@ std::uint64_t bytes_allocated(const struct stat& status) {
   return std::uint64_t{512} * static_cast<std::uint64_t>(status.st_blocks);
 }
 
-/// As far as the number of blocks tells; some beyond the end may hide them.
+/// Whether the file has holes, as far as the number of blocks tells. Blocks
+/// beyond the end may hide a hole.
 bool has_holes(const struct stat& status) {
   return bytes_allocated(status) < static_cast<std::uint64_t>(status.st_size);
 }
 
-/// Bytes of a file.
+/// A range of a file's bytes.
 struct Range {
   std::uint64_t begin = 0;
   std::uint64_t end = 0;
   std::uint64_t size() const { return end - begin; }
 };
 
-/// What has no blocks in a part of a file; null where the file system does not
-/// say.
+/// The ranges of a part of a file that have no blocks. Null where the file
+/// system does not say.
 std::optional<std::vector<Range>> holes_in(int fd, Range part) {
   constexpr std::uint32_t kMost = 64;
   std::vector<Range> holes;
   for (std::uint64_t begin = part.begin; begin < part.end;) {
-    // A head with as many extents behind it.
+    // The head of the request, with room for kMost extents behind it.
     alignas(8) std::byte memory[sizeof(struct fiemap) +
                                 kMost * sizeof(struct fiemap_extent)] = {};
     auto& map = *reinterpret_cast<struct fiemap*>(memory);
@@ -220,9 +246,9 @@ std::optional<std::vector<Range>> holes_in(int fd, Range part) {
   return holes;
 }
 
-/// Held by those who make a file longer, and alone by those who take such a
-/// growth back: what one has seen of the size, the other must not change. Files
-/// of different processes have no such lock.
+/// The lock of a file's size. Whoever makes the file longer holds it shared.
+/// Whoever takes such a growth back holds it alone: the size that one has seen,
+/// the other must not change. It does not reach other processes.
 std::shared_mutex& growth_of(const File::Identity& file) {
   static std::array<std::shared_mutex, 64> mutexes;
   return mutexes[(file.inode * 31 + file.device) % mutexes.size()];
@@ -231,7 +257,7 @@ std::shared_mutex& growth_of(const File::Identity& file) {
 int open_unnamed(const std::string& directory) {
   const int fd =
       open_retrying(directory.c_str(), O_TMPFILE | O_RDWR | O_EXCL, 0600);
-  // All that file systems and kernels without O_TMPFILE say.
+  // File systems and kernels without O_TMPFILE answer with one of these.
   const bool unsupported = errno == EOPNOTSUPP || errno == EISDIR ||
                            errno == EINVAL || errno == ENOENT;
   if (fd < 0 && !unsupported) fail("open", directory, errno);
@@ -332,7 +358,8 @@ std::optional<File::Identity> File::identify(int fd) noexcept {
   return identity_of(status);
 }
 
-/// Turns the descriptor that a name gave into the direct one, if it can be.
+/// Makes the descriptor that was just opened the direct one, if that is
+/// possible.
 void File::take_regular(int access) {
   const int fd = buffered_fd_;
   const struct stat status = status_of(fd, path_);
@@ -342,7 +369,7 @@ void File::take_regular(int access) {
   const DirectAlignment alignment = direct_alignment(fd);
   const bool has_direct = alignment.memory != 0 && alignment.offset != 0;
   if (!has_direct) reason_ = "the file system has no direct I/O for this file";
-  // Also ends O_NONBLOCK: only the opening was not to block.
+  // This also ends O_NONBLOCK: only the opening had to be kept from blocking.
   if (has_direct && fcntl(fd, F_SETFL, O_DIRECT) == 0) {
     direct_fd_ = fd;
     buffered_fd_ = -1;
@@ -379,7 +406,7 @@ int File::descriptors() const noexcept {
   return (direct_fd_ >= 0 ? 1 : 0) + (buffered_fd_ >= 0 ? 1 : 0);
 }
 
-/// A umask can only have taken permissions away: 0600 needs all it has.
+/// Makes the mode exactly 0600. A umask may have taken permissions away.
 void File::make_private() const {
   if (fchmod(fd(), 0600) != 0) fail("fchmod", path_, errno);
 }
@@ -468,8 +495,8 @@ std::string File::unreserved_note() const {
          "of by writing zeros to it, so its first use costs a write more";
 }
 
-// Only what was written has blocks for certain, and only what was synced has
-// them where a server or a daemon gives them.
+// Only bytes that were written have blocks for certain. Where a server or a
+// daemon gives out the blocks, only bytes that were synced have them.
 void File::write_zeros(std::uint64_t offset, std::uint64_t length) const {
   constexpr std::size_t kChunk = std::size_t{1} << 20;
   const std::vector<std::byte> zeros(std::min<std::uint64_t>(kChunk, length));
@@ -497,7 +524,7 @@ void File::reserve(std::uint64_t offset, std::uint64_t length) const {
   if (error == 0) return;
   const std::uint64_t end = offset + length;
   const std::uint64_t beyond = std::max(offset, old_size);
-  // Also of what was reserved before the failure; that is what counts.
+  // This also gives back what was reserved before the failure.
   const auto give_back = [&] {
     if (end <= old_size) return;
     const FileSizeSignalBlocked signal_blocked;
@@ -542,7 +569,7 @@ void File::grow(std::uint64_t offset, std::uint64_t length) const {
   const struct stat status = status_of(fd(), path_);
   const auto old_size = static_cast<std::uint64_t>(status.st_size);
   const std::uint64_t end = offset + length;
-  // What lies between the old end and the range stays a hole.
+  // Bytes between the old end and the range stay a hole.
   const Range beyond = {std::max(offset, old_size),
                         std::max({end, offset, old_size})};
   const Range inside = {offset, std::min(end, old_size)};
@@ -570,7 +597,7 @@ void File::grow(std::uint64_t offset, std::uint64_t length) const {
   check(has_no_room(fd(), missing) ? ENOSPC : 0);
   try {
     const std::uint64_t first = holes && holes->empty() ? beyond.begin : offset;
-    // The size last: a failure half way leaves it as it was.
+    // The size comes last, so that a failure half way leaves it as it was.
     const int error = allocate(FALLOC_FL_KEEP_SIZE, first, end - first);
     if (error != EOPNOTSUPP) {
       check(error);
@@ -582,7 +609,7 @@ void File::grow(std::uint64_t offset, std::uint64_t length) const {
     }
     if (beyond.size() > 0) write_zeros(beyond.begin, beyond.size());
   } catch (...) {
-    // Nobody else writes there now: these bytes are the caller's.
+    // Nobody else writes there now, so these bytes are the caller's.
     for (const Range& hole : holes.value_or(std::vector<Range>())) {
       static_cast<void>(fallocate(
           fd(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
@@ -594,9 +621,10 @@ void File::grow(std::uint64_t offset, std::uint64_t length) const {
   }
 }
 
-// Blocks beyond the end go when the size is set, though it be the same again.
-// Somebody else may have made the file longer: then they stay. Another process
-// that does so between the two calls below would be cut; none can be asked.
+// Setting the size frees blocks beyond the end, even if the size is the same as
+// before. If somebody else has made the file longer, they stay. A growth by
+// another process between fstat() and ftruncate() would be cut: processes share
+// no lock.
 void File::give_back(std::uint64_t old_size, std::uint64_t begin,
                      std::uint64_t end) const {
   const std::unique_lock alone(growth_of(identity_), std::try_to_lock);
@@ -653,14 +681,14 @@ std::size_t File::read(std::uint64_t offset, std::span<std::byte> bytes) const {
     }
     if (moved == 0) break;
     done += static_cast<std::size_t>(moved);
-    // Only the end of the file ends between two granules.
+    // A direct read ends between two granules only at the end of the file.
     if (direct() && !is_aligned(done, granule())) break;
   }
   return done;
 }
 
 void File::drop_cache() const {
-  // It only tunes: who asks does without.
+  // This only tunes, so a failure does not matter.
   posix_fadvise(buffered_fd(), 0, 0, POSIX_FADV_DONTNEED);
 }
 

@@ -7,9 +7,9 @@
 
 namespace torch_ext {
 
-/// While it lives, the calling thread's SIGXFSZ, which would end a process
-/// whose call exceeds RLIMIT_FSIZE, is blocked, and then dropped: the call's
-/// EFBIG says it all. One that was pending before stays so.
+/// Blocks SIGXFSZ for the calling thread while it lives, then drops the signal.
+/// SIGXFSZ would end a process whose call exceeds RLIMIT_FSIZE; the call's
+/// EFBIG says it all. A signal that was pending before stays pending.
 class FileSizeSignalBlocked {
  public:
   FileSizeSignalBlocked() {

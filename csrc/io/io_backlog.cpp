@@ -17,7 +17,7 @@ std::exception_ptr canceled(const IoOperation& io) {
                    .length = io.bytes.size(),
                    .error = ECANCELED});
   } catch (...) {
-    // Whatever came out, were it bad_alloc, the operation must hear of it.
+    // The operation must hear of whatever came out, even of a bad_alloc.
     return std::current_exception();
   }
 }
@@ -27,7 +27,7 @@ std::exception_ptr canceled(const IoOperation& io) {
 void IoBacklog::push(const std::shared_ptr<RunningOperation>& operation) {
   operation->backlog_ = this;
   std::unique_lock lock(mutex_);
-  // From here on it lives until it has ended.
+  // From here on the operation lives until it has ended.
   operation->self_ = operation;
   operation->queued_ = true;
   const IoOperation& io = operation->io();
@@ -82,7 +82,7 @@ bool IoBacklog::cancel(RunningOperation& operation) {
     if (!something_left || operation.failed()) return false;
     remove(&operation);
   }
-  // It cannot end before its pieces that are not cut.
+  // The operation cannot end yet: some of its pieces are not cut.
   const bool first = operation.fail(canceled(operation.io()));
   if (operation.end_pieces(operation.abandon())) operation.finish(counters_);
   return first;
@@ -91,7 +91,8 @@ bool IoBacklog::cancel(RunningOperation& operation) {
 IoQueueStats IoBacklog::stats(
     std::span<const IoCounters* const> workers) const {
   IoQueueStats stats;
-  // While nothing can be pushed, no more can have ended than was.
+  // Nothing can be pushed while the lock is held. So no more can have ended
+  // than was pushed.
   std::lock_guard lock(mutex_);
   std::uint64_t running = pushed_;
   stats.bytes = pushed_bytes_;
@@ -122,7 +123,6 @@ void IoBacklog::end_poll(Wakeable& worker) {
                  polling_.end());
 }
 
-// Unlocks first: who wakes would wait for the lock at once.
 void IoBacklog::call_worker(std::unique_lock<std::mutex>& lock) {
   if (idle_ > 0) {
     lock.unlock();

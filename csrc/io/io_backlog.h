@@ -13,7 +13,7 @@
 
 namespace torch_ext {
 
-/// Whoever polls for completions and shall look for new pieces too.
+/// Somebody who polls for completions, and shall look for new pieces too.
 class Wakeable {
  public:
   virtual void wake() noexcept = 0;
@@ -23,26 +23,36 @@ class Wakeable {
 };
 
 /// Operations with pieces that no worker has taken yet, in the order that
-/// IoQueue promises, and the workers that look for some.
+/// IoQueue promises, and the workers that look for pieces.
+///
+/// push() puts an operation into a FairQueue whose shares are pieces, and wakes
+/// one worker. A worker that has nothing to do sleeps in take(). A worker with
+/// requests in flight sleeps in its engine's poll(): it says so with
+/// announce_poll(), and push() then wakes the engine. Whoever takes pieces and
+/// leaves some calls the next worker, so one push wakes as many workers as
+/// there is work for. An operation keeps itself alive from push() until it has
+/// ended.
+/// Threads: any.
 class IoBacklog {
  public:
-  /// `turn`: pieces of an operation after which it is another's turn.
+  /// `turn`: how many pieces of an operation go before another's turn comes.
   explicit IoBacklog(std::size_t turn) : queue_(turn) {}
 
   void push(const std::shared_ptr<RunningOperation>& operation);
 
-  /// Up to `room` pieces, appended to `out`. With `block`, waits until there
-  /// is one or the backlog is closed; false once it is closed and empty.
+  /// Appends up to `room` pieces to `out`. With `block`, it first waits until
+  /// there is an operation or the backlog is closed. False once it is closed
+  /// and empty, and nothing was appended.
   bool take(std::size_t room, bool block, std::vector<RunningPiece>& out);
 
-  /// As IoQueue::cancel.
+  /// As IoQueue::cancel().
   bool cancel(RunningOperation& operation);
 
-  /// As IoQueue::stats(); `workers` are the counters of all there are.
+  /// As IoQueue::stats(). `workers`: the counters of all workers.
   IoQueueStats stats(std::span<const IoCounters* const> workers) const;
 
-  /// To be called before a poll that blocks while there is room for more:
-  /// false if there is work already. push() will wake whoever polls.
+  /// A worker calls this before a poll that blocks while it has room for more.
+  /// False if there is work already; otherwise push() will wake the worker.
   bool announce_poll(Wakeable& worker);
   void end_poll(Wakeable& worker);
 
@@ -50,10 +60,11 @@ class IoBacklog {
 
  private:
   void remove(RunningOperation* operation);
-  /// Unlocks before it calls one.
+  /// Wakes one worker, if one waits. It unlocks first, since the worker would
+  /// wait for the lock at once.
   void call_worker(std::unique_lock<std::mutex>& lock);
 
-  IoCounters counters_;  ///< Of what ends here, with no worker's help.
+  IoCounters counters_;  ///< For what ends without a worker.
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   FairQueue<RunningOperation> queue_;  ///< A share is a piece.

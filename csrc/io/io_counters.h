@@ -5,8 +5,8 @@
 
 namespace torch_ext {
 
-/// What one thread has done for its queue. On a cache line of its own: no
-/// thread waits for another to count.
+/// What one thread has done for its queue. It has a cache line of its own, so
+/// that no thread waits for another to count.
 struct alignas(64) IoCounters {
   using Counter = std::atomic<std::uint64_t>;
 

@@ -84,7 +84,7 @@ bool RunningOperation::end_pieces(std::size_t count) {
 }
 
 void RunningOperation::finish(IoCounters& counters) {
-  // All pieces have ended: no other thread is left to lock out.
+  // All pieces have ended, so no other thread is left to lock out.
   const std::shared_ptr<RunningOperation> self = std::move(self_);
   // Whoever learns of the end can count on the file being let go of.
   io_.file = nullptr;
@@ -92,8 +92,8 @@ void RunningOperation::finish(IoCounters& counters) {
   // Whoever learns of the end finds it counted.
   IoCounters::add(counters.bytes_ended, io_.bytes.size());
   IoCounters::add(counters.operations_ended, 1);
-  // A ticket that is kept keeps no file open, and what the callback holds is
-  // gone before the ticket is done.
+  // A ticket that is kept keeps no file open. What the callback holds is gone
+  // before the ticket is done.
   io_ = {};
   State::finish(error);
 }

@@ -16,11 +16,11 @@ namespace torch_ext {
 
 class IoBacklog;
 
-/// The system call of that name.
+/// The name of the system call that does what `op` says.
 const char* name_of(IoRequest::Op op);
 
-/// An operation between submit() and its last completion; also what its
-/// tickets share, so that it can be found from one. Keeps itself alive from
+/// An operation between submit() and its last completion. It is also what its
+/// tickets share, so it can be found from a ticket. It keeps itself alive from
 /// IoBacklog::push() until it has ended.
 class RunningOperation final
     : public Ticket::State,
@@ -34,20 +34,21 @@ class RunningOperation final
   const IoOperation& io() const { return io_; }
   Ticket ticket() { return Ticket(shared_from_this()); }
 
-  // Under the backlog's lock, or by whoever took it out of there: -----------
+  // Called under the backlog's lock, or by whoever took it out of there: ----
   bool all_cut() const { return cut_ == total_; }
   Piece cut();
-  /// Leaves out what is not cut yet; returns how many pieces that were.
+  /// Leaves out what is not cut yet. Returns how many pieces that is.
   std::size_t abandon();
 
-  // From any thread while it has pieces that have not ended: ----------------
+  // Called on any thread while it has pieces that have not ended: -----------
   bool failed() const { return failed_.load(std::memory_order_relaxed); }
-  /// The first error counts: true for it.
+  /// Only the first error counts: the call returns true for it alone.
   bool fail(std::exception_ptr failure);
-  /// Counts ended pieces; true for the one call that ends the operation.
+  /// Counts ended pieces. True for the one call that ends the operation.
   bool end_pieces(std::size_t count);
 
-  /// Tells the caller. The operation is not touched afterwards.
+  /// Tells the caller, and counts the end. The operation may be gone
+  /// afterwards.
   void finish(IoCounters& counters);
 
  private:
@@ -60,7 +61,7 @@ class RunningOperation final
   std::atomic<std::size_t> open_;
   std::atomic<bool> failed_ = false;
 
-  // Of the backlog: ----------------------------------------------------------
+  // The backlog's part: ------------------------------------------------------
   const IoBacklog* backlog_ = nullptr;  ///< Set once, before it is shared.
   bool queued_ = false;
   std::shared_ptr<RunningOperation> self_;
@@ -70,11 +71,11 @@ class RunningOperation final
 struct RunningPiece {
   RunningOperation* operation = nullptr;
   Piece piece;
-  std::size_t moved = 0;   ///< Bytes of it that are done for good.
+  std::size_t moved = 0;   ///< Bytes that are done for good.
   int attempts = 0;        ///< In a row without progress.
-  int idle_transfers = 0;  ///< Of these, transfers that moved too little.
-  std::chrono::steady_clock::time_point not_before = {};  ///< Of the next.
-  std::chrono::steady_clock::time_point not_after = {};   ///< Likewise.
+  int idle_transfers = 0;  ///< Those that moved too little.
+  std::chrono::steady_clock::time_point not_before = {};  ///< Next attempt.
+  std::chrono::steady_clock::time_point not_after = {};   ///< Last one.
 };
 
 }  // namespace torch_ext

@@ -19,8 +19,8 @@ namespace torch_ext {
 
 namespace {
 
-// Long enough for the optimizer's tiles, which must come one after the other
-// to be worked on one by one.
+// A turn is long enough for one of the optimizer's tiles. They must come one
+// after the other, to be worked on one by one.
 constexpr std::uint64_t kTurn = std::uint64_t{32} << 20;
 
 const AioConfig& validated(const AioConfig& config) {
@@ -80,8 +80,8 @@ IoQueue::IoQueue(const AioConfig& config, const IoEngineFactory& factory)
 
 IoQueue::~IoQueue() {
   if (process_id() != impl_->owner_) {
-    // The threads exist only in the process that started them: nothing can
-    // be joined, and what they used must not be torn down under the parent.
+    // The threads exist only in the process that started them. So nothing can
+    // be joined here, and what they use must not be torn down under the parent.
     static_cast<void>(impl_.release());
     return;
   }

@@ -20,30 +20,33 @@
 
 #include "deadline.h"
 
-// Descriptors are not registered with the ring: the engine borrows them, and a
-// registered one would go on meaning the old file after its number was closed
-// and given to another. Buffers are not either: it saves the kernel looking up
-// pages, which in huge pages, as of a BufferPool, is too little to matter.
+// We register neither descriptors nor buffers with the ring. The engine borrows
+// descriptors, and a registered one outlives a close(): it would go on meaning
+// the old file when its number means another. Registered buffers save the
+// kernel looking up pages. With the huge pages of a BufferPool, that is too
+// little to matter.
 
 namespace torch_ext {
 namespace {
 
 using std::chrono::nanoseconds;
 
-/// Polls of the eventfd at most, so that wake() ends a wait for so many events.
+/// The most polls of the eventfd in the ring. wake() ends a wait for up to so
+/// many completions.
 constexpr std::size_t kWakeSlots = 16;
 
-// What a completion is of that is no request's; requests have their slot. The
-// largest number is liburing's.
+// The user data of completions that belong to no request. A request's user data
+// is its slot. The largest number is liburing's.
 constexpr std::uint64_t kWake = std::numeric_limits<std::uint64_t>::max() - 1;
 constexpr std::uint64_t kNothing = kWake - 1;
 
-/// Linux 5.11. Timeouts without requests of their own, and no completion lost.
+/// Linux 5.11 has these. A timeout then needs no request of its own, and no
+/// completion is lost.
 constexpr std::uint32_t kFeatures = IORING_FEAT_EXT_ARG | IORING_FEAT_NODROP;
 
 constexpr const char* kTooOld = "Linux 5.11 or newer is needed";
 
-/// What can be done about a ring that is refused, as far as it is known.
+/// What the user can do about a ring that is refused, as far as it is known.
 std::string advice(int error) {
   if (error == ENOSYS)
     return "the kernel has no io_uring, or a sandbox hides it";
@@ -57,7 +60,7 @@ std::string advice(int error) {
   return "a sandbox such as a container's seccomp profile forbids it";
 }
 
-/// Whether the kernel may take what it has refused when it is asked again.
+/// Whether the kernel, asked again, may take what it has refused.
 bool is_transient(int error) {
   return error == EAGAIN || error == EBUSY || error == ENOMEM;
 }
@@ -79,14 +82,14 @@ class Ring {
           {.op = "io_uring_setup", .error = ENOSYS, .detail = kTooOld});
     }
     completions_ = params.cq_entries;
-    // The descriptor is inherited all the same. A failure changes nothing.
+    // A child inherits the descriptor all the same. A failure changes nothing.
     io_uring_ring_dontfork(&ring_);
   }
   Ring(const Ring&) = delete;
   Ring& operator=(const Ring&) = delete;
   ~Ring() {
     if (is_inherited()) {
-      close(ring_.ring_fd);  // The rest is not mapped there.
+      close(ring_.ring_fd);  // A child has no more of it.
     } else {
       io_uring_queue_exit(&ring_);
     }
@@ -94,10 +97,11 @@ class Ring {
 
   io_uring* get() noexcept { return &ring_; }
   std::size_t completions() const noexcept { return completions_; }
-  /// In a forked child, where any use would be of the parent's ring.
+  /// True in a forked child, where any use would touch the parent's ring.
   bool is_inherited() const noexcept { return process_id() != owner_; }
 
-  /// Gives the kernel what is prepared: 0, or the error for which it left some.
+  /// Gives the kernel what is prepared. Returns 0, or the error for which it
+  /// left some.
   int enter() noexcept {
     int interruptions = 0;
     while (io_uring_sq_ready(&ring_) > 0) {
@@ -115,7 +119,7 @@ class Ring {
   std::size_t completions_ = 0;
 };
 
-/// Readable from signal() to clear(). Threads: any.
+/// An eventfd that is readable from signal() to clear(). Threads: any.
 class Event {
  public:
   Event() : fd_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
@@ -126,7 +130,8 @@ class Event {
   ~Event() { close(fd_); }
 
   int fd() const noexcept { return fd_; }
-  // Neither can fail but for a counter that is full, or empty, as is wanted.
+  // Each fails only if the counter is full, or empty, already, which is what
+  // was wanted.
   void signal() const noexcept { eventfd_write(fd_, 1); }
   void clear() const noexcept {
     eventfd_t ignored = 0;
@@ -140,7 +145,8 @@ class Event {
 void prepare(io_uring_sqe* entry, const IoRequest& request) {
   const auto length =
       static_cast<unsigned>(std::min(request.length, IoRequest::kMaxTransfer));
-  // The last one would mean the file's position; all near it are refused.
+  // The largest offset would mean the file's position. The kernel refuses all
+  // that are near it.
   const std::uint64_t offset =
       std::min(request.offset, std::numeric_limits<std::uint64_t>::max() - 1);
   switch (request.op) {
@@ -170,13 +176,13 @@ class IoUringEngine final : public IoEngine {
   }
 
   ~IoUringEngine() override {
-    // Closing the ring would not wait.
+    // Closing the ring would not wait for what is in flight.
     while (!ring_.is_inherited() && in_kernel() > 0) {
       std::array<IoCompletion, 64> ignored;
       try {
         poll(ignored, 1, std::chrono::hours(1));
       } catch (const IoError&) {
-        // Completions come through memory, whatever the kernel refuses.
+        // Completions come through shared memory, whatever the kernel refuses.
         std::this_thread::sleep_for(std::chrono::milliseconds(1));
       }
     }
@@ -218,7 +224,7 @@ class IoUringEngine final : public IoEngine {
       try {
         over |= wait(at_least - count, left);
       } catch (const IoError&) {
-        // What was reaped before is not lost; the next call meets the error.
+        // What was reaped before is not lost. The next call meets the error.
         if (count == 0) throw;
         over = true;
       }
@@ -235,7 +241,7 @@ class IoUringEngine final : public IoEngine {
  private:
   std::size_t in_kernel() const { return depth_ - free_.size(); }
 
-  /// As many as the ring has room for.
+  /// Prepares as many requests as the ring has room for.
   void prepare_some(std::span<const IoRequest> batch) {
     prepared_.clear();
     for (const IoRequest& request : batch) {
@@ -250,8 +256,8 @@ class IoUringEngine final : public IoEngine {
   }
 
   /// Takes back the requests that the kernel has left in the ring, which are
-  /// the last ones, and returns how many. An entry cannot be removed: it will
-  /// do nothing.
+  /// the last ones. Returns how many there are. An entry cannot be removed, so
+  /// it is made to do nothing.
   std::size_t take_back() {
     const std::size_t count =
         std::min<std::size_t>(io_uring_sq_ready(ring_.get()), prepared_.size());
@@ -263,14 +269,15 @@ class IoUringEngine final : public IoEngine {
     return count;
   }
 
-  /// One blocking call of the kernel; true if it, or the next, was woken.
+  /// Makes one blocking call of the kernel. True if wake() was called for it,
+  /// or for the next one.
   bool wait(std::size_t wanted, nanoseconds left) {
     wanted = std::min(wanted, kWakeSlots);
-    // A wait that cannot be woken is a short one.
+    // A wait that cannot be woken must be short.
     if (!arm(wanted)) left = std::min<nanoseconds>(left, kUnarmedWait);
     waiting_ = true;
-    // wake() sets woken_ before it looks at waiting_: one of the two sees the
-    // other.
+    // wake() sets woken_ before it looks at waiting_. So one of the two sees
+    // the other.
     int rc = 0;
     if (!woken_ && left.count() > 0) {
       __kernel_timespec time = {.tv_sec = left.count() / 1'000'000'000,
@@ -286,7 +293,7 @@ class IoUringEngine final : public IoEngine {
     return woken_.exchange(false);
   }
 
-  /// Sees to it that wake() makes `wanted` completions; false if the kernel has
+  /// Sees to it that wake() makes `wanted` completions. False if the kernel has
   /// no room for that now.
   bool arm(std::size_t wanted) {
     if (armed_ < wanted && signalled_) {
@@ -307,7 +314,8 @@ class IoUringEngine final : public IoEngine {
     return error == 0 && armed_ >= wanted;
   }
 
-  /// Makes no call of the kernel unless it holds completions back.
+  /// Takes completions from the ring. It calls the kernel only if that holds
+  /// completions back.
   std::size_t reap(std::span<IoCompletion> out) {
     std::size_t count = 0;
     while (count < out.size()) {
@@ -343,9 +351,10 @@ class IoUringEngine final : public IoEngine {
   const std::size_t depth_;
   const Event event_;
   Ring ring_;
-  /// No more are in flight than completions have room for: a kernel that has to
-  /// keep them elsewhere may find no memory for it. Less than the depth only
-  /// where that is beyond the kernel's largest ring.
+  /// The most requests in flight: as many as there is room for completions. A
+  /// kernel that has to keep completions elsewhere may find no memory for it.
+  /// It is less than the depth only where the depth is beyond the kernel's
+  /// largest ring.
   const std::size_t most_;
   std::vector<std::uint64_t> cookies_;  ///< By slot.
   std::vector<std::size_t> free_;       ///< Slots.
@@ -353,7 +362,7 @@ class IoUringEngine final : public IoEngine {
   std::vector<IoCompletion> refused_;
 
   std::size_t armed_ = 0;   ///< Polls of the event in the ring.
-  bool signalled_ = false;  ///< One has ended: the event may be readable.
+  bool signalled_ = false;  ///< A poll has ended: the event may be readable.
   std::atomic<bool> woken_ = false;
   std::atomic<bool> waiting_ = false;
 };
@@ -367,7 +376,7 @@ std::unique_ptr<IoEngine> make_io_uring_engine(int depth) {
 std::string io_uring_unavailable_reason() {
   try {
     Ring ring(1);
-    // Some sandboxes allow a ring and refuse its use.
+    // Some sandboxes allow a ring, but refuse its use.
     io_uring_prep_nop(io_uring_get_sqe(ring.get()));
     const int error = ring.enter();
     if (error == 0) return {};

@@ -1,3 +1,21 @@
+// An I/O thread goes round and round. A piece passes through a round like this:
+//
+// 1. take_pieces() gets pieces from the backlog, as many as the engine has room
+//    for. Each gets a slot. With nothing to do, the thread sleeps here.
+// 2. take_due() makes pieces ready again whose pause after a refusal is over.
+// 3. submit_ready() hashes writes and gives the engine a batch of requests.
+// 4. end_arrived() compares the checksums of pieces that an earlier round
+//    reaped, and ends them. It runs after the submitting, so that the drive
+//    does not wait for it.
+// 5. reap() sleeps in the engine until requests have ended, or until a push to
+//    the backlog wakes it. complete() then sends each piece on: arrived, ready
+//    again (a short transfer), later (a transient error), or failed.
+//
+// There are twice as many slots as requests in flight, since pieces that have
+// arrived keep theirs until step 4. Without overlap_events, a round takes
+// pieces only when all earlier ones have ended. If polls fail for good, the
+// engine is given up: this thread then answers every piece with that error.
+
 #include "io_worker.h"
 
 #include <algorithm>
@@ -17,24 +35,25 @@ namespace {
 using std::chrono::microseconds;
 using Clock = std::chrono::steady_clock;
 
-// Transfers in a row that end without a byte and without an error.
+// How many transfers in a row may end without a byte and without an error.
 constexpr int kMaxIdleTransfers = 8;
 
-// Polls in a row that throw before the engine is given up: with the pauses
-// below, after about a second.
+// How many polls in a row may throw before the engine is given up. With the
+// pauses below, that is after about a second.
 constexpr int kMaxFailedPolls = 100;
 
-// Bytes of writes hashed before they are submitted while the device has less
-// than that to do.
+// How many bytes of writes are hashed before they are submitted, while the
+// device has less than that to do.
 constexpr std::uint64_t kHashAhead = std::uint64_t{256} << 10;
 
-// While every slot is in flight, up to a quarter of them and so many bytes end
-// before the thread runs: the device stays busy, and small pieces share the
-// cost of a turn. Slow devices are not waited for.
+// While every slot is in flight, the thread sleeps until a quarter of them, or
+// so many bytes, have ended. The device stays busy, and small pieces share the
+// cost of a round. A slow device is not waited for beyond kReapPatience.
 constexpr std::size_t kReapTogether = std::size_t{512} << 10;
 constexpr std::chrono::nanoseconds kReapPatience = std::chrono::milliseconds(1);
 
-/// Before the attempt after so many. Short: new pieces may wait for its end.
+/// The pause before the next attempt, after so many. It is short, since new
+/// pieces may wait for its end.
 std::chrono::nanoseconds pause_after(int attempts) {
   if (attempts <= 1) return {};
   return std::min(microseconds(50) * (1 << std::min(attempts, 8)),
@@ -42,7 +61,7 @@ std::chrono::nanoseconds pause_after(int attempts) {
 }
 
 bool is_transient(int error) {
-  // ECANCELED is io_uring's for a request that it has not carried out.
+  // io_uring reports ECANCELED for a request that it has not carried out.
   return error == EINTR || error == EAGAIN || error == ENOMEM ||
          error == ECANCELED;
 }
@@ -61,7 +80,7 @@ IoWorker::IoWorker(IoBacklog& backlog, const AioConfig& config,
       patience_(patience),
       engine_(std::move(engine)),
       depth_(engine_->depth()) {
-  // As many may have arrived as are in flight again.
+  // As many pieces may have arrived as are in flight again.
   slots_.resize(2 * depth_);
   for (auto* list : {&free_, &ready_, &later_, &arrived_}) {
     list->reserve(slots_.size());
@@ -111,7 +130,7 @@ bool IoWorker::take_pieces() {
   return open || busy() > 0;
 }
 
-/// Ends those pieces, none of them in flight, whose operations have failed.
+/// Ends the pieces whose operations have failed. None of `slots` is in flight.
 void IoWorker::drop_failed(std::vector<std::size_t>& slots) {
   std::erase_if(slots, [&](std::size_t slot) {
     if (!slots_[slot].operation->failed()) return false;
@@ -137,7 +156,7 @@ void IoWorker::submit_ready() {
   std::size_t submitted = 0;
   while (submitted < ready_.size()) {
     batch_.clear();
-    // Hashing is quicker than drives write: while one batch is hashed, as much
+    // Hashing is quicker than drives write. While one batch is hashed, as much
     // in flight keeps the device busy.
     const std::uint64_t hash_ahead = std::max(kHashAhead, bytes_in_flight_);
     std::uint64_t hashed = 0;
@@ -160,7 +179,7 @@ void IoWorker::submit_ready() {
   ready_.erase(ready_.begin(),
                ready_.begin() + static_cast<std::ptrdiff_t>(submitted));
   if (in_flight_ > 0) return;
-  // Somebody else has used up what the kernel has for all.
+  // Others have used up what the kernel has for everybody.
   for (const std::size_t slot : ready_) {
     try_again(slot, EAGAIN, "the kernel took no request for seconds");
   }
@@ -172,7 +191,8 @@ IoRequest IoWorker::request_of(std::size_t slot) {
   const IoOperation& io = running.operation->io();
   const Piece& piece = running.piece;
   if (is_hashed(io, IoRequest::Op::kWrite)) {
-    // Again after a refusal too: the checksum is of what the kernel is given.
+    // This is done again after a refusal: the checksum must be that of the
+    // bytes that the kernel is given.
     io.checksums[piece.block] = checksum({piece.data, piece.length});
   }
   return {.op = io.op,
@@ -183,8 +203,9 @@ IoRequest IoWorker::request_of(std::size_t slot) {
           .cookie = slot};
 }
 
-/// Ends the pieces whose bytes have moved. After the next ones were submitted:
-/// the device does not wait for checksums and callbacks.
+/// Ends the pieces whose bytes have moved. This comes after the next pieces
+/// were submitted, so that the device does not wait for checksums and
+/// callbacks.
 void IoWorker::end_arrived() {
   for (const std::size_t slot : arrived_) {
     if (matches_checksum(slots_[slot])) {
@@ -216,7 +237,7 @@ void IoWorker::reap() {
   for (std::size_t i = 0; i < count; ++i) complete(completions_[i]);
 }
 
-/// Completions that are worth a turn while all slots are in flight.
+/// How many completions are worth a round while all slots are in flight.
 std::size_t IoWorker::reap_together() const {
   const std::size_t length =
       std::max<std::size_t>(1, bytes_in_flight_ / in_flight_);
@@ -231,7 +252,7 @@ std::size_t IoWorker::poll(std::size_t at_least,
     failed_polls_ = 0;
     return count;
   } catch (...) {
-    // Nothing is lost if the kernel comes to its senses.
+    // Nothing is lost if a later poll succeeds.
     if (++failed_polls_ < kMaxFailedPolls) {
       std::this_thread::sleep_for(pause_after(failed_polls_));
     } else {
@@ -241,15 +262,15 @@ std::size_t IoWorker::poll(std::size_t at_least,
   }
 }
 
-/// No completion can be had any more: without the engine, this worker ends
-/// what it has and whatever comes with an error.
+/// No completion can be had any more. Without its engine, this worker ends what
+/// it has, and all that comes later, with an error.
 void IoWorker::give_up_engine(std::exception_ptr error) {
   std::unique_ptr<IoEngine> lost;
   {
     std::lock_guard lock(engine_mutex_);
     lost = std::move(engine_);
   }
-  // Waits until the kernel has done with the requests in flight. Only then
+  // This waits until the kernel is done with the requests in flight. Only then
   // may their memory go back to its owners.
   lost.reset();
   engine_error_ = std::move(error);
@@ -284,8 +305,8 @@ void IoWorker::complete(const IoCompletion& completion) {
   const bool sync = slots_[slot].operation->io().op == IoRequest::Op::kSync;
   if (completion.result < 0) {
     const auto error = static_cast<int>(-completion.result);
-    // A sync that has failed is final: the kernel has dropped the pages, and
-    // the next one would succeed without them.
+    // A failed sync is final: the kernel has dropped the pages, and the next
+    // sync would succeed without them.
     if (is_transient(error) && !sync) {
       try_again(slot, error, "");
     } else {
@@ -339,8 +360,8 @@ bool IoWorker::matches_checksum(const RunningPiece& running) const {
   return io.checksums[piece.block] == checksum({piece.data, piece.length});
 }
 
-/// After a pause, in which others go on; or fails, out of patience, with what
-/// is given.
+/// Tries the piece again after a pause, in which others go on. Once the
+/// patience is used up, the piece fails with `error` and `detail`.
 void IoWorker::try_again(std::size_t slot, int error, const char* detail) {
   RunningPiece& running = slots_[slot];
   const Clock::time_point now = Clock::now();
@@ -354,7 +375,7 @@ void IoWorker::try_again(std::size_t slot, int error, const char* detail) {
   later_.push_back(slot);
 }
 
-/// The longest time there is if no piece is to be tried again.
+/// The time until a piece is tried again; nanoseconds::max() if there is none.
 std::chrono::nanoseconds IoWorker::until_due() const {
   if (later_.empty()) return std::chrono::nanoseconds::max();
   Clock::time_point first = Clock::time_point::max();
@@ -375,7 +396,7 @@ void IoWorker::fail(std::size_t slot, int error, const std::string& detail) {
                    .error = error,
                    .detail = detail});
   } catch (...) {
-    // Whatever came out, were it bad_alloc, the operation must hear of it.
+    // The operation must hear of whatever came out, even of a bad_alloc.
     running.operation->fail(std::current_exception());
   }
   end(slot);

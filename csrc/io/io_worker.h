@@ -13,11 +13,11 @@
 
 namespace torch_ext {
 
-/// One I/O thread with an engine of its own, that it alone submits to and
-/// reaps from.
+/// One I/O thread with an engine of its own. Only this thread submits to the
+/// engine and reaps from it. Its rounds are described in io_worker.cpp.
 class IoWorker final : public Wakeable {
  public:
-  /// For so long a piece is tried again that the kernel says "not now" to.
+  /// How long a piece is tried again while the kernel says "not now".
   static constexpr std::chrono::nanoseconds kPatience = std::chrono::seconds(6);
 
   IoWorker(IoBacklog& backlog, const AioConfig& config,
@@ -26,7 +26,7 @@ class IoWorker final : public Wakeable {
 
   /// Errors: IoError when the system has no thread left.
   void start();
-  /// Waits for the thread, which ends once the backlog is closed and empty.
+  /// Waits for the thread. It ends once the backlog is closed and empty.
   void join();
   void wake() noexcept override;
 
@@ -54,17 +54,18 @@ class IoWorker final : public Wakeable {
   IoRequest request_of(std::size_t slot);
   bool matches_checksum(const RunningPiece& running) const;
   std::size_t busy() const { return slots_.size() - free_.size(); }
-  /// Pieces that the engine could take on top of those that it has or gets.
+  /// How many pieces the engine could take, beside those that it has or will
+  /// get.
   std::size_t room() const { return depth_ + arrived_.size() - busy(); }
 
   IoCounters counters_;
   IoBacklog& backlog_;
   const AioConfig config_;
   const std::chrono::nanoseconds patience_;
-  std::mutex engine_mutex_;  ///< Between wake() and the end of the engine.
+  std::mutex engine_mutex_;           ///< wake() or the engine's end.
   std::unique_ptr<IoEngine> engine_;  ///< Null once it is given up.
   std::exception_ptr engine_error_;   ///< Why it was.
-  const std::size_t depth_;           ///< Of the engine.
+  const std::size_t depth_;           ///< The engine's.
   std::vector<RunningPiece> slots_;
   std::vector<std::size_t> free_;     ///< Slots without a piece.
   std::vector<std::size_t> ready_;    ///< Slots to submit, oldest first.

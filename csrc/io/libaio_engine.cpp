@@ -21,7 +21,7 @@ namespace {
 
 using std::chrono::nanoseconds;
 
-/// Slots kept for wake(), so that it ends a wait for up to so many events.
+/// Slots that are kept for wake(). It ends a wait for up to so many events.
 constexpr std::size_t kWakeSlots = 16;
 
 std::optional<long> kernel_setting(const std::string& name) {
@@ -60,7 +60,7 @@ class AioContext {
   aio::Context context_ = {};
 };
 
-/// An empty file in memory: reading nothing from it completes at once.
+/// An empty file in memory. Reading nothing from it completes at once.
 class EmptyFile {
  public:
   EmptyFile() : fd_(memfd_create("torch_ext wake", MFD_CLOEXEC)) {
@@ -92,8 +92,9 @@ class LibaioEngine final : public IoEngine {
   }
 
   ~LibaioEngine() override {
-    // Not left to io_destroy, which did not wait in some kernels. In a forked
-    // child, which has no requests in flight, the kernel refuses both.
+    // This is not left to io_destroy, which did not wait in some kernels. A
+    // forked child has no requests in flight, and the kernel refuses both calls
+    // there.
     try {
       std::array<IoCompletion, 64> ignored;
       while (in_kernel_ > 0) reap(ignored, 1, std::chrono::hours(1));
@@ -105,7 +106,8 @@ class LibaioEngine final : public IoEngine {
   std::size_t depth() const noexcept override { return depth_; }
 
   std::size_t submit(std::span<const IoRequest> batch) override {
-    // The kernel's ring has more room than it was asked for.
+    // The kernel's ring has more room than was asked for, so we count
+    // ourselves.
     const std::size_t room = depth_ - in_kernel_ - refused_.size();
     batch = batch.first(std::min(batch.size(), room));
     for (std::size_t i = 0; i < batch.size(); ++i) {
@@ -121,7 +123,7 @@ class LibaioEngine final : public IoEngine {
         in_kernel_ += static_cast<std::size_t>(rc);
         done += static_cast<std::size_t>(rc);
       } else if (rc == 0 || rc == -EAGAIN) {
-        // With nothing in flight only late wakes can fill the ring.
+        // With nothing in flight, only late wakes can fill the ring.
         if (in_kernel_ > 0 || !discard_wakes()) break;
       } else if (rc != -EINTR) {
         refuse(batch[done++], rc);
@@ -139,7 +141,7 @@ class LibaioEngine final : public IoEngine {
       collect(out, count, at_least, timeout);
     } catch (const IoError&) {
       wanted_ = 0;
-      // What was reaped before is not lost; the next call meets the error.
+      // What was reaped before is not lost. The next call meets the error.
       if (count == 0) throw;
     }
     return count;
@@ -147,8 +149,8 @@ class LibaioEngine final : public IoEngine {
 
   void wake() noexcept override {
     woken_ = true;
-    // As many events as the owner waits for end its wait. EAGAIN: the ring is
-    // full of events, and the wait is ending.
+    // The owner's wait ends with as many events as it waits for. EAGAIN means
+    // that the ring is full of events, so the wait is ending anyway.
     const std::size_t count = wanted_.exchange(0);
     if (count > 0) aio::submit(context_.get(), count, wake_pointers_.data());
   }
@@ -172,12 +174,13 @@ class LibaioEngine final : public IoEngine {
     }
   }
 
-  /// One blocking call of the kernel; true if it, or the next, was woken.
+  /// Makes one blocking call of the kernel. True if wake() was called for it,
+  /// or for the next one.
   bool wait(std::span<IoCompletion> out, std::size_t& count,
             std::size_t at_least, nanoseconds left) {
     const std::size_t wanted = std::min(at_least - count, kWakeSlots);
     wanted_ = wanted;
-    // wake() sets woken_ before it looks at wanted_: one of the two sees the
+    // wake() sets woken_ before it looks at wanted_. So one of the two sees the
     // other.
     const bool early = woken_;
     count += reap(out.subspan(count), early ? 0 : wanted,
@@ -186,7 +189,8 @@ class LibaioEngine final : public IoEngine {
     return woken_.exchange(false);
   }
 
-  /// Returns early, with fewer, after a signal or a wake.
+  /// Takes completions from the kernel. After a signal or a wake it returns
+  /// early, with fewer.
   std::size_t reap(std::span<IoCompletion> out, std::size_t at_least,
                    nanoseconds timeout) {
     timespec time = {
@@ -242,7 +246,7 @@ class LibaioEngine final : public IoEngine {
   std::size_t in_kernel_ = 0;
 
   std::atomic<bool> woken_ = false;
-  /// Events that the owner blocks for; 0 while it does not.
+  /// How many events the owner blocks for; 0 while it does not block.
   std::atomic<std::size_t> wanted_ = 0;
 };
 
@@ -253,7 +257,7 @@ std::unique_ptr<IoEngine> make_libaio_engine(int depth) {
 }
 
 std::string libaio_unavailable_reason() {
-  // Calls that a kernel with AIO refuses as senseless: a real context would
+  // A kernel with AIO refuses these calls as senseless. A real context would
   // take tens of milliseconds to destroy.
   aio::Context none = {};
   for (const int rc : {aio::setup(0, &none), aio::submit(none, 0, nullptr)}) {

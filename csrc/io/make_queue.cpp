@@ -25,13 +25,14 @@ MadeQueue make_queue(const AioConfig& config, const std::string& engine,
         " instead of libaio or io_uring, which are for files with direct I/O";
     return chosen("threads");
   }
-  // The first two are equally fast; the first needs no locked memory.
+  // These two are equally fast, and the first needs no locked memory.
   for (const std::string name : {"libaio", "io_uring"}) {
     std::string why_not = engine_unavailable_reason(name);
     try {
       if (why_not.empty()) return chosen(name);
     } catch (const IoError& error) {
-      // The kernel has it, but not enough for this depth and thread count.
+      // The kernel has the engine, but not enough room for this depth and
+      // thread count.
       why_not = error.what();
     }
     why_not_others += (why_not_others.empty() ? " instead of " : "; ") + name +

@@ -17,7 +17,8 @@
 namespace torch_ext {
 namespace {
 
-/// One file's bytes; what was never written within its size reads as zeros.
+/// One file's bytes. Bytes within its size that were never written read as
+/// zeros.
 class MemoryFile {
  public:
   std::size_t read(std::uint64_t offset, std::span<std::byte> bytes) const {
@@ -38,7 +39,7 @@ class MemoryFile {
     return bytes.size();
   }
 
-  /// Errors: std::bad_alloc, with a prefix written.
+  /// Errors: std::bad_alloc; a prefix may then be written.
   void write(std::uint64_t offset, std::span<const std::byte> bytes) {
     for (std::size_t done = 0; done < bytes.size();) {
       const std::uint64_t at = offset + done;
@@ -63,8 +64,8 @@ class MemoryFile {
   std::uint64_t size_ = 0;
 };
 
-/// A file for as long as it lives: numbers of files that are gone come back,
-/// but not with the same time of birth.
+/// Tells files apart. The inode number of a file that is gone comes back, but
+/// not with the same time of birth.
 struct FileId {
   std::uint32_t device_major, device_minor;
   std::uint64_t inode;
@@ -74,10 +75,10 @@ struct FileId {
   auto operator<=>(const FileId&) const = default;
 };
 
-/// Threads: any.
+/// A disk in RAM. Threads: any.
 class MemoryDisk {
  public:
-  /// Bytes moved or -errno, as the kernel would say.
+  /// Carries out a request. Returns bytes moved or -errno, as the kernel would.
   std::int64_t carry_out(const IoRequest& request) {
     struct statx file;
     if (statx(request.fd, "", AT_EMPTY_PATH, STATX_INO | STATX_BTIME, &file) !=
@@ -119,7 +120,7 @@ class MemoryDisk {
   std::map<FileId, MemoryFile> files_;
 };
 
-/// Moves the bytes when they are polled, by code that sanitizers see.
+/// Moves the bytes when they are polled for, in code that sanitizers see.
 class MemoryEngine final : public IoEngine {
  public:
   MemoryEngine(std::size_t depth, std::shared_ptr<MemoryDisk> disk)

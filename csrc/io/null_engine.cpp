@@ -6,7 +6,8 @@
 namespace torch_ext {
 namespace {
 
-/// Moves nothing and says it moved all: what remains is our own cost.
+/// Moves nothing, and says that it moved everything. What remains is the
+/// library's own cost.
 class NullEngine final : public IoEngine {
  public:
   explicit NullEngine(std::size_t depth) : depth_(depth) {

@@ -14,14 +14,14 @@ struct Piece {
   std::uint64_t offset = 0;  ///< In the file.
   std::byte* data = nullptr;
   std::size_t length = 0;
-  std::size_t unit = 1;   ///< A transfer continues at multiples of this.
+  std::size_t unit = 1;   ///< A transfer goes on at a multiple of it.
   std::size_t block = 0;  ///< Index of its checksum.
 };
 
-/// Cuts an operation into pieces of at most block_size bytes: what direct I/O
-/// can take goes to the direct descriptor, the edges and whatever lies at a
-/// misaligned address to the buffered one. The two meet only at multiples of
-/// the file's granule, so that no page is written both ways.
+/// Cuts an operation into pieces of at most block_size bytes. What direct I/O
+/// can take goes to the direct descriptor. The edges, and whatever lies at a
+/// misaligned address, go to the buffered one. The two meet only at multiples
+/// of the file's granule, so that no page is written both ways.
 class PieceCutter {
  public:
   /// Errors: IoError if the buffered descriptor is needed and cannot be had.
@@ -44,7 +44,7 @@ class PieceCutter {
       direct_end_ = last;
       direct_block_ = std::max(align_down(block_size, granule), granule);
     }
-    // While an error still has a caller to go to.
+    // Opened now, while an error still has a caller to go to.
     if (!uniform()) buffered_fd_ = file_.buffered_fd();
   }
 

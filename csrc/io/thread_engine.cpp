@@ -19,7 +19,7 @@ namespace {
 
 constexpr std::size_t kMaxThreads = 16;
 
-/// The request's one system call: bytes moved or -errno.
+/// Makes the request's one system call. Returns bytes moved or -errno.
 std::int64_t carry_out(const IoRequest& request) {
   const std::size_t length = std::min(request.length, IoRequest::kMaxTransfer);
   const auto offset = static_cast<off_t>(request.offset);
@@ -112,17 +112,18 @@ class ThreadEngine final : public IoEngine {
     std::condition_variable completed;
     std::deque<IoRequest> queue;
     std::vector<IoCompletion> done;
-    std::size_t wanted = 0;  // Completions that poll() blocks for.
+    std::size_t wanted = 0;  // How many poll() blocks for.
     bool woken = false;
     bool stopping = false;
   };
 
-  /// Fewer, even none, where the system has no more threads to give.
+  /// Starts threads until there are `count`. There are fewer, even none, where
+  /// the system has no more threads to give.
   void start_threads(std::size_t count) {
     if (threads_.size() >= count) return;
     try {
       while (threads_.size() < count) {
-        // Without signals SIGXFSZ does not end the process.
+        // Threads that get no signals cannot end the process by SIGXFSZ.
         threads_.push_back(start_thread(
             "torch_ext io", [shared = shared_.get()] { work(*shared); }));
       }
@@ -146,7 +147,7 @@ class ThreadEngine final : public IoEngine {
     }
   }
 
-  /// Once the queue is empty.
+  /// Ends the threads once the queue is empty.
   void stop_threads() {
     {
       std::lock_guard lock(shared_->mutex);
@@ -156,8 +157,8 @@ class ThreadEngine final : public IoEngine {
     for (std::thread& thread : threads_) thread.join();
   }
 
-  /// A forked child has the threads' state but not the threads: to join them,
-  /// or to destroy what they wait on, would wait for ever.
+  /// A forked child has the threads' state, but not the threads. Joining them,
+  /// or destroying what they wait on, would take for ever.
   void leave_to_parent() {
     for (std::thread& thread : threads_) thread.detach();
     static_cast<void>(shared_.release());

@@ -18,7 +18,7 @@ void Ticket::State::finish(std::exception_ptr failure) {
   changed.notify_all();
 }
 
-// No state at all is the cheapest way to say "done and well".
+// Having no state is the cheapest way to say "ended well".
 Ticket::Ticket() = default;
 
 Ticket::Ticket(std::shared_ptr<State> state) : state_(std::move(state)) {}
@@ -32,7 +32,7 @@ bool Ticket::done() const noexcept {
 bool Ticket::wait_for(std::chrono::nanoseconds timeout) const {
   if (state_ == nullptr) return true;
   std::unique_lock lock(state_->mutex);
-  // Beyond a century the clock's own arithmetic would overflow.
+  // Beyond a century, the clock's own arithmetic would overflow.
   constexpr std::chrono::nanoseconds kForEver = std::chrono::hours(24 * 36500);
   if (timeout >= kForEver) {
     state_->changed.wait(lock, [this] { return state_->done; });

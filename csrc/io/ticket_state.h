@@ -8,22 +8,22 @@
 
 namespace torch_ext {
 
-/// What the copies of a ticket share; the base of an operation that wants to
-/// be found from its ticket.
+/// What the copies of a ticket share. An operation that shall be found from its
+/// ticket derives from it.
 struct Ticket::State {
   State() = default;
   State(const State&) = delete;
   State& operator=(const State&) = delete;
   virtual ~State() = default;
 
-  /// Whoever learns of the end may drop the last ticket at once: the caller
-  /// keeps the state alive until this returns.
+  /// Ends the operation. Whoever learns of the end may drop the last ticket at
+  /// once, so the caller keeps the state alive until this returns.
   void finish(std::exception_ptr failure);
 
   std::mutex mutex;
   std::condition_variable changed;
   bool done = false;
-  std::exception_ptr error;  ///< Of no meaning to others before `done`.
+  std::exception_ptr error;  ///< Means nothing to others before `done`.
 };
 
 }  // namespace torch_ext

@@ -8,9 +8,8 @@
 
 namespace torch_ext {
 
-/// The outcome of an asynchronous operation, known now or later.
-/// Copies share it. Threads: any. Dropping a ticket cancels nothing and frees
-/// nothing early.
+/// The outcome of an asynchronous operation, known now or later. Copies share
+/// it. Dropping a ticket cancels nothing and frees nothing early. Threads: any.
 class Ticket {
  public:
   using Timeout = std::optional<std::chrono::nanoseconds>;
@@ -24,8 +23,8 @@ class Ticket {
   /// Blocks until done() or for `timeout`, and returns done().
   bool wait_for(std::chrono::nanoseconds timeout) const;
 
-  /// Blocks until done(); no timeout means for ever. Errors: the
-  /// operation's own exception, each time; TimeoutError after `timeout`.
+  /// Blocks until done(). Without a timeout it waits for ever. Errors: the
+  /// operation's own exception, at each call; TimeoutError after `timeout`.
   void wait(Timeout timeout = std::nullopt) const;
 
   /// The operation's exception; null while it runs or if it ended well.
@@ -41,7 +40,7 @@ class Ticket {
   std::shared_ptr<State> state_;
 };
 
-/// The side that ends the operation; exactly once. Threads: any.
+/// The side that ends the operation, exactly once. Threads: any.
 class TicketSource {
  public:
   TicketSource();
