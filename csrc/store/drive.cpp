@@ -8,8 +8,7 @@
 namespace torch_ext {
 namespace {
 
-// The file grows in steps, so that small extents do not cost a system call
-// each.
+// The file grows in steps, so that not every small extent costs a system call.
 constexpr std::uint64_t kGrowth = std::uint64_t{16} << 20;
 
 }  // namespace
@@ -23,7 +22,8 @@ std::optional<std::uint64_t> Drive::take_free(std::uint64_t bytes) {
 
 std::optional<std::uint64_t> Drive::take(std::uint64_t bytes, bool may_grow) {
   if (!may_grow) return take_free(bytes);
-  // Without the lock of the space map, which those who do not wait take.
+  // Growing does not hold the lock of the space map, since those who must not
+  // wait take that lock.
   std::lock_guard one_grows(growth_mutex_);
   for (;;) {
     if (const auto offset = take_free(bytes)) return offset;
@@ -69,7 +69,8 @@ void Drive::trim() noexcept {
   try {
     file->shrink(size);
   } catch (...) {
-    // It stays longer; growth begins where it counts from.
+    // The file stays longer than it counts. It will grow from where it counts
+    // to.
   }
 }
 

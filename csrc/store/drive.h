@@ -20,14 +20,15 @@ class Drive {
   explicit Drive(const std::filesystem::path& directory)
       : file(std::make_shared<File>(File::scratch(directory))) {}
 
-  /// Space in the file, reserved on the disk; null where the file would have
-  /// to grow and may not. Errors: IoError, before anything has changed.
+  /// The offset of `bytes` bytes in the file, reserved on the disk. Null where
+  /// the file would have to grow and `may_grow` is false. Errors: IoError;
+  /// nothing has changed then.
   std::optional<std::uint64_t> take(std::uint64_t bytes, bool may_grow);
   void give(std::uint64_t offset, std::uint64_t bytes);
   /// Gives the disk back what is free at the end of the file.
   void trim() noexcept;
-  /// Errors: IoError (ENOSPC) where the disk clearly has no room for `bytes`
-  /// more than the file has free.
+  /// Errors: IoError (ENOSPC) where the file's free space and the disk clearly
+  /// have no room for `bytes` bytes.
   void check_room(std::uint64_t bytes) const;
   /// Ends the use of space without offering it again.
   void give_up(std::uint64_t bytes);
@@ -36,12 +37,12 @@ class Drive {
   std::uint64_t file_size() const;
 
   const std::shared_ptr<const File> file;
-  IoQueue* queue = nullptr;  ///< That of its block device; the store's.
+  IoQueue* queue = nullptr;  ///< Its block device's; the store owns it.
 
  private:
   std::optional<std::uint64_t> take_free(std::uint64_t bytes);
 
-  std::mutex growth_mutex_;  // Before the other.
+  std::mutex growth_mutex_;  // Locked first.
   mutable std::mutex mutex_;
   SpaceMap space_;
   std::uint64_t allocated_ = 0;

@@ -6,9 +6,9 @@
 
 namespace torch_ext {
 
-/// Which bytes of a file are free. Freed neighbours are joined; the lowest
-/// space that fits is taken, so that space at the end is given up last.
-/// Threads: one at a time.
+/// Which bytes of a file are free. Free neighbours are joined. The lowest space
+/// that fits is taken, so that the end of the file becomes free. Threads: one
+/// at a time.
 class SpaceMap {
  public:
   std::optional<std::uint64_t> take(std::uint64_t bytes) {
@@ -39,7 +39,8 @@ class SpaceMap {
     free_.emplace(offset, bytes);
   }
 
-  /// Free bytes that end at `end`: what growing there would join.
+  /// How many free bytes end at `end`. Space that the file gains there would
+  /// join them.
   std::uint64_t tail(std::uint64_t end) const {
     if (free_.empty()) return 0;
     const auto last = std::prev(free_.end());

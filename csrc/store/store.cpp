@@ -1,3 +1,23 @@
+// How an extent's bytes are laid out on the drives.
+//
+// Each block of an extent has a slot. The slots of an extent begin where those
+// of the last extent ended. StripeMap says which drive a slot belongs to. So
+// the blocks of an extent go to the drives in turn, and in each drive's file
+// they lie side by side: an extent has one offset for each drive.
+//
+// A read or write walks through the slots of its bytes, and makes a run of
+// neighbours on the same drive. Each run is one operation in the queue of its
+// drive. With several runs, Join counts their ends and reports the first error.
+// With one drive there is one run, and no Join. All operations are prepared
+// before the first is started, so that all start or none.
+//
+// Each block has a checksum in the extent. The I/O threads write it when they
+// write the block, and compare it when they read the block.
+//
+// Drives on the same block device share a queue. A drive's file grows by at
+// least 16 MiB at a time, with its space reserved. Freed space goes back to the
+// drive's SpaceMap; space whose write failed with EIO is never used again.
+
 #include "torch_ext/store/store.h"
 
 #include <algorithm>
@@ -35,7 +55,7 @@ std::vector<int> weights_of(const DirectoryList& directories) {
   return weights;
 }
 
-// Requests to several drives that are one operation; it ends with the last.
+// Makes operations on several drives one operation, which ends with the last.
 class Join {
  public:
   Join(std::size_t count, Store::Done done)
@@ -47,7 +67,7 @@ class Join {
       std::lock_guard lock(mutex_);
       if (error_ == nullptr) error_ = std::move(error);
     }
-    // The last one sees what the others wrote.
+    // The last one sees the errors that the others wrote.
     if (left_.fetch_sub(1) != 1) return;
     done_(error_);
     source_.finish(error_);
@@ -98,7 +118,7 @@ struct Store::Impl {
   void check(const Extent* extent, std::uint64_t offset,
              std::span<const std::byte> bytes) const;
 
-  /// Some bytes of an extent that are neighbours on one drive.
+  /// Bytes of an extent that lie side by side on one drive.
   struct Run {
     std::size_t drive;
     std::uint64_t offset;  ///< In the drive's file.
@@ -107,7 +127,7 @@ struct Store::Impl {
   };
   std::vector<Run> runs_of(Extent& extent, std::uint64_t offset,
                            std::span<std::byte> bytes) const;
-  /// In the queue of the run's drive.
+  /// Prepares an operation in the queue of the run's drive.
   IoQueue::Prepared prepare(IoRequest::Op op, const Run& run, Done done,
                             IoPriority priority, std::uint64_t caller);
   Ticket submit(IoRequest::Op op, std::shared_ptr<Extent> extent,
@@ -128,7 +148,7 @@ struct Store::Impl {
   std::atomic<std::uint64_t> next_slot = 0;
 
   mutable std::mutex mutex;
-  StoreStats stats;  ///< Of operations.
+  StoreStats stats;  ///< Only the operations'.
 
   /// One per block device. The last member: their threads use the others.
   std::vector<std::unique_ptr<IoQueue>> queues;
@@ -264,7 +284,7 @@ Ticket Store::Impl::submit(IoRequest::Op op, std::shared_ptr<Extent> extent,
   Done last = [this, op, length = bytes.size(), extent = std::move(extent),
                done = std::move(done)](std::exception_ptr error) mutable {
     ended(op, *extent, length, error);
-    // Whoever hears of the end may count on the space.
+    // Whoever hears of the end may count on the space being free.
     extent.reset();
     if (done) done(error);
   };
@@ -277,8 +297,8 @@ Ticket Store::Impl::submit(IoRequest::Op op, std::shared_ptr<Extent> extent,
   const std::vector<Run> runs = runs_of(target, offset, bytes);
   const auto join = std::make_shared<Join>(runs.size(), std::move(last));
   Ticket ticket = join->ticket();
-  // All or none: were some started when one cannot be, the end would be for
-  // this thread to report, which may hold what `done` needs.
+  // All are started or none. If only some were started, this thread would have
+  // to report the end, and it may hold a lock that `done` needs.
   std::vector<IoQueue::Prepared> prepared;
   prepared.reserve(runs.size());
   for (const Run& run : runs) {
@@ -304,7 +324,7 @@ void Store::Impl::ended(IoRequest::Op op, Extent& extent, std::uint64_t length,
   try {
     std::rethrow_exception(error);
   } catch (const IoError& failed) {
-    // A place that the device could not write is not offered again.
+    // Space that the drive could not write is not offered again.
     if (op == IoRequest::Op::kWrite && failed.error() == EIO) {
       extent.quarantined_ = true;
     }
@@ -316,7 +336,7 @@ Store::Store(const StoreOptions& options)
     : impl_(std::make_shared<Impl>(options)) {}
 
 Store::~Store() {
-  // Extents may live on and keep the space maps; the threads may not.
+  // Extents may live on, and keep the space maps. The threads may not.
   impl_->queues.clear();
 }
 
@@ -360,7 +380,8 @@ std::shared_ptr<Extent> Store::allocate(std::uint64_t bytes, bool may_grow) {
       impl_->next_slot.fetch_add(blocks) % impl_->stripes.period();
   extent->size_ = bytes;
   extent->padded_size_ = padded;
-  // Should one have no space, the extent gives back that of those before it.
+  // If a drive has no space, the extent gives back what it took of the drives
+  // before.
   extent->store_ = impl_;
   for (std::size_t i = 0; i < impl_->drives.size(); ++i) {
     const std::uint64_t part = impl_->bytes_on(i, *extent);

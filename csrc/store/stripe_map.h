@@ -8,10 +8,11 @@
 
 namespace torch_ext {
 
-/// Deals slots 0, 1, 2, ... to drives in proportion to their weights, as
-/// evenly as whole slots allow: with weights 3 and 1 to drives 0 0 1 0 and so
-/// on. (Smooth weighted round-robin: each drive gains its weight, the one that
-/// has most is next and pays the sum.) Threads: const members from any.
+/// Deals slots 0, 1, 2, ... to drives in proportion to their weights, as evenly
+/// as whole slots allow. With weights 3 and 1 they go to drives 0 0 1 0, and so
+/// on. The method is smooth weighted round-robin: at each slot, every drive
+/// gains its weight; the drive that has most gets the slot and pays the sum of
+/// the weights. Threads: const members from any.
 class StripeMap {
  public:
   /// `weights` >= 1; at least one.
@@ -36,7 +37,7 @@ class StripeMap {
   }
 
   std::size_t drives() const noexcept { return ranks_.size(); }
-  /// Slots after which all repeats.
+  /// After how many slots the pattern repeats.
   std::uint64_t period() const noexcept { return drives_.size(); }
   std::size_t drive_of(std::uint64_t slot) const noexcept {
     return drives_[slot % period()];
@@ -53,8 +54,8 @@ class StripeMap {
     return slot / period() * ranks.back() + ranks[slot % period()];
   }
 
-  std::vector<std::size_t> drives_;  ///< Of each slot of a period.
-  /// For each drive how many slots it has before slot 0, 1, ..., period.
+  std::vector<std::size_t> drives_;  ///< By slot of a period.
+  /// For each drive, how many slots it has before slot 0, 1, ..., period.
   std::vector<std::vector<std::uint32_t>> ranks_;
 };
 

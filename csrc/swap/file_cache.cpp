@@ -1,3 +1,24 @@
+// How at most 64 descriptors serve any number of operations.
+//
+// A file counts one descriptor, or two once it may open its buffered one. Files
+// in use, files that are kept, and calls that are opening one right now all
+// count. make_room() closes kept files that nobody uses, the oldest first. If
+// that does not help, open() returns nothing.
+//
+// What comes then depends on who asks. A caller on its own thread does not
+// wait: it hands its operation to the transfer thread. The transfer thread
+// waits for the end of another operation, and `awaited_` says so. While it is
+// set, callers that do not wait get nothing, so that they cannot take each
+// descriptor that becomes free before the waiting thread does.
+//
+// The process may have fewer descriptors than we allow ourselves. After EMFILE
+// or ENFILE, remedy_for() closes all idle files, and open() tries again. If
+// there are none, the end of another operation may help. It is an error only if
+// no other file is in use here.
+//
+// Files are closed outside the lock, in lists that are destroyed after it: a
+// close may take long.
+
 #include "file_cache.h"
 
 #include <algorithm>
@@ -13,7 +34,7 @@ namespace {
 
 int descriptors_of(bool buffered) { return buffered ? 2 : 1; }
 
-// The process has no descriptor left, but the cache may have some.
+// True if the process has no descriptor left. The cache may have some to close.
 bool is_shortage(const IoError& error) {
   return error.error() == EMFILE || error.error() == ENFILE;
 }
@@ -33,7 +54,8 @@ FileCache::Lease FileCache::open(int fd, const Request& request) {
   return add("", request, [fd] { return File::open(fd); });
 }
 
-/// The file if it is kept; nothing if it has to be opened.
+/// The file, if it is kept. An empty lease if the caller must ask again.
+/// Nothing if the file has to be opened.
 std::optional<FileCache::Lease> FileCache::find(const std::string& path,
                                                 const Request& request) {
   const auto now = request.now ? request.now : File::identify(path);
@@ -78,25 +100,26 @@ bool FileCache::open_buffered(const File& file, const Request& request) {
   }
 }
 
-/// What helps whoever has met a shortage, with `own` in use, for the n-th time.
+/// What helps a caller that has met a shortage for the n-th time. `own` is the
+/// file that it uses itself.
 FileCache::Remedy FileCache::remedy_for(const Request& request, const File* own,
                                         int times) {
   constexpr int kMostTimes = 100;
   {
-    std::list<Entry> closed;  // After the lock.
+    std::list<Entry> closed;  // Destroyed after the lock.
     std::lock_guard lock(mutex_);
     if (close_idle(closed)) return Remedy::kTryAgain;
     const bool others =
         std::any_of(kept_.begin(), kept_.end(), [own](const Entry& entry) {
           return entry.file.get() != own && entry.in_use();
         });
-    // Who does not wait leaves it to the one that does.
+    // A caller that does not wait leaves it to the one that does.
     if (others || !request.waits) {
       awaited_ |= request.waits;
       return Remedy::kEndOfAnother;
     }
   }
-  // Other threads may be about to open or to close, here or elsewhere.
+  // Other threads, here or elsewhere, may be about to close a file.
   if (times >= kMostTimes) return Remedy::kNone;
   std::this_thread::sleep_for(std::chrono::milliseconds(1));
   return Remedy::kTryAgain;
@@ -107,7 +130,7 @@ FileCache::Lease FileCache::add(const std::string& path, const Request& request,
                                 Open open_file) {
   const int wanted = descriptors_of(request.buffered);
   for (int times = 0;;) {
-    // Closed after the lock: closing may take long.
+    // These are closed after the lock is released, since closing may take long.
     std::list<Entry> closed;
     {
       std::lock_guard lock(mutex_);
@@ -147,7 +170,7 @@ FileCache::Lease FileCache::add(const std::string& path, const Request& request,
 }
 
 /// Takes out files that are not in use, oldest first, until `wanted` more
-/// descriptors can be opened. False: more are in use.
+/// descriptors can be opened. False if too many are in use.
 bool FileCache::make_room(int wanted, std::list<Entry>& closed) {
   int open = opening_ + wanted;
   for (auto entry = kept_.begin(); entry != kept_.end();) {
@@ -189,7 +212,7 @@ bool FileCache::drop_deleted() {
   }
   bool dropped = false;
   for (Entry& entry : idle) {
-    bool deleted = true;  // Or cannot be asked, as on a server that is gone.
+    bool deleted = true;  // Stays so if the file cannot be asked.
     try {
       deleted = entry.file->presence().links == 0;
     } catch (const IoError&) {
@@ -197,7 +220,7 @@ bool FileCache::drop_deleted() {
     std::list<Entry> closed;
     std::lock_guard lock(mutex_);
     const File* file = entry.file.get();
-    // The copy made it look used.
+    // The copy made the file look used.
     entry.file = nullptr;
     if (!deleted) continue;
     const auto found = std::find_if(

@@ -12,39 +12,42 @@
 
 namespace torch_ext {
 
-/// Files kept open between operations, at most kMaxDescriptors in all. A kept
-/// one serves a name only while the name still leads to that very file:
-/// writing to one that was deleted meanwhile would lose the bytes in silence.
-/// Threads: any; no lock is held while the system opens or closes a file.
+/// Files that are kept open between operations. At most kMaxDescriptors are
+/// open in all. A kept file serves a name only while the name still leads to
+/// that very file: writing to a deleted file would lose the bytes in silence.
+/// file_cache.cpp tells how descriptors are shared out.
+/// Threads: any. No lock is held while the system opens or closes a file.
 class FileCache {
  public:
-  /// A file that is in use as long as a copy of this lives.
+  /// A file that is in use while a copy of this lives.
   using Lease = std::shared_ptr<const File>;
   static constexpr int kMaxDescriptors = 64;
 
-  /// How a file is to be opened.
+  /// How a file shall be opened.
   struct Request {
     File::Mode mode = File::Mode::kRead;
     bool buffered = false;  ///< The buffered descriptor is needed too.
-    /// True: an empty answer means that whoever asks waits; until it has got
-    /// its file, those who do not wait get none. One may wait at a time.
+    /// If true, the caller waits after an empty answer and asks again. Until it
+    /// has its file, callers that do not wait get none. Only one caller may
+    /// wait at a time.
     bool waits = false;
-    /// What the path leads to, if whoever asks has just seen it.
+    /// What the path leads to, if the caller has just seen it.
     std::optional<File::Identity> now = std::nullopt;
   };
 
-  /// The file that has this absolute path now; made for kWrite if there is
-  /// none. Empty while operations use all descriptors that there may be, here
-  /// or by the process's limit: to be called again when one has ended.
-  /// Errors: those of File::open; that there is no descriptor left, and none
-  /// in use here that may become free, only to whoever waits.
+  /// The file that has this absolute path now. For kWrite it is made if there
+  /// is none. The answer is empty while operations use all the descriptors that
+  /// this cache or the process may have; call again when an operation has
+  /// ended. Errors: those of File::open. "No descriptor left" (EMFILE, ENFILE)
+  /// is thrown only to a caller that waits, and only if none in use here may
+  /// become free.
   Lease open(const std::string& path, const Request& request);
 
-  /// The file behind a descriptor of the caller's, never kept. Otherwise as
-  /// above.
+  /// The file behind a descriptor of the caller's. It is never kept. Otherwise
+  /// as above.
   Lease open(int fd, const Request& request);
 
-  /// Closes the files not in use that have no name any more, and hold disk
+  /// Closes files that are not in use and have no name any more: they hold disk
   /// space for nobody. Returns whether there was one.
   bool drop_deleted();
 
@@ -53,12 +56,12 @@ class FileCache {
 
  private:
   struct Entry {
-    std::string path;  ///< Empty: serves no name, gone when out of use.
+    std::string path;  ///< Empty: serves no name, closed after use.
     File::Mode mode;
     Lease file;
-    int most;  ///< Descriptors that its users may come to have.
+    int most;  ///< Descriptors that its users may open.
 
-    // Whoever uses it has got it from here, under the lock.
+    // Users get their copies here, under the lock, so the count tells.
     bool in_use() const { return file.use_count() > 1; }
     int descriptors() const {
       const int open = file->descriptors();
@@ -76,7 +79,7 @@ class FileCache {
   bool close_idle(std::list<Entry>& closed);
 
   mutable std::mutex mutex_;
-  std::list<Entry> kept_;  ///< Last used, first.
+  std::list<Entry> kept_;  ///< The last used comes first.
   int opening_ = 0;        ///< Descriptors promised to calls of open().
   bool awaited_ = false;
 };

@@ -16,8 +16,8 @@ void remove_from(Map& map, const Key& key, Entry* entry) {
   if (found->second.empty()) map.erase(found);
 }
 
-// Whether whatever conflicts with `earlier` conflicts with `later` too, given
-// that these two conflict.
+// Whether everything that conflicts with `earlier` conflicts with `later` too,
+// given that these two conflict.
 bool hides(const FilePlace& later, const FilePlace& earlier) {
   return later.write && later.begin <= earlier.begin &&
          earlier.end <= later.end;
@@ -44,7 +44,7 @@ void FileOrder::Entries::find(const FilePlace& place,
       place.write ? ordered_.begin() : ordered_.lower_bound({.write = true});
   while (each != ordered_.end()) {
     Key group{.write = each->write, .longest = each->longest};
-    // None that begins earlier can reach into the place.
+    // No range of this group that begins earlier can reach into the place.
     group.begin = place.begin - std::min(place.begin, group.longest - 1);
     for (each = ordered_.lower_bound(group);
          each != ordered_.end() && each->write == group.write &&
@@ -79,8 +79,9 @@ void FileOrder::add(Entry* entry, const std::vector<Entry*>& before) {
   Entries* same = at.file ? &by_file_[*at.file] : nullptr;
   if (named != nullptr) named->add(entry);
   if (same != nullptr) same->add(entry);
-  // Whoever would wait for those waits for this one, and so for them: else many
-  // operations on the very same bytes would each wait for all before.
+  // Whoever would wait for a hidden one waits for this one, and so for both.
+  // Otherwise, of many operations on the same bytes, each would wait for all
+  // before it.
   for (Entry* blocker : before) {
     if (!hides(at, blocker->place)) continue;
     if (named != nullptr) named->remove(blocker);

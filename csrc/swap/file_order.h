@@ -18,8 +18,8 @@ namespace torch_ext {
 /// Which bytes an operation on a file reads or writes.
 struct FilePlace {
   std::string path = {};  ///< Absolute; empty for a descriptor.
-  /// The file that has the path, if there is one yet: another path or a
-  /// descriptor may lead to it too.
+  /// The file that has the path, if there is one yet. Another path, or a
+  /// descriptor, may lead to it too.
   std::optional<File::Identity> file = std::nullopt;
   std::uint64_t begin = 0;
   std::uint64_t end = 0;
@@ -30,14 +30,14 @@ struct FilePlace {
   }
 };
 
-/// Makes operations on the same bytes of a file, of which one writes, take
-/// effect in the order in which they entered. Threads: any.
+/// Makes operations on the same bytes of a file take effect in the order in
+/// which they entered, if one of them writes. Threads: any.
 class FileOrder {
  public:
   struct Entry {
     FilePlace place;
-    OperationPtr waiting = nullptr;  ///< Until those before it have ended.
-    std::size_t blockers = 0;        ///< How often it is among followers.
+    OperationPtr waiting = nullptr;  ///< Null once it may go.
+    std::size_t blockers = 0;        ///< How often it is a follower.
     std::vector<Entry*> followers = {};
   };
 
@@ -46,15 +46,16 @@ class FileOrder {
 
   struct Entered {
     Entry* entry;
-    /// The operation has to wait until a leave() returns it. That may be before
-    /// enter() has returned.
+    /// The operation has to wait until a leave() returns it. That may happen
+    /// before enter() has returned.
     bool waits;
   };
-  /// Until leave(). When it throws, nothing has changed.
+  /// Puts an operation into the order, until leave(). If it throws, nothing has
+  /// changed.
   Entered enter(FilePlace place, const OperationPtr& operation);
 
-  /// The entry's operation has ended: those that have to wait no more.
-  /// REQUIRES: It does not wait.
+  /// The entry's operation has ended. Returns the operations that need not wait
+  /// any more. REQUIRES: the operation does not wait.
   std::vector<OperationPtr> leave(Entry* entry);
 
  private:
@@ -64,22 +65,23 @@ class FileOrder {
     }
   };
 
-  /// Those of one path or file. Thousands may be there at a time.
+  /// The entries of one path or file. There may be thousands at a time.
   class Entries {
    public:
     void add(Entry* entry);
-    /// Does nothing if it is not there.
+    /// Does nothing if the entry is not there.
     void remove(Entry* entry);
     bool empty() const { return ordered_.empty(); }
-    /// Appends those that conflict.
+    /// Appends the entries that conflict with `place`.
     void find(const FilePlace& place, std::vector<Entry*>& result) const;
 
    private:
-    /// Reads and writes apart, and ranges of about one length: one that is far
-    /// longer than the others must not widen the search for them.
+    /// Sorts reads and writes apart, and groups ranges of about the same
+    /// length. A range that is far longer than the others must not widen the
+    /// search for them.
     struct Key {
       bool write = false;
-      std::uint64_t longest = 0;  ///< Its length up to the next power of two.
+      std::uint64_t longest = 0;  ///< Length, up to a power of two.
       std::uint64_t begin = 0;
       Entry* entry = nullptr;
 
@@ -93,7 +95,7 @@ class FileOrder {
     std::set<Key> ordered_;
   };
 
-  /// By path and by file: one that both lead to is there twice.
+  /// Searches by path and by file. An entry that both lead to is there twice.
   std::vector<Entry*> conflicts(const FilePlace& place) const;
   void add(Entry* entry, const std::vector<Entry*>& before);
   void remove(Entry* entry);

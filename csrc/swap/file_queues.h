@@ -16,11 +16,12 @@
 
 namespace torch_ext {
 
-/// Queues of one FileSwapper: per device, and apart for files with and without
-/// direct I/O, which suit different engines. Threads: any.
+/// The I/O queues of one FileSwapper. Each block device has one for files with
+/// direct I/O, and one for files without, since different engines suit them.
+/// Threads: any.
 class FileQueues {
  public:
-  /// `factory`, if given, makes the engines instead of `engine`.
+  /// `factory`, if it is set, makes the engines instead of `engine`.
   FileQueues(const AioConfig& config, std::string engine,
              IoEngineFactory factory, std::function<void(std::string)> note)
       : config_(config),
@@ -40,7 +41,7 @@ class FileQueues {
     return *queue;
   }
 
-  /// Has a note of a file without fallocate: once for each device.
+  /// Notes that a file's device has no fallocate, once for each device.
   void note_unreserved(const File& file) {
     std::lock_guard lock(mutex_);
     if (unreserved_.insert(file.identity().device).second) {

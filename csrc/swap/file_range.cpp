@@ -1,3 +1,25 @@
+// A write to a file of the caller, step by step. A read goes the same way, but
+// does not make the file grow, and has no steps 6 and 7.
+//
+// 1. look() asks what the path leads to. If no operation on these bytes is
+//    under way and the file can be opened without waiting, it is opened now. So
+//    most errors are thrown by the call itself.
+// 2. enter() puts the range into FileOrder. If it has to wait, its descriptor
+//    goes back, since those before it may need it.
+// 3. prepare() opens the file if that has not been done, and makes it grow. On
+//    the caller's thread (may_block is false) it does neither if that could
+//    take long: a file system may not answer.
+// 4. chunk() says how the next bytes move. Memory that is aligned as the file
+//    is moves in place. All else goes through a buffer, in which bytes lie as
+//    far from a granule as in the file, so that direct I/O can take its middle.
+// 5. start() submits the bytes. If some of them cannot go by direct I/O, it
+//    tells FileSyncs.
+// 6. settle() syncs the file, if bytes of it went through the page cache: only
+//    a sync hears of a page that could not be written.
+// 7. check_written() looks whether the file still has a name and its length. A
+//    file that was deleted or cut meanwhile is an error (ESTALE).
+// 8. leave() lets the next operations on these bytes go.
+
 #include "file_range.h"
 
 #include <cerrno>
@@ -33,7 +55,7 @@ void FileRange::look(IoRequest::Op op) {
 bool FileRange::enter(const OperationPtr& operation) {
   const FileOrder::Entered entered = files_.order.enter(place_, operation);
   order_entry_ = entered.entry;
-  // Those that it waits for may need the descriptor.
+  // The operations that it waits for may need the descriptor.
   if (entered.waits) unprepare();
   return entered.waits;
 }
@@ -66,7 +88,8 @@ ChunkShape FileRange::chunk(const std::byte* data, std::uint64_t offset,
     return ChunkShape::straight(rest);
   }
   const std::size_t granule = file_->granule();
-  // The buffer begins as far from a granule as the file's bytes do.
+  // The bytes lie as far behind a granule's beginning in the buffer as they do
+  // in the file.
   return ChunkShape::buffered(rest, (begin_ + offset) % granule, granule,
                               buffer_size);
 }
@@ -77,7 +100,7 @@ bool FileRange::moves_straight(const std::byte* data, std::uint64_t offset,
   const std::size_t granule = file_->granule();
   const std::uint64_t begin = begin_ + offset;
   const std::uint64_t first = align_up(begin, granule);
-  // Too little for direct I/O, which begins and ends at whole granules.
+  // Direct I/O begins and ends at whole granules. There is none here.
   if (first >= align_down(begin + length, granule)) return true;
   return is_aligned(data + (first - begin), file_->memory_alignment());
 }
@@ -103,8 +126,8 @@ void FileRange::start(const SwapOperation& operation, std::uint64_t offset,
                   .on_done = std::move(done)});
 }
 
-// What the page cache has taken may still fail on its way to the drive, and
-// only a sync hears of it.
+// What the page cache has taken may still fail on its way to the drive. Only a
+// sync hears of that.
 bool FileRange::settle(const SwapOperation& operation, Done done) {
   if (sync_ == nullptr) {
     check_written();
@@ -160,7 +183,7 @@ bool FileRange::open(IoRequest::Op op, bool waits, const Seen& seen) {
 FileCache::Lease FileRange::find(bool write, bool waits, const Seen& seen) {
   const FileCache::Request request{
       .mode = write ? File::Mode::kWrite : File::Mode::kRead,
-      // Granules are seldom larger than that.
+      // Granules are seldom larger than a page.
       .buffered =
           !is_aligned(begin_, page_size()) || !is_aligned(size_, page_size()),
       .waits = waits,
@@ -175,7 +198,7 @@ void FileRange::grow() const {
   try {
     file_->grow(begin_, size_);
   } catch (const IoError& error) {
-    // Deleted files take up space as long as they are kept open here.
+    // Deleted files take up space while they are kept open here.
     if (error.error() != ENOSPC || !files_.cache.drop_deleted()) throw;
     file_->grow(begin_, size_);
   }
@@ -184,7 +207,7 @@ void FileRange::grow() const {
 
 void FileRange::check_holds(const File& file, const Seen& seen) const {
   if (size_ == 0) return;
-  // A file that was too short may have grown since.
+  // Otherwise ask again: a file that was too short may have grown since.
   if (seen.file == file.identity() && begin_ + size_ <= seen.size) return;
   const std::uint64_t end = file.size();
   if (begin_ + size_ <= end) return;

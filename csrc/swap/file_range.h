@@ -19,7 +19,7 @@
 
 namespace torch_ext {
 
-/// What the ranges of one FileSwapper share; outlives them.
+/// What the ranges of one FileSwapper share. It outlives them.
 struct SharedFiles {
   FileCache& cache;
   FileQueues& queues;
@@ -27,10 +27,11 @@ struct SharedFiles {
   FileSyncs& syncs;
 };
 
-/// Bytes of a file of the caller's. Operations that overlap in a file, where
-/// one of them writes, take effect in the order of the calls. A write has its
-/// space before its first byte, and has ended when a sync has answered for what
-/// went through the page cache and the file still has its name and length.
+/// A range of a caller's file. Operations that overlap in a file take effect in
+/// the order of the calls, if one of them writes. A write gets its space before
+/// its first byte. It ends well only if the file still has its name and length,
+/// and if a sync has answered for bytes that went through the page cache.
+/// file_range.cpp tells the steps.
 class FileRange final : public SwapTarget {
  public:
   /// A path, or a descriptor.
@@ -39,9 +40,8 @@ class FileRange final : public SwapTarget {
   FileRange(const SharedFiles& files, Name name, std::uint64_t begin,
             std::uint64_t size);
 
-  /// Opens the file for an operation if that can be done at once and no other
-  /// operation has to go first. Before enter(). Errors: what is wrong with the
-  /// file.
+  /// Opens the file, if that can be done at once and no other operation has to
+  /// go first. Called before enter(). Errors: what is wrong with the file.
   void look(IoRequest::Op op);
 
   bool enter(const OperationPtr& operation) override;
@@ -56,7 +56,7 @@ class FileRange final : public SwapTarget {
   bool settle(const SwapOperation& operation, Done done) override;
 
  private:
-  /// What the path leads to, for whoever has just seen it.
+  /// What the path leads to, as it was just seen.
   struct Seen {
     std::optional<File::Identity> file;
     std::uint64_t size = 0;
@@ -78,7 +78,7 @@ class FileRange final : public SwapTarget {
   const std::uint64_t begin_;
   const std::uint64_t size_;
   bool grown_ = false;
-  /// If some of it goes through the page cache.
+  /// Set if some of the bytes go through the page cache.
   std::shared_ptr<FileSyncs::Writer> sync_;
   FileCache::Lease file_;
   IoQueue* queue_ = nullptr;

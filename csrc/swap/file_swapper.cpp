@@ -44,7 +44,8 @@ class FileSwapper::Impl {
 
   static const FileSwapperOptions& checked(const FileSwapperOptions& options) {
     options.aio.validate();
-    // An unknown engine is an error of this call, not of the first transfer.
+    // An unknown engine shall be an error of this call, not of the first
+    // transfer.
     if (options.engine != "auto") make_engine_factory(options.engine);
     return options;
   }
@@ -57,19 +58,20 @@ class FileSwapper::Impl {
                                   " and length " + std::to_string(bytes.size) +
                                   " reach beyond the largest file");
     }
-    // They live until the file is open, though close() were called meanwhile.
+    // They live until the file is open, even if close() is called meanwhile.
     const auto [cache, queue_set] = opened();
     auto range = std::make_shared<FileRange>(
         SharedFiles{*cache, *queue_set, order, syncs}, std::move(name), offset,
         bytes.size);
     const auto op = kind == SwapOperation::Kind::kOut ? IoRequest::Op::kWrite
                                                       : IoRequest::Op::kRead;
-    // What is wrong with the file is this call's error where it can be. Without
-    // the lock of the calls, since a file system may not answer.
+    // What is wrong with the file is this call's error where possible. The lock
+    // of the calls is not held, since a file system may not answer.
     range->look(op);
     auto lock = core.try_enter();
     if (!lock) {
-      // close() may hold it until an operation has got this very descriptor.
+      // close() may hold the lock until an operation has got this very
+      // descriptor.
       range->unprepare();
       lock = core.enter();
     }
@@ -88,7 +90,7 @@ class FileSwapper::Impl {
 
   FileOrder order;
   FileSyncs syncs;
-  mutable std::mutex mutex;  // Of the two below.
+  mutable std::mutex mutex;  // Guards the two below.
   std::shared_ptr<FileCache> files = std::make_shared<FileCache>();
   std::shared_ptr<FileQueues> queues;
   SwapCore core;  // Its threads use all four.
@@ -106,7 +108,7 @@ FileSwapper::~FileSwapper() {
   try {
     close();
   } catch (...) {
-    // A destructor has nobody to tell; close() does.
+    // A destructor has nobody to tell. close() has.
   }
 }
 

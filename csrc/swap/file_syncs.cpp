@@ -29,12 +29,12 @@ void FileSyncs::Writer::sync(Start start, Done done) {
         .push_back({shared_from_this(), std::move(start), std::move(done)});
     if (waits) return;
   }
-  // A copy: this writer may be gone before it returns.
+  // It gets a copy, since this writer may be gone before run() returns.
   run(std::shared_ptr(line_));
 }
 
 void FileSyncs::run(const std::shared_ptr<Line>& line) {
-  // Out of what end() takes away, which may be before this returns.
+  // Moved out of the request, which end() may take away before this returns.
   const Start start = std::move(line->running.front().start);
   try {
     start([line](std::exception_ptr error) { end(line, std::move(error)); });
@@ -55,7 +55,8 @@ void FileSyncs::end(const std::shared_ptr<Line>& line,
     if (error != nullptr) {
       ++line->failures;
       line->failure = std::move(error);
-      // Their pages were there to be written, too, and no other sync will tell.
+      // The failed sync was to write their pages too, and no later sync will
+      // tell.
       too_late.swap(line->waiting);
     } else {
       line->running.swap(line->waiting);

@@ -14,21 +14,22 @@
 
 namespace torch_ext {
 
-/// The syncs of files of which bytes went through the page cache. Linux tells
-/// once of pages that it could not write, to the next sync of each open
-/// descriptor (errseq_t), and operations share a File: so one sync of it runs
-/// at a time, and what that hears counts for all that had begun to write.
-/// Threads: any.
+/// Syncs files of which bytes went through the page cache. Linux reports pages
+/// that it could not write only once, to the next sync of each open descriptor
+/// (errseq_t). Operations share a File. So only one sync of it runs at a time,
+/// and what that sync hears counts for all that had begun to write. Threads:
+/// any.
 class FileSyncs {
  public:
   using Done = std::function<void(std::exception_ptr)>;
-  /// Starts a sync. Errors: what is known at once.
+  /// Starts a sync. Errors: those that are known at once.
   using Start = std::function<void(Done)>;
 
-  /// Whoever writes to a file. Threads: one at a time.
+  /// An operation that writes to a file. Threads: one at a time.
   class Writer;
 
-  /// To be kept from before the first byte until `done` has been called.
+  /// Makes a Writer, before the first byte is written. Keep it until `done` has
+  /// been called.
   std::shared_ptr<Writer> begin(std::shared_ptr<const File> file);
 
  private:
@@ -37,10 +38,10 @@ class FileSyncs {
     Start start;
     Done done;
   };
-  /// Of one file.
+  /// The requests of one file.
   struct Line {
     std::mutex mutex;
-    std::vector<Request> running;  ///< One sync for them all.
+    std::vector<Request> running;  ///< One sync answers them all.
     std::vector<Request> waiting;  ///< For the next one.
     std::uint64_t failures = 0;
     std::exception_ptr failure;  ///< The last.
@@ -51,7 +52,7 @@ class FileSyncs {
 
   std::mutex mutex_;
   std::map<const File*, std::weak_ptr<Line>> lines_;
-  std::size_t most_lines_ = 64;  ///< Before those that nobody uses go.
+  std::size_t most_lines_ = 64;  ///< Beyond it, unused ones go.
 };
 
 class FileSyncs::Writer : public std::enable_shared_from_this<Writer> {
@@ -62,17 +63,17 @@ class FileSyncs::Writer : public std::enable_shared_from_this<Writer> {
     seen_ = line_->failures;
   }
 
-  /// All bytes are written: has them synced, by `start` or with those of
-  /// others. `done` is called once, maybe before this returns, with the error
-  /// of any sync of the file that ended since begin().
+  /// Syncs the bytes, all of which are written, by `start` or together with
+  /// others' bytes. `done` is called once, maybe before this returns. It gets
+  /// the error of any sync of the file that ended since begin().
   void sync(Start start, Done done);
 
  private:
   friend class FileSyncs;
 
-  const std::shared_ptr<const File> file_;  // No other gets its address.
+  const std::shared_ptr<const File> file_;  // Keeps its address taken.
   const std::shared_ptr<Line> line_;
-  std::uint64_t seen_ = 0;  ///< Failures, when it began.
+  std::uint64_t seen_ = 0;  ///< How many failures there were at begin().
 };
 
 }  // namespace torch_ext

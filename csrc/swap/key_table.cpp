@@ -1,3 +1,25 @@
+// How values of one key replace each other.
+//
+// Each swap_out makes a StoredValue with space of its own, and adds it at the
+// end of the key's list. So writes of one key run side by side, and a value is
+// never overwritten. The list holds at most one complete value, at its
+// beginning. The others are still being written.
+//
+// - A swap_in takes the last value of the list. If that is not complete, the
+//   operation waits among the value's readers, and leave() of the write brings
+//   it back.
+// - When a write succeeds, its value stays and all values before it are
+//   dropped: they were called earlier. This holds even if their own writes end
+//   later.
+// - When a write fails, only its value is dropped. Readers that waited for it
+//   fail with its error, since older bytes would be wrong in silence. The key
+//   keeps its older value, or is gone if it has none.
+// - remove() takes the whole list out of the table. Operations under way keep
+//   their value, and so its space, until they end.
+//
+// A value's space is freed with the last reference to the value. The table
+// drops its references only after its lock is released.
+
 #include "key_table.h"
 
 #include <algorithm>
@@ -8,8 +30,8 @@
 
 namespace torch_ext {
 
-/// A key's values, oldest first: at most one that is complete, and after it
-/// those still being written.
+/// A key's values, oldest first: at most one complete value, then those that
+/// are still being written.
 struct StoredValue::Key {
   std::string name;
   std::shared_ptr<std::atomic<bool>> removed =
@@ -17,7 +39,7 @@ struct StoredValue::Key {
   std::vector<std::shared_ptr<StoredValue>> values;
 };
 
-// Writers do not wait for each other: each has space of its own, and the
+// Writers do not wait for each other. Each has space of its own, and the
 // table's order is that of the calls.
 bool StoredValue::enter(const OperationPtr& operation) {
   return !operation->out() && table_.park(*this, operation);
@@ -27,7 +49,7 @@ SwapTarget::Operations StoredValue::leave(const SwapOperation& operation,
                                           std::exception_ptr error) {
   if (!operation.out()) return {};
   Operations readers = table_.resolve(shared_from_this(), error);
-  // Whoever asked for a value that was not written fails: an older one would
+  // Whoever asked for a value that was not written fails. An older value would
   // be stale data in silence.
   for (const OperationPtr& reader : readers) reader->error = error;
   return readers;
@@ -46,7 +68,7 @@ ChunkShape StoredValue::chunk(const std::byte* data, std::uint64_t,
                               std::size_t buffer_size) const {
   const std::size_t granule = store_.granule();
   if (data != nullptr && is_aligned(data, store_.memory_alignment())) {
-    // What does not fill the last granule has to be padded.
+    // Bytes that do not fill the last granule have to be padded.
     const std::uint64_t straight =
         is_aligned(rest, granule)
             ? rest
@@ -133,8 +155,8 @@ SwapTarget::Operations KeyTable::resolve(
     auto& values = entry->values;
     const auto here = std::find(values.begin(), values.end(), value);
     if (here != values.end()) {
-      // A complete value takes the place of all that were called before it,
-      // a failed one only leaves.
+      // A complete value takes the place of all values that were called before
+      // it. A failed one only leaves.
       const auto first = value->complete_ ? values.begin() : here;
       const auto last = value->complete_ ? here : here + 1;
       dropped.assign(first, last);

@@ -19,19 +19,20 @@ namespace torch_ext {
 
 class KeyTable;
 
-/// One value of a key: being written, complete, or failed. Those who read it
-/// wait until it is complete.
+/// One value of a key: it is being written, complete, or failed. Its readers
+/// wait until it is complete. key_table.cpp tells how values replace each
+/// other.
 class StoredValue final : public SwapTarget,
                           public std::enable_shared_from_this<StoredValue> {
  public:
-  /// `table` and `store` outlive every operation, not every value.
+  /// `table` and `store` outlive every operation, but not every value.
   StoredValue(KeyTable& table, Store& store, std::uint64_t size,
               std::shared_ptr<const void> tag)
       : table_(table), store_(store), size_(size), tag_(std::move(tag)) {}
 
   std::uint64_t size() const { return size_; }
   const std::shared_ptr<const void>& tag() const { return tag_; }
-  /// Whether the key has been removed since; null before KeyTable::add().
+  /// Whether the key has been removed since. Null before KeyTable::add().
   const std::shared_ptr<std::atomic<bool>>& key_removed() const {
     return key_removed_;
   }
@@ -56,22 +57,22 @@ class StoredValue final : public SwapTarget,
   std::shared_ptr<std::atomic<bool>> key_removed_;  ///< Set by add().
   std::shared_ptr<Extent> extent_;  ///< Set before the first write.
 
-  // Under the table's lock.
+  // Guarded by the table's lock.
   std::weak_ptr<Key> key_;
   bool complete_ = false;
   std::exception_ptr error_;
-  Operations readers_;  ///< Called before it was complete.
+  Operations readers_;  ///< Wait until it is complete.
 };
 
 /// Which value a key has. Threads: any.
 class KeyTable {
  public:
-  /// The newest value of the key from now on; the older one remains what the
-  /// key has if this one fails.
+  /// Makes `value` the newest value of the key. The older one stays the key's
+  /// value if this one fails.
   void add(const std::string& key, const std::shared_ptr<StoredValue>& value);
   /// The newest value. Errors: KeyError.
   std::shared_ptr<StoredValue> find(const std::string& key) const;
-  /// Errors: KeyError.
+  /// Forgets the key. Errors: KeyError.
   void remove(const std::string& key);
   std::vector<std::string> keys() const;
   void clear();
@@ -79,10 +80,11 @@ class KeyTable {
  private:
   friend class StoredValue;
 
-  /// True if the value is still being written: `reader` will be among those
-  /// that resolve() returns. Errors: the one that the write failed with.
+  /// True if the value is still being written; resolve() will then return
+  /// `reader`. Errors: the error that the write failed with.
   bool park(StoredValue& value, const OperationPtr& reader);
-  /// The value is complete (null) or failed; returns who waited for that.
+  /// The value is complete (`error` is null) or failed. Returns the operations
+  /// that waited for that.
   SwapTarget::Operations resolve(const std::shared_ptr<StoredValue>& value,
                                  std::exception_ptr error);
   std::shared_ptr<StoredValue> find_locked(const std::string& key) const;

@@ -10,14 +10,14 @@
 
 namespace torch_ext {
 
-/// Memory of a pool's buffers for chunks, of which small ones share a buffer:
-/// else each would hold 4 MiB of the pool. For one thread.
+/// Hands out memory of a pool's buffers for chunks. Small chunks share a
+/// buffer; otherwise each would hold 4 MiB of the pool. Threads: one.
 class Staging {
  public:
   explicit Staging(BufferPool& pool) : pool_(pool) {}
 
-  /// Empty if there is none now; `spare` buffers stay where they are. `buffer`
-  /// is to be kept as long as the memory is used.
+  /// Memory for `bytes` bytes; empty if there is none now. At least `spare`
+  /// buffers stay in the pool. Keep `buffer` as long as the memory is used.
   std::span<std::byte> take(std::uint64_t bytes, std::size_t spare,
                             std::shared_ptr<Buffer>& buffer) {
     const std::size_t size = pool_.buffer_size();
@@ -25,7 +25,7 @@ class Staging {
     if (small && shared_ != nullptr && used_ + bytes <= size) {
       buffer = shared_;
     } else {
-      // The last user of the old one gives it back.
+      // The last user of the old buffer gives it back.
       if (small) shared_.reset();
       const auto lease = [&] {
         return pool_.in_use() + spare < pool_.count() ? pool_.try_take()

@@ -14,9 +14,9 @@ namespace {
 
 constexpr std::uint64_t kBufferSize = std::uint64_t{4} << 20;
 
-// One buffer holds whole blocks, and there are at least two where the memory
-// allows it: a single one would take turns between copy and I/O. A file's block
-// may have any size, a buffer has whole pages.
+// A buffer holds whole blocks. There are at least two where the memory allows
+// it, since with a single one copy and I/O would take turns. A file's block may
+// have any size, but a buffer has whole pages.
 std::uint64_t buffer_size(const char* what, const AioConfig& aio,
                           std::uint64_t host_memory) {
   const std::uint64_t block = align_up(aio.block_size, page_size());

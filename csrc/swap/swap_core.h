@@ -18,39 +18,41 @@
 
 namespace torch_ext {
 
-/// What all that moves bytes between devices and disk has: buffers, a transfer
-/// thread, counters, notes for the log, and rules about processes and closing.
+/// The part that Swapper and FileSwapper share: buffers, a transfer thread,
+/// counters, notes for the log, and the rules about processes and closing.
 /// Threads: any.
 class SwapCore {
  public:
   struct Counts {
-    std::uint64_t bytes_out = 0;  ///< Of operations that ended well.
+    std::uint64_t bytes_out = 0;  ///< By operations that ended well.
     std::uint64_t bytes_in = 0;
-    std::uint64_t operations = 0;  ///< That have ended.
+    std::uint64_t operations = 0;  ///< Ended ones.
     std::uint64_t failures = 0;
     std::uint64_t in_flight = 0;
     std::uint64_t host_bytes = 0;
     std::uint64_t host_bytes_peak = 0;
   };
 
-  /// `what` names it in messages. Errors: std::invalid_argument if host_memory
-  /// is below block_size; IoError ("mmap", "pthread_create").
+  /// `what` names the object in messages. Errors: std::invalid_argument if
+  /// host_memory is below block_size; IoError ("mmap", "pthread_create").
   SwapCore(const char* what, const AioConfig& aio, std::uint64_t host_memory);
-  ~SwapCore() = default;  ///< Not before close(), nor in a forked child.
+  ~SwapCore() = default;  ///< After close(); not in a forked child.
   SwapCore(const SwapCore&) = delete;
   SwapCore& operator=(const SwapCore&) = delete;
 
-  /// Before any lock: in a forked child its holder may not exist.
-  /// Errors: StateError.
+  /// Called before any lock is taken: in a forked child, the lock's holder may
+  /// not exist. Errors: StateError.
   void check_process() const;
   bool in_own_process() const;
-  /// Holds the lock of the calls, whose order is that of the operations.
+  /// Takes the lock of the calls. Their order is the order of the operations.
   /// Errors: StateError (forked, closed).
   [[nodiscard]] std::unique_lock<std::mutex> enter();
-  /// The same if that can be at once; else an empty one.
+  /// The same, if the lock is free now. Otherwise returns a lock that holds
+  /// nothing.
   [[nodiscard]] std::unique_lock<std::mutex> try_enter();
 
-  /// Records an event on the current stream. Errors: StateError (capture).
+  /// Makes an operation, and records an event on the current stream. Errors:
+  /// StateError (the stream is being captured).
   OperationPtr make_operation(SwapOperation::Kind kind, std::string key,
                               DeviceBytes bytes,
                               std::shared_ptr<SwapTarget> target) const;
@@ -61,8 +63,8 @@ class SwapCore {
   Counts counts() const;
   UnseenErrors& unseen() { return unseen_; }
 
-  /// Ends all operations, calls `release`, frees the buffers. Once: later
-  /// calls return null at once. Returns the first error that nobody has seen.
+  /// Waits for all operations, frees the buffers, and calls `release`. Returns
+  /// the first error that nobody has seen. Later calls return null at once.
   std::exception_ptr close(const std::function<void()>& release);
 
  private:
@@ -74,7 +76,7 @@ class SwapCore {
   const pid_t owner_;
   UnseenErrors unseen_;
   std::shared_ptr<RetireList> retired_ = std::make_shared<RetireList>();
-  mutable std::mutex mutex_;  // Of the counters, the notes and the pointers.
+  mutable std::mutex mutex_;  // Guards counters, notes and pointers.
   Counts counts_;
   std::vector<std::string> notes_;
   std::unique_ptr<BufferPool> pool_;

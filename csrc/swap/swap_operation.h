@@ -23,7 +23,7 @@ namespace torch_ext {
 class SwapTarget;
 
 /// Things that must not die on a transfer or I/O thread, because dropping them
-/// may need the GIL; emptied by the owner's threads.
+/// may need the GIL. The owner's threads empty the list.
 class RetireList {
  public:
   void add(std::shared_ptr<void> object) {
@@ -42,26 +42,26 @@ class RetireList {
   std::vector<std::shared_ptr<void>> objects_;
 };
 
-/// One swap_out or swap_in, from the call to its last byte.
+/// One operation of a swapper, from the call to its last byte.
 class SwapOperation : public FairQueue<SwapOperation>::Link {
  public:
   enum class Kind { kOut, kIn };
   enum class Phase {
-    kMoving,    ///< Bytes are to move, or do.
-    kSettling,  ///< A write's are there; its target may see to the rest.
-    kEnded,     ///< Nothing is to happen any more.
+    kMoving,    ///< Bytes will move, or are moving.
+    kSettling,  ///< All bytes of a write have moved; its target sees to the
+                ///< rest.
+    kEnded,     ///< Nothing happens any more.
   };
 
-  // Set by the calling thread and then only read.
+  // Set by the calling thread, and then only read.
   Kind kind = Kind::kOut;
-  const char* name = "";  ///< As its user calls it.
+  const char* name = "";  ///< What its user calls it.
   std::string key;
-  /// Whether the key has been removed since the call; null: a file's.
+  /// Whether the key has been removed since the call. Null for files.
   std::shared_ptr<std::atomic<bool>> key_removed;
   DeviceBytes bytes;
   bool on_host = false;
-  EventPtr
-      start;  ///< What comes first; null once the copy stream waits for it.
+  EventPtr start;  ///< The copy stream must wait for it; null once it does.
   std::shared_ptr<SwapTarget> target;
   std::shared_ptr<RetireList> retired;
   pid_t owner = 0;
@@ -71,11 +71,11 @@ class SwapOperation : public FairQueue<SwapOperation>::Link {
   TicketSource staged;  ///< The last copy is queued.
   TicketSource ended;   ///< The last byte is in place.
   std::atomic<bool> error_seen = false;
-  EventPtr last_copy;  ///< Written before `staged` is done.
+  EventPtr last_copy;  ///< Set before `staged` is done.
 
-  // The transfer thread's own; of a direct one, whoever has its chunk.
+  // The transfer thread's own. For a direct operation, whoever has its chunk.
   Phase phase = Phase::kMoving;
-  bool direct = false;     ///< Goes past the transfer thread, in one chunk.
+  bool direct = false;     ///< One chunk, without the transfer thread.
   bool in_place = false;   ///< Some of it moves without a host buffer.
   std::uint64_t next = 0;  ///< First byte without a chunk.
   std::uint64_t open_chunks = 0;

@@ -15,7 +15,7 @@
 namespace torch_ext {
 namespace {
 
-// Throws the operation's own error and remembers that somebody has seen it.
+// Throws the operation's own error, and remembers that somebody has seen it.
 void check(SwapOperation& operation, const Ticket& ticket) {
   if (std::exception_ptr error = ticket.error()) {
     operation.error_seen = true;
@@ -122,9 +122,9 @@ class Swapper::Impl {
     if (error != nullptr) std::rethrow_exception(error);
   }
 
-  mutable std::mutex mutex;  // Of the two below.
+  mutable std::mutex mutex;  // Guards the two below.
   std::unique_ptr<Store> store;
-  StoreStats last_stats;  ///< Once the store is gone.
+  StoreStats last_stats;  ///< For when the store is gone.
   KeyTable keys;
   SwapCore core;  // Its threads use the store and the keys.
   const std::string engine;
@@ -142,7 +142,7 @@ Swapper::~Swapper() {
   try {
     close();
   } catch (...) {
-    // A destructor has nobody to tell; close() does.
+    // A destructor has nobody to tell. close() has.
   }
 }
 
@@ -204,7 +204,7 @@ void Swapper::remove(const std::string& key) {
   try {
     impl_->keys.remove(key);
   } catch (const KeyError&) {
-    // The write that failed was the key's first: it is there for its user.
+    // The failed write was the key's first. To its user, the key is there.
     if (!has_failed) throw;
   }
 }

@@ -1,3 +1,29 @@
+// How an operation passes through:
+//
+// submit() gives it its place in the target's order. If it must wait, the
+// leave() of another operation brings it back. If it needs no copy it goes
+// direct: the calling thread submits the I/O, and an I/O thread ends the
+// operation. Every other operation is handed to this thread. It cuts the
+// operation into chunks, and never waits for one of them:
+//
+// - A write's chunk takes a buffer, the device copies into it, it is written,
+//   and it gives the buffer back.
+// - A read's chunk takes a buffer, is read into it, the device copies out of
+//   it, and it gives the buffer back.
+// - A chunk in place is written from, or read into, the tensor's own memory.
+//
+// The loop in run() takes in new operations and chunks whose I/O has ended. It
+// starts chunks while there are buffers. Then it asks the device which copies
+// have ended. FairQueue says which operation has the next buffer. A quarter of
+// the buffers is kept for operations that somebody waits for. An operation
+// without a buffer blocks only its own priority.
+//
+// "Staged" means that the last copy is queued on the device's copy stream. From
+// then on the streams keep the order. An operation ends when its last chunk is
+// released and, for a write, its target has settled it. Every chunk is released
+// exactly once, on error paths too, and only when neither kernel nor device can
+// touch its memory any more.
+
 #include "transfer_thread.h"
 
 #include <algorithm>
@@ -5,30 +31,6 @@
 #include <utility>
 
 #include "base/thread.h"
-
-// The way of an operation:
-//
-// submit() gives it its place in the target's order. One that must wait comes
-// back when another ends. What needs no copy goes direct: the calling thread
-// submits the I/O and an I/O thread ends the operation. All else is handed to
-// this thread, which cuts it into chunks and never waits for one of them:
-//
-//   a write's chunk  takes a buffer, is copied into it by the device, is
-//                    written, and gives the buffer back;
-//   a read's chunk   takes a buffer, is read into it, is copied out of it by
-//                    the device, and gives the buffer back;
-//   one in place     is written from or read into the tensor's own memory.
-//
-// The loop in run() takes in what is new and whose I/O has ended, starts chunks
-// while there are buffers, and asks the device which copies have ended. Which
-// operation has the next buffer is FairQueue's order. A quarter of the buffers
-// is for what somebody waits for; what lacks a buffer blocks its priority only.
-//
-// "Staged" means that the last copy is queued on the device's copy stream: from
-// then on the streams keep the order. An operation ends when its last chunk is
-// released and, for a write, its target has settled it. Every chunk is released
-// exactly once, on error paths too, and only when neither kernel nor device can
-// touch its memory any more.
 
 namespace torch_ext {
 namespace {
@@ -59,7 +61,7 @@ void TransferThread::submit(OperationPtr operation) {
     std::lock_guard lock(mutex_);
     ++unfinished_;
   }
-  // From here on what fails is the operation's own error.
+  // From here on, whatever fails is the operation's own error.
   try {
     if (operation->target->enter(operation)) return;
     operation->direct = can_go_direct(*operation);
@@ -72,8 +74,8 @@ void TransferThread::submit(OperationPtr operation) {
   operation->direct ? start_direct(operation) : hand_over(std::move(operation));
 }
 
-// Whether all of it can move in place, now: the caller waits neither for a file
-// to grow nor for a descriptor.
+// Whether all bytes can move in place, and now. The caller must wait neither
+// for a file to grow nor for a descriptor.
 bool TransferThread::can_go_direct(SwapOperation& operation) const {
   const DeviceBytes& bytes = operation.bytes;
   if (!operation.on_host || bytes.size == 0 || bytes.on_arrival != nullptr) {
@@ -92,8 +94,9 @@ void TransferThread::hand_over(OperationPtr operation) {
   changed_.notify_one();
 }
 
-// Nothing to copy, so the caller submits the I/O and an I/O thread ends the
-// operation: a hand-over between threads costs more than 64 KiB of copying.
+// There is nothing to copy, so the caller submits the I/O, and an I/O thread
+// ends the operation. A hand-over between threads costs more than copying 64
+// KiB.
 void TransferThread::start_direct(const OperationPtr& operation) {
   std::unique_ptr<Chunk> chunk;
   try {
@@ -148,13 +151,13 @@ void TransferThread::sleep(bool progress) {
   };
   awaits_end_ = starved_;
   if (!copying_.empty()) {
-    // Events have no file descriptor to wait on: ask again soon.
+    // Events have no file descriptor to wait on, so ask again soon.
     changed_.wait_for(lock, nap_, called);
     nap_ = std::min(nap_ * 2, kLongestNap);
   } else {
     nap_ = kShortestNap;
     if (starved_) {
-      // Nobody tells of what a caller has given back that gave up.
+      // Nobody tells when a caller gives up and gives something back.
       changed_.wait_for(lock, kStarvedNap, called);
     } else {
       changed_.wait(lock, called);
@@ -205,7 +208,7 @@ bool TransferThread::start_chunks() {
   return progress;
 }
 
-/// False if the target needs what other operations have.
+/// False if the target needs something that other operations have.
 bool TransferThread::prepare(SwapOperation& operation) {
   const auto& device = operation.bytes.device;
   if (!entered_.contains(device.get())) {
@@ -220,7 +223,7 @@ bool TransferThread::prepare(SwapOperation& operation) {
   return !starved_;
 }
 
-// False if all buffers are out, or what else there is not enough of.
+// False if a buffer, or something else that the chunk needs, is missing.
 bool TransferThread::start_chunk(const OperationPtr& operation) {
   if (operation->next == 0 && !prepare(*operation)) return false;
   std::byte* data = operation->bytes.data + operation->next;
@@ -244,7 +247,7 @@ bool TransferThread::start_chunk(const OperationPtr& operation) {
   operation->next += chunk->length;
   ++operation->open_chunks;
   if (!operation->out()) ++operation->open_reads;
-  // From here on the chunk is deleted by release().
+  // From here on, release() deletes the chunk.
   Chunk* started = chunk.release();
   if (operation->out() && started->buffer != nullptr) {
     queue_copy(started);
@@ -258,8 +261,8 @@ void TransferThread::queue_copy(Chunk* chunk) {
   SwapOperation& operation = *chunk->operation;
   Device& device = *operation.bytes.device;
   std::byte* data = operation.bytes.data + chunk->offset;
-  // A later event of the stream covers every earlier copy, so the last one
-  // queued stands for all, whichever chunk it belongs to.
+  // A later event of the stream covers every earlier copy. So the copy that is
+  // queued last stands for all, whichever chunk it belongs to.
   const bool last = operation.error == nullptr &&
                     operation.next == operation.bytes.size &&
                     operation.open_reads == 0;
@@ -276,8 +279,8 @@ void TransferThread::queue_copy(Chunk* chunk) {
     }
     chunk->copied = device.record(Device::Stream::kCopy);
   } catch (...) {
-    // What was queued before it failed is unknown: the buffer waits for an
-    // event that covers it where the device can still give one.
+    // It is unknown what was queued before the failure. So the buffer waits for
+    // an event that covers it, if the device can still give one.
     chunk->error = std::current_exception();
     if (operation.error == nullptr) operation.error = chunk->error;
     try {
@@ -287,7 +290,7 @@ void TransferThread::queue_copy(Chunk* chunk) {
     }
   }
   copying_.push_back(chunk);
-  // Host memory that is read or written in place is staged when it is done.
+  // Host memory that is read, or that moves in place, is staged when it ends.
   const bool later =
       operation.on_host && (!operation.out() || operation.in_place);
   if (last && chunk->error == nullptr && !later) {
@@ -333,7 +336,7 @@ void TransferThread::queue_io(Chunk* chunk) {
   const SwapOperation& operation = *chunk->operation;
   try {
     if (operation.out()) {
-      // The file holds no bytes that the user did not store.
+      // The file shall hold no bytes that the user did not store.
       std::memset(chunk->host.data() + chunk->length, 0,
                   chunk->host.size() - chunk->length);
     }
@@ -354,7 +357,7 @@ void TransferThread::io_ended(Chunk* chunk) {
 }
 
 void TransferThread::stage(SwapOperation& operation, EventPtr last_copy) {
-  // From here on the streams see to the order, and the owner waits for them.
+  // From here on the streams keep the order, and the owner waits for them.
   operation.bytes.fixed.reset();
   operation.last_copy = std::move(last_copy);
   operation.staged.finish();
@@ -377,7 +380,7 @@ void TransferThread::end_if_done(const OperationPtr& operation) {
   end(operation);
 }
 
-// After the last byte of a write. True: its end comes later.
+// Called after the last byte of a write. True if its end comes later.
 bool TransferThread::settle(const OperationPtr& operation) {
   if (!operation->out() || operation->error != nullptr ||
       operation->phase != SwapOperation::Phase::kMoving) {
@@ -389,7 +392,7 @@ bool TransferThread::settle(const OperationPtr& operation) {
     chunk->operation = operation;
     ++operation->open_chunks;
     if (operation->target->settle(*operation, end_of(chunk.get()))) {
-      static_cast<void>(chunk.release());  // Until it has been called.
+      static_cast<void>(chunk.release());  // Its end is still to come.
       return true;
     }
   } catch (...) {
@@ -426,12 +429,12 @@ void TransferThread::end(const OperationPtr& operation) {
     hand_over(std::move(next));
   }
   finished_(operation);
-  // Space and tensor are free before anybody hears of the end.
+  // Space and tensor are let go of before anybody hears of the end.
   operation->target.reset();
   operation->start.reset();
   operation->bytes.fixed.reset();
   operation->retired->add(std::move(operation->bytes.keep_alive));
-  // In this order, so that wait() of a swap_in never ends before done().
+  // The order matters: when wait() of a swap_in returns, done() is true.
   operation->ended.finish(error);
   if (!operation->staged.ticket().done()) operation->staged.finish(error);
   std::lock_guard lock(mutex_);

@@ -22,31 +22,33 @@
 
 namespace torch_ext {
 
-/// Part of an operation that moves through one host buffer, or in place.
+/// A part of an operation that moves through one host buffer, or in place.
 struct Chunk {
   OperationPtr operation;
   std::uint64_t offset = 0;
   std::uint64_t length = 0;        ///< Bytes of the tensor.
-  std::span<std::byte> host;       ///< Padded; in place: the tensor's own.
-  std::shared_ptr<Buffer> buffer;  ///< Null in place. Shared by small ones.
+  std::span<std::byte> host;       ///< Padded, or the tensor's own.
+  std::shared_ptr<Buffer> buffer;  ///< Null if in place.
   EventPtr copied;
   std::exception_ptr error;
-  Chunk* next = nullptr;  ///< In the list of those whose I/O has ended.
+  Chunk* next = nullptr;  ///< Whose I/O has ended, too.
 };
 
 /// The thread that moves the chunks of operations between devices, buffers and
-/// the disk; the .cpp tells how. It is what waits when all buffers are out.
+/// the disk. transfer_thread.cpp tells how. When all buffers are taken, this
+/// thread waits, and no caller.
 class TransferThread {
  public:
-  /// `finished` is called for each operation before its tickets are done, by
-  /// whichever thread ends it: this one, an I/O thread or the caller's. `note`
-  /// takes what a log should hold.
+  /// `finished` is called for each operation before its tickets are done. The
+  /// thread that ends the operation calls it: this one, an I/O thread or the
+  /// caller's. `note` takes what a log should say.
   TransferThread(BufferPool& pool,
                  std::function<void(const OperationPtr&)> finished,
                  std::function<void(std::string)> note);
   ~TransferThread();  ///< As stop().
 
-  /// The operation has its target. What goes wrong is the operation's error.
+  /// Takes over an operation that has its target. Whatever goes wrong is the
+  /// operation's error.
   void submit(OperationPtr operation);
   /// Returns when all operations have ended.
   void stop();
@@ -76,7 +78,7 @@ class TransferThread {
   void sleep(bool progress);
 
   BufferPool& pool_;
-  Staging staging_;  ///< Of the thread.
+  Staging staging_;  ///< The thread's own.
   std::function<void(const OperationPtr&)> finished_;
   std::function<void(std::string)> note_;
 
@@ -84,18 +86,18 @@ class TransferThread {
   std::condition_variable changed_;
   std::vector<OperationPtr> new_operations_;
   Chunk* ended_io_ = nullptr;
-  std::size_t unfinished_ = 0;  ///< Operations, those that wait included.
+  std::size_t unfinished_ = 0;  ///< Operations, waiting ones included.
   std::uint64_t finished_count_ = 0;
   bool awaits_end_ = false;  ///< The thread sleeps until one more ends.
   bool stopping_ = false;
 
   // The thread's own.
-  Lines lines_;  ///< Operations with chunks to start. A share is a chunk.
+  Lines lines_;                 ///< With chunks to start. A share is a chunk.
   std::deque<Chunk*> copying_;  ///< Oldest first.
   std::set<const Device*> entered_;
   std::chrono::microseconds nap_{0};
   std::vector<OperationPtr> taken_operations_;
-  bool starved_ = false;  ///< The end of another operation would help.
+  bool starved_ = false;  ///< Another operation's end would help.
   std::uint64_t seen_finished_ = 0;
 
   std::thread thread_;

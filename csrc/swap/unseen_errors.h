@@ -10,16 +10,16 @@
 
 namespace torch_ext {
 
-/// Operations that have failed, until somebody has seen their error: through a
-/// ticket, or here. What failed before its key was removed is no longer an
-/// error of that key. Threads: any.
+/// Failed operations whose error nobody has seen, through a ticket or here. An
+/// error from before a key was removed is no longer an error of that key.
+/// Threads: any.
 class UnseenErrors {
  public:
   void add(OperationPtr operation) {
     std::lock_guard lock(mutex_);
     failed_.push_back(std::move(operation));
-    // Of removed keys the first will do for take_any(): more of them would
-    // gather for as long as keys come and go.
+    // The first error of a removed key is enough for take_any(). More of them
+    // would pile up as long as keys come and go.
     bool has_one = false;
     std::erase_if(failed_, [&](const OperationPtr& each) {
       return each->error_seen ||
@@ -27,8 +27,9 @@ class UnseenErrors {
     });
   }
 
-  /// The key is removed: its errors are left to take_any(). Whether there are
-  /// any: its first write may have failed, and nobody know.
+  /// The key is removed, so its errors are left to take_any(). Returns whether
+  /// there are any. The key's first write may have failed without anybody
+  /// knowing.
   bool leave(const std::string& key) {
     bool any = false;
     std::lock_guard lock(mutex_);
@@ -41,7 +42,7 @@ class UnseenErrors {
     return any;
   }
 
-  /// The first unseen error of a key, or null; forgets all of the key.
+  /// The first unseen error of a key, or null. Forgets all errors of the key.
   std::exception_ptr take(const std::string& key) {
     std::exception_ptr unseen;
     std::lock_guard lock(mutex_);
@@ -57,7 +58,7 @@ class UnseenErrors {
     return unseen;
   }
 
-  /// The first unseen error of any key, or null; forgets all.
+  /// The first unseen error of any key, or null. Forgets all errors.
   std::exception_ptr take_any() {
     std::lock_guard lock(mutex_);
     for (const OperationPtr& operation : std::exchange(failed_, {})) {

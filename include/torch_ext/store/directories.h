@@ -10,13 +10,13 @@ namespace torch_ext {
 /// A directory of a store and its share of the bytes.
 struct WeightedDirectory {
   std::filesystem::path path = {};
-  /// Blocks that go here for each block that goes to a directory of weight 1:
-  /// 1 to 100. A drive twice as fast has twice the weight.
+  /// How many blocks go here for each block that goes to a directory of weight
+  /// 1: from 1 to 100. A drive that is twice as fast gets twice the weight.
   int weight = 1;
 };
 
-/// Where a store keeps its bytes: one directory, or several on drives that
-/// share them. Made from a path, or from a list.
+/// Where a store keeps its bytes: in one directory, or in several on drives
+/// that share them. It is made from a path or from a list.
 class DirectoryList {
  public:
   DirectoryList() = default;
