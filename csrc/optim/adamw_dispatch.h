@@ -7,7 +7,7 @@
 
 namespace torch_ext {
 
-/// What adamw_loops.h has, compiled for an instruction set.
+/// The functions of adamw_loops.h, compiled for an instruction set.
 struct AdamWLoops {
   void (*join)(const std::uint16_t* parameter, const std::uint16_t* low,
                float* master, std::size_t count);
@@ -22,9 +22,9 @@ struct AdamWLoops {
                  const AdamWCoefficients& with, const RoundingNoise& noise);
 };
 
-/// For any processor.
+/// The loops for any processor.
 const AdamWLoops& plain_adamw_loops() noexcept;
-/// For processors with AVX2; else null.
+/// The loops for AVX2. Null if this processor does not have it.
 const AdamWLoops* avx2_adamw_loops() noexcept;
 
 }  // namespace torch_ext

@@ -1,11 +1,11 @@
-// Part of adamw_loops.h, which says how it is compiled: numbers of
-// fewer than 32 bits.
+// Part of adamw_loops.h, which says how it is compiled. This part converts
+// numbers of fewer than 32 bits.
 
 #include "adamw_noise.h"
 
 // ---- bfloat16 --------------------------------------------------------------
 
-constexpr std::uint16_t kInfinity16 = 0x7f80;  // The upper halves.
+constexpr std::uint16_t kInfinity16 = 0x7f80;  // Upper halves.
 constexpr std::uint16_t kNaN16 = 0x7fc0;
 
 TORCH_EXT_INLINE Pair join(const Wide16& parameter, const Wide16& low) {
@@ -21,7 +21,7 @@ TORCH_EXT_INLINE Pair join(const Wide16& parameter, const Wide16& low) {
   return join_halves(low & ~as<Wide16>(is_nan | impossible), upper);
 }
 
-/// Of floats, by their upper and lower halves.
+/// Which floats are NaN, by their upper and lower halves.
 TORCH_EXT_INLINE Mask16 are_nan(const Wide16& magnitude, const Wide16& low) {
   const auto upper = as<Mask16>(magnitude);
   const auto infinity = as<Mask16>(all16(kInfinity16));
@@ -33,12 +33,13 @@ TORCH_EXT_INLINE void split(const Pair& master, Wide16& parameter,
   const Wide16 upper = high_halves(master);
   const Wide16 lower = low_halves(master);
   const Mask16 is_nan = are_nan(upper & 0x7fff, lower);
-  // What is carried goes no further than to infinity, away from zero.
+  // A carry goes away from zero, and no further than to infinity.
   parameter = select16(is_nan, all16(kNaN16), upper + (lower >> 15));
   low = lower & ~as<Wide16>(is_nan);
 }
 
-/// To the next bfloat16 up or down in magnitude, the likelier the nearer.
+/// Rounds to the next bfloat16 up or down in magnitude. The nearer one is the
+/// likelier one.
 TORCH_EXT_INLINE Wide16 round_bf16(const Pair& numbers, const Wide16& noise) {
   const Wide16 upper = high_halves(numbers);
   const Wide16 lower = low_halves(numbers);
@@ -77,17 +78,17 @@ TORCH_EXT_INLINE void pack_bf16(const float* from, std::byte* to,
 }
 
 // ---- 8 bits ----------------------------------------------------------------
-// A code is a small float: 3 bits of mantissa under 4 bits of exponent and a
-// sign (exp_avg), or under 5 bits of exponent (exp_avg_sq). Its highest
-// exponent, kTop, stands for the block's power of two; exponent 0 means a
-// mantissa without the leading one; the highest code is NaN. The scale is the
-// biased exponent of that power.
+// A code is a small float. It has 3 bits of mantissa under 4 bits of exponent
+// and a sign (exp_avg), or under 5 bits of exponent (exp_avg_sq). Its highest
+// exponent, kTop, stands for the block's power of two. Exponent 0 means a
+// mantissa without the leading one. The highest code is NaN. The scale is the
+// biased exponent of the block's power of two.
 
 template <bool kSigned>
 struct Code {
   static constexpr std::int32_t kTop = kSigned ? 15 : 31;
   static constexpr std::uint32_t kNaNCode = kSigned ? 0x7f : 0xff;
-  /// Of the biased exponent, so that the scale's powers are normal floats.
+  /// The least biased exponent that keeps the scale's powers normal floats.
   static constexpr std::int32_t kLeastScale = 2;
 };
 
@@ -121,7 +122,7 @@ TORCH_EXT_INLINE std::int32_t scale_of(const float* from) {
   for (std::size_t i = 0; i < kBlock; i += kLanes) {
     const I32 bits = load<I32>(from + i);
     const I32 magnitude = bits & static_cast<std::int32_t>(kMagnitude);
-    // As a number, -x is below 0 in integers too.
+    // The bits of a negative float are below 0 as an integer too.
     const I32 usable = (kSigned ? magnitude : bits) & (magnitude < kInfinity);
     const I32 more = usable > most;
     most = (usable & more) | (most & ~more);
@@ -131,7 +132,7 @@ TORCH_EXT_INLINE std::int32_t scale_of(const float* from) {
     if (most[i] > largest) largest = most[i];
   }
   if (largest == 0) return 0;
-  // Above 1.75 it could be rounded up to the code of NaN.
+  // A mantissa above 1.75 could be rounded up to the code of NaN.
   const std::int32_t scale =
       (largest >> 23) + ((largest & 0x7fffff) > 0x600000 ? 1 : 0);
   return scale < Code<kSigned>::kLeastScale ? Code<kSigned>::kLeastScale
@@ -157,17 +158,18 @@ TORCH_EXT_INLINE void pack_int8(const float* from, std::byte* to,
       const I32 exponent = as<I32>(magnitude >> 23);
       const U32 mantissa = (magnitude & 0x7fffff) | (1u << 23);
       const I32 of_code = exponent + (C::kTop - scale);
-      // Below the smallest exponent the mantissa moves to the right.
+      // Below the smallest exponent, the mantissa moves to the right.
       I32 shift = at_least(1 - of_code, 0);
       shift = 31 - at_least(31 - shift, 0);
-      // Three bits and the leading one, above 16 that the noise may carry.
+      // Three bits and the leading one stand above 16 bits, out of which the
+      // noise may carry.
       const U32 fixed = ((mantissa >> 4) >> as<U32>(shift)) + half_of(words, i);
       U32 code = (as<U32>(at_least(of_code, 1) - 1) << 3) + (fixed >> 16);
       // A float without a leading one is too small for any code but 0.
       code &= as<U32>(exponent > 0);
       I32 bad = as<I32>(magnitude) >= kInfinity;
       if (!kSigned) {
-        // Never 0 for what is not: the update divides by its root.
+        // What is not 0 gets no code 0, since the update divides by its root.
         code = select((as<I32>(code) == 0) & (as<I32>(magnitude) > 0), all(1u),
                       code);
         bad |= (as<I32>(bits) < 0) & (as<I32>(magnitude) > 0);

@@ -1,10 +1,11 @@
-// Included by a source file for each instruction set, inside a namespace of its
-// own and after the headers: the linker keeps one copy of an inline function,
-// which must run everywhere. So nothing of the standard library is called.
+// A source file for each instruction set includes this, inside a namespace of
+// its own and after the headers. The linker keeps one copy of each inline
+// function, and that copy must run on every processor. So nothing of the
+// standard library is called here.
 //
-// Vectors of eight are written in the compiler's own terms, which become one
-// instruction with AVX2 and several without; all arithmetic is exact or rounds
-// as IEEE 754 says, so results do not depend on that.
+// Vectors of eight use the compiler's vector types. An operation becomes one
+// instruction with AVX2, and several without. All arithmetic is exact, or
+// rounds as IEEE 754 says. So results do not depend on the instruction set.
 
 #include "adamw_formats.h"
 
@@ -41,7 +42,7 @@ TORCH_EXT_INLINE void average(float* exp_avg, float* exp_avg_sq,
                         (gradient * gradient) * with.exp_avg_sq);
 }
 
-/// What a step takes off the masters of a block.
+/// Finds what a step takes off the masters of a block.
 TORCH_EXT_INLINE void find_changes(const float* exp_avg,
                                    const float* exp_avg_sq, float* changes,
                                    const AdamWCoefficients& with) {
@@ -76,9 +77,9 @@ TORCH_EXT_INLINE void change_halves(std::uint16_t* parameters,
   }
 }
 
-/// Pointers into a run are to its block, which is whole. In short loops, as
-/// a processor has several of their turns under way at a time, which hides how
-/// long roots and quotients take.
+/// Updates one whole block of a run. The loops are short, so that a processor
+/// has several of their rounds under way at a time. That hides how long roots
+/// and quotients take.
 template <StateFormat kFormat>
 inline void update_block(const AdamWRun& run, std::size_t block,
                          const AdamWCoefficients& with, const Source& exp_avg,
@@ -109,7 +110,7 @@ inline void update_block(const AdamWRun& run, std::size_t block,
                                         first);
 }
 
-/// The last elements of a run, fewer than a block, in memory for a whole one.
+/// The last elements of a run, fewer than a block, in memory for a whole block.
 struct Tail {
   float gradient[kBlock] = {};
   std::uint16_t gradient_bf16[kBlock] = {};

@@ -1,4 +1,5 @@
-// Part of adamw_loops.h, which says how it is compiled: random bits.
+// Part of adamw_loops.h, which says how it is compiled. This part makes random
+// bits.
 
 #include "adamw_vectors.h"
 
@@ -7,7 +8,7 @@ TORCH_EXT_INLINE Word rotate(const Word& x, int by) {
   return (x << by) | (x >> (32 - by));
 }
 
-/// Threefry of one counter, or of eight.
+/// Threefry for one counter, or for eight at once.
 template <typename Word>
 TORCH_EXT_INLINE void threefry_rounds(Word (&x)[4],
                                       const std::uint32_t (&key)[4]) {
@@ -34,7 +35,7 @@ TORCH_EXT_INLINE void threefry_rounds(Word (&x)[4],
   }
 }
 
-/// Where the noise of a field's elements comes from.
+/// What the noise of a field's elements is made from.
 struct Source {
   std::uint32_t key[4];
   std::uint32_t parameter;
@@ -53,8 +54,8 @@ TORCH_EXT_INLINE Source source_of(const RoundingNoise& noise,
           noise.first / kGroup};
 }
 
-/// Of 64 elements from a multiple of 64 on. Element 8 * i + lane has half i % 2
-/// of the lane's word i / 2; a lane is a counter.
+/// Draws for 64 elements, from `first` on, a multiple of 64. Each lane has a
+/// counter. Element 8 * i + lane has half i % 2 of the lane's word i / 2.
 TORCH_EXT_INLINE void draw(const Source& source, std::uint64_t first,
                            U32 (&words)[4]) {
   const std::uint64_t counter = (source.first_group + first / kGroup) * kLanes;

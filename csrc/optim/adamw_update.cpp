@@ -6,7 +6,8 @@
 #include <immintrin.h>
 #endif
 
-// Only functions that are inlined take and return vectors.
+// Only inlined functions take and return vectors, so the warning about their
+// ABI does not matter.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace torch_ext {

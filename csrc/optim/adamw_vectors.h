@@ -1,4 +1,5 @@
-// Part of adamw_loops.h, which says how it is compiled: vectors of eight.
+// Part of adamw_loops.h, which says how it is compiled. This part has vectors
+// of eight.
 
 using F32 = float __attribute__((vector_size(32)));
 using U32 = std::uint32_t __attribute__((vector_size(32)));
@@ -72,7 +73,7 @@ TORCH_EXT_INLINE U32 load_u16(const void* from) {
   return __builtin_convertvector(load<U16>(from), U32);
 }
 
-// Where GCC 12 does not find the instructions on its own, they are named.
+// GCC 12 does not find these instructions on its own, so they are named.
 TORCH_EXT_INLINE U32 load_u8(const void* from) {
 #if defined(TORCH_EXT_LOOPS_AVX2)
   return as<U32>(
@@ -94,13 +95,13 @@ TORCH_EXT_INLINE void store_u8(void* to, const U32& from) {
 #endif
 }
 
-/// Sixteen numbers of 32 bits, in the order that costs least to take their
-/// halves apart. Sixteen of 16 bits are in order.
+/// Sixteen numbers of 32 bits, in the order in which their halves are cheapest
+/// to take apart. Vectors of sixteen 16-bit numbers are in plain order.
 struct Pair {
   U32 first, second;
 };
 
-/// Of two vectors that are in order.
+/// Makes a Pair of two vectors that are in plain order.
 TORCH_EXT_INLINE Pair pair_of(const U32& first, const U32& second) {
 #if defined(TORCH_EXT_LOOPS_AVX2)
   const auto a = as<__m256i>(first);
@@ -133,7 +134,7 @@ TORCH_EXT_INLINE Pair join_halves(const Wide16& low, const Wide16& high) {
 #endif
 }
 
-/// Of numbers below 2^16.
+/// Narrows numbers below 2^16.
 TORCH_EXT_INLINE Wide16 narrow(const U32& first, const U32& second) {
 #if defined(TORCH_EXT_LOOPS_AVX2)
   return as<Wide16>(

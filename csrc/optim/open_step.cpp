@@ -1,4 +1,13 @@
-// Steps in which parameters become active one by one.
+// Steps in which parameters become active one by one, as gradients come during
+// a backward pass.
+//
+// begin_step() starts a round of all tiles that have state, and has the
+// Updater's thread visit them. release() counts in each tile of the parameter;
+// a tile is released when all its parameters are. The thread updates a released
+// tile as soon as it is in memory. end_step() releases the tiles that have some
+// active parameters, leaves out those that have none, and waits for the thread.
+// The order of the releases is the order of the next step's reads. Parameters
+// without state come last, in a round of their own on the calling thread.
 
 #include <algorithm>
 #include <memory>
@@ -45,7 +54,7 @@ void OptimizerOffload::Impl::finish_open_step() {
     refusal = with_remedy(error);
     std::rethrow_exception(error);
   }
-  // Tiles that were left out come last.
+  // Tiles that were left out come last in the next step.
   std::vector<Tile*> next = lanes->order();
   for (Tile* tile : order) {
     if (!tile->visited) next.push_back(tile);
@@ -58,14 +67,14 @@ void OptimizerOffload::Impl::finish_open_step() {
     ++parameters[number].step;
     parameters[number].has_state = true;
   }
-  // What comes in the next step is all of it.
+  // If these are all parameters, the next step will be the same round.
   const bool alone = newcomers.size() + unused.size() == parameters.size();
   TileLanes::Round round;
   round.repeat = alone;
   try {
     run(std::move(round), *open_kernel);
   } catch (...) {
-    // The others have been updated.
+    // The other parameters have been updated, so the state is half updated.
     if (refusal == nullptr) refusal = with_remedy(std::current_exception());
     throw;
   }
@@ -75,7 +84,7 @@ void OptimizerOffload::Impl::give_up_open_step() {
   if (open_kernel == nullptr) return;
   const auto error = std::make_exception_ptr(
       StateError("optimizer: the step was given up before its end"));
-  // What has failed already is close()'s to throw.
+  // An earlier failure is thrown by close().
   if (lanes->failure() == nullptr) refusal = with_remedy(error);
   lanes->abort(error);
   updater->wait();

@@ -29,7 +29,7 @@ class OptimizerOffload::Impl {
     StateFields fields;
     std::uint64_t step = 0;
     bool placed = false;     ///< Has room in tiles.
-    bool has_state = false;  ///< That counts: a step, or state that was given.
+    bool has_state = false;  ///< By a step, or because it was given.
     bool active = false;     ///< In the round that runs.
     std::vector<Tile*> tiles = {};
   };
@@ -56,9 +56,9 @@ class OptimizerOffload::Impl {
     }
   }
 
-  /// To be held while the object is used.
+  /// Takes the lock of the calls. Hold it while the object is used.
   std::unique_lock<std::mutex> enter(bool when_closed = false) {
-    check_process();  // Nobody unlocks a mutex that was held at the fork.
+    check_process();  // First: nobody unlocks a mutex held at the fork.
     std::unique_lock lock(calls);
     if (closed && !when_closed) throw StateError("this optimizer is closed");
     return lock;
@@ -66,7 +66,7 @@ class OptimizerOffload::Impl {
 
   void refuse_if_failed() {
     if (refusal != nullptr) std::rethrow_exception(refusal);
-    // A write or a read ahead that has ended since the last call.
+    // A write, or a read ahead, may have failed since the last call.
     if (const auto error = lanes->failure()) {
       refusal = with_remedy(error);
       std::rethrow_exception(error);
@@ -88,8 +88,8 @@ class OptimizerOffload::Impl {
 
   void place(std::span<const std::size_t> numbers);
   void forget(std::span<const std::size_t> numbers);
-  /// Steps, and whether there is state, to be set back if a round changes
-  /// nothing.
+  /// Numbers of steps, and whether there is state. They are set back if a round
+  /// fails without having changed anything.
   using Counts = std::vector<std::pair<std::uint64_t, bool>>;
   Counts counts(std::span<const std::size_t> numbers) const;
   void set_counts(std::span<const std::size_t> numbers, const Counts& counts);
@@ -113,7 +113,7 @@ class OptimizerOffload::Impl {
   const pid_t owner = process_id();
   const std::uint64_t host_memory;
   const std::uint64_t scratch_bytes;
-  std::mutex calls;  // One at a time.
+  std::mutex calls;  // Held by each.
   std::unique_ptr<Store> store;
   const std::uint64_t granule;  ///< Tiles take multiples of it on the drive.
   const std::uint64_t wanted_tile_bytes;  ///< 0: by a rule.
@@ -122,13 +122,13 @@ class OptimizerOffload::Impl {
   std::unique_ptr<BufferPool> scratch;
   std::vector<Parameter> parameters;
   std::vector<std::size_t> unused;  ///< Numbers of removed parameters.
-  std::mutex parameters_mutex;  // Of what the updater looks at besides tiles.
+  std::mutex parameters_mutex;      // For what the updater reads.
   TileList tiles;
-  std::vector<Tile*> order;  ///< Of the visits.
+  std::vector<Tile*> order;  ///< The visits'.
   std::unique_ptr<TileLanes> lanes;
-  std::unique_ptr<Updater> updater;     // From the first open step on.
-  UpdateKernel* open_kernel = nullptr;  // Of the step that has begun.
-  std::vector<std::size_t> newcomers;   // Released in it, without state.
+  std::unique_ptr<Updater> updater;     // Made by the first open step.
+  UpdateKernel* open_kernel = nullptr;  // The open step's, or null.
+  std::vector<std::size_t> newcomers;   // Its parameters without state.
   std::vector<std::string> notes;
   const std::string engine;
   std::exception_ptr refusal;

@@ -1,3 +1,28 @@
+// State of parameters in tiles, and the calls that work on it.
+//
+// Parameters have numbers. A parameter gets room when it first needs it.
+// place() cuts its elements into segments and fills tiles with them
+// (TileLayout). It chooses the tiles that stay in memory, and takes an extent
+// for every other tile. A full drive refuses there, before anything has
+// changed. Tiles never move afterwards; forget() leaves gaps, and drops tiles
+// that become empty.
+//
+// A call that reads or changes state marks its parameters as active, and runs a
+// round. TileLanes visits the tiles that have an active parameter. show() hands
+// the segments of active parameters to the kernel.
+//
+// - step() reads and writes, and the next step is expected to visit the same
+//   tiles.
+// - read_state() reads only.
+// - change_state() reads and writes too, but no step is expected to repeat it.
+// - write_state() forgets everything first, and writes only.
+//
+// open_step.cpp has the step in which parameters become active one by one.
+//
+// If a round fails before it has changed anything, the counts are set back.
+// After any other failure the state may be half updated: `refusal` holds the
+// error, and every later call throws it until write_state() has succeeded.
+
 #include "torch_ext/optim/optimizer_offload.h"
 
 #include <algorithm>
@@ -11,7 +36,8 @@
 
 namespace torch_ext {
 
-// Gives space to parameters that have none yet; all or none.
+// Gives space to those of the parameters that have none: to all of them or to
+// none.
 void OptimizerOffload::Impl::place(std::span<const std::size_t> numbers) {
   const std::size_t before = tiles.size();
   std::vector<Tile*> evicted;
@@ -23,7 +49,8 @@ void OptimizerOffload::Impl::place(std::span<const std::size_t> numbers) {
     }
     const std::size_t count = tiles.size();
     const std::size_t stay = plan.resident(count);
-    // Once chosen they stay so, unless all could stay before and no longer can.
+    // Tiles that were chosen stay chosen, unless all could stay before and now
+    // they cannot.
     const bool choose = before <= plan.buffers;
     std::vector<Tile*> on_drive;
     std::uint64_t bytes = 0;
@@ -32,7 +59,7 @@ void OptimizerOffload::Impl::place(std::span<const std::size_t> numbers) {
       Tile& tile = *tiles[i];
       const bool chosen = choose && is_chosen(i, count, stay);
       if (i >= before) {
-        // Where others have been forgotten there may be room for more.
+        // There may be room for more where others have been forgotten.
         tile.resident = choose ? chosen : residents + (i - before) < stay;
         if (tile.resident) continue;
       } else if (tile.resident && choose && !chosen) {
@@ -44,7 +71,7 @@ void OptimizerOffload::Impl::place(std::span<const std::size_t> numbers) {
       on_drive.push_back(&tile);
       bytes += align_up(tile.bytes, granule);
     }
-    // What cannot be is refused before it takes time.
+    // Refuse what cannot be before it takes time.
     store->check_room(bytes);
     for (Tile* tile : on_drive) tile->extent = store->allocate(tile->bytes);
   } catch (...) {
@@ -64,7 +91,8 @@ void OptimizerOffload::Impl::place(std::span<const std::size_t> numbers) {
   }
 }
 
-// Gives the space back; tiles that others share keep a gap.
+// Gives the parameters' space back. A tile that other parameters share keeps a
+// gap.
 void OptimizerOffload::Impl::forget(std::span<const std::size_t> numbers) {
   std::vector<Tile*> emptied;
   for (const std::size_t number : numbers) {
@@ -104,7 +132,7 @@ void OptimizerOffload::Impl::set_counts(std::span<const std::size_t> numbers,
   }
 }
 
-// Of parameters as if none had state yet.
+// Lays out tiles for parameters, as if none had state yet.
 TileList OptimizerOffload::Impl::lay_out(std::span<const std::size_t> numbers,
                                          std::uint64_t tile_bytes) {
   TileList list;
@@ -138,7 +166,7 @@ void OptimizerOffload::Impl::run(TileLanes::Round round, UpdateKernel& kernel) {
       show(tile, fresh, kernel);
     });
   } catch (...) {
-    // After any other failure all is as it was.
+    // After any other failure, all is as it was.
     if (const auto error = lanes->failure()) refusal = with_remedy(error);
     throw;
   }
@@ -147,7 +175,7 @@ void OptimizerOffload::Impl::run(TileLanes::Round round, UpdateKernel& kernel) {
 void OptimizerOffload::Impl::show(const Tile& tile, bool fresh,
                                   UpdateKernel& kernel) {
   std::byte* const data = tile.buffer.data();
-  // Padding is written too.
+  // The whole buffer, since padding is written too.
   if (fresh) std::fill_n(data, tile.buffer.size(), std::byte{0});
   std::vector<StateSegment> segments;
   std::unique_lock lock(parameters_mutex);
@@ -214,7 +242,7 @@ OptimizerOffload::~OptimizerOffload() {
   try {
     close();
   } catch (...) {
-    // A destructor has nobody to tell; close() does.
+    // A destructor has nobody to tell. close() has.
   }
 }
 

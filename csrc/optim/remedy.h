@@ -8,7 +8,7 @@
 
 namespace torch_ext {
 
-/// An error of a step as later calls shall see it.
+/// The error of a step, as later calls shall throw it.
 inline std::exception_ptr with_remedy(const std::exception_ptr& error) {
   const std::string remedy =
       "the optimizer state may be half updated: load it anew";

@@ -17,8 +17,8 @@ SnapshotFile::SnapshotFile(const std::filesystem::path& directory,
                            std::uint64_t bytes)
     : file_(File::scratch(directory)), bytes_(bytes) {
   if (bytes == 0) return;
-  // Without fallocate the writes themselves make sure of space: map() hears of
-  // the last of them, and nothing else depends on it.
+  // Without fallocate, the writes themselves make sure of space. map() hears if
+  // one of them fails, and nothing else depends on them.
   file_.reserves() ? file_.reserve(0, bytes) : file_.check_room(bytes);
 }
 

@@ -14,9 +14,10 @@ namespace torch_ext {
 /// Where a tile holds the state of a run of one parameter's elements.
 struct Segment {
   std::size_t parameter = 0;
-  std::uint64_t first = 0;   ///< Element; a multiple of StateFields::kCut.
-  std::uint64_t count = 0;   ///< Elements.
-  std::uint64_t offset = 0;  ///< Bytes into the tile, of the first field.
+  std::uint64_t first = 0;  ///< An element; a multiple of StateFields::kCut.
+  std::uint64_t count = 0;  ///< Elements.
+  std::uint64_t offset =
+      0;  ///< Where the first field is in the tile, in bytes.
 };
 
 /// State that is read and written in one go.
@@ -33,22 +34,22 @@ struct Tile {
 
   std::size_t number = 0;
   std::vector<Segment> segments;
-  std::uint64_t bytes = 0;         ///< Used; the extent's size.
-  bool resident = false;           ///< Stays in memory from its first visit on.
-  std::shared_ptr<Extent> extent;  ///< Null for a resident tile.
-  std::size_t active_segments = 0;  ///< Released in the step that has begun.
+  std::uint64_t bytes = 0;          ///< Used; the extent's size.
+  bool resident = false;            ///< Stays in memory after its first visit.
+  std::shared_ptr<Extent> extent;   ///< Null for a resident tile.
+  std::size_t active_segments = 0;  ///< Released in the open step.
 
-  // Of TileLanes, under its lock: --------------------------------------------
+  // TileLanes' own, guarded by its lock: --------------------------------------
   State state = State::kIdle;
   Buffer buffer;
   bool on_disk = false;          ///< Has been written in full.
-  bool in_memory = false;        ///< `buffer` is the only copy; resident.
-  bool unwanted = false;         ///< Let go of as soon as it is read.
+  bool in_memory = false;        ///< `buffer` has the only copy; resident.
+  bool unwanted = false;         ///< To be let go of once it is read.
   bool released = false;         ///< May be visited in this round.
-  bool visited = false;          ///< Has been.
+  bool visited = false;          ///< Was visited in this round.
   std::size_t rank = kUnranked;  ///< Place among the tiles to visit.
   double start = 0;              ///< When the transfer in flight began.
-  std::size_t step = 0;          ///< That it is in memory for; 0: for none.
+  std::size_t step = 0;          ///< It is in memory for this one; 0: for none.
 };
 
 using TileList = std::vector<std::unique_ptr<Tile>>;

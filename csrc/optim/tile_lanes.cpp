@@ -1,23 +1,24 @@
 // How tiles come and go
 //
-// State that is larger than memory is cut in tiles. A round is a list of tiles
-// to be visited one by one. Each needs a buffer for its visit, and there are
-// fewer buffers than tiles, so a buffer goes from tile to tile:
+// State that is larger than memory is cut into tiles. A round is a list of
+// tiles that are visited one by one. Each needs a buffer for its visit. There
+// are fewer buffers than tiles, so a buffer goes from tile to tile:
 //
 //   kIdle -> kReading -> kReady -> kBusy -> kWriting -> kIdle
 //
-// pump() hands out buffers, in the order of the visits. It stops at the first
-// tile that can have none, and whoever frees a buffer calls it again. After the
+// pump() hands out buffers in the order of the visits. It stops at the first
+// tile that cannot have one. Whoever frees a buffer calls it again. After the
 // last visit of a round it goes on with the first of the next, so the drive
 // reads while nobody visits. Nothing else takes a buffer.
 //
-// No visit may wait without end. So one rule holds: who has a buffer gives it
-// back without help, or is visited before all who wait for one.
+// No visit may wait without end. So one rule holds: a tile that has a buffer
+// gives it back without help, or is visited before all tiles that wait for one.
 //   - A transfer in flight ends; a tile that is written gives its buffer back.
-//   - A tile that the round waits for is visited. What was read ahead for
-//     another order is kept only if its place is among the first `lanes_`.
-//   - A resident tile keeps its buffer while this is the only copy of its
-//     state. OptimizerOffload sees that `lanes_` buffers are left to others.
+//   - A tile that the round waits for is visited. A tile that was read ahead
+//     for another order is kept only if its place is among the first `lanes_`.
+//   - A resident tile keeps its buffer while that holds the only copy of its
+//     state. OptimizerOffload sees to it that `lanes_` buffers are left to
+//     others.
 // Every other tile is dismissed: it gives its buffer back at once, or when its
 // read ends. A tile leaves a round only through dismiss() or after its visit.
 
@@ -65,7 +66,7 @@ void TileLanes::run(Round round, const Work& work) {
 void TileLanes::begin(Round round) {
   Lock lock(mutex_);
   if (lost_) std::rethrow_exception(failure_);
-  failure_ = nullptr;  // What has failed is tried again.
+  failure_ = nullptr;  // A failed round is tried again.
   if (round.repeat) {
     ++steps_;
     step_start_ = now();
@@ -118,9 +119,9 @@ void TileLanes::visit(const Work& work) {
   }
 }
 
-// A round has failed that has changed nothing. What it has brought is let go
-// of, since the round that is expected need not have these tiles; what else
-// fails of it is nobody's, so it has to end first.
+// Ends a round that has failed and has changed nothing. Its tiles are let go
+// of, since the round that is expected next need not have them. It waits for
+// the round's transfers, so that none of them can fail later, in another round.
 void TileLanes::leave_round(Lock& lock) {
   running_ = false;
   for (Tile* tile : round_.tiles) dismiss(*tile);
@@ -168,8 +169,8 @@ std::vector<Tile*> TileLanes::order() const {
   return round_.tiles;
 }
 
-// What was read ahead stays if its turn comes while every buffer before it can
-// be had too: otherwise it might hold the buffer that the first tile needs.
+// Keeps a tile that was read ahead only if all tiles before it can have buffers
+// too. Otherwise it might hold the buffer that the first tile needs.
 void TileLanes::keep_only(const std::vector<Tile*>& tiles) {
   for (Tile* tile : round_.tiles) tile->rank = Tile::kUnranked;
   std::size_t rank = 0;
@@ -179,7 +180,7 @@ void TileLanes::keep_only(const std::vector<Tile*>& tiles) {
   }
 }
 
-// No round waits for the tile (any more).
+// Lets go of a tile that no round waits for.
 void TileLanes::dismiss(Tile& tile) {
   if (tile.in_memory) return;
   if (tile.state == Tile::State::kReady) let_go(tile);
@@ -193,7 +194,7 @@ void TileLanes::expect(std::vector<Tile*> tiles) {
   pump();
 }
 
-// The next tile to visit, once it is there; null after the last.
+// Waits for the next tile to visit, and returns it. Null after the last.
 Tile* TileLanes::next(Lock& lock) {
   for (;;) {
     if (failure_ != nullptr) std::rethrow_exception(failure_);
@@ -259,7 +260,7 @@ void TileLanes::finish(Tile& tile) {
 
 void TileLanes::pump() noexcept {
   const std::size_t count = round_.tiles.size();
-  // Between rounds the visits are those of the next one already.
+  // Between rounds, the visits are those of the next round.
   const std::size_t end = running_ && round_.repeat ? 2 * count : count;
   while (failure_ == nullptr && fetched_ < end) {
     const bool this_round = fetched_ < count;
@@ -269,7 +270,7 @@ void TileLanes::pump() noexcept {
     if ((this_round && read_ahead) || tile.in_memory) {
       tile.unwanted = false;
     } else {
-      // Not idle: its visit in this round, or its write, comes first.
+      // If it is not idle, its visit in this round, or its write, comes first.
       if (tile.state != Tile::State::kIdle) return;
       Buffer buffer = pool_.try_take();
       if (!buffer) return;
@@ -399,7 +400,8 @@ void TileLanes::fail(std::exception_ptr error, bool lost) {
   changed_.notify_all();
 }
 
-// In an open round what is to be updated is gone when the round is.
+// Whether a failed read loses state: in an open round it does, since the
+// gradients are gone with the round.
 void TileLanes::fail_read(std::exception_ptr error) {
   const bool updates = running_ && round_.write;
   fail(std::move(error), updates && (visited_ > 0 || round_.open));
@@ -410,7 +412,7 @@ void TileLanes::note(Lane lane, const Tile& tile, double end) noexcept {
   try {
     events_.push_back({{lane, tile.number, tile.start, end}, tile.step});
   } catch (...) {
-    // A plot without this bar is better than a step that fails.
+    // A timeline without this event is better than a step that fails.
   }
 }
 

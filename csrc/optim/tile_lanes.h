@@ -14,71 +14,75 @@
 
 namespace torch_ext {
 
-/// Brings tiles into memory in the order of a round, hands them to the thread
-/// that visits them one by one, and takes them away.
+/// Brings tiles into memory in the order of a round, hands them one by one to
+/// the thread that visits them, and takes them away. tile_lanes.cpp tells the
+/// rule that keeps a visit from waiting for ever.
 ///
-/// A buffer that becomes free is filled at once, on whichever thread freed
-/// it, with the next tile; after the last of a round that repeats with the
-/// first. So reads go on between rounds, with no thread of their own.
-/// Threads: one begins rounds and one visits, or the same; the store's threads
-/// report the ends of transfers.
+/// A buffer that becomes free is filled with the next tile at once, on the
+/// thread that freed it. After the last tile of a round that repeats, it is
+/// filled with the first. So reads go on between rounds, without a thread of
+/// their own.
+/// Threads: one begins rounds and one visits; it may be the same. The store's
+/// threads report the ends of transfers.
 class TileLanes {
  public:
   struct Round {
-    std::vector<Tile*> tiles;  ///< In the order of their visits; none twice.
-    bool read = true;          ///< Else they come with undefined bytes.
+    std::vector<Tile*> tiles;  ///< In the order of visits; none twice.
+    bool read = true;          ///< Else their bytes are undefined.
     bool write = true;         ///< Else changes are lost.
-    bool repeat = true;        ///< The next round is expected to be the same.
-    /// Tiles are visited once they have been released and are there, and the
+    bool repeat = true;        ///< The next round will be the same.
+    /// Tiles are visited once they have been released and are in memory. The
     /// next round is expected in the order of the releases.
     bool open = false;
   };
-  /// `fresh`: nothing is on disk yet, the bytes are undefined.
+  /// `fresh`: nothing is on disk yet, so the bytes are undefined.
   using Work = std::function<void(Tile& tile, bool fresh)>;
 
-  /// `lanes` buffers of the pool are never held by resident tiles while others
-  /// are visited.
+  /// Resident tiles leave `lanes` buffers of the pool to others while those are
+  /// visited.
   TileLanes(Store& store, BufferPool& pool, std::size_t lanes);
   ~TileLanes();  ///< As clear().
 
-  /// begin() and visit().
+  /// Calls begin() and visit().
   void run(Round round, const Work& work);
 
-  /// Has the first tiles read. Errors: failure(), until clear().
+  /// Begins a round: the first tiles are read. Errors: failure(), until
+  /// clear().
   void begin(Round round);
 
-  /// Visits the tiles; the last writes may be in flight on return.
-  /// Errors: the first failure, be it of the work or of a transfer.
+  /// Visits the tiles. The last writes may be in flight when it returns.
+  /// Errors: the first failure of the work or of a transfer.
   void visit(const Work& work);
 
-  /// Of an open round, from any thread, before close_round().
+  /// Releases a tile of an open round. Called on any thread, before
+  /// close_round().
   void release(Tile& tile);
 
-  /// Tiles of the open round that have not been released are left out.
+  /// Leaves out the tiles of the open round that have not been released.
   void close_round();
 
-  /// As if a transfer had failed.
+  /// Ends the round as if a transfer had failed with `error`.
   void abort(std::exception_ptr error);
 
-  /// Tiles as they are expected in the next round.
+  /// The tiles that are expected in the next round, in its order.
   std::vector<Tile*> order() const;
 
-  /// Takes a resident tile's state to the disk; it is not resident any more
-  /// and has an extent. Between rounds.
+  /// Takes a resident tile's state to the disk. The tile has an extent, and
+  /// stops being resident. Called between rounds.
   void evict(Tile& tile);
 
   /// Forgets tiles that hold no state any more, once their transfers have
-  /// ended. Between rounds.
+  /// ended. Called between rounds.
   void drop(const std::vector<Tile*>& tiles);
 
-  /// Waits for all transfers, and forgets the tiles and the failure(), which it
-  /// returns. The tiles' buffers go with the tiles.
+  /// Waits for all transfers, then forgets the tiles and the failure(), which
+  /// it returns. The tiles' buffers go with the tiles.
   std::exception_ptr clear() noexcept;
 
-  /// What has failed so that state may be half updated or lost: a write; work
-  /// or a read in a round that writes, but for a read before the first visit.
-  /// Null after any other failure: nothing has changed, the next round is as
-  /// if the failed one had not been.
+  /// The error after which state may be half updated or lost. That is a failed
+  /// write, or failed work or a failed read in a round that writes, except a
+  /// read before the first visit. Null after any other failure: then nothing
+  /// has changed, and the next round goes as if the failed one had not been.
   std::exception_ptr failure() const;
 
   struct Seconds {
@@ -91,16 +95,16 @@ class TileLanes {
   Seconds seconds() const;
   struct Visits {
     std::uint64_t all = 0;
-    std::uint64_t hits = 0;  ///< Of tiles that had stayed in memory.
+    std::uint64_t hits = 0;  ///< Found their tile in memory.
   };
   Visits visits() const;
   std::vector<LaneEvent> timeline() const;
 
  private:
-  friend struct OptimizerOffloadProbe;  // Of tests.
+  friend struct OptimizerOffloadProbe;  // For tests.
   using Lock = std::unique_lock<std::mutex>;
 
-  /// Adds up the time during which at least one of its things goes on.
+  /// Adds up the time during which at least one transfer is running.
   struct BusyClock {
     std::size_t running = 0;
     double since = 0;
@@ -134,18 +138,19 @@ class TileLanes {
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;
-  Round round_;   ///< The one that runs, else the one that is expected.
-  Round before_;  ///< What is expected after one that does not repeat.
+  Round round_;   ///< The one that runs, or the next one.
+  Round before_;  ///< Comes after one that does not repeat.
   bool running_ = false;
-  bool closed_ = true;  ///< Nothing is released any more.
-  /// Its visits, and on to those of the next, whose tile has got a buffer.
+  bool closed_ = true;  ///< Nothing more is released.
+  /// How many visits have got a buffer for their tile. It counts on into the
+  /// visits of the next round.
   std::size_t fetched_ = 0;
   std::vector<Tile*> released_;  ///< In the order of the releases.
   std::size_t visited_ = 0;
-  std::size_t first_ = 0;  ///< All before it have been visited.
+  std::size_t first_ = 0;  ///< All tiles before it are visited.
   std::size_t in_flight_ = 0;
-  std::exception_ptr failure_;  ///< Nothing goes on before the next round.
-  bool lost_ = false;           ///< It is failure() as well.
+  std::exception_ptr failure_;  ///< Stops all until the next round.
+  bool lost_ = false;           ///< It is failure() too.
 
   BusyClock reading_;
   BusyClock writing_;
@@ -159,7 +164,7 @@ class TileLanes {
     LaneEvent event;
     std::size_t step;
   };
-  std::vector<Event> events_;  ///< Of the last and the next step.
+  std::vector<Event> events_;  ///< The last step's and the next one's.
 };
 
 }  // namespace torch_ext

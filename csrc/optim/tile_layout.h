@@ -18,10 +18,10 @@ namespace torch_ext {
 struct TilePlan {
   std::uint64_t tile_bytes = 0;
   std::size_t buffers = 0;
-  /// Of them, those that tiles pass through unless all tiles can stay.
+  /// How many of the buffers tiles pass through, unless all tiles can stay.
   std::size_t lanes = 0;
 
-  /// How many of so many tiles stay in memory.
+  /// How many of `tiles` tiles stay in memory.
   std::size_t resident(std::size_t tiles) const {
     return tiles <= buffers ? tiles : buffers - lanes;
   }
@@ -32,10 +32,11 @@ inline bool is_chosen(std::size_t i, std::size_t tiles, std::size_t chosen) {
   return (i + 1) * chosen / tiles > i * chosen / tiles;
 }
 
-/// Few lane buffers, so that nearly all of a large budget is for tiles that
-/// stay, and yet large enough for requests that a drive likes. `tile_bytes` is
-/// a wish; 0: none.
-/// Errors: std::invalid_argument with the smallest host_memory that will do.
+/// Shares out host_memory. There are few lane buffers, so that nearly all of a
+/// large budget is for tiles that stay. Yet they are large enough for requests
+/// that a drive likes. `tile_bytes` is a wish, or 0.
+/// Errors: std::invalid_argument that names the smallest host_memory that will
+/// do.
 inline TilePlan plan_tiles(std::uint64_t host_memory, std::uint64_t scratch,
                            std::uint64_t granule,
                            std::uint64_t tile_bytes = 0) {
@@ -66,8 +67,8 @@ inline TilePlan plan_tiles(std::uint64_t host_memory, std::uint64_t scratch,
   return plan;
 }
 
-/// In the words of the public header. Tiles take multiples of `granule` on the
-/// drive.
+/// Describes a plan in the terms of the public header. Tiles take multiples of
+/// `granule` on the drive.
 inline OptimizerPlan describe(const TilePlan& from, const TileList& tiles,
                               std::uint64_t host_memory, std::uint64_t scratch,
                               std::uint64_t granule) {
@@ -109,14 +110,14 @@ class TileLayout {
     }
   }
 
-  /// From a field of `count` elements to the next.
+  /// Bytes from a field of `count` elements to the next field.
   static std::uint64_t bytes_of(const StateFields& fields, std::size_t field,
                                 std::uint64_t count) {
     return align_up(fields.bytes(field, count), 64);
   }
 
  private:
-  // Elements that go into the last tile, which is a new one if need be.
+  // How many elements go into the last tile. It is made anew if need be.
   std::uint64_t take(std::uint64_t left, const StateFields& fields) {
     const bool open = tiles_.size() > first_;
     const std::uint64_t room = open ? tile_bytes_ - tiles_.back()->bytes : 0;
@@ -127,7 +128,8 @@ class TileLayout {
     return fitting(left, fields, tile_bytes_);
   }
 
-  // At most `left` elements, cut where parameters may be, for `room` bytes.
+  // How many of `left` elements fit into `room` bytes, cut where parameters may
+  // be cut.
   static std::uint64_t fitting(std::uint64_t left, const StateFields& fields,
                                std::uint64_t room) {
     if (bytes_of(fields, left) <= room) return left;
@@ -154,9 +156,10 @@ class TileLayout {
   const std::uint64_t tile_bytes_;
 };
 
-/// The least host_memory that keeps everything in memory, but for 1/1024 and a
-/// tile: tiles change in size and number between one budget and the next.
-/// `tiles_for(tile_bytes)`: how many there would be, of `state_bytes` in all.
+/// The least host_memory that keeps everything in memory. It may be a tile and
+/// 1/1024 too large, since tiles change in size and number from one budget to
+/// the next. `tiles_for(tile_bytes)` says how many tiles there would be; they
+/// have `state_bytes` in all.
 template <typename ScratchFor, typename TilesFor>
 std::uint64_t budget_for_all(std::uint64_t state_bytes, std::uint64_t granule,
                              std::uint64_t tile_bytes,
@@ -169,7 +172,7 @@ std::uint64_t budget_for_all(std::uint64_t state_bytes, std::uint64_t granule,
     try {
       plan = plan_tiles(budget, scratch, granule, tile_bytes);
     } catch (const std::invalid_argument&) {
-      return false;  // Too little for any.
+      return false;  // Too little for any tiles.
     }
     return tiles_for(plan.tile_bytes) < plan.buffers;
   };

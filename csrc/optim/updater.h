@@ -11,7 +11,7 @@
 
 namespace torch_ext {
 
-/// A thread for one job at a time.
+/// A thread that does one job at a time. Threads: one starts jobs and waits.
 class Updater {
  public:
   using Job = std::function<void()>;
@@ -35,7 +35,7 @@ class Updater {
     changed_.notify_all();
   }
 
-  /// Until the job has ended; returns what it threw.
+  /// Waits until the job has ended. Returns what it threw, or null.
   std::exception_ptr wait() {
     std::unique_lock lock(mutex_);
     changed_.wait(lock, [this] { return job_ == nullptr; });

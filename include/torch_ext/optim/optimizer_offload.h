@@ -17,53 +17,55 @@ namespace torch_ext {
 /// How to make an OptimizerOffload.
 struct OptimizerOffloadOptions {
   StoreOptions store;
-  /// Bytes for lane buffers and scratch together: an upper bound.
+  /// The most bytes that tile buffers and scratch take together.
   std::uint64_t host_memory = std::uint64_t{512} << 20;
-  /// Bytes of it that the kernels want for themselves: see scratch().
+  /// How many of these bytes the kernels want for themselves: see scratch().
   std::uint64_t scratch_bytes = 0;
-  /// Size of a tile, rounded up to what the drive takes; 0: by a rule.
+  /// Bytes of a tile, rounded up to what the drive takes. 0: by the rule that
+  /// OptimizerOffload states.
   std::uint64_t tile_bytes = 0;
 };
 
-/// Counters since the object was made; seconds are of wall time.
+/// Counters since the object was made. Seconds are wall time.
 struct OptimizerOffloadStats {
   std::uint64_t steps = 0;
-  std::uint64_t bytes_read = 0;  ///< Padded, of requests that ended well.
+  std::uint64_t bytes_read = 0;  ///< Padded, ended well.
   std::uint64_t bytes_written = 0;
   double read_seconds = 0;     ///< While at least one tile was being read.
   double update_seconds = 0;   ///< In kernels.
   double write_seconds = 0;    ///< While at least one tile was being written.
-  double wait_seconds = 0;     ///< That step() waited for I/O.
+  double wait_seconds = 0;     ///< step() waited for I/O.
   double elapsed_seconds = 0;  ///< Since the first step began.
   std::uint64_t host_memory = 0;
-  std::uint64_t host_bytes_peak = 0;  ///< Of buffers and scratch, in use.
-  std::uint64_t state_bytes = 0;      ///< Of all tiles.
-  std::uint64_t resident_bytes = 0;   ///< Of those that stay in memory.
+  std::uint64_t host_bytes_peak = 0;  ///< Buffers and scratch, in use.
+  std::uint64_t state_bytes = 0;      ///< In all tiles.
+  std::uint64_t resident_bytes = 0;   ///< In tiles that stay in memory.
   std::uint64_t tile_visits = 0;      ///< By steps.
-  std::uint64_t tile_hits = 0;        ///< Of them, those that cost no transfer.
+  std::uint64_t tile_hits = 0;        ///< Visits without a transfer.
   std::uint64_t tiles = 0;
   std::uint64_t tile_bytes = 0;  ///< Size of a buffer.
   std::uint64_t buffers = 0;
 };
 
-/// What host_memory is used for when parameters have got state. Bytes.
+/// What host_memory is used for once parameters have state. In bytes.
 struct OptimizerPlan {
   std::uint64_t host_memory = 0;
   std::uint64_t scratch_bytes = 0;
   std::uint64_t state_bytes = 0;
   std::uint64_t tile_bytes = 0;
   std::uint64_t tiles = 0;
-  std::uint64_t lane_buffers = 0;  ///< That tiles pass through.
+  std::uint64_t lane_buffers = 0;  ///< Tiles pass through these.
   std::uint64_t resident_tiles = 0;
   std::uint64_t resident_bytes = 0;
-  std::uint64_t step_bytes = 0;  ///< That a step reads and writes.
-  /// An object made with this or more would keep all of it in memory. At most
-  /// a tile and 1/1024 above the least.
+  std::uint64_t step_bytes = 0;  ///< Read and written by a step.
+  /// With this host_memory or more, an object would keep all state in memory.
+  /// It is at most a tile and 1/1024 above the least that would do.
   std::uint64_t host_memory_for_all = 0;
 };
 
-/// What a lane did with a tile, in seconds since the last step() began:
-/// reads made ahead of it start before 0, its last writes end after it.
+/// What a lane did with a tile, in seconds since the last step() began. Reads
+/// that were made ahead of the step start before 0. The step's last writes may
+/// end after step() has returned.
 struct LaneEvent {
   enum class Lane { kRead, kUpdate, kWrite };
   Lane lane = Lane::kRead;
@@ -72,97 +74,99 @@ struct LaneEvent {
   double end = 0;
 };
 
-/// Optimizer state on disk: fields of a parameter, each with something for
-/// every element. State is cut in tiles, whose fields lie side by side, so that
-/// a tile is one large read and one large write. Three lanes run at once: tiles
-/// ahead are read, one is updated by the calling thread, those behind are
-/// written. Steps follow each other without a break: when step() returns, its
-/// last writes are in flight and the first tiles of the next step are being
-/// read into the buffers that become free.
+/// Optimizer state on disk. A parameter's state is a few fields, each with
+/// something for every element. State is cut into tiles. A tile's fields lie
+/// side by side, so a tile is one large read and one large write. Three lanes
+/// run at once: tiles ahead are read, one is updated by the calling thread, and
+/// those behind are written. Steps follow each other without a break. When
+/// step() returns, its last writes are in flight, and the first tiles of the
+/// next step are being read into buffers that become free.
 ///
-/// Memory: a tile is a 256th of host_memory less scratch, but 1 MiB to 16 MiB,
-/// or an eighth of it where that is less, and at least 64 KiB; as many buffers
-/// as the rest holds, at least 3. Tiles pass through eight of
-/// them (or all, if there are fewer); in each of the others a tile stays, and
-/// costs no transfer. These are spread evenly over the order of visits: a step
-/// visits all tiles once, so any choice saves the same bytes, and an even one
-/// keeps the drive busy throughout. If there is a buffer for every tile, all
-/// stay. Buffers are used only as far as there are tiles.
+/// Memory: a tile is a 256th of host_memory less scratch, between 1 MiB and 16
+/// MiB. It is smaller, down to 64 KiB, where eight tiles would not fit. There
+/// are as many buffers as the memory holds, at least 3. Tiles pass through
+/// eight of them (or all, if there are fewer). In each of the others a tile
+/// stays, and costs no transfer. The tiles that stay are spread evenly over the
+/// order of visits. A step visits all tiles once, so any choice saves the same
+/// bytes, and an even one keeps the drive busy throughout. If there is a buffer
+/// for every tile, all stay. Only as many buffers are used as there are tiles.
 ///
-/// Errors: after a failed write, and a failed read or kernel in the midst of a
-/// step, the state may be half updated; the call, or the next one, throws, and
-/// all later ones are refused with the same error until write_state() has
-/// succeeded, which also gives up a step that has begun. After any other
-/// failure, as of read_state() or of a step before it has updated anything, all
-/// is as before the call.
+/// Errors: the state may be half updated after a failed write, and after a read
+/// or kernel that failed in the midst of a step. That call, or the next one,
+/// throws. All later calls are refused with the same error until write_state()
+/// has succeeded, which also gives up a step that has begun. After any other
+/// failure, all is as before the call; examples are read_state(), and a step
+/// that has updated nothing yet.
 /// Threads: any, one call at a time. Forked children: StateError.
 class OptimizerOffload {
  public:
-  /// Errors: std::invalid_argument (host_memory too small, with what is
-  /// needed), those of Store.
+  /// Errors: std::invalid_argument (host_memory is too small; the text says
+  /// what is needed); those of Store.
   explicit OptimizerOffload(const OptimizerOffloadOptions& options);
   ~OptimizerOffload();  ///< As close(), without its errors.
   OptimizerOffload(const OptimizerOffload&) = delete;
   OptimizerOffload& operator=(const OptimizerOffload&) = delete;
 
-  /// Registers `elements` (>= 0) with such fields, at least one and at most
-  /// 64 bytes for an element, and returns their number, from 0. Takes no space
-  /// before the parameter's first step.
+  /// Registers a parameter of `elements` (>= 0) elements. Its fields have at
+  /// least one byte for each kCut elements, and at most 64 bytes for an
+  /// element. Returns the parameter's number, counted from 0. Takes no space
+  /// before the parameter's first step. Errors: std::invalid_argument.
   std::size_t add_parameter(std::uint64_t elements, const StateFields& fields);
 
-  /// As forget_state(); then the number is free for add_parameter().
+  /// As forget_state(). The number may then be returned by add_parameter().
   void remove_parameter(std::size_t parameter);
 
-  /// Counts a step of each parameter in `active` (no number twice) and runs
+  /// Counts a step of each parameter in `active` (no number twice), and runs
   /// the kernel over their state. New state is zeros. Tiles without an active
   /// parameter are neither read nor written.
-  /// Errors: IoError, also of an earlier call's writes; ENOSPC for new state
-  /// comes before anything has changed. Whatever the kernel throws.
+  /// Errors: IoError, also for an earlier call's writes; whatever the kernel
+  /// throws. ENOSPC for new state comes before anything has changed.
   void step(std::span<const std::size_t> active, UpdateKernel& kernel);
 
-  /// Begins a step in which parameters become active one by one. What is
-  /// updated meanwhile is so by a thread of this object, which calls the
-  /// kernel until end_step() has returned. Until then only release(),
-  /// end_step(), abandon_step(), write_state(), close() and what counts may be
-  /// called.
+  /// Begins a step in which parameters become active one by one. A thread of
+  /// this object updates them meanwhile: it calls the kernel until end_step()
+  /// has returned. Until then, only release(), end_step(), abandon_step(),
+  /// write_state(), close() and the calls that count may be made.
   /// Errors: those of earlier calls' writes, as step(); StateError if a step
   /// has begun.
   void begin_step(UpdateKernel& kernel);
 
-  /// Counts a step of a parameter, whose state is updated when that of all
-  /// others in its tile may be and when it is there. The order in which tiles
-  /// could be updated is the one in which the next step has them read. State of
-  /// a parameter that has none yet is made and updated by end_step(), and lies
-  /// on the drive in the order of these calls. Returns at once. Errors:
-  /// StateError if no step has begun; std::invalid_argument if there is no such
-  /// parameter or it has been released in this step. A failure of the step is
-  /// end_step()'s to throw.
+  /// Counts a step of a parameter. A tile is updated once all its parameters
+  /// have been released and it is in memory. The next step reads tiles in the
+  /// order in which they could be updated in this one. A parameter without
+  /// state gets it, and its update, in end_step(); its state lies on the drive
+  /// in the order of these calls. Returns at once.
+  /// Errors: StateError if no step has begun; std::invalid_argument if there is
+  /// no such parameter, or if it has been released in this step. A failure of
+  /// the step is thrown by end_step().
   void release(std::size_t parameter);
 
-  /// Updates what is left of the released parameters. Errors: as step(), but
-  /// when ENOSPC for new state comes, state that there was has been updated.
+  /// Updates what is left of the released parameters. Errors: as step(). But if
+  /// ENOSPC comes for new state, state that existed before has been updated.
   void end_step();
 
-  /// Gives up a step that has begun, if one has, and returns when nobody calls
-  /// its kernel any more. State may be half updated, as after an error.
+  /// Gives up the step that has begun, if there is one. Returns when nobody
+  /// calls its kernel any more. State may be half updated, as after an error.
   void abandon_step();
 
-  /// Gives parameters without state zeros and no steps.
-  /// Errors: IoError (ENOSPC), before anything has changed.
+  /// Gives parameters without state zeros and no steps. Errors: IoError
+  /// (ENOSPC); nothing has changed then.
   void add_state(std::span<const std::size_t> parameters);
 
-  /// Gives them space in which their first step finds zeros. They have no
-  /// state before it. Errors: as add_state().
+  /// Gives parameters space, in which their first step finds zeros. They have
+  /// no state before that step. Errors: as add_state().
   void make_room(std::span<const std::size_t> parameters);
 
-  /// Takes state and space from them: the next step begins with zeros and
-  /// counts from 1. Also after an error. Errors: StateError in a step.
+  /// Takes state and space from parameters. Their next step begins with zeros,
+  /// and counts from 1. This works after an error too. Errors: StateError in a
+  /// step.
   void forget_state(std::span<const std::size_t> parameters);
 
-  /// Shows the kernel all state there is, which it must not change.
-  /// Errors: as step(); its own reads and kernel change nothing.
+  /// Shows the kernel all state that there is. The kernel must not change it.
+  /// Errors: as step(). Failures of its own reads and of the kernel change
+  /// nothing.
   void read_state(UpdateKernel& kernel);
-  /// The same of those parameters' tiles only.
+  /// The same for these parameters only.
   void read_state(std::span<const std::size_t> parameters,
                   UpdateKernel& kernel);
 
@@ -172,51 +176,54 @@ class OptimizerOffload {
     std::uint64_t step = 0;
   };
 
-  /// Forgets all state, and an earlier error, and has the kernel fill the
-  /// given parameters' new state, which is zeros. Errors: as step().
+  /// Forgets all state, and an earlier error. The kernel then fills the given
+  /// parameters' new state, which is zeros. Errors: as step().
   void write_state(std::span<const ParameterStep> parameters,
                    UpdateKernel& kernel);
 
-  /// Has the kernel change these parameters' state, which is zeros where there
+  /// Lets the kernel change these parameters' state, which is zeros where there
   /// was none, and sets their numbers of steps. Other state stays as it is.
   /// Errors: as step().
   void change_state(std::span<const ParameterStep> parameters,
                     UpdateKernel& kernel);
 
   bool has_state(std::size_t parameter) const;
-  /// Steps counted so far.
+  /// How many steps of the parameter have been counted.
   std::uint64_t step_of(std::size_t parameter) const;
 
-  /// Page-aligned memory of options.scratch_bytes for kernels, made and
-  /// counted at its first use; undefined content. Freed by close().
+  /// Page-aligned memory of options.scratch_bytes bytes for kernels, with
+  /// undefined content. The first call makes it; from then on it counts.
+  /// close() frees it.
   std::span<std::byte> scratch();
 
-  /// Page-locks scratch(), or the memory that tiles come to, for the device
-  /// and all others of its type, until close(). If that cannot be, the memory
-  /// stays as it is and notes() say why.
+  /// Page-locks scratch(), or the tiles' buffers, for the device and all others
+  /// of its type, until close(). If that cannot be, the memory stays as it is,
+  /// and notes() says why.
   void pin_scratch(const std::shared_ptr<Device>& device);
   void pin_tiles(const std::shared_ptr<Device>& device);
 
-  /// The scratch_bytes that go with a host_memory.
+  /// Gives the scratch_bytes that go with a host_memory.
   using ScratchFor = std::function<std::uint64_t(std::uint64_t host_memory)>;
-  /// Of these parameters, whether they have state yet or not, as if all got it
-  /// at once. `scratch_for` is for host_memory_for_all; empty: the same always.
+  /// The plan for these parameters, as if all of them got state at once,
+  /// whether they have it yet or not. `scratch_for` serves host_memory_for_all.
+  /// If it is empty, scratch_bytes stay the same.
   OptimizerPlan plan(std::span<const std::size_t> parameters,
                      const ScratchFor& scratch_for = {}) const;
   OptimizerOffloadStats stats() const;
-  /// Of the last step, by start; complete once its writes have ended.
+  /// The events of the last step, by start. They are complete once its writes
+  /// have ended.
   std::vector<LaneEvent> timeline() const;
-  /// What a log should hold, e.g. why direct I/O is not used.
+  /// What a log should say, such as why direct I/O is not used.
   const std::vector<std::string>& notes() const noexcept;
   const std::string& engine() const noexcept;
 
-  /// Waits for writes in flight and frees memory and disk space; later calls
-  /// but those of counters and close() throw StateError. Idempotent.
-  /// Errors: one that no call has thrown yet, after all is closed.
+  /// Waits for writes in flight, then frees memory and disk space. Later calls
+  /// throw StateError, except close() and those that only ask for counters.
+  /// Errors: an error that no call has thrown yet; everything is closed then.
   void close();
 
  private:
-  friend struct OptimizerOffloadProbe;  // Of tests.
+  friend struct OptimizerOffloadProbe;  // For tests.
   class Impl;
   std::unique_ptr<Impl> impl_;
 };

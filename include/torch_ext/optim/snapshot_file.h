@@ -11,23 +11,24 @@
 
 namespace torch_ext {
 
-/// A file without a name that is written once and then used as memory.
+/// A file without a name that is written once, and then used as memory.
 /// Threads: one.
 class SnapshotFile {
  public:
-  /// Makes sure of `bytes` on the disk, as far as the file system can say.
-  /// Errors: IoError (ENOSPC, ...).
+  /// Makes the file, and makes sure of `bytes` bytes on the disk as far as the
+  /// file system can say. Errors: IoError (ENOSPC, ...).
   SnapshotFile(const std::filesystem::path& directory, std::uint64_t bytes);
 
-  /// Goes through the page cache; no byte is written twice. Errors: IoError.
+  /// Writes through the page cache. No byte may be written twice. Errors:
+  /// IoError.
   void write(std::uint64_t offset, std::span<const std::byte> bytes);
 
-  /// The file as private memory, after all of it has been synced and what
-  /// write() was given has been read back from the drive: what was lost on the
-  /// way is this call's error. What is changed in the memory stays in this
-  /// process and is not written back. The file is gone with the last copy of
-  /// the pointer. Null if it has no bytes. A drive that fails later is SIGBUS
-  /// to whoever reads the memory, as with every mapped file.
+  /// Syncs the file, reads back from the drive what write() was given, and maps
+  /// the file as private memory. So bytes that were lost on the way are this
+  /// call's error. Changes to the memory stay in this process, and are not
+  /// written back. The file is gone with the last copy of the pointer. Returns
+  /// null if the file has no bytes. If the drive fails later, whoever reads the
+  /// memory gets SIGBUS, as with every mapped file.
   /// Errors: IoError (EIO if the bytes differ; those of fdatasync, pread and
   /// mmap).
   std::shared_ptr<std::byte> map() const;
