@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# clang-format and ruff over all files, tools/prose.py over the pages; --fix
-# rewrites the sources.
+# clang-format and ruff over all files, tools/prose.py over pages and comments;
+# --fix rewrites the sources.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"

@@ -1,14 +1,14 @@
 """Plain English: flags sentences that a reader has to decode.
 
 Pages may have no sentence of more than 30 words, no line of more than 100 columns, no sentence
-that begins with "Of" or "That which", and no "it were". A cell of a table is checked as a
+that begins with "Of" or "That which", and no ``it were``. A cell of a table is checked as a
 sentence; its line may be as long as it likes. Code, pictures and what a program puts between
 marks such as ``<!-- figures -->`` are left out.
 
-    tools/prose.py [FILE ...]    without files: README.md, CONTRIBUTING.md, docs, benchmarks
+    tools/prose.py [FILE ...]    without files: those that PAGES and CODE name
 
-Of Python and C++ files it takes comments and docstrings, and lets the formatters see to lines.
-Exit status: 1 if anything is flagged.
+In Python and C++ files it reads comments and docstrings, and leaves the length of lines to the
+formatters. Exit status: 1 if anything is flagged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 MOST_WORDS = 30
 MOST_COLUMNS = 100
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/**/*.md", "benchmarks/**/*.md")
+PAGES = ("*.md", "docs/**/*.md", "benchmarks/**/*.md")
+CODE = tuple(
+    f"{folder}/{layer}/*.{kind}"
+    for folder in ("csrc", "include/torch_ext")
+    for layer in ("base", "config", "device", "io", "memory", "optim", "store", "swap")
+    for kind in ("h", "cpp")
+)
 
 # A part of a file that is read in one go: its first line, and its text.
 Block = tuple[int, str]
@@ -44,11 +50,11 @@ def main() -> int:
 
 
 def pages() -> list[Path]:
-    return sorted(page for pattern in PAGES for page in ROOT.glob(pattern))
+    return sorted(page for pattern in PAGES + CODE for page in ROOT.glob(pattern))
 
 
 def findings(file: Path) -> Iterator[str]:
-    """What is wrong with a file, one line each."""
+    """Yields what is wrong with a file, one line each."""
     text = file.read_text(encoding="utf-8")
     if file.suffix == ".md":
         text = _blank(_FENCE, _blank(_GENERATED, text))
