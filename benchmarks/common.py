@@ -27,7 +27,8 @@ GIB = 1 << 30
 MIB = 1 << 20
 KIB = 1 << 10
 ROOT = Path(__file__).resolve().parent.parent
-#: Of every swapper and optimizer measured; fio gets the same block and depth.
+#: The settings of every swapper and optimizer that is measured. fio gets the same block and
+#: depth.
 AIO = {"block_size": MIB, "queue_depth": 32, "thread_count": 1}
 
 Json = dict[str, Any]
@@ -42,7 +43,7 @@ class Rate:
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+    """Returns a parser with the options that every benchmark has."""
     options = argparse.ArgumentParser(description=description)
     options.add_argument(
         "--directory", default="/var/tmp", help="on the disk to measure (%(default)s)"
@@ -57,7 +58,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def size(text: str) -> int:
-    """A type for options: "1GiB" in bytes."""
+    """Reads an option such as "1GiB". Returns bytes."""
     try:
         return parse_size(text)
     except ValueError as error:
@@ -73,7 +74,7 @@ def size_text(count: int) -> str:
 
 @contextmanager
 def work_folder(directory: str) -> Iterator[Path]:
-    """An empty folder, removed in the end."""
+    """Makes an empty folder, and removes it in the end."""
     folder = tempfile.mkdtemp(prefix="torch_ext_bench.", dir=directory)
     try:
         yield Path(folder)
@@ -82,7 +83,7 @@ def work_folder(directory: str) -> Iterator[Path]:
 
 
 def say(text: str) -> None:
-    """Progress; standard output is for tables."""
+    """Prints progress to standard error. Standard output is for tables."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -90,7 +91,7 @@ def say(text: str) -> None:
 
 
 def timed(action: Callable[[], Any]) -> tuple[float, float]:
-    """Wall seconds, and CPU seconds of all threads of this process."""
+    """Returns wall seconds, and CPU seconds of all threads of this process."""
     cpu = _cpu_seconds()
     start = time.perf_counter()
     action()
@@ -99,7 +100,7 @@ def timed(action: Callable[[], Any]) -> tuple[float, float]:
 
 
 def rate_of(action: Callable[[], Any], count: int) -> Rate:
-    """The rate of an action that moves ``count`` bytes."""
+    """Returns the rate of an action that moves ``count`` bytes."""
     seconds, cpu = timed(action)
     return Rate(count / GIB / seconds, cpu / (count / GIB))
 
@@ -113,7 +114,7 @@ def _cpu_seconds() -> float:
 
 
 def have_fio() -> bool:
-    """Whether fio is installed; says so if it is not."""
+    """Whether fio is installed. Says so if it is not."""
     found = shutil.which("fio") is not None
     if not found:
         say("fio is not installed (apt-get install fio): only our own figures follow")
@@ -121,10 +122,10 @@ def have_fio() -> bool:
 
 
 def fio(rw: str, path: Path, total: int, block: int, **more: Any) -> Rate:
-    """What fio reaches by its own clock, which excludes its start.
+    """Returns what fio reaches by its own clock, which excludes its start.
 
-    ``more``: options of its own, added or in place of ours; with ``directory``
-    the path is left out.
+    ``more``: further options of fio, added or in place of ours. With ``directory`` the path is
+    left out.
     """
     options = {
         "name": "limit",
@@ -160,7 +161,7 @@ def spread(values: list[float]) -> Json:
 
 
 def cell(values: list[float] | Json | None, digits: int = 2) -> str:
-    """Median, and the extremes where there is more than one value."""
+    """Returns the median, and the extremes where there is more than one value."""
     if not values:
         return "-"
     s = values if isinstance(values, dict) else spread(values)
@@ -193,7 +194,7 @@ def _line(cells: list[str], widths: list[int]) -> str:
 
 
 def publish(name: str, options: argparse.Namespace, result: Json) -> None:
-    """Prints the tables; writes all to ``name``.json where --output says."""
+    """Prints the tables. Writes all to ``name``.json where --output says."""
     result = {
         "benchmark": name,
         "command": " ".join([f"benchmarks/{name}.py", *_arguments()]),
@@ -208,7 +209,7 @@ def publish(name: str, options: argparse.Namespace, result: Json) -> None:
 
 
 def _arguments() -> list[str]:
-    """Those that have a say in the figures."""
+    """Returns the arguments that have a say in the figures."""
     arguments = sys.argv[1:]
     if "--output" in arguments:
         at = arguments.index("--output")
@@ -220,7 +221,7 @@ def _arguments() -> list[str]:
 
 
 def machine(directory: str) -> Json:
-    """Names what was measured on; to be called before the load of the benchmark."""
+    """Names the machine that was measured. Call it before the benchmark's load begins."""
     found = collect(directory)
     place = found["directory"]
     return {
@@ -269,7 +270,7 @@ def _cpu_model() -> str:
 
 
 def _disk(directory: str) -> str:
-    """Name, model and size of the block device; file systems of several have none."""
+    """Returns name, model and size of the block device. File systems on several have none."""
     number = os.stat(directory).st_dev
     device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
     if (device / "partition").exists():

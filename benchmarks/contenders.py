@@ -24,7 +24,7 @@ class Worker:
             text=True,
         )
         self.bursts: list[Json] = []
-        #: What it said before its first step.
+        #: What the process said before its first step.
         self.start: Json = {}
 
     def await_start(self) -> None:
@@ -54,7 +54,7 @@ class Contender:
 
     name: str
     worker: Worker
-    #: Whether its bursts stand between runs of fio.
+    #: Whether fio runs before and after each of its bursts.
     offloaded: bool = True
     #: fio's mixed rate around each burst, in GiB/s.
     limits: list[float] = field(default_factory=list)
@@ -65,21 +65,21 @@ class Contender:
 
     @property
     def budget(self) -> int:
-        """Of host memory, of an OffloadedAdamW; 0 of others."""
+        """Returns the bytes of host memory of an OffloadedAdamW; 0 for others."""
         return self.worker.start.get("host_memory", 0)
 
     def seconds(self) -> list[float]:
         return [burst["seconds"] for burst in self.bursts]
 
     def beside(self, other: Contender | None) -> list[float]:
-        """Its time over another's, round by round."""
+        """Returns its time over another's, round by round."""
         if other is None or other is self:
             return []
         pairs = zip(self.seconds(), other.seconds(), strict=True)
         return [mine / theirs for mine, theirs in pairs]
 
     def moving(self) -> list[float]:
-        """Seconds that the bytes of a step take at fio's mixed rate."""
+        """Returns the seconds that the bytes of a step take at fio's mixed rate."""
         return [
             timed_bytes(burst) / GIB / limit
             for burst, limit in zip(self.bursts, self.limits, strict=False)
@@ -96,7 +96,7 @@ class Contender:
 
 
 def timed_bytes(burst: Json) -> float:
-    """Of a step, while the clock ran."""
+    """Returns the bytes that a step moved while the clock ran."""
     moved = burst.get("moved")
     return moved["bytes_read"] + moved["bytes_written"] if moved else burst["bytes_per_step"]
 
@@ -116,7 +116,7 @@ class Limit:
 
 
 def have_deepspeed(program: str) -> bool:
-    """Whether DeepSpeed is installed; says so if it is not."""
+    """Whether DeepSpeed is installed. Says so if it is not."""
     found = importlib.util.find_spec("deepspeed") is not None
     if not found:
         common.say(
@@ -126,10 +126,10 @@ def have_deepspeed(program: str) -> bool:
 
 
 def run(contenders: list[Contender], rounds: int, steps: int, limit: Limit, name: str) -> None:
-    """All rounds, then the processes end."""
+    """Runs all rounds. Then the processes end."""
     for contender in contenders:
         contender.worker.await_start()
-    for contender in contenders:  # State is made, and written for the first time.
+    for contender in contenders:  # This makes the state, and writes it for the first time.
         contender.worker.burst(1)
         contender.bursts.clear()
     for round_ in range(rounds):
@@ -139,7 +139,7 @@ def run(contenders: list[Contender], rounds: int, steps: int, limit: Limit, name
             if contender.offloaded and before is None:
                 before = limit.rate()
             contender.worker.burst(steps)
-            # For a run that is stopped before its tables.
+            # This is for a run that is stopped before its tables.
             common.say(f"  {contender.name}: {contender.seconds()[-1]:.3f} s")
             if not contender.offloaded:
                 continue

@@ -1,7 +1,7 @@
 """Losses of the demo's GPT with each state format, beside AdamW in memory.
 
-A round is a seed: of the parameters, of the batches, and of the stochastic rounding.
-Each seed trains the same model once per optimizer.
+A round has a seed, for the parameters, the batches and the stochastic rounding. Each seed
+trains the same model once with each optimizer.
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def draw(runs: dict[tuple[str, str], list[Json]], path: Path) -> None:
-    """Above the losses, below how far they are from those in memory of the same seed."""
+    """Draws the losses, and below them their distance from those in memory with the same
+    seed."""
     import matplotlib
 
     matplotlib.use("Agg")

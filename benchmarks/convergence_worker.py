@@ -1,6 +1,6 @@
-"""Trains the demo's GPT with one seed, once per optimizer; convergence.py starts it.
+"""Trains the demo's GPT with one seed, once with each optimizer. convergence.py starts it.
 
-The job comes as JSON in the only argument, the losses go out as JSON.
+The job comes as JSON in the only argument. The losses go out as JSON.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def train(job: Job, text: bytes, dtype: str, state: str) -> dict[str, Any]:
-    """``state``: "memory", or a format of OffloadedAdamW."""
+    """Trains once. ``state`` is "memory", or a format of OffloadedAdamW."""
     torch.manual_seed(job.seed)
     cut = len(text) * 19 // 20
     batches = Batches(text[:cut], job, job.seed)
@@ -66,7 +66,7 @@ def train(job: Job, text: bytes, dtype: str, state: str) -> dict[str, Any]:
 
 
 def make_model(job: Job, dtype: torch.dtype) -> nn.Module:
-    """The same values for each dtype, but for their rounding."""
+    """Makes a model. For each dtype it has the same values, but for their rounding."""
     linear = nn.Linear if dtype == torch.float32 else LinearIn32Bits
     model = GPT(job.layers, job.width, job.heads, job.context, linear).to(dtype)
     if dtype != torch.float32:
@@ -78,7 +78,7 @@ def make_model(job: Job, dtype: torch.dtype) -> nn.Module:
 def make_step(
     job: Job, parameters: list[nn.Parameter], state: str
 ) -> tuple[Callable[[float], None], Callable[[], None]]:
-    """A step with a learning rate, and what ends the optimizer."""
+    """Returns a function that makes a step with a learning rate, and one that ends all."""
     arguments = {"lr": job.lr, "betas": (0.9, 0.95), "weight_decay": 0.1}
     if state == "memory":
         return in_memory(parameters, **arguments), lambda: None

@@ -1,8 +1,8 @@
 """TensorSwapper with tensors on the GPU, beside the same tensors on the CPU.
 
-In every round the two take turns on the same disk; both overwrite space that
-has been written before. The CPU's tensors are written and read in place, the
-GPU's go through page-locked host buffers.
+In every round the two take turns on the same disk. Both overwrite space that has been written
+before. The CPU's tensors are written and read in place. The GPU's go through page-locked host
+buffers.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace, folder: Path, count: int, size: int) -> Json:
-    """Rates of both by operation, a list with one entry a round."""
+    """Returns the rates of both by operation, as a list with one entry for each round."""
     buffers = {
         "device": Buffers(count, size, options.device),
         "cpu": Buffers(count, size),

@@ -1,8 +1,8 @@
 """aio_handle beside fio, DeepSpeed's own handle and torch.save: existing files and new ones.
 
-In every round each contender reads, or overwrites, the same files once, one
-right after the other; who goes first moves on from round to round. DeepSpeed
-takes part where it is installed and has a compiler.
+In every round each contender reads, or overwrites, the same files once, one right after the
+other. Another one goes first in each round. DeepSpeed takes part where it is installed and has
+a compiler.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def parse() -> argparse.Namespace:
 
 
 def deepspeed_handle() -> Any:
-    """DeepSpeed's, with its op compiled for it, or None."""
+    """Returns DeepSpeed's handle, with its op compiled, or None."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         from deepspeed.ops.op_builder import AsyncIOBuilder
@@ -134,7 +134,7 @@ def anew(paths: list[str], run: Callable[[str], Rate]) -> Rate:
 
 
 def fio(operation: str, folder: Path, count: int, size: int) -> Rate:
-    """The same files, one after the other, each from its beginning."""
+    """Has fio move the same files, one after the other, each from its beginning."""
     return common.fio(
         operation,
         folder / "0.0",
@@ -149,7 +149,7 @@ def fio(operation: str, folder: Path, count: int, size: int) -> Rate:
 
 
 def saved(operation: str, path: Path, tensor: torch.Tensor) -> Rate:
-    """torch.save with fsync, since it goes through the page cache; torch.load."""
+    """Times torch.save with an fsync, since it goes through the page cache, and torch.load."""
 
     def write() -> None:
         with path.open("wb") as file:

@@ -1,9 +1,8 @@
 """TensorSwapper beside fio: one large tensor, and many small ones.
 
-In every round each case has its own runs, ours and fio's, one right after the
-other; who goes first alternates. fio runs with each of its engines that works here,
-and the better of a round counts. All overwrite space that has been written before, but
-for the rows of new space.
+In every round each case has its own runs, ours and fio's, one right after the other. Who goes
+first alternates. fio runs with each of its engines that works here, and the better of a round
+counts. All overwrite space that has been written before, except in the rows of new space.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", type=common.size, default=GIB, help="of the large tensor")
     parser.add_argument("--keys", type=int, default=1024, help="small tensors (%(default)s)")
     options = parser.parse_args()
-    # A small transfer takes a tenth of a second: more of them, for the same spread.
+    # A small transfer takes a tenth of a second, so there are more, for the same spread.
     options.small_pairs = 3
     if options.quick:
         options.rounds, options.size, options.keys, options.small_pairs = 1, 4 * MIB, 16, 1
@@ -86,7 +85,7 @@ def parse() -> argparse.Namespace:
 
 
 def make_cases(options: argparse.Namespace, folder: Path, shift: int) -> list[Case]:
-    """``shift``: bytes into a page where direct I/O cannot write from."""
+    """Makes the cases. ``shift``: bytes into a page, where direct I/O cannot write from."""
     size, keys = options.size, options.keys
     shapes = [
         (f"{common.size_text(size)} tensor", Buffers(1, size)),
@@ -113,7 +112,7 @@ def make_cases(options: argparse.Namespace, folder: Path, shift: int) -> list[Ca
 
 
 def engines_of_fio(folder: Path) -> list[str]:
-    """libaio, and what else this fio and this kernel have."""
+    """Returns libaio, and what else this fio and this kernel have."""
     found = [FIO_ENGINES[0]]
     for engine in FIO_ENGINES[1:]:
         try:
@@ -125,7 +124,7 @@ def engines_of_fio(folder: Path) -> list[str]:
 
 
 def prepare(cases: list[Case], fio: bool) -> None:
-    """Makes files that are as long as they will be, and written throughout."""
+    """Makes files of their final length, which are written throughout."""
     for case in cases:
         if case.new_space:
             continue

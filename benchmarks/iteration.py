@@ -1,9 +1,9 @@
 """Forward, backward and step with OffloadedAdamW beside DeepSpeed's NVMe optimizer.
 
-Nothing of the state stays in memory. --rows says how long forward and backward take; the
-share that they have of DeepSpeed's step is in the title of the table: 0.35 to 0.45
-is what is asked for. Rounds and fio are as in optimizer.py. With --device cuda the model
-is on a GPU; DeepSpeed, which we run on its CPU accelerator, has no turn then.
+No state stays in memory. --rows decides how long forward and backward take. The title of the
+table has their share of DeepSpeed's step; 0.35 to 0.45 is what is asked for. Rounds and fio are
+as in optimizer.py. With --device cuda the model is on a GPU. DeepSpeed has no turn then, since
+we run it on its CPU accelerator.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def parse() -> argparse.Namespace:
 
 
 def overlaps() -> list[str]:
-    """What the installed optimizer can do while backward runs."""
+    """Returns what the installed optimizer can do while backward runs."""
     known = "overlap_backward" in inspect.signature(OffloadedAdamW).parameters
     return ["", "update"] if known else [""]
 
@@ -107,7 +107,8 @@ def make_contenders(
 
 
 def tabulate(field: dict[str, Contender], parameters: int, options: argparse.Namespace) -> Json:
-    """ "limit": the larger of forward, backward and update alone, and of the bytes."""
+    """Makes the table. "limit" is the larger of the compute and update alone, and of the
+    bytes."""
     theirs, compute = field.get("deepspeed"), field["compute"].seconds()
     rows = []
     for name, c in field.items():

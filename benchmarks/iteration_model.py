@@ -15,7 +15,7 @@ from gpt_training import LinearIn32Bits  # noqa: E402
 
 
 class Model(nn.Module):
-    """Returns its loss. Products are float32: see LinearIn32Bits."""
+    """A model that returns its loss. Products are float32: see LinearIn32Bits."""
 
     def __init__(self, hidden: int, layers: int) -> None:
         super().__init__()
@@ -28,11 +28,11 @@ class Model(nn.Module):
 
 
 def layers_for(parameters: int, hidden: int) -> int:
-    """How many come closest to ``parameters``."""
+    """Returns how many layers come closest to ``parameters``."""
     return max(1, round(parameters / (hidden * (hidden + 1))))
 
 
 def random_rows(job: dict[str, Any]) -> torch.Tensor:
-    """The batch: the more rows, the longer forward and backward take."""
+    """Returns the batch. The more rows it has, the longer forward and backward take."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(job["rows"], job["hidden"], generator=generator).bfloat16()

@@ -1,7 +1,7 @@
-"""Forward, backward and step when told to; iteration.py starts it.
+"""Does forward, backward and step when told to. iteration.py starts it.
 
-The protocol is that of optimizer_worker.py; "kind" is "compute" for forward and
-backward alone, "offloaded" for all three.
+The protocol is that of optimizer_worker.py. "kind" is "compute" for forward and backward alone,
+and "offloaded" for all three.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How long one needed tensor takes while another is prefetched, beside DeepSpeed.
 
-The bound is the tensor's own time, measured in the same round, and the time of
-twice the bytes that may be with the kernel already: queue_depth * block_size *
-thread_count, at the rate at which the other tensor is read alone.
+The bound is the tensor's own time, measured in the same round, and the time of twice the bytes
+that the kernel may have already. Those are queue_depth * block_size * thread_count, at the rate
+at which the other tensor is read alone.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Json]:
 
 
 def random(size: int) -> torch.Tensor:
-    """Bytes in memory that direct I/O can take."""
+    """Returns random bytes in memory that direct I/O can take."""
     memory = torch.empty(size + 4096, dtype=torch.uint8)
     first = -memory.data_ptr() % 4096
     return memory[first : first + size].random_()
@@ -94,7 +94,7 @@ def ours(swapper: Any, targets: dict[str, torch.Tensor]) -> Runs:
 def deepspeeds(
     folder: Path, sources: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]
 ) -> Runs:
-    """Its wait() is for all that was called: on one handle, and on two."""
+    """Times DeepSpeed on one handle and on two: its wait() waits for all that was called."""
     handles = [deepspeed_handle(), deepspeed_handle()]
     if handles[0] is None:
         return {}

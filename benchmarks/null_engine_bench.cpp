@@ -1,6 +1,6 @@
-// Our own cost, without disk and checksums: the null engine moves no bytes.
-// CPU time is that of all threads; the counter `operations` is how many of
-// them an iteration makes.
+// Measures the library's own cost, without disk and checksums: the null engine
+// moves no bytes. CPU time is that of all threads. The counter `operations`
+// says how many operations an iteration makes.
 
 #include <benchmark/benchmark.h>
 
@@ -35,7 +35,8 @@ std::filesystem::path scratch_folder() {
   return std::filesystem::temp_directory_path();
 }
 
-// Page-aligned and touched, lest copies read the kernel's one page of zeros.
+// Page-aligned memory that has been touched. Otherwise copies would read the
+// kernel's one page of zeros.
 class Memory {
  public:
   explicit Memory(std::size_t bytes)
@@ -141,8 +142,9 @@ class SwapFixture {
                               .verify = false}}};
 };
 
-// In place: without a copy. Staged, from where direct I/O cannot write: each
-// operation copies its 64 KiB, which alone costs what BM_Copy64KiB says.
+// "In place" is without a copy. "Staged" is from memory that direct I/O cannot
+// write from. Each operation then copies its 64 KiB. That copy alone costs what
+// BM_Copy64KiB says.
 void BM_SwapOut64KiB(benchmark::State& state) {
   SwapFixture fixture(state.range(0) != 0);
   for (auto _ : state) fixture.swap_out();

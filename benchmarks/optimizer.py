@@ -1,8 +1,8 @@
 """A step of OffloadedAdamW beside DeepSpeed's, torch's in memory, and the disk's limit.
 
-Each contender is a process of its own, so that its peak memory is. In every
-round each of them makes a burst of steps while the others rest; fio's mixed
-rate is taken before and after every burst of those that use the disk.
+Each contender is a process, so that it has a peak of memory of its own. In every round each of
+them makes a burst of steps while the others rest. fio's mixed rate is taken before and after
+every burst that uses the disk.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import contenders
 from common import GIB, MIB, Json
 from contenders import Contender, Limit, Worker
 
-# As promised: peak memory over the in-memory run stays below this.
+# The promise: peak memory over the in-memory run stays below this.
 PEAK_FACTOR, PEAK_SLACK = 1.05, 16 * MIB
-#: Of the state stays in memory. All of it: what the update costs without I/O.
+#: The shares of the state that stay in memory. All of it shows what the update costs without
+#: I/O.
 SHARES = {"nothing resident": 0.0, "half resident": 0.5, "all resident": 1.0}
-HIDDEN = 2048  # Of the layers that DeepSpeed gets.
+HIDDEN = 2048  # The size of the layers that DeepSpeed gets.
 
 
 @dataclass
@@ -35,12 +36,12 @@ class Group:
 
     @property
     def all(self) -> list[Contender]:
-        # The memory of torch's own is needed no sooner than its turn comes.
+        # torch's own contender needs its memory only when its turn comes.
         others = [self.deepspeed] if self.deepspeed else []
         return [self.memory, *others, *self.ours.values()]
 
     def limits(self, state: str, contender: Contender) -> list[float]:
-        """The larger of its bytes at fio's rate and its update alone, each round."""
+        """Returns for each round the larger of its bytes at fio's rate and its update alone."""
         alone = self.ours.get((state, "all resident"), self.memory)
         return [max(pair) for pair in zip(contender.moving(), alone.seconds(), strict=False)]
 
@@ -102,7 +103,7 @@ def make_group(options: argparse.Namespace, dtype: str, folder: Path, deepspeed:
         "in memory", Worker("optimizer_worker.py", kind="memory", **job), offloaded=False
     )
     theirs = None
-    low = dtype != "float32"  # DeepSpeed, and all formats, are for these.
+    low = dtype != "float32"  # Only these have DeepSpeed and all formats.
     if deepspeed and low:
         model = {"hidden": options.hidden, "rows": 16, **place}
         theirs = Contender(
@@ -125,7 +126,7 @@ def make_group(options: argparse.Namespace, dtype: str, folder: Path, deepspeed:
 
 
 def shape(options: argparse.Namespace) -> Json:
-    """As many square layers as have about that many parameters."""
+    """Returns the square layers that have about that many parameters."""
     layer = options.hidden * (options.hidden + 1)
     layers = max(1, round(options.parameters / layer))
     return {"layers": layers, "parameters": layers * layer}
@@ -136,7 +137,7 @@ def label(group: Group, contender: Contender) -> str:
 
 
 def parameters_of(contender: Contender, parameters: int) -> int:
-    """DeepSpeed's are those of whole layers."""
+    """Returns the number of parameters. DeepSpeed's are those of whole layers."""
     return contender.worker.start.get("parameters", parameters)
 
 
@@ -173,7 +174,7 @@ def speed_table(groups: list[Group], parameters: int) -> Json:
 
 
 def beside_deepspeed(group: Group, contender: Contender, parameters: int) -> list[float]:
-    """Per parameter, round by round."""
+    """Compares the time for each parameter with DeepSpeed's, round by round."""
     if group.deepspeed is None:
         return []
     scale = parameters_of(group.deepspeed, parameters) / parameters_of(contender, parameters)
@@ -181,7 +182,7 @@ def beside_deepspeed(group: Group, contender: Contender, parameters: int) -> lis
 
 
 def lanes_table(groups: list[Group], parameters: int) -> Json:
-    """Overlap: the share of a step in which its thread did not wait for I/O."""
+    """Makes the table of lanes. Overlap: the share of a step without waiting for I/O."""
     rows = []
     for group in groups:
         for c in group.all:

@@ -1,9 +1,9 @@
 """DeepSpeed's NVMe optimizer in a process of its own, as optimizer_worker.py is.
 
-ZeRO-3 in bf16 on the CPU accelerator, with its own I/O op: the optimizer's state on
-NVMe, parameters in memory, reads and writes pipelined. A step needs gradients that a
-backward has handed over, so each step has a forward and a backward before it; "seconds"
-are those of `engine.step()` alone, or of all three where the job says "iteration".
+It is ZeRO-3 in bf16 on the CPU accelerator, with its own I/O op. The optimizer's state is on
+NVMe, parameters are in memory, reads and writes are pipelined. A step needs gradients that a
+backward has handed over, so each step has a forward and a backward before it. "seconds" are
+those of `engine.step()` alone, or of all three where the job says "iteration".
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     for line in sys.stdin:
         burst(engine, x, 1)
         tell(**burst(engine, x, int(line), whole=job.get("iteration", False)))
-    # Its handles abort at exit if anything is left to do.
+    # DeepSpeed's handles abort at exit if anything is left to do.
     sys.stdout.flush()
     os._exit(0)
 
@@ -55,18 +55,18 @@ def settings(job: dict[str, Any]) -> dict[str, Any]:
         "bf16": {"enabled": True},
         "zero_optimization": {
             "stage": 3,
-            # Several, or there would be nothing to overlap.
+            # There must be several, or there would be nothing to overlap.
             "sub_group_size": max(job["hidden"] ** 2, job["parameters"] // 6),
             "offload_optimizer": {
                 "device": "nvme",
                 "nvme_path": job["nvme_path"],
                 "pipeline_read": True,
                 "pipeline_write": True,
-                # Parameter, gradient and two moments of the three that a pipeline holds.
+                # A pipeline holds three, each with parameter, gradient and two moments.
                 "buffer_count": 12,
             },
         },
-        # As fio and ours have it.
+        # fio and ours have the same.
         "aio": {
             "block_size": job["aio"]["block_size"],
             "queue_depth": job["aio"]["queue_depth"],
@@ -90,7 +90,7 @@ def make_engine(job: dict[str, Any]) -> Any:
 
 
 def burst(engine: Any, x: torch.Tensor, steps: int, whole: bool = False) -> dict[str, Any]:
-    """Means of ``steps``: of the optimizer's, and of forward and backward."""
+    """Returns means over ``steps``: of the optimizer's time, and of forward and backward."""
     before, computing, stepping, cpu, moved = file_bytes(), 0.0, 0.0, 0.0, 0
     for _ in range(steps):
         begin, cpu_begin = time.perf_counter(), cpu_seconds()
@@ -114,7 +114,7 @@ def burst(engine: Any, x: torch.Tensor, steps: int, whole: bool = False) -> dict
 
 
 def file_bytes() -> int:
-    """Read and written by this process, at the block layer."""
+    """Returns the bytes that this process has read and written, at the block layer."""
     lines = Path("/proc/self/io").read_text().splitlines()
     counts = dict(line.split(": ") for line in lines)
     return int(counts["read_bytes"]) + int(counts["write_bytes"])

@@ -1,8 +1,8 @@
-"""A process that steps one optimizer when told to; optimizer.py starts it.
+"""A process that steps one optimizer when told to. optimizer.py starts it.
 
-The job comes as JSON in the only argument. Each line of input is a number of
-steps; each line of output is a JSON object: first what is there before any
-optimizer state, then one for each line of input.
+The job comes as JSON in the only argument. Each line of input is a number of steps. Each line
+of output is a JSON object. The first says what is there before any optimizer state, and then
+there is one for each line of input.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def make_offloaded(parameters: list[torch.nn.Parameter], job: dict[str, Any]) -> OffloadedAdamW:
-    """With a budget in which the job's share of the state stays."""
+    """Makes an OffloadedAdamW with a budget in which the job's share of the state stays."""
 
     def make(host_memory: int) -> OffloadedAdamW:
         given = {name: job[name] for name in ("overlap_backward", "update_on") if job.get(name)}
@@ -58,7 +58,7 @@ def make_offloaded(parameters: list[torch.nn.Parameter], job: dict[str, Any]) ->
     wanted, least = job["resident"], job["least_memory"]
     optimizer = make(least)
     most = optimizer.plan().host_memory_for_all
-    # More memory may mean larger tiles: there is no formula for half of the state.
+    # More memory may mean larger tiles, so there is no formula for half of the state.
     for _ in range(10 if wanted else 0):
         budget = most if wanted == 1 else (least + most) // 2
         optimizer.close()
@@ -81,13 +81,13 @@ def serve(step: Callable[[], Any], stats: Callable[[], dict[str, Any]]) -> None:
         steps = int(line)
         result = burst(steps, step, stats)
         before, settled = settled, settle(stats)
-        # Between two moments at which nothing moves lie all bytes of the steps.
+        # Nothing moves at these two moments, so all bytes of the steps lie between them.
         moved = [(b - a) / (steps + 1) for a, b in zip(before, settled, strict=True)]
         tell(bytes_per_step=sum(moved), **result)
 
 
 def make_parameters(job: dict[str, Any]) -> list[torch.nn.Parameter]:
-    """Of about equal sizes, with random values and gradients."""
+    """Makes parameters of about equal sizes, with random values and gradients."""
     how = {"dtype": getattr(torch, job["dtype"]), "device": job.get("device", "cpu")}
     count, tensors = job["parameters"], job["tensors"]
     sizes = [count // tensors] * (tensors - 1)
@@ -101,7 +101,7 @@ def make_parameters(job: dict[str, Any]) -> list[torch.nn.Parameter]:
 
 
 def import_what_a_step_imports() -> None:
-    """A first step costs 100 MB of modules that no optimizer is to blame for."""
+    """Imports what the first step would import: 100 MB that no optimizer is to blame for."""
     parameter = torch.nn.Parameter(torch.zeros(64))
     parameter.grad = torch.zeros(64)
     torch.optim.AdamW([parameter], fused=True).step()
@@ -110,8 +110,9 @@ def import_what_a_step_imports() -> None:
 def in_memory(
     parameters: list[torch.nn.Parameter], **arguments: Any
 ) -> Callable[[float], None]:
-    """A step, given its learning rate, of torch's own AdamW; below fp32 with a master
-    copy, as the offloaded one has."""
+    """Returns a function that makes a step of torch's own AdamW with a learning rate.
+
+    Below fp32 it has a master copy, as the offloaded one has."""
     exact = parameters[0].dtype == torch.float32
     masters = (
         parameters if exact else [torch.nn.Parameter(p.detach().float()) for p in parameters]
@@ -139,11 +140,10 @@ def in_memory(
 def burst(
     steps: int, step: Callable[[], Any], stats: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """One step that is not timed, then ``steps`` that are.
+    """Makes one step that is not timed, then ``steps`` that are.
 
-    The first one finds tiles that were read since the last burst, and the last
-    one's writes are in flight when it returns; as many bytes are in flight at
-    both ends of what is timed.
+    The first one finds tiles that were read since the last burst. The last one's writes are in
+    flight when it returns. So as many bytes are in flight at both ends of what is timed.
     """
     step()
     synchronize()
@@ -178,14 +178,15 @@ def synchronize() -> None:
 
 
 def cpu_seconds() -> float:
-    """Of all threads, user and system."""
+    """Returns the CPU seconds of all threads, user and system."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
 
 
 def settle(stats: Callable[[], dict[str, Any]]) -> list[int]:
-    """Returns when nothing has moved for a while, since the disk is another's
-    now, and how many bytes have been read and written."""
+    """Waits until nothing has moved for a while, since the disk is another's now.
+
+    Returns how many bytes have been read and written."""
     last: list[int] = []
     while (now := [stats().get(name, 0) for name in MOVED]) != last:
         last = now
@@ -194,7 +195,7 @@ def settle(stats: Callable[[], dict[str, Any]]) -> list[int]:
 
 
 def peak_memory() -> int:
-    """VmHWM in bytes."""
+    """Returns VmHWM in bytes."""
     status = Path("/proc/self/status").read_text()
     return next(
         int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM")

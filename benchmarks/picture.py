@@ -40,8 +40,9 @@ def main() -> None:
 
 
 def ratios_of(result: Json) -> list[Ratio]:
-    """Of all columns named "ours / OTHER", which are rates, and of "step / OTHER" and
-    "iteration / OTHER", which are times: of those the inverse.
+    """Returns the ratios of all columns named "ours / OTHER", which are rates.
+
+    Columns named "step / OTHER" and "iteration / OTHER" are times, so they are inverted.
     """
     found = []
     for table in result.get("tables", []):
@@ -63,7 +64,7 @@ def ratios_of(result: Json) -> list[Ratio]:
 
 
 def draw(ratios: list[Ratio], path: Path) -> None:
-    """A line per row of a table, a colour per contender; the rate's logarithm."""
+    """Draws a line for each row and a colour for each contender, on a logarithmic scale."""
     import matplotlib
 
     matplotlib.use("Agg")

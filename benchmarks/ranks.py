@@ -1,8 +1,8 @@
 """Whether the ranks of one node share the drive fairly.
 
-torchrun starts 2 and 4 ranks, each with an OffloadedAdamW for its part of the
-parameters, all in one directory. They begin every step together, as training
-does, and each takes the time of its own; a step is over when the slowest is done.
+torchrun starts 2 and 4 ranks. Each has an OffloadedAdamW for its part of the parameters, all in
+one directory. They begin every step together, as training does, and each takes its own time. A
+step is over when the slowest is done.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import common
 from common import MIB, Json
 
-#: As promised: no rank takes longer than this times the mean.
+#: The promise: no rank takes longer than this times the mean.
 UNFAIR = 1.3
 
 
@@ -56,7 +56,7 @@ def parse() -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace, world: int) -> list[list[float]]:
-    """Seconds of a step in each round, for each rank."""
+    """Returns the seconds of a step in each round, for each rank."""
     common.say(f"ranks: {world} of them, {options.rounds} rounds")
     with common.work_folder(options.directory) as folder:
         job = {
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace, world: int) -> list[list[float]]:
 
 
 def over_mean(seconds: list[list[float]]) -> list[list[float]]:
-    """For each rank its time over the mean of all ranks, in each round."""
+    """Returns, for each rank, its time over the mean of all ranks in each round."""
     means = [statistics.mean(of_all) for of_all in zip(*seconds, strict=True)]
     return [[s / mean for s, mean in zip(own, means, strict=True)] for own in seconds]
 

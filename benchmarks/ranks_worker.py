@@ -1,7 +1,7 @@
-"""One rank, which steps an optimizer together with others; ranks.py starts it.
+"""One rank, which steps an optimizer together with others. ranks.py starts it.
 
-The job comes as JSON in the only argument. Rank 0 prints a JSON list: for each
-rank the mean seconds of a step, in each round.
+The job comes as JSON in the only argument. Rank 0 prints a JSON list: the mean seconds of a
+step in each round, for each rank.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
         aio=job["aio"],
         engine=job["engine"],
     ) as optimizer:
-        together(optimizer)  # State is made, and written for the first time.
+        together(optimizer)  # This makes the state, and writes it for the first time.
         together(optimizer)
         seconds = [
             sum(together(optimizer) for _ in range(job["burst"])) / job["burst"]
@@ -42,13 +42,13 @@ def main() -> None:
     if dist.get_rank() == 0:
         print(json.dumps(of_all), flush=True)
     dist.destroy_process_group()
-    # A thread of gloo may still drop a tensor, which ends in std::terminate() if Python
-    # is being taken down at that moment (torch 2.11).
+    # A thread of gloo may still drop a tensor. If Python is being taken down at that moment,
+    # that ends in std::terminate() (torch 2.11).
     os._exit(0)
 
 
 def together(optimizer: OffloadedAdamW) -> float:
-    """A step that all ranks begin at once; the seconds of this one's."""
+    """Makes a step that all ranks begin at once. Returns the seconds of this rank's."""
     dist.barrier()
     start = time.perf_counter()
     optimizer.step()

@@ -1,4 +1,4 @@
-"""Tables of all results in a folder: those of *.py, and Google Benchmark's JSON."""
+"""Makes tables of all results in a folder: those of *.py, and Google Benchmark's JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import common
 from common import Json
 
-FIGURES = "figures"  # The name of the marks between which tables stand.
+FIGURES = "figures"  # The name of the marks around the tables.
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def section(result: Json) -> str:
 
 
 def micro_benchmarks(result: Json) -> str:
-    """Of programs that count `operations`, and CPU time of all threads."""
+    """Makes the table of programs that count `operations` and the CPU time of all threads."""
     runs: dict[str, list[Json]] = {}
     for run in result["benchmarks"]:
         if run["run_type"] == "iteration":

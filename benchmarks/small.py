@@ -1,7 +1,7 @@
 """100,000 tensors of 4 KiB through the C++ API, beside fio's random requests.
 
-fio makes up to 16 requests with one system call, since we make as many as there
-are. Sizes of a file system's block, so that direct I/O needs no padding.
+fio makes up to 16 requests with one system call, since we make as many as there are. The
+tensors have the size of a file system's block, so that direct I/O needs no padding.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from common import AIO, GIB, KIB, MIB, Json, Rate
 BUILD = Path(os.environ.get("TORCH_EXT_BUILD_DIR", common.ROOT / "build" / "release"))
 PROGRAM = BUILD / "benchmarks" / "small_operations"
 SIZE = 4 * KIB
-#: Kinds of the program, and what they are called in the table.
+#: The kinds of the program, and what the table calls them.
 OURS = {
     "checked-keys": "keys of a Swapper",
     "keys": "keys, verify=False",
@@ -44,11 +44,11 @@ def main() -> None:
 
 
 class Program:
-    """small_operations of one kind, which has written all once."""
+    """A small_operations of one kind, which has written everything once."""
 
     def __init__(self, process: subprocess.Popen[str], count: int) -> None:
         self._process, self._gib = process, count * SIZE / GIB
-        self._answer()  # It is ready.
+        self._answer()  # It says that it is ready.
         self.run("write")
 
     def run(self, operation: str) -> Rate:

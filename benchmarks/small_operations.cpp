@@ -4,11 +4,11 @@
 //   small_operations keys|file|checked-keys DIRECTORY COUNT BYTES BLOCK_SIZE
 //                    QUEUE_DEPTH THREADS ENGINE
 //
-// It says "ready". Each line of input then, "write" or "read", moves all once;
-// the answer is a line with the wall seconds and the CPU seconds of all
-// threads. "check" compares what was read last. `keys`: a value for each key of
-// a Swapper without checksums, `checked-keys` with them; `file`: ranges of one
-// file, in order.
+// It says "ready". Each line of input, "write" or "read", then moves everything
+// once. The answer is a line with the wall seconds and the CPU seconds of all
+// threads. "check" compares what was read last. `keys` uses a value for each
+// key of a Swapper without checksums, `checked-keys` with them. `file` uses
+// ranges of one file, in order.
 
 #include <sys/resource.h>
 

@@ -1,4 +1,4 @@
-"""Tensors that go through a TensorSwapper, all out or all in, as one transfer."""
+"""Moves tensors through a TensorSwapper, all out or all in, as one transfer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PAGE = 4096
 
 
 class Buffers:
-    """Memory of ``count`` source tensors with random bytes and as many others."""
+    """Memory of ``count`` source tensors with random bytes, and as many destinations."""
 
     def __init__(self, count: int, size: int, device: str = "cpu") -> None:
         self.count, self.size = count, size
@@ -29,7 +29,7 @@ class Buffers:
         return self.count * self.size
 
     def tensors(self, shift: int = 0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Sources and destinations that begin ``shift`` bytes into a page."""
+        """Returns sources and destinations that begin ``shift`` bytes into a page."""
         return self._cut(self._source, shift), self._cut(self._out, shift)
 
     def _cut(self, memory: torch.Tensor, shift: int) -> list[torch.Tensor]:
@@ -64,7 +64,7 @@ class Transfer:
         self._filled = 0
 
     def fill(self) -> None:
-        """Writes twice the space of the tensors, all that rewriting them needs."""
+        """Writes twice the space of the tensors, which is all that rewriting them needs."""
         spare = [f"spare.{key}" for key in self._keys]
         self._write(self._keys)
         self._write(spare)

@@ -1,9 +1,9 @@
 """Trains a model whose optimizer state is larger than the memory of the process.
 
-Twice under the same limit: with float32 masters and torch.optim.AdamW in memory, which
-must fail, and with torch_ext.OffloadedAdamW, which must train.
+It runs twice under the same limit. With float32 masters and torch.optim.AdamW in memory it
+must fail. With torch_ext.OffloadedAdamW it must train.
 
-Exit status: 0 if so, 1 if not, 2 for wrong input.
+Exit status: 0 if that is so, 1 if not, 2 for wrong input.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def make_parser() -> Parser:
 
 
 def make_job(options: argparse.Namespace) -> Run:
-    """What both runs do, and the limit in bytes.
+    """Returns what both runs do, and the limit in bytes.
 
     Raises:
         ValueError, OSError: Something cannot work; the text says what.
@@ -131,7 +131,7 @@ def make_job(options: argparse.Namespace) -> Run:
 
 
 def run(task: Run, offloaded: bool, limit: Limit) -> Run:
-    """Runs under the limit; returns all that was reported until the process ended."""
+    """Runs under the limit. Returns all that was reported until the process ended."""
     command = [sys.executable, str(HERE / "large_training.py")]
     command.append(json.dumps([task["job"] | {"offloaded": offloaded}, task["offload"]]))
     result: Run = {"steps": [], "stage": "starting", "error": None}
@@ -142,7 +142,7 @@ def run(task: Run, offloaded: bool, limit: Limit) -> Run:
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            # Else freed blocks of megabytes stay with the process, in pieces.
+            # Without this, freed blocks of megabytes stay with the process, in pieces.
             env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(MIB // 4)},
             preexec_fn=limit.enter,
         ) as process,
@@ -180,7 +180,7 @@ def take(message: Run, result: Run) -> None:
 
 
 def ended(result: Run) -> str:
-    """In words."""
+    """Says in words how a run ended."""
     if result["status"] == 0:
         return "trained"
     if result["status"] == -signal.SIGKILL:
@@ -223,7 +223,7 @@ def summary(task: Run, kind: str, memory: Run, nvme: Run) -> str:
 
 
 def peak(result: Run) -> str:
-    """Of the last step; a killed process cannot tell its last."""
+    """Returns the peak at the last step that was told: a killed process cannot tell more."""
     seen = [step["peak"] for step in result["steps"]]
     found = result.get("peak") or max(seen, default=0)
     return f"{found / GB:.2f} GB" if found else "unknown: it ended early"
@@ -282,7 +282,7 @@ def run_both(task: Run, limit_by: str) -> tuple[list[Run], str]:
 
 
 if __name__ == "__main__":
-    # So that the group of a run that is stopped goes, too.
+    # A run that is stopped shall remove its group too.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         sys.exit(main())

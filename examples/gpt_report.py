@@ -8,8 +8,8 @@ from typing import Any
 
 LAST_LOSSES = 10
 STEPS_SHOWN = 3
-LOSS_TOLERANCE = 0.05  # Where equality to the bit is not promised.
-# Colours that differ for the colour-blind, too.
+LOSS_TOLERANCE = 0.05  # For where equality to the bit is not promised.
+# These colours differ for the colour-blind too.
 GREY, BLUE, ORANGE, GREEN = "#9a9a9a", "#0072b2", "#d55e00", "#009e73"
 LANES = {"read": BLUE, "update": GREEN, "write": ORANGE}
 
@@ -27,11 +27,11 @@ def union(intervals: list[Interval]) -> float:
 
 
 def hidden_share(transfers: list[Interval], steps: list[Interval]) -> float | None:
-    """Share of the I/O time that lies outside of `optimizer.step()`, where forward and
-    backward are.
+    """Returns the share of the I/O time that lies outside `optimizer.step()`, where forward
+    and backward are.
 
-    I/O time is that with at least one read or write of optimizer state in flight (time
-    with both counts once). None without I/O.
+    I/O time is time with at least one read or write of optimizer state in flight. Time with
+    both counts once. None without I/O.
     """
     busy = union(transfers)
     if busy <= 0:
@@ -44,7 +44,7 @@ def hidden_share(transfers: list[Interval], steps: list[Interval]) -> float | No
 
 
 def summarize(job: dict[str, Any], runs: list[Run], place: Run, seconds: float) -> Run:
-    """All figures, as they are written to JSON; the table shows some."""
+    """Returns all figures, as they are written to JSON. The table shows some."""
     memory, nvme = runs
     return {
         "job": job,
@@ -66,7 +66,7 @@ def compare(memory: Run, nvme: Run) -> Run:
     """Whether losses of all steps, validation loss and parameters are the same bits."""
     pairs = zip(memory["steps"], nvme["steps"], strict=True)
     differences = [abs(a["loss"] - b["loss"]) for a, b in pairs]
-    differing = [i for i, d in enumerate(differences) if d != 0]  # A NaN differs, too.
+    differing = [i for i, d in enumerate(differences) if d != 0]  # A NaN differs too.
     names = [name for name, bits in memory["digests"].items() if nvme["digests"][name] != bits]
     return {
         "equal": not differing
@@ -115,7 +115,7 @@ def summarize_io(nvme: Run) -> Run:
 
 
 def table(figures: Run) -> str:
-    """Text for a reader."""
+    """Returns the table, for a reader."""
     memory, nvme, io = figures["in_memory"], figures["offloaded"], figures["io"]
     state = size(figures["state_bytes"])
     device = figures["job"]["device"]
@@ -168,8 +168,7 @@ def table(figures: Run) -> str:
 def is_good(figures: Run) -> bool:
     """Whether the runs agree as far as OffloadedAdamW promises.
 
-    It updates on the CPU, where torch's own kernel is the same; the one of another
-    device rounds differently.
+    It updates on the CPU, with torch's own kernel. Another device's kernel rounds differently.
     """
     if figures["job"]["device"].startswith("cpu"):
         return figures["equal"]
@@ -191,7 +190,7 @@ def verdict(figures: Run) -> str:
 
 
 def printable(text: str) -> str:
-    """What a model writes may hold a terminal's control codes."""
+    """Takes out a terminal's control codes, which a model's text may hold."""
     return "".join(c if c.isprintable() else "." for c in text)
 
 
@@ -257,7 +256,7 @@ def shade_optimizer(axes: Any, steps: list[Run], begin: float, scale: float) -> 
 
 
 def draw_lanes(axes: Any, figures: Run) -> None:
-    """The last steps; a row for the model and one for each lane of the optimizer."""
+    """Draws the last steps: a row for the model, and one for each lane of the optimizer."""
     steps = figures["offloaded"]["steps"][-STEPS_SHOWN:]
     begin, end = steps[0]["start"], steps[-1]["end"]
     rows: dict[str, list[Interval]] = {
@@ -284,9 +283,9 @@ def draw_lanes(axes: Any, figures: Run) -> None:
 
 
 def draw_tiles(axes: Any, figures: Run) -> None:
-    """One step from close by: what each tile of the state went through."""
+    """Draws one step from close by: what each tile of the state went through."""
     steps = figures["offloaded"]["steps"][-STEPS_SHOWN:]
-    # The last but one, so that what is read ahead for the next is there too.
+    # The last step but one, so that reads ahead for the next are there too.
     shown = max(len(steps) - 2, 0)
     begin, end = steps[shown]["lanes_start"], steps[shown]["end"]
     until = end + 0.7 * (end - begin)

@@ -1,8 +1,8 @@
 """One training run of a small GPT on Python source text, in a process of its own.
 
-`train_gpt.py` starts this file twice, so that each run's peak memory is its
-own. The job comes as JSON in the only argument; each line of output is one JSON
-object: "started", a "step" for every step, then "result" or "error".
+`train_gpt.py` starts this file twice, so that each run has a peak of memory of its own. The job
+comes as JSON in the only argument. Each line of output is one JSON object: "started", a "step"
+for every step, then "result" or "error".
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Before CUDA starts: its matrix products are only then the same in every run.
+# This comes before CUDA starts. Only then are its matrix products the same in every run.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
@@ -35,7 +35,7 @@ SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "encodings
 
 @dataclass
 class Job:
-    """What a run does; the same for both but for ``offloaded``."""
+    """What a run does. Only ``offloaded`` differs between the two."""
 
     offloaded: bool
     nvme_path: str
@@ -53,7 +53,7 @@ class Job:
 
 
 def read_text() -> tuple[bytes, dict[str, Any]]:
-    """The source of this Python's standard library, and what it was read from.
+    """Returns the source of this Python's standard library, and what it was read from.
 
     Tests, installed packages and the tables of `encodings` are left out.
     """
@@ -71,7 +71,7 @@ def read_text() -> tuple[bytes, dict[str, Any]]:
 
 
 class ProductIn32Bits(torch.autograd.Function):
-    """A Linear's product; only one layer's float32 copies exist at a time."""
+    """The product of a Linear in float32. Only one layer's copies exist at a time."""
 
     @staticmethod
     def forward(
@@ -90,8 +90,9 @@ class ProductIn32Bits(torch.autograd.Function):
 
 
 class LinearIn32Bits(nn.Linear):
-    """For bfloat16 parameters, whose products take minutes on CPUs without instructions
-    for them."""
+    """A Linear for bfloat16 parameters.
+
+    Their products take minutes on CPUs that have no instructions for them."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ProductIn32Bits.apply(x, self.weight, self.bias)
@@ -171,7 +172,7 @@ class Batches:
 
 
 def make_optimizer(model: nn.Module, job: Job) -> torch.optim.Optimizer:
-    """AdamW with weight decay for the matrices only; state where the job says."""
+    """Makes an AdamW with weight decay for the matrices only. State is where the job says."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim != 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -188,7 +189,7 @@ def make_optimizer(model: nn.Module, job: Job) -> torch.optim.Optimizer:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Factor of the learning rate: a warm-up, then half a cosine down to 0.1."""
+    """Returns the factor of the learning rate: a warm-up, then half a cosine down to 0.1."""
     warmup = min(WARMUP_STEPS, steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -203,7 +204,7 @@ def loss_of(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch
 
 @torch.no_grad()
 def sample(model: GPT, prompt: bytes, length: int, job: Job) -> str:
-    """Text that the model continues ``prompt`` with, byte by byte."""
+    """Returns the text with which the model continues ``prompt``, byte by byte."""
     generator = torch.Generator().manual_seed(job.seed)
     tokens = list(prompt)
     for _ in range(length):
@@ -214,14 +215,14 @@ def sample(model: GPT, prompt: bytes, length: int, job: Job) -> str:
 
 
 def digest(parameter: torch.Tensor) -> str:
-    """Equal for two parameters if and only if their bits are."""
+    """Returns a digest that is equal for two parameters if and only if their bits are."""
     return hashlib.sha256(
         parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
     ).hexdigest()
 
 
 def memory(field: str) -> int:
-    """Bytes of this process: VmRSS (now) or VmHWM (its peak)."""
+    """Returns the bytes of this process: VmRSS (now) or VmHWM (its peak)."""
     status = Path("/proc/self/status").read_text()
     return next(
         int(line.split()[1]) * 1024
@@ -242,14 +243,14 @@ class Recorder:
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
         self.lanes: list[list[tuple[str, int, float, float]]] = []
-        self.gradient: float | None = None  # When this step's first one was there.
+        self.gradient: float | None = None  # When this step's first one came.
 
     def on_gradient(self, parameter: torch.Tensor) -> None:
         if self.gradient is None:
             self.gradient = time.perf_counter()
 
     def add_lanes(self, optimizer: torch.optim.Optimizer) -> None:
-        """Of the last step. Called late, when its last writes have ended."""
+        """Adds the lanes of the last step. Called late, when its last writes have ended."""
         if not isinstance(optimizer, OffloadedAdamW) or not self.steps:
             return
         begin = self.steps[-1]["lanes_start"]
@@ -263,7 +264,7 @@ class Recorder:
 
 def train(job: Job) -> dict[str, Any]:
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # For finding bugs; slow.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # It is slow.
     torch.manual_seed(job.seed)
     text, source = read_text()
     if len(text) < 20 * (job.context + 1):

@@ -1,9 +1,9 @@
 """Hugging Face's Trainer with OffloadedAdamW, beside AdamW in memory.
 
-Trains a tiny GPT-2 of random weights on random tokens three times: with
-torch.optim.AdamW(fused=True), with torch_ext.OffloadedAdamW, and with the latter
-interrupted half-way and resumed from the checkpoint that the Trainer saved.
-Prints the losses; nothing is downloaded.
+Trains a tiny GPT-2 with random weights on random tokens three times: with
+torch.optim.AdamW(fused=True), with torch_ext.OffloadedAdamW, and with OffloadedAdamW again. The
+last run is interrupted half-way, and resumed from the checkpoint that the Trainer saved. Prints
+the losses. Nothing is downloaded.
 
     pip install transformers accelerate
     python examples/hf_trainer.py --nvme-path /mnt/nvme
@@ -73,7 +73,7 @@ def model() -> GPT2LMHeadModel:
 def train(
     output: str, steps: int, optimizer: tuple[type, dict[str, Any]], stop: int, resume: bool
 ) -> list[float]:
-    """Losses of the steps up to ``stop``, of a schedule for ``steps``."""
+    """Trains up to ``stop``, with a schedule for ``steps``. Returns the losses of the steps."""
     arguments = TrainingArguments(
         output_dir=output,
         max_steps=steps,

@@ -1,8 +1,7 @@
 """One run of `demo_large.py`, in a process whose memory is limited.
 
-The job comes as JSON in the only argument; each line of output is one JSON object:
-a "stage" before each thing that takes memory, a "step" for every step, then
-"result" or "error".
+The job comes as JSON in the only argument. Each line of output is one JSON object: a "stage"
+before each thing that takes memory, a "step" for every step, then "result" or "error".
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from gpt_training import GPT, Batches, Job, LinearIn32Bits, memory, read_text, t
 
 from torch_ext import OffloadedAdamW
 
-#: Steps until the learning rate is as asked for. The first steps of Adam move each
-#: weight by all of it, whatever the gradient: with 40 blocks the loss would rise.
+#: How many steps it takes until the learning rate is as asked for. The first steps of Adam move
+#: each weight by the whole rate, whatever the gradient. With 40 blocks the loss would rise.
 WARM_UP = 10
 
 
 def make_model(job: Job) -> GPT:
-    """In bfloat16 from the start: no float32 copy of it ever exists."""
+    """Makes the model in bfloat16 from the start: no float32 copy of it ever exists."""
     torch.set_default_dtype(torch.bfloat16)
     try:
         return GPT(job.layers, job.width, job.heads, job.context, LinearIn32Bits)
@@ -36,7 +35,7 @@ def make_model(job: Job) -> GPT:
 def in_memory(
     parameters: list[torch.nn.Parameter], lr: float
 ) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
-    """What everybody does: float32 masters, and torch's AdamW on them."""
+    """Does what everybody does: float32 masters, and torch's AdamW on them."""
     masters = [torch.nn.Parameter(p.detach().float()) for p in parameters]
     optimizer = torch.optim.AdamW(masters, lr=lr, fused=True)
 
@@ -76,7 +75,7 @@ def train(job: Job, offload: dict[str, Any]) -> dict[str, Any]:
     for number in range(1, job.steps + 1):
         start = time.perf_counter()
         tell("stage", text=f"backward of step {number}")
-        # Before backward, which with overlap_backward="update" uses it already.
+        # Set before backward, which uses it already with overlap_backward="update".
         for group in optimizer.param_groups:
             group["lr"] = job.lr * min(1.0, number / WARM_UP)
         tokens, targets = batches.next()

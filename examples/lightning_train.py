@@ -1,9 +1,8 @@
 """PyTorch Lightning with OffloadedAdamW, beside AdamW in memory.
 
-Trains a small network on random data twice: with torch.optim.AdamW(fused=True)
-and with torch_ext.OffloadedAdamW. Both are interrupted half-way and go on, in a
-new model, from the checkpoint that Lightning saved. Prints the losses; nothing is
-downloaded.
+Trains a small network on random data twice: with torch.optim.AdamW(fused=True) and with
+torch_ext.OffloadedAdamW. Both are interrupted half-way. They go on, in a new model, from the
+checkpoint that Lightning saved. Prints the losses. Nothing is downloaded.
 
     pip install lightning
     python examples/lightning_train.py --nvme-path /mnt/nvme
@@ -28,7 +27,8 @@ BATCH, WIDTH = 16, 64
 
 
 class Network(lightning.LightningModule):
-    """``place``: where OffloadedAdamW keeps its state; None: AdamW in memory."""
+    """A small network. ``place`` is where OffloadedAdamW keeps its state; None: AdamW in
+    memory."""
 
     def __init__(self, steps: int, place: dict[str, Any] | None) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ def parse(description: str | None) -> argparse.Namespace:
 
 
 def compare(columns: dict[str, list[float]]) -> int:
-    """Prints the losses side by side; the exit status says whether all are equal."""
+    """Prints the losses side by side. Returns the exit status: 0 if all are equal."""
     width = max(map(len, columns))
     print("step", *(name.rjust(width) for name in columns), sep="  ")
     for step, losses in enumerate(zip(*columns.values(), strict=True), start=1):

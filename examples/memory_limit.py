@@ -1,7 +1,6 @@
 """A limit on the memory of a process: a memory cgroup of its own, else RLIMIT_DATA.
 
-RLIMIT_AS would count address space, of which torch reserves gigabytes that it
-never touches.
+RLIMIT_AS would count address space. torch reserves gigabytes of that, and never touches them.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-#: Of each version of cgroups: the limit, what else must not grow, and the peak.
+#: For each version of cgroups: the limit, what else must not grow, and the peak.
 FILES = {
     1: ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.max_usage_in_bytes"),
     2: ("memory.max", "memory.swap.max", "memory.peak"),
@@ -22,18 +21,18 @@ FILES = {
 
 @dataclass
 class Limit:
-    """``enter`` is to be called in the child, between fork and exec."""
+    """A limit. The child calls ``enter`` between fork and exec."""
 
     bytes: int
     kind: str
     enter: Callable[[], None]
-    #: What the group held at most, page cache included; None where nobody counts.
+    #: The most that the group held, page cache included. None where nobody counts.
     peak: Callable[[], int | None]
     close: Callable[[], None]
 
 
 def make_limit(count: int, kind: str = "auto") -> Limit:
-    """``kind``: "auto", "cgroup" or "rlimit".
+    """Makes a limit. ``kind`` is "auto", "cgroup" or "rlimit".
 
     Raises:
         OSError: No cgroup can be made, and ``kind`` asks for one.
@@ -57,7 +56,7 @@ def make_limit(count: int, kind: str = "auto") -> Limit:
 
 
 def parents() -> list[tuple[int, Path]]:
-    """Groups in which one for the child may be made, inside our own if possible."""
+    """Returns groups in which one for the child may be made, inside our own if possible."""
     own = {}
     for line in read("/proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -70,7 +69,7 @@ def parents() -> list[tuple[int, Path]]:
             # In a container the mount may begin at our own group.
             found += [(1, path) for path in (Path(mount, own.get(name, "")), Path(mount))]
         elif kind == "cgroup2":
-            # A group with processes may not share out memory; the one above it may.
+            # A group with processes may not share out memory. The one above it may.
             path = Path(mount, own.get("", ""))
             found += [(2, path)] + ([(2, path.parent)] if path != Path(mount) else [])
     return found
@@ -88,7 +87,7 @@ def cgroup(version: int, parent: Path, count: int) -> Limit:
     group = parent / f"torch_ext_demo.{os.getpid()}.{time.monotonic_ns()}"
     group.mkdir()
     try:
-        # Not created by the open: a group without the controller has no such file.
+        # The open must not create it: a group without the controller has no such file.
         write(group / limit, count)
         if (group / swap).exists():
             write(group / swap, count if version == 1 else 0)
@@ -118,7 +117,7 @@ def write(path: str | Path, number: int) -> None:
 
 
 def remove(group: Path) -> None:
-    """The kernel lets go of a process some time after it was waited for."""
+    """Removes a group. The kernel lets go of a process some time after it was waited for."""
     for _ in range(100):
         try:
             group.rmdir()

@@ -1,11 +1,11 @@
 """Trains a small GPT twice: AdamW in memory, and AdamW with its state on NVMe.
 
-Both runs have the same seed, text and hyper-parameters, and each has a process
-of its own. At the end stand a table and a picture, and the answer to the
-question whether both gave the same losses and parameters, bit for bit.
+Both runs have the same seed, text and hyper-parameters. Each has a process of its own. A table
+and a picture stand at the end. They say whether both gave the same losses and parameters, bit
+for bit.
 
-Exit status: 0 if they did (on another device than the CPU, where this is not
-promised: nearly), 1 if not or if a run failed, 2 for wrong input.
+Exit status: 0 if they did, 1 if they did not or if a run failed, 2 for wrong input. On another
+device than the CPU, equal bits are not promised, and nearly equal losses are enough.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def make_parser() -> Parser:
 
 
 def make_job(options: argparse.Namespace) -> dict[str, Any]:
-    """The runs' job, tried out on a tiny optimizer.
+    """Returns the runs' job, after it was tried out on a tiny optimizer.
 
     Raises:
         ValueError, OSError, RuntimeError: Something cannot work; the text says what.
@@ -133,7 +133,7 @@ def make_job(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             f"--width {options.width} is not a multiple of --heads {options.heads}"
         )
-    # Slow to import: not before what needs no torch has been checked.
+    # torch is slow to import, so what needs no torch is checked first.
     try:
         import torch
 
@@ -199,7 +199,7 @@ def choose_directory(given: str | None, output: Path) -> str:
 
 
 def describe(directory: str | Path) -> dict[str, Any]:
-    """File system, its source and the way of I/O there."""
+    """Returns the file system, its source, and the way of I/O there."""
     from torch_ext.__main__ import collect
 
     return collect(directory)["directory"]
@@ -236,7 +236,7 @@ class Progress:
 
     @contextmanager
     def run(self, name: str) -> Iterator[Any]:
-        """Gives a function to be called with each step's loss."""
+        """Yields a function. It is called with each step's loss."""
         if self.bars is None:
             yield self._lines(name)
             return
@@ -271,7 +271,7 @@ class RunError(Exception):
 
 
 def run(job: dict[str, Any], offloaded: bool, progress: Progress) -> Run:
-    """Runs the job in a process of its own and returns all it reported."""
+    """Runs the job in a process of its own. Returns all that it reported."""
     command = [sys.executable, str(HERE / "gpt_training.py")]
     command.append(json.dumps(job | {"offloaded": offloaded}))
     result: Run = {}

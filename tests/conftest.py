@@ -1,4 +1,4 @@
-"""How the tests are shared out where pytest-xdist runs them side by side."""
+"""Shares the tests out where pytest-xdist runs them side by side."""
 
 from __future__ import annotations
 

@@ -25,11 +25,16 @@ ROOT = Path(__file__).resolve().parents[1]
 MOST_WORDS = 30
 MOST_COLUMNS = 100
 PAGES = ("*.md", "docs/**/*.md", "benchmarks/**/*.md")
-CODE = tuple(
-    f"{folder}/{layer}/*.{kind}"
-    for folder in ("csrc", "include/torch_ext")
-    for layer in ("base", "config", "device", "io", "memory", "optim", "store", "swap")
-    for kind in ("h", "cpp")
+LAYERS = ("base", "config", "device", "io", "memory", "optim", "store", "swap")
+CODE = (
+    *(f"csrc/{layer}/*.*" for layer in LAYERS),
+    *(f"include/torch_ext/{layer}/*.h" for layer in LAYERS),
+    *(
+        f"{folder}/**/*.{kind}"
+        for folder in ("benchmarks", "examples")
+        for kind in ("py", "cpp")
+    ),
+    "tools/*.py",
 )
 
 # A part of a file that is read in one go: its first line, and its text.

@@ -1,5 +1,5 @@
-// Swaps tensors to a drive and back, and trains a small model with the state
-// of AdamW on it: libtorch_app DIR
+// Swaps tensors to a drive and back, and trains a small model with AdamW's
+// state on the drive: libtorch_app DIR
 
 #include <ATen/Context.h>
 #include <ATen/Functions.h>
@@ -77,7 +77,7 @@ void train(const std::string& directory) {
     if (step == 0) first = last;
   }
 
-  // The same by hand, in memory.
+  // Does the same by hand, in memory.
   std::vector<at::Tensor> reference = make_parameters();
   std::vector<at::Tensor> averages, squares, steps;
   for (const at::Tensor& p : reference) {

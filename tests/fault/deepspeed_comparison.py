@@ -6,17 +6,23 @@ A twelfth row is a behaviour of DeepSpeed's that is kept on purpose.
 
 DeepSpeed's op is compiled and loaded once before any fault. Each fault befalls a
 process of its own, which ends within a minute or is ended.
-The table says for each: "reported" (an exception, or -1), "survived" (success,
-and the bytes are right), "kept" (the twelfth is as it is in DeepSpeed), "LOST"
-(success, and the bytes are not right), "ABORTED", "HUNG", "NOT INJECTED" (all
-went well, but nothing shows that the fault was there), or "not tried" and why.
+For each, the table says one of these:
+
+- "reported": an exception, or -1.
+- "survived": success, and the bytes are right.
+- "kept": the twelfth is as it is in DeepSpeed.
+- "LOST": success, and the bytes are not right.
+- "ABORTED" or "HUNG".
+- "NOT INJECTED": all went well, but nothing shows that the fault was there.
+- "not tried", and why.
+
 Exits with 0 if all of ours were reported, survived or kept, or not tried.
 Faults need root (mount, losetup), strace, or a C compiler.
 
-The list is of faults that users of NVMe offload have met, each of which was tried
-on DeepSpeed's I/O core. Those of the kernel's calls are named after libaio's and
-made in the calls of the engine in use, or in the closest that it has; the table
-says in which, and how often.
+Users of NVMe offload have met these faults. Each was tried on DeepSpeed's I/O core. Faults of
+the
+kernel's calls are named after libaio's. They are made in the calls of the engine in use, or in
+the closest that it has. The table says in which, and how often.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ A patch begins with comment lines:
     # build: core                         core (default for GoogleTest) or python
     # why: what goes wrong without the code that it removes
 
-Each is applied to a copy of the tree and built there; the test named must then
-fail. It must pass before, or its failure would prove nothing.
+Each is applied to a copy of the tree and built there. The test named must then fail. It must
+pass before, or its failure would prove nothing.
 """
 
 from __future__ import annotations

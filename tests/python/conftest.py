@@ -1,9 +1,8 @@
 """What the Python tests share.
 
-A registered PrivateUse1 device takes precedence over CUDA in torch, so the
-tests of the simulated device and those marked ``gpu`` cannot share a process:
-on a machine with a GPU the former run only with ``TORCH_EXT_TEST_SIM=1``,
-which leaves out the latter.
+A registered PrivateUse1 device takes precedence over CUDA in torch. So the tests of the
+simulated device and those marked ``gpu`` cannot share a process. On a machine with a GPU, the
+simulated ones run only with ``TORCH_EXT_TEST_SIM=1``, which leaves out those marked ``gpu``.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python tests/python/optimizer_classes.py [--write docs/optimizers.md] [PACKAGE ...]
 
-Trains the same parameters twice, compares all bits and says which classes are equal, and
-which are refused with which text. Fails if one is neither. ``make optimizers-table``
-installs the packages first.
+Trains the same parameters twice and compares all bits. Says which classes are equal, and which
+are refused with which text. Fails if one is neither. ``make optimizers-table`` installs the
+packages first.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What programs written for torch.optim give an optimizer as a matter of course.
 
-Its keywords, and all parameters of a model, frozen and quantized ones too. Held against
-torch's own classes.
+They give its keywords, and all parameters of a model, frozen and quantized ones too. Each test
+compares with torch's own classes.
 """
 
 import inspect

@@ -1,6 +1,6 @@
 """aio_handle: whose failure is reported to whom, when waits are cut short or meet.
 
-Operations that end when a test says so are fakes: the rules are Python's alone.
+The operations are fakes, which end when a test says so: the rules are Python's alone.
 """
 
 import copy

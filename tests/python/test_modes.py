@@ -1,5 +1,7 @@
-"""No setting of torch that the caller is in changes a result: held against torch's own classes
-in memory, with torch as it is when nothing was set."""
+"""No setting of torch that the caller is in changes a result.
+
+Each test compares with torch's own classes in memory, with torch as it is when nothing was
+set."""
 
 import contextlib
 

@@ -1,5 +1,7 @@
-"""Updates while backward goes on, and activation checkpointing, which computes again in
-backward what reads parameters. The right values are torch.optim.AdamW's."""
+"""Updates while backward goes on, with activation checkpointing.
+
+Checkpointing runs parts of forward again in backward, and those read parameters. The right
+values are torch.optim.AdamW's."""
 
 import copy
 import gc

@@ -1,4 +1,4 @@
-"""state_dict and load_state_dict of OffloadedAdamW, and who else calls them."""
+"""state_dict and load_state_dict of OffloadedAdamW, and what else calls them."""
 
 import copy
 import gc

@@ -1,4 +1,4 @@
-"""``optimizer.state``: written to, deleted and assigned as people do with torch.optim.
+"""``optimizer.state`` may be written to, deleted and assigned, as people do with torch.optim.
 
 Each test does the same to an optimizer of torch, in memory, and to ours.
 """

@@ -1,7 +1,7 @@
 """Groups, parameters and state that change between backward() and step(), with "update".
 
-Nothing is lost: what cannot be done any more raises once, and all goes on. Torch's
-optimizer gets the change after the step where ours has refused it.
+Nothing is lost. What cannot be done any more raises once, and all goes on. Torch's optimizer
+gets the change after the step where ours has refused it.
 """
 
 import pytest

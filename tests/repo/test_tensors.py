@@ -1,6 +1,6 @@
 """Each tensor that the library makes names its dtype and its device.
 
-Else torch's default dtype, or a torch.device context, of the caller decides what a state is
+Otherwise the caller's default dtype, or a torch.device context, would decide what a state is
 kept in. A user's own class is another matter: it sees the caller's default dtype.
 """
 
