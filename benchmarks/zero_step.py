@@ -1,10 +1,8 @@
 """DeepSpeed's optimizer step on its own I/O op and on ours, side by side.
 
 It is ZeRO-3 in bf16 with parameters and optimizer state on NVMe, on DeepSpeed's CPU
-accelerator:
-tests/deepspeed/train.py. Each run is a process of its own. Its figure is the median of its
-steps
-without the first.
+accelerator: tests/deepspeed/train.py. Each run is a process of its own. Its figure is the
+median of its steps without the first.
 """
 
 from __future__ import annotations

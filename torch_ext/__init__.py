@@ -1,7 +1,7 @@
 """Tensors on the GPU, in host memory and on NVMe, moved while others compute.
 
-Public names are imported when they are first used, so that `import torch_ext`
-costs nothing and works where the compiled module does not.
+Public names are imported when they are first used. So `import torch_ext` costs nothing, and
+works where the compiled module does not.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ __all__ = [
     "parse_size",
 ]
 
-# Silent unless the application configures logging.
+# The library logs nothing unless the application configures logging.
 logging.getLogger("torch_ext").addHandler(logging.NullHandler())
 
 

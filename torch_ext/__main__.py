@@ -47,7 +47,7 @@ def _info(options: argparse.Namespace) -> int:
         print(f"torch_ext: {error}", file=sys.stderr)
         return 1
     text = json.dumps(report, indent=2) if options.json else _render(report)
-    print(text.encode(errors="backslashreplace").decode())  # A path need not be UTF-8.
+    print(text.encode(errors="backslashreplace").decode())  # A path may not be UTF-8.
     return 0
 
 
@@ -148,12 +148,12 @@ def _directory(native: ModuleType | None, path: str) -> _Report:
 
 
 def _file_system(path: str) -> tuple[str, str]:
-    """Type and source of the mount that holds ``path``: the deepest, last one."""
+    """Returns type and source of the mount that holds ``path``: the deepest, last one."""
     found = ("unknown", "unknown")
     deepest = -1
     for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
         mount, _, source = line.partition(" - ")
-        # Space, tab, newline and backslash are written in octal.
+        # The kernel writes space, tab, newline and backslash in octal.
         point = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), mount.split(" ")[4])
         if os.path.commonpath([point, path]) == point and len(point) >= deepest:
             deepest = len(point)
@@ -174,12 +174,12 @@ def _limits() -> _Report:
 def _read_number(path: str) -> int | None:
     try:
         return int(Path(path).read_text())
-    except OSError:  # A kernel without it.
+    except OSError:  # The kernel does not have it.
         return None
 
 
 def _degraded(report: _Report) -> list[str]:
-    """The slower ways that will be taken here, with the reasons."""
+    """Returns the slower ways that will be taken here, with the reasons."""
     module = report["compiled_module"]
     if module["path"] is None:
         return [f"nothing works without the compiled module: {module['reason']}"]

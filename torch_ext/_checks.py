@@ -1,4 +1,4 @@
-"""What the swapper, the handle and the optimizer have in common."""
+"""Checks of arguments, and other things that swapper, handle and optimizers share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _logger = logging.getLogger("torch_ext")
 
 
 def directory_of(value: str | os.PathLike[str], name: str) -> str | bytes:
-    """Returns the argument ``name`` as a path that the system can be asked for.
+    """Returns the argument ``name`` as a path that the system can look for.
 
     Raises:
         TypeError: It is no path.
@@ -77,7 +77,7 @@ def directories_of(value: Directories, name: str) -> list[tuple[str | bytes, int
 
 
 def engine_of(value: str) -> str:
-    """Returns the argument ``engine``; the library knows the names."""
+    """Returns the argument ``engine``. The compiled library knows the names."""
     if not isinstance(value, str):
         raise TypeError(
             f"engine must be a str such as 'auto' or 'libaio', not {type(value).__name__}"
@@ -89,7 +89,7 @@ _engines_logged: set[str] = set()
 
 
 def state_format_of(value: str) -> str:
-    """Returns the argument ``state_format``; the library knows the names."""
+    """Returns the argument ``state_format``. The compiled library knows the names."""
     if not isinstance(value, str):
         raise TypeError(f"state_format must be a str, not {type(value).__name__}")
     return value
@@ -116,7 +116,7 @@ def max_grad_norm_of(value: float | None) -> float | None:
 
 
 def update_on_of(value: str) -> str:
-    """Returns the argument ``update_on``; the library knows the names."""
+    """Returns the argument ``update_on``. The compiled library knows the names."""
     if not isinstance(value, str):
         raise TypeError(f"update_on must be 'cpu' or 'cuda', not {type(value).__name__}")
     return value
@@ -132,8 +132,9 @@ def seed_of(value: int) -> int:
 
 
 def log_notes(notes: list[str]) -> None:
-    """Logs what the library notes: the engine that was chosen once, at the
-    level INFO if it is the first choice, the rest as warnings.
+    """Logs what the library notes, as warnings.
+
+    The engine that was chosen is logged once, at the level INFO if it is the first choice.
     """
     for note in notes:
         if not note.startswith("I/O engine "):
@@ -145,7 +146,7 @@ def log_notes(notes: list[str]) -> None:
 
 
 class Life:
-    """Whose an object is, and whether it is closed."""
+    """Which process an object belongs to, and whether it is closed."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -170,7 +171,7 @@ class Life:
 
 
 def close_quietly(closable: Any, pid: int, what: str) -> None:
-    """Closes what was dropped or is left at exit; errors go to the log."""
+    """Closes what was dropped or is left at exit. Errors go to the log."""
     if pid != os.getpid():
         return
     try:

@@ -14,7 +14,7 @@ from torch_ext._values import copied, described, differing
 
 State = dict[str, Any]
 
-#: Methods that some classes want called before steps and before evaluation.
+#: Some classes want these methods called before steps and before evaluation.
 MODES = ("train", "eval")
 
 
@@ -26,13 +26,13 @@ class PieceError(RuntimeError):
 class Kept:
     """What a class keeps of each parameter, and what else it writes."""
 
-    #: Tensors with something for every element: one of no elements for each.
+    #: Tensors with something for every element. Each stands here without elements.
     fields: dict[str, Tensor]
-    #: All names in the class's order, with a value where it is no field.
+    #: All names in the class's order, with the value of each that is no field.
     names: dict[str, Any]
-    #: Whether it is there before the first step.
+    #: Whether the state exists before the first step.
     from_start: bool
-    #: Torch's default dtype then, in which a class may make tensors.
+    #: Torch's default dtype at that time. A class may make tensors in it.
     default_dtype: torch.dtype
     writes_group: bool = False
     writes_gradients: bool = False
@@ -42,8 +42,9 @@ class Kept:
         return dtypes[0] == dtypes[1] and self.names.keys() == other.names.keys()
 
     def goes_on_as(self, other: Kept) -> bool:
-        """Whether a step finds in this state what it expects, ``other``. A state that was
-        made in another default dtype stays in it.
+        """Whether a step that expects ``other`` can go on with this state.
+
+        A state that was made in another default dtype stays in that dtype.
         """
         if self.default_dtype == other.default_dtype:
             return self.same(other)
@@ -56,7 +57,7 @@ class Kept:
 class Piece:
     """Elements of one parameter, in float32 on the CPU, with their gradient and state.
 
-    ``attributes`` are those that someone has given the parameter.
+    ``attributes`` are those that somebody has set on the parameter.
     """
 
     __slots__ = ("gradient", "parameter", "state", "values")
@@ -80,7 +81,7 @@ class Piece:
     def finish(self, state: State) -> None:
         self.state = state
         if self.parameter.data_ptr() != self.values.data_ptr():
-            self.values.copy_(self.parameter)  # It was given other memory: p.data = ...
+            self.values.copy_(self.parameter)  # The class gave it other memory: p.data = ...
         gradient = self.parameter.grad
         if gradient is not self.gradient:
             if gradient is None or self.gradient is None:
@@ -89,7 +90,7 @@ class Piece:
 
 
 class PieceOptimizer:
-    """One optimizer for pieces of parameters that come and go."""
+    """One optimizer of a class, for pieces of parameters that come and go."""
 
     def __init__(self, optimizer_class: type[torch.optim.Optimizer], options: State) -> None:
         self.optimizer_class = optimizer_class
@@ -108,10 +109,10 @@ class PieceOptimizer:
         from_start: bool = False,
         method: str = "step",
     ) -> State:
-        """A step, or another method, for pieces that all have state or all have none.
+        """Runs a step, or another method, for pieces that all have state or all have none.
 
         Returns the options of their group as the class has left them. ``options`` are not
-        changed: the pieces of a group have the same before a step.
+        changed, since all pieces of a group have the same ones before a step.
 
         Raises:
             PieceError: The class has kept something that belongs to no piece.
@@ -132,16 +133,16 @@ class PieceOptimizer:
             check_state_keys(optimizer, parameters)
             return {key: value for key, value in group.items() if key != "params"}
         finally:
-            # Nothing of a tile may be held when its memory is used for another.
+            # No tensor of a tile may be held when its memory is used for another tile.
             optimizer.param_groups = []
             optimizer.state = defaultdict(dict)
 
     def run_idle(self, options: State, method: str = "step") -> State:
-        """What the class makes of the options of a group in which nothing has a gradient."""
+        """Returns the options that a step leaves in a group in which nothing has a gradient."""
         return self.run(options, [Piece(some_parameter().detach(), None, {})], False, method)
 
     def begin(self) -> None:
-        """Called before the pieces of a step."""
+        """Begins a step. Called before its pieces."""
         self._attributes = attributes_of(self._optimizer)
 
     def check_attributes(self) -> None:
@@ -150,24 +151,24 @@ class PieceOptimizer:
             raise PieceError(f"it has changed {name}, which it did not in the trial. {CARRIED}")
 
     def first_state(self, options: State, values: Tensor) -> State:
-        """What the class keeps of these elements before a step."""
+        """Returns what the class keeps of these elements before a step."""
         parameter = values.detach().requires_grad_()
         return dict(self.made([{**options, "params": [parameter]}]).state.get(parameter, {}))
 
     def prepared(self, options: State) -> State:
-        """The options of a group as the class's constructor leaves them."""
+        """Returns the options of a group as the class's constructor leaves them."""
         (group,) = self.made([{**options, "params": [some_parameter()]}]).param_groups
         return options_of(group)
 
     def made(self, groups: list[State]) -> torch.optim.Optimizer:
-        """A new instance of the class; it gets a copy of the groups' options."""
+        """Returns a new instance of the class, with a copy of the groups' options."""
         memo: dict[int, Any] = {id(p): p for group in groups for p in group["params"]}
         with on_the_cpu():
             return self.optimizer_class(copied(groups, memo), **copied(self._options, memo))
 
 
 def options_of(group: State) -> State:
-    """A group's options for pieces, which are on the CPU."""
+    """Returns a group's options for pieces, which are on the CPU."""
     return {
         key: value.cpu() if isinstance(value, Tensor) else value
         for key, value in group.items()
@@ -176,7 +177,7 @@ def options_of(group: State) -> State:
 
 
 def call(optimizer: torch.optim.Optimizer, method: str) -> None:
-    """Hooks are for steps of the user's optimizer, and each piece is only part of one."""
+    """Calls a method without its hooks: each piece is only part of the user's step."""
     if method != "step":
         getattr(optimizer, method)()
         return
@@ -193,7 +194,7 @@ def check_state_keys(optimizer: torch.optim.Optimizer, parameters: list[Tensor])
 
 
 def attributes_of(optimizer: torch.optim.Optimizer) -> State:
-    """What an optimizer keeps in itself and in its class, described."""
+    """Describes what an optimizer keeps in itself and in its class."""
     found = {
         f"self.{name}": described(value)
         for name, value in vars(optimizer).items()

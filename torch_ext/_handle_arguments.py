@@ -1,4 +1,4 @@
-"""Arguments of aio_handle's calls."""
+"""Checks the arguments of aio_handle's calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch_ext.config import AioConfig
 def async_and_offset(
     name: str, rest: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[bool, int]:
-    """What follows ``validate``: whether to wait, and the offset in the file."""
+    """Returns what follows ``validate``: whether to wait, and the offset in the file."""
     values = dict(zip(("async", "file_offset"), rest, strict=False))
     twice = values.keys() & named.keys()
     unknown = named.keys() - {"async", "file_offset"}
@@ -28,9 +28,9 @@ def async_and_offset(
 
 
 def handle_config(**settings: Any) -> AioConfig:
-    """The settings as an AioConfig; errors have the handle's own names.
+    """Returns the settings as an AioConfig. Errors have the handle's own names.
 
-    Flags may also be what else is 0 or 1: DeepSpeed's configurations have such.
+    A flag may be anything that equals 0 or 1: DeepSpeed's configurations have such.
     """
     for name, value in settings.items():
         if value is None:
@@ -45,12 +45,12 @@ def _is_flag(value: Any) -> bool:
     try:
         return operator.index(value) in (0, 1)
     except TypeError:
-        # numpy's bool is no integer.
+        # numpy's bool is not an integer.
         return getattr(value, "ndim", None) == 0 and str(value.dtype) == "bool"
 
 
 def checked_offset(offset: int) -> int:
-    """As an int: anything that is one by ``__index__`` will do, but for bool."""
+    """Returns the offset as an int. Anything with ``__index__`` will do, except bool."""
     try:
         value = operator.index(offset)
     except TypeError:
@@ -65,7 +65,9 @@ def checked_offset(offset: int) -> int:
 def checked_target(
     buffer: torch.Tensor, filename: str, offset: int, absolute: bool = False
 ) -> tuple[str | bytes, int]:
-    """The file's path and the offset; ``absolute``: whatever the working directory is later."""
+    """Returns the file's path and the offset.
+
+    ``absolute``: the path holds whatever the working directory is later."""
     if not isinstance(buffer, torch.Tensor):
         raise TypeError(f"buffer must be a torch.Tensor, not {type(buffer).__name__}")
     offset = checked_offset(offset)
@@ -80,7 +82,7 @@ def check_size(buffer: torch.Tensor, filename: str) -> None:
     try:
         found = os.stat(path, follow_symlinks=False)
     except OSError:
-        return  # Reading says it with all that belongs to it.
+        return  # Reading reports it, with all details.
     if stat.S_ISREG(found.st_mode) and found.st_size != buffer.nbytes:
         raise ValueError(
             f"{os.fsdecode(path)} has {found.st_size} bytes, the buffer {buffer.nbytes}: "

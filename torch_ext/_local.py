@@ -1,6 +1,6 @@
-"""What of a DTensor this process has.
+"""The part of a DTensor that this process has.
 
-Optimizers work on local shards; what they show is a DTensor again.
+Optimizers work on local shards. What they show is a DTensor again.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 
 
 def is_distributed(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, as FSDP2 and tensor parallelism make them."""
-    # Where none has been made the module is not worth its import, and may not exist.
+    """Whether the tensor is a DTensor, as FSDP2 and tensor parallelism make them."""
+    # Where no DTensor has been made, the module is not worth its import, and may not exist.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local_of(tensor: Any) -> Any:
-    """The local shard of a DTensor, any other tensor itself."""
+    """Returns the local shard of a DTensor, and any other tensor itself."""
     if type(tensor) in (Tensor, torch.nn.Parameter) or not is_distributed(tensor):
         return tensor
     with torch.no_grad():
@@ -31,7 +31,7 @@ def local_of(tensor: Any) -> Any:
 
 
 def first_element(parameter: Tensor) -> int:
-    """Where the local shard begins in the whole: the index, in C order, of its first
+    """Returns where the local shard begins in the whole: the index, in C order, of its first
     element. Shards that are no run of the whole get numbers that are far apart.
     """
     if not is_distributed(parameter):
@@ -65,11 +65,11 @@ def check_parameter(parameter: Tensor) -> None:
 
 
 def local_gradient(parameter: Tensor, label: Callable[[], str]) -> Tensor:
-    """What of a parameter's gradient belongs to ``local_of(parameter)``.
+    """Returns the part of a parameter's gradient that belongs to ``local_of(parameter)``.
 
     Raises:
-        RuntimeError: The gradient is distributed differently; the text has what
-            ``label`` returns.
+        RuntimeError: The gradient is distributed differently. The text has what ``label``
+            returns.
     """
     gradient = parameter.grad
     if gradient is None or _alike(gradient, parameter):
@@ -90,11 +90,12 @@ def local_gradient(parameter: Tensor, label: Callable[[], str]) -> Tensor:
 
 
 def local_state(what: str, saved: Tensor, parameter: Tensor) -> Tensor:
-    """What of a loaded tensor belongs to ``local_of(parameter)``: a plain tensor
-    is the local shard.
+    """Returns the part of a loaded tensor that belongs to ``local_of(parameter)``.
+
+    A plain tensor is the local shard.
 
     Raises:
-        ValueError: It is distributed differently; the text begins with ``what``.
+        ValueError: It is distributed differently. The text begins with ``what``.
     """
     if not is_distributed(saved):
         return saved
@@ -111,23 +112,23 @@ def local_state(what: str, saved: Tensor, parameter: Tensor) -> Tensor:
 
 
 def like_parameter(local: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor of the local shard's shape as a DTensor, if the parameter is one."""
+    """Returns a tensor of the local shard's shape as a DTensor, if the parameter is one."""
     if not is_distributed(parameter):
         return local
-    # DTensor.from_local() would move it to the mesh's device: all state to the GPU.
+    # DTensor.from_local() would move it to the mesh's device, and so all state to the GPU.
     spec = parameter._spec
     meta = spec.tensor_meta._replace(dtype=local.dtype)
     return type(parameter)(local, spec.shallow_copy_with_tensor_meta(meta), requires_grad=False)
 
 
 def any_nonzero(tensors: Iterable[Tensor]) -> bool:
-    """Whether an element is not zero: the same answer in all processes that have shards."""
+    """Whether an element is not zero. All processes that have shards get the same answer."""
     found: dict[Any, bool] = {}
     for tensor in tensors:
         mesh = tensor.device_mesh if is_distributed(tensor) else None
         found[mesh] = found.get(mesh, False) or bool(local_of(tensor).any())
     here = found.pop(None, False)
-    # Each process has to ask about each mesh, whatever it has found: no short cut.
+    # No short cut: each process has to ask about each mesh, whatever it has found.
     answers = [_anywhere(mesh, flag) for mesh, flag in found.items()]
     return here or any(answers)
 

@@ -1,7 +1,7 @@
-"""What of the caller's torch settings must not change a result.
+"""Keeps the caller's torch settings from changing a result.
 
-Two of them are met where tensors are made: each names its dtype and its device, so that
-neither the default dtype nor a ``torch.device`` context decides (tests/repo holds it).
+Two settings are met where tensors are made. Each new tensor names its dtype and its device, so
+neither the default dtype nor a ``torch.device`` context decides (tests/repo holds that).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch_ext._native import _C
 
 @contextlib.contextmanager
 def plain_modes() -> Iterator[None]:
-    """Runs a call without autograd, inference mode and autocast, whatever the caller is in.
+    """Runs a call without autograd, inference mode and autocast, whatever the caller has set.
 
     Raises:
         RuntimeError: As ``check_no_fake_mode``.
@@ -44,7 +44,7 @@ def check_no_fake_mode() -> None:
 def on_the_cpu() -> AbstractContextManager[object]:
     """Lets an optimizer class make its tensors where the pieces that it updates are.
 
-    Whole parameters may be on the default device, pieces of them are on the CPU.
+    Whole parameters may be on the default device. Pieces of them are on the CPU.
     """
     cpu = torch.device("cpu")
     return nullcontext() if torch.get_default_device() == cpu else cpu

@@ -117,11 +117,10 @@ class OffloadedBase(torch.optim.Optimizer):
         is written wears it); ``read_seconds``, ``update_seconds``, ``write_seconds``
         (while a lane was busy) and ``wait_seconds`` (that steps waited for I/O), each
         also as a share, ``read_share``, ..., of ``elapsed_seconds`` (since the first step
-        began);
-        ``host_memory``, ``host_bytes_peak`` (bytes in use at most); ``state_bytes`` and
+        began); ``host_memory``, ``host_bytes_peak`` (bytes in use at most); ``state_bytes`` and
         ``resident_bytes`` (of those that stay in memory); ``tile_visits`` (by steps) and
-        ``tile_hits`` (those that cost no transfer); ``tiles``, ``tile_bytes`` (of a
-        buffer) and ``buffers``. Also of a closed optimizer.
+        ``tile_hits`` (those that cost no transfer); ``tiles``, ``tile_bytes`` (of a buffer) and
+        ``buffers``. Also of a closed optimizer.
 
         Raises:
             RuntimeError: The optimizer belongs to another process.

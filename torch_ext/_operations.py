@@ -19,12 +19,12 @@ _PIECE = 1 << 24
 
 
 class Operation:
-    """One operation, from before its start. Threads: any.
+    """One operation, from before its start until it is reported. Threads: any.
 
-    Signal handlers may raise anything at any line of Python, and what they raise
-    must neither pass for the operation's failure nor lose the operation. So the
-    compiled module puts tickets into a list, and returns failures; and handlers wait
-    while operations are started, and while they are taken and reported.
+    Signal handlers may raise anything at any line of Python. What they raise must neither pass
+    for the operation's failure nor lose the operation. So the compiled module puts tickets into
+    a list, and returns failures. And handlers wait while operations are started, and while they
+    are taken and reported.
     """
 
     __slots__ = ("_check", "_ended", "_tickets", "error", "reported")
@@ -33,9 +33,9 @@ class Operation:
         self._check: tuple[torch.Tensor, str, int] | None = None
         self._ended = False
         self._tickets: list[Any] = []
-        #: What it failed with, once wait() has returned and until it is reported.
+        #: Its failure, from when wait() has returned until it is reported.
         self.error: Exception | None = None
-        #: Whether a call has taken it, to report it.
+        #: Whether a call has taken it to report it.
         self.reported = False
 
     def start(
@@ -46,10 +46,10 @@ class Operation:
         buffer: torch.Tensor,
         check: tuple[torch.Tensor, str, int] | None = None,
     ) -> None:
-        """Starts it by a call of the compiled module.
+        """Starts the operation by a call of the compiled module.
 
         Args:
-            check: For ``validate`` the tensor, the file's absolute path and the offset.
+            check: For ``validate``: the tensor, the file's absolute path and the offset.
         """
         self._check = check
         call(target, offset, buffer, self._tickets)
@@ -59,20 +59,20 @@ class Operation:
         return bool(self._tickets)
 
     def wait(self, deadline: float | None = None) -> None:
-        """Returns when it has ended, well or not.
+        """Returns when the operation has ended, well or not.
 
         Raises:
-            TimeoutError: At the deadline (of the monotonic clock).
-            BaseException: What the handler of a signal raised, KeyboardInterrupt
-                for one; the operation goes on.
+            TimeoutError: At the deadline, which is of the monotonic clock.
+            BaseException: What the handler of a signal raised, such as KeyboardInterrupt. The
+                operation goes on.
         """
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        # Ended or not: the current stream is to wait for the bytes.
+        # This is called even if it has ended: the current stream has to wait for the bytes.
         error = self._tickets[0].outcome(timeout=left)
         if self._ended:
             return
-        # Threads that wait at the same time may each compare: nothing may have
-        # written to the file before one of them has returned.
+        # Threads that wait at the same time may each compare. Nothing may write to the file
+        # before one of them has returned.
         if error is None and self._check is not None:
             error = _difference(*self._check)
         if error is not None:
@@ -88,14 +88,14 @@ class Pending:
         self._operations: dict[Operation, None] = {}
         self._lock = threading.Lock()
 
-    @undisturbed  # What is raised where the lock is given back would keep it.
+    @undisturbed  # An exception where the lock is given back would keep it.
     def add(self, operation: Operation) -> None:
-        """Idempotent."""
+        """Adds an operation. Adding it twice changes nothing."""
         with self._lock:
             self._operations[operation] = None
 
     def wait(self, timeout: float | None = None) -> list[Operation]:
-        """Waits for what is pending now, and returns it: see Operation.wait."""
+        """Waits for what is pending now, and returns it. See Operation.wait."""
         deadline = None if timeout is None else time.monotonic() + timeout
         operations = self._all()
         for operation in operations:
@@ -112,7 +112,7 @@ class Pending:
     ) -> tuple[int, list[Exception]]:
         """Takes those that no other thread has taken, and ``own``, which never was pending.
 
-        Returns how many that are, and what failed of them, which nobody else reports.
+        Returns how many there are, and their failures, which nobody else reports.
         """
         wanted = set(ended)
         with self._lock:
@@ -125,29 +125,29 @@ class Pending:
         failures = [operation.error for operation in taken if operation.error is not None]
         for operation in taken:
             operation.reported = True
-            operation.error = None  # Frames that a failure leads to have the operation.
+            operation.error = None  # Frames behind a failure hold the operation.
         return len(taken), failures
 
     def close(self) -> list[Exception]:
-        """Ends everything and returns the failures that nobody has seen."""
+        """Ends everything. Returns the failures that nobody has seen."""
         unseen = []
         try:
             self._files.close()
         except Exception as error:
             unseen = [without_frames(error)]
         _, failures = self.take(self.wait())
-        # The former is one of the latter, unless its ticket was lost on Ctrl-C.
+        # The error of close() is one of the failures, unless its ticket was lost on Ctrl-C.
         return failures or unseen
 
 
 def without_frames(error: Exception) -> Exception:
-    """The exception without what leads to stack frames, and so to tensors."""
+    """Returns the exception without what leads to stack frames, and so to tensors."""
     error.__traceback__ = error.__context__ = error.__cause__ = None
     return error
 
 
 def _difference(buffer: torch.Tensor, path: str, offset: int) -> Exception | None:
-    """What keeps the file from holding the buffer's bytes."""
+    """Compares the file with the buffer's bytes. Returns what is wrong, or None."""
     found: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
     stream = None if buffer.is_cpu else torch.accelerator.current_stream(buffer.device)
 
@@ -161,8 +161,8 @@ def _difference(buffer: torch.Tensor, path: str, offset: int) -> Exception | Non
         else:
             found.put(None)
 
-    # Handlers of signals run in the main thread alone: what is raised in
-    # another is of the comparison.
+    # Handlers of signals run only on the main thread. So what is raised on another thread comes
+    # from the comparison.
     threading.Thread(target=compare, daemon=True).start()
     return found.get()
 
@@ -189,12 +189,12 @@ def _compare(buffer: torch.Tensor, path: str, offset: int) -> None:
 
 
 def _open(path: str, _flags: int) -> int:
-    # As the operation did. Without O_NONBLOCK a FIFO would wait for its writer.
+    # Opens the file as the operation did. Without O_NONBLOCK a FIFO would wait for its writer.
     try:
         return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
-        # The name given was none, or the operation would have been refused.
+        # It was no link before, or the operation would have been refused.
         text = "validate: the file has been replaced by a link, which is not followed"
         raise OSError(errno.ELOOP, text, path) from None

@@ -1,4 +1,4 @@
-"""What an optimizer does with its budget of host memory."""
+"""How an optimizer uses its budget of host memory."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch_ext._size import size, size_up
 
 @dataclass(frozen=True)
 class OffloadPlan:
-    """How ``host_memory`` is shared out; sizes in bytes. ``str()`` says it in words."""
+    """How ``host_memory`` is shared out, in bytes. ``str()`` says it in words."""
 
     #: The budget.
     host_memory: int
-    #: Of it, for what is converted or on its way to and from a device.
+    #: The part of the budget for what is converted, or on its way to and from a device.
     scratch_bytes: int
-    #: State of all parameters, in the state format.
+    #: The state of all parameters, in the state format.
     state_bytes: int
-    #: State is read and written in pieces of at most this size.
+    #: State is read and written in tiles of at most this size.
     tile_bytes: int
     tiles: int
     #: Buffers that tiles pass through: read, updated, written.
@@ -25,9 +25,9 @@ class OffloadPlan:
     #: Tiles that stay in memory and cost no I/O.
     resident_tiles: int
     resident_bytes: int
-    #: What a step of all parameters reads and writes, together.
+    #: What a step of all parameters reads and writes together.
     step_bytes: int
-    #: An optimizer made with this ``host_memory`` or more would move nothing.
+    #: An optimizer with this ``host_memory`` or more would move nothing.
     host_memory_for_all: int
 
     def __str__(self) -> str:

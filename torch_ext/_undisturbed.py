@@ -1,4 +1,4 @@
-"""What keeps signals and threads away from work on tiles."""
+"""Keeps signals and threads away from work on tiles."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ _held = _C.HeldSignals()
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Keeps torch's other threads out of the calls of this one.
+    """Keeps torch's other threads out of this thread's calls.
 
-    Pieces are small: where the threads compete with I/O and data loaders, waiting for them
-    takes ten times as long as the work. And the bits do not depend on how many there are.
+    Pieces are small. Where the threads compete with I/O and data loaders, waiting for them
+    takes ten times as long as the work. Nor do the bits then depend on how many threads there
+    are.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -32,9 +33,9 @@ def one_thread() -> Iterator[None]:
 
 
 def undisturbed(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A function during which no handler of a signal runs; they do when it has ended.
+    """Makes a function during which no handler of a signal runs. They run when it has ended.
 
-    For what must not be left half done, as Ctrl-C would, nor be seen so by a handler that
+    It is for what must not be left half done by Ctrl-C, nor be seen half done by a handler that
     saves. All handlers of the signals that came run, as Python itself runs them.
     """
 

@@ -1,4 +1,4 @@
-"""What optimizers keep outside parameters: copied, and compared bit for bit."""
+"""Copies what optimizers keep outside parameters, and compares it bit for bit."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Tensors of more elements are compared by who they are and whether they were written to.
+#: Tensors of more elements are compared by identity, and by whether they were written to.
 _MANY = 1 << 16
 _PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes))
 _NO_VALUE = object()
 
 
 def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
-    """A copy, of containers with what is in them; what is no tensor or container is shared.
+    """Returns a copy of tensors, and of containers with all in them. Anything else is shared.
 
-    What is one object in a value, or in values that are there as long as a common ``memo``,
-    is one object in the copy.
+    One object in a value is one object in the copy. With a common ``memo`` that holds for
+    several values, which must live as long as the ``memo``.
     """
     if _cannot_change(value):
         return value
@@ -47,9 +47,9 @@ def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
 
 
 def described(value: Any, within: tuple[int, ...] = ()) -> Any:
-    """What is equal for values of one type and the same bits, and hashable."""
+    """Returns something hashable. It is equal for values of one type with the same bits."""
     if type(value) in _PLAIN:
-        return type(value), repr(value)  # -0.0 is not 0.0, and NaN is as good as any other.
+        return type(value), repr(value)  # -0.0 is not 0.0, and NaN equals NaN.
     if isinstance(value, Tensor):
         if value.is_meta or value.numel() > _MANY:
             return Tensor, id(value), 0 if value.is_inference() else value._version
@@ -74,7 +74,7 @@ def described(value: Any, within: tuple[int, ...] = ()) -> Any:
 
 
 def differing(some: dict[Any, Any], others: dict[Any, Any]) -> list[Any]:
-    """The keys under which two dicts do not hold the same."""
+    """Returns the keys under which two dicts do not hold the same."""
     return [
         key
         for key in {**some, **others}
@@ -83,7 +83,7 @@ def differing(some: dict[Any, Any], others: dict[Any, Any]) -> list[Any]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two values have one type and the same bits."""
+    """Whether two values have the same type and the same bits."""
     if one is other and _cannot_change(one):
         return True
     return described(one) == described(other)
@@ -95,6 +95,6 @@ def _cannot_change(value: Any) -> bool:
 
 
 def bits(tensor: Tensor) -> bytes:
-    """The elements in order, as they are in memory."""
+    """Returns the elements in order, as they are in memory."""
     flat = tensor.detach().cpu().flatten().contiguous()
     return ctypes.string_at(flat.data_ptr(), flat.nbytes)

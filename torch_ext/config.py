@@ -56,7 +56,7 @@ def get_scalar_param(
 
 
 def _given(name: str, value: Any, old_name: str, old: Any) -> Any:
-    """The one of an argument's two names that the caller has used."""
+    """Returns the value under the one of an argument's two names that the caller has used."""
     if (value is _OMITTED) == (old is _OMITTED):
         how = "is missing" if value is _OMITTED else f"is given twice, also as {old_name!r}"
         raise TypeError(f"get_scalar_param(): the argument {name!r} {how}")
@@ -72,14 +72,13 @@ def get_aio_config(param_dict: _Config) -> dict[str, int | bool]:
 
     Returns:
         A new dict with ``block_size``, ``queue_depth``, ``thread_count``,
-        ``single_submit`` and ``overlap_events``; what is missing, null or
-        ``"auto"`` has its default. Keys in ``aio`` that are unknown, and those
-        of the five outside of it, give a UserWarning and are ignored: what
-        takes ``get_aio_config``'s result also takes the five alone.
+        ``single_submit`` and ``overlap_events``. What is missing, null or ``"auto"`` has its
+        default. Unknown keys in ``aio`` are ignored with a UserWarning. So are the five keys
+        outside ``aio``, which other functions take alone: see ``resolve_aio_config``.
 
     Raises:
-        ValueError: A value is wrong; the text names key, value and what is
-            allowed. Or the JSON is bad.
+        ValueError: A value is wrong, or the JSON is bad. The text names key, value and what is
+            allowed.
         OSError: The file cannot be read.
         TypeError: ``param_dict`` is none of the above.
     """
@@ -89,14 +88,14 @@ def get_aio_config(param_dict: _Config) -> dict[str, int | bool]:
 def resolve_aio_config(config: AioConfig | _Config | None, stacklevel: int = 2) -> AioConfig:
     """Returns the AioConfig that ``config`` means.
 
-    Beside what get_aio_config() takes: None (the defaults), an AioConfig, and
-    the knobs themselves, as get_aio_config() returns them, without ``aio``
-    around them; also these as dict, JSON text or file. A configuration that
-    has keys, but neither ``aio`` nor a knob, gives a UserWarning.
+    It takes what get_aio_config() takes, None (the defaults), and an AioConfig. It also takes
+    the knobs without ``aio`` around them, as get_aio_config() returns them, as a dict, JSON
+    text or file. A configuration that has keys, but neither ``aio`` nor a knob, gives a
+    UserWarning.
 
     Args:
         config: What the user gave.
-        stacklevel: Whom warnings are attributed to; 2 is the caller.
+        stacklevel: The frame that warnings name; 2 is the caller.
     """
     if config is None:
         return AioConfig()
@@ -106,7 +105,7 @@ def resolve_aio_config(config: AioConfig | _Config | None, stacklevel: int = 2) 
         if any(key in config for key in _C.aio_keys()):
             return _read_section(config, stacklevel + 1)
         if config:
-            # The words of parse_aio_settings().
+            # These are the words of parse_aio_settings().
             warnings.warn(
                 "the configuration has neither an aio section nor a key of one; "
                 "the defaults are used",
@@ -119,7 +118,7 @@ def resolve_aio_config(config: AioConfig | _Config | None, stacklevel: int = 2) 
 def parse_size(value: int | str) -> int:
     """Returns the bytes that a size such as 4096, "64MiB" or "1.5G" means.
 
-    K, M, G, T and KiB .. TiB are powers of 1024, KB .. TB powers of 1000.
+    K, M, G, T and KiB to TiB are powers of 1024. KB to TB are powers of 1000.
 
     Raises:
         ValueError: The size is negative, 2^63 or more, or cannot be read.
@@ -139,12 +138,12 @@ def _read(config: _Config, stacklevel: int, parse: _Parse = _C.parse_aio_config)
     if isinstance(config, Mapping):
         read = _read_section(get_scalar_param(config, "aio", None), stacklevel + 1)
         for key in filter(config.__contains__, _C.aio_keys()):
-            # The words of parse_aio_config().
+            # These are the words of parse_aio_config().
             message = f"{key} is not in the aio section and is ignored"
             warnings.warn(message, UserWarning, stacklevel)
         return read
     if isinstance(config, str) and config.lstrip("\ufeff \t\r\n").startswith("{"):
-        # A lone surrogate becomes bytes that the parser refuses, with their place.
+        # A lone surrogate becomes bytes that the parser refuses. It names their place.
         text = config.encode("utf-8", "surrogatepass")
         return _warned(parse(text), stacklevel + 1)
     if isinstance(config, (str, os.PathLike)):

@@ -9,9 +9,8 @@ compile and load its own ``async_io``, ``gds`` and ``pin_memory``::
     engine, *_ = deepspeed.initialize(...)
 
 It holds for the process. Call it at the top level of the script, not below
-``if __name__ == "__main__"``: then processes that are spawned, which run the
-script again, have it too. Those that the ``deepspeed`` launcher or ``torchrun``
-starts run the script anyway.
+``if __name__ == "__main__"``. Then spawned processes, which run the script again, have it too.
+Processes that the ``deepspeed`` launcher or ``torchrun`` starts run the script anyway.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from torch_ext.handle import aio_handle, gds_handle, pin_handle
 
 __all__ = ["install", "uninstall"]
 
-# Where DeepSpeed keeps its one pin_memory module.
+# DeepSpeed keeps its one pin_memory module here.
 _PIN_MEMORY = "_deepspeed_pin_memory_op_module"
-# The package has its op_builder twice, with a cache of loaded ops each.
+# The package has its op_builder twice. Each has a cache of loaded ops.
 _BUILDERS = ("deepspeed.ops.op_builder.builder", "op_builder.builder")
 _MISSING = object()
 
@@ -37,7 +36,7 @@ _saved: list[tuple[Any, str, Any]] = []
 
 
 class _StrictHandle(aio_handle):
-    """Raises where DeepSpeed's handle would have lost bytes in silence."""
+    """A handle that raises where DeepSpeed's would have lost bytes in silence."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"strict": True, **kwargs})
@@ -57,7 +56,7 @@ def aio_read(
     overlap_events: bool,
     validate: bool,
 ) -> int:
-    """Fills the buffer from a file of exactly its size; returns 0."""
+    """Fills the buffer from a file of exactly its size. Returns 0."""
     with _StrictHandle(block_size, queue_depth, single_submit, overlap_events) as handle:
         return handle.read(buffer, filename, validate)
 
@@ -71,13 +70,13 @@ def aio_write(
     overlap_events: bool,
     validate: bool,
 ) -> int:
-    """Writes the buffer; returns 0."""
+    """Writes the buffer. Returns 0."""
     with _StrictHandle(block_size, queue_depth, single_submit, overlap_events) as handle:
         return handle.write(buffer, filename, validate)
 
 
 def deepspeed_memcpy(dest: torch.Tensor, src: torch.Tensor) -> int:
-    """Copies the bytes of one CPU tensor to another of the same size; returns 0.
+    """Copies the bytes of one CPU tensor to another of the same size. Returns 0.
 
     Raises:
         ValueError: The sizes differ, or a tensor is not contiguous on the CPU.
@@ -93,7 +92,7 @@ def deepspeed_memcpy(dest: torch.Tensor, src: torch.Tensor) -> int:
 
 
 def install() -> None:
-    """Makes DeepSpeed use torch_ext from the next handle on. Idempotent.
+    """Makes DeepSpeed use torch_ext from the next handle on. A second call changes nothing.
 
     Raises:
         ImportError: There is no DeepSpeed.
@@ -119,7 +118,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Undoes install(); handles that exist stay what they are. Idempotent."""
+    """Undoes install(). Handles that exist stay what they are."""
     while _saved:
         where, name, old = _saved.pop()
         if isinstance(where, dict):
@@ -131,14 +130,14 @@ def uninstall() -> None:
 
 
 def _module(name: str, **members: Any) -> ModuleType:
-    # Without __file__, which DeepSpeed would open as a shared library.
+    # It has no __file__, which DeepSpeed would open as a shared library.
     module = ModuleType(f"torch_ext.deepspeed.{name}")
     module.__dict__.update(members)
     return module
 
 
 def _loaded_ops() -> list[dict[str, Any]]:
-    """DeepSpeed's caches of the ops it has loaded, by name."""
+    """Returns DeepSpeed's caches of the ops that it has loaded, by name."""
     found = []
     for name in _BUILDERS:
         try:

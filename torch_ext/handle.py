@@ -28,43 +28,41 @@ from torch_ext.config import parse_size
 
 _logger = logging.getLogger("torch_ext")
 
-# What the file, or a value that it cannot take, makes the start of an operation fail with.
+# The errors that a file, or a value that it cannot take, gives the start of an operation.
 _Refusal = (OSError, ValueError)
 
 
 class aio_handle:  # noqa: N801 - DeepSpeed's name
     """Moves tensors to and from files, with the calls of DeepSpeed's aio_handle.
 
-    Names, argument names, defaults and return values are DeepSpeed's, so that
-    code written for it runs unchanged. Different is what happens when
-    something fails, for there everything is looked at: with ``strict`` the
-    call, or ``wait()``, raises; without, it returns -1 and the exception is
-    added to ``errors``. No failure is left unsaid: what a call that was cut
-    short (a timeout, Ctrl-C) has found is reported by the next ``wait()``, or
-    by ``close()``. Nothing is printed and nothing aborts.
+    Names, argument names, defaults and return values are DeepSpeed's, so code written for it
+    runs unchanged. Failures are different, since every result is looked at. With ``strict`` the
+    call, or ``wait()``, raises. Without, it returns -1 and adds the exception to ``errors``. No
+    failure is lost: what a call that was cut short (a timeout, Ctrl-C) has found is reported by
+    the next ``wait()``, or by ``close()``. Nothing is printed and nothing aborts.
 
-    Tensors are dense and strided, on the CPU or an accelerator, of any dtype,
-    shape and length; views move as exactly their elements. Files are opened
-    without following links (pass ``os.path.realpath(name)``), made 0600 where
-    there is none, and never truncated, so a shorter rewrite keeps the old tail.
-    Written bytes are not durable until the file is synced.
+    Tensors are dense and strided, on the CPU or an accelerator, of any dtype, shape and length.
+    A view moves exactly its elements. Files are opened without following links (pass
+    ``os.path.realpath(name)``). A file that is missing is made, with mode 0600. Files are never
+    truncated, so a shorter rewrite keeps the old tail. Written bytes are not durable until the
+    file is synced.
 
-    Between an ``async_`` call and ``wait()`` a tensor may not be changed, nor
-    read from if it is the target. Operations on the same bytes of a file (the
-    same path) take effect in the order of the calls; others have no order.
+    Between an ``async_`` call and ``wait()`` a tensor may not be changed. If it is the target,
+    it may not be read either. Operations on the same bytes of a file (the same path) take
+    effect in the order of the calls. Others have no order.
 
-    Threads may share a handle; a forked child may not use it (RuntimeError).
+    Threads may share a handle. A forked child may not use it (RuntimeError).
 
     Args:
-        block_size: Bytes of one request to the disk; any number, up to 1 GiB.
-        queue_depth: Requests in flight per thread.
-        single_submit: One system call per request.
-        overlap_events: Refill the queue as requests end, not when all have.
+        block_size: Bytes of one request to the disk; any number up to 1 GiB.
+        queue_depth: Requests in flight for each thread.
+        single_submit: Whether each request has a system call of its own.
+        overlap_events: Whether the queue is refilled as requests end, not when all have ended.
         intra_op_parallelism: I/O threads.
-        strict: Raise instead of returning -1.
-        host_memory: Most bytes of page-locked buffers, for tensors whose
-            memory direct I/O cannot take; less than ``block_size`` counts as
-            ``block_size``, which one buffer needs.
+        strict: Whether failures are raised instead of returning -1.
+        host_memory: The most bytes of page-locked buffers, for tensors whose memory direct I/O
+            cannot take. Less than ``block_size`` counts as ``block_size``, which one buffer
+            needs.
         engine: "auto", or one that ``python -m torch_ext info`` lists.
 
     Raises:
@@ -78,9 +76,9 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         1
     """
 
-    #: What failed and was not raised, oldest first; clear it as you like. Not
-    #: strict, that is every failure but the one that close() raised; strict,
-    #: what a call found besides the one that it raised. Without tracebacks,
+    #: Failures that were not raised, oldest first. Clear the list as you like. Without
+    #: ``strict``, it gets every failure but the one that close() raised. With ``strict``, it
+    #: gets what a call found besides the one that it raised. The failures have no tracebacks,
     #: which would keep tensors alive.
     errors: list[Exception]
 
@@ -113,7 +111,7 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         )
         self._pending = Pending(self._files)
         self._notes_logged = 0
-        # At exit the I/O must have ended before the interpreter is taken down.
+        # At exit, the I/O must have ended before the interpreter is taken down.
         self._finalizer = weakref.finalize(self, _close_dropped, self._pending, os.getpid())
 
     def get_block_size(self) -> int:
@@ -132,15 +130,15 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         return self._config.thread_count
 
     def get_alignment(self) -> int:
-        """``intra_op_parallelism * 512``, as DeepSpeed; no call here needs any."""
+        """Returns ``intra_op_parallelism * 512``, as DeepSpeed does. No call here needs it."""
         return 512 * self._config.thread_count
 
     def read(
         self, buffer: torch.Tensor, filename: str, validate: bool, file_offset: int = 0
     ) -> int:
-        """Fills the buffer from the file and returns 0, or -1.
+        """Fills the buffer from the file. Returns 0, or -1.
 
-        With offset 0 the file has to have exactly the buffer's size.
+        With offset 0, the file must have exactly the buffer's size.
         """
         start = self._start_read_of_all if file_offset == 0 else self._start_read
         return self._run(start, buffer, filename, file_offset, validate, self._finish_alone)
@@ -148,20 +146,20 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
     def write(
         self, buffer: torch.Tensor, filename: str, validate: bool, file_offset: int = 0
     ) -> int:
-        """Writes the buffer and returns 0, or -1."""
+        """Writes the buffer. Returns 0, or -1."""
         start, then = self._start_write, self._finish_alone
         return self._run(start, buffer, filename, file_offset, validate, then)
 
-    # `async` is a keyword of Python, so it can only be given by position or as
-    # pread(..., **{"async": True}), which DeepSpeed allows as well.
+    # `async` is a keyword of Python. So it can only be given by position, or as pread(...,
+    # **{"async": True}), which DeepSpeed allows as well.
     def pread(
         self, buffer: torch.Tensor, filename: str, validate: bool, *rest: Any, **named: Any
     ):
         """pread(buffer, filename, validate, async, file_offset=0)
 
-        Starts to fill the buffer. With ``async`` returns 0, else what
-        ``wait()`` does; -1 if it failed. ``validate`` reads the bytes again
-        when the operation is waited for, and compares them.
+        Starts to fill the buffer. Returns 0 with ``async``, else what ``wait()`` returns; -1 if
+        it failed. With ``validate``, the bytes are read again and compared when the operation
+        is waited for.
         """
         wait, offset = async_and_offset("pread", rest, named)
         then = self._finish if wait else self._leave
@@ -172,7 +170,7 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
     ):
         """pwrite(buffer, filename, validate, async, file_offset=0)
 
-        Starts to write the buffer; otherwise as ``pread``.
+        Starts to write the buffer. Otherwise as ``pread``.
         """
         wait, offset = async_and_offset("pwrite", rest, named)
         then = self._finish if wait else self._leave
@@ -189,7 +187,7 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         return self._run(start, buffer, filename, file_offset, False, then)
 
     def async_pread(self, buffer: torch.Tensor, filename: str, file_offset: int = 0) -> int:
-        """Starts to fill the buffer; returns 0, or -1 if that cannot work."""
+        """Starts to fill the buffer. Returns 0, or -1 if that cannot work."""
         start, then = self._start_read, self._leave
         return self._run(start, buffer, filename, file_offset, False, then)
 
@@ -201,9 +199,9 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         *,
         fd: int | None = None,
     ) -> int:
-        """Starts to write the buffer; returns 0, or -1 if that cannot work.
+        """Starts to write the buffer. Returns 0, or -1 if that cannot work.
 
-        A descriptor in place of the file's name, or as ``fd``, stays the
+        A descriptor may stand in place of the file's name, or be given as ``fd``. It stays the
         caller's, who keeps it open until ``wait()``.
         """
         if (filename is None) == (fd is None):
@@ -214,17 +212,17 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         return self._run(start, buffer, target, file_offset, False, self._leave)
 
     def wait(self, timeout: float | None = None) -> int:
-        """Waits for all that is pending and returns how many operations it was.
+        """Waits for all that is pending. Returns how many operations that was, or 0.
 
-        0 if nothing is. What starts meanwhile is the next call's. If any has
-        failed, returns -1 and adds to ``errors``; if the handle is strict,
-        raises the first and adds the others.
+        Operations that start meanwhile belong to the next call. If an operation has failed, it
+        returns -1 and adds to ``errors``. A strict handle raises the first failure and adds the
+        others.
 
-        After ``timeout`` seconds raises TimeoutError, and on Ctrl-C
-        KeyboardInterrupt. Then all of it stays pending, and goes on: the next
-        call counts what had ended, too, and reports what had failed. A file
-        that ``validate`` compares is read to its end whatever the timeout. Of
-        threads that wait at the same time, one counts and reports an operation.
+        It raises TimeoutError after ``timeout`` seconds, and KeyboardInterrupt on Ctrl-C. Then
+        everything stays pending and goes on. The next call also counts what had ended, and
+        reports what had failed. A file that ``validate`` compares is read to its end, whatever
+        the timeout. If several threads wait at the same time, only one of them counts and
+        reports an operation.
 
         Raises:
             TypeError, ValueError: ``timeout`` is neither None nor a number >= 0.
@@ -241,39 +239,42 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
     def new_cpu_locked_tensor(
         self, num_elem: int, example_tenosr: torch.Tensor
     ) -> torch.Tensor:
-        """A 1-D CPU tensor of the example's dtype, page aligned and, where there
-        is a GPU, page-locked. Its memory goes with its last reference.
+        """Returns a 1-D CPU tensor of the example's dtype, aligned to a page.
+
+        It is page-locked where there is a GPU. Its memory goes with its last reference.
         """
         return new_cpu_locked_tensor(num_elem, example_tenosr)
 
     def free_cpu_locked_tensor(self, tensor: torch.Tensor) -> bool:
-        """Forgets a tensor that ``new_cpu_locked_tensor`` made; False if it did
-        not. I/O in flight and other views keep the memory until they are gone.
+        """Forgets a tensor that ``new_cpu_locked_tensor`` made. False if it is none.
+
+        I/O in flight and other views keep the memory until they are gone.
         """
         return free_cpu_locked_tensor(tensor)
 
     def is_pinned(self, buffer: torch.Tensor) -> bool:
-        """Whether the buffer lies in one tensor of any handle's
-        ``new_cpu_locked_tensor``, or is page-locked by PyTorch.
+        """Whether the buffer is page-locked by PyTorch, or lies in a tensor that
+        ``new_cpu_locked_tensor`` of any handle made.
         """
         return is_pinned(buffer)
 
     def stats(self) -> dict[str, int]:
-        """Counters since the handle was made: ``bytes_read``, ``bytes_written``
-        (of operations that ended well), ``operations``, ``failures``,
-        ``in_flight``, ``host_bytes`` (of buffers), ``host_bytes_peak``,
-        ``descriptors`` (open now).
+        """Returns counters since the handle was made.
+
+        They are ``bytes_read`` and ``bytes_written`` (of operations that ended well),
+        ``operations``, ``failures``, ``in_flight``, ``host_bytes`` (of buffers),
+        ``host_bytes_peak``, and ``descriptors`` (open now).
         """
         self._life.check_process()
         return self._files.stats()
 
     @undisturbed
     def close(self) -> None:
-        """Waits for all operations and frees memory and descriptors. Idempotent.
+        """Waits for all operations, then frees memory and descriptors. May be called again.
 
         Raises:
-            Exception: The first failure that no call has reported, strict or
-                not; the others are added to ``errors``. All is closed then.
+            Exception: The first failure that no call has reported, strict or not. The others
+                are added to ``errors``. Everything is closed then.
         """
         self._life.check_process()
         self._life.closed = True
@@ -294,7 +295,7 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         try:
             self.close()
         except Exception:
-            # The body's own exception says more than what followed from it.
+            # The body's own exception says more than one that followed from it.
             if error is None:
                 raise
             _logger.exception("closing an aio_handle after another error")
@@ -359,13 +360,13 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
             return then(operation)
         except BaseException:
             if operation.started and not operation.reported:
-                # A signal's handler: the next wait() has to know of what goes on.
+                # A signal's handler raised. The next wait() has to know of what goes on.
                 self._pending.add(operation)
             raise
 
-    @undisturbed  # What a handler raises is no refusal.
+    @undisturbed  # A handler's exception is no refusal.
     def _begin(self, operation: Operation, start: Callable[..., None], *arguments: Any) -> bool:
-        """Returns whether it has started; if not, its failure is reported."""
+        """Returns whether it has started. If not, its failure is reported."""
         try:
             start(operation, *arguments)
         except _Refusal as error:
@@ -402,8 +403,8 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         try:
             raise error
         finally:
-            # Frames that its traceback leads to and that lead to it would keep
-            # the caller's tensors until the collector finds them.
+            # Frames that its traceback leads to lead back to it. They would keep the caller's
+            # tensors until the collector finds them.
             del error
 
     def _log_notes(self) -> None:
@@ -415,8 +416,8 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
 class gds_handle(aio_handle):  # noqa: N801
     """An ``aio_handle`` under the name of DeepSpeed's GPUDirect Storage handle.
 
-    There is no direct path between GPU and drive here: the bytes go through
-    page-locked host memory, as they do where GPUDirect is not installed.
+    There is no direct path between GPU and drive here. The bytes go through page-locked host
+    memory, as they do where GPUDirect is not installed.
     """
 
     _warned = False
@@ -435,19 +436,19 @@ class gds_handle(aio_handle):  # noqa: N801
     def new_pinned_device_tensor(
         self, num_elem: int, example_tenosr: torch.Tensor
     ) -> torch.Tensor:
-        """A 1-D tensor of the example's dtype and device."""
+        """Returns a 1-D tensor of the example's dtype and device."""
         return torch.empty(num_elem, dtype=example_tenosr.dtype, device=example_tenosr.device)
 
     def free_pinned_device_tensor(self, tensor: torch.Tensor) -> bool:
-        """True: the memory goes with the tensor."""
+        """Returns True. The memory goes with the tensor."""
         return True
 
     def pin_device_tensor(self, tensor: torch.Tensor) -> bool:
-        """True: device memory needs no pinning here."""
+        """Returns True. Device memory needs no pinning here."""
         return True
 
     def unpin_device_tensor(self, tensor: torch.Tensor) -> bool:
-        """True: see ``pin_device_tensor``."""
+        """Returns True. See ``pin_device_tensor``."""
         return True
 
 
@@ -465,7 +466,7 @@ class pin_handle:  # noqa: N801
         return free_cpu_locked_tensor(locked_tensor)
 
     def free_cpu_locked_tensor_by_ptr(self, address: int) -> bool:
-        """The same for the tensor whose first byte is at ``address``."""
+        """As ``free_cpu_locked_tensor``, for the tensor whose first byte is at ``address``."""
         return _C.disown_pinned(address)
 
     def is_pinned(self, buffer: torch.Tensor) -> bool:
@@ -494,7 +495,7 @@ def is_pinned(buffer: torch.Tensor) -> bool:
 
 
 def _close_dropped(pending: Pending, pid: int) -> None:
-    """Closes what was dropped or is left at exit; errors go to the log."""
+    """Closes what was dropped or is left at exit. Errors go to the log."""
     if pid != os.getpid():
         return
     for error in pending.close():

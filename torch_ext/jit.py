@@ -29,27 +29,26 @@ def load(
 ) -> ModuleType:
     """Compiles the extension with ``torch.utils.cpp_extension.load``.
 
-    All of the C++ core and the binding are compiled with the torch and the
-    compiler at hand (about a minute, once for each version of torch_ext and
-    torch; a UserWarning says so before it begins); no CUDA toolkit is needed.
-    Without libaio and liburing: the extension makes raw system calls for the first
-    and has no io_uring engine.
+    The whole C++ core and the binding are compiled with the torch and the compiler at hand.
+    This takes about a minute, once for each version of torch_ext and torch; a UserWarning says
+    so before it begins. No CUDA toolkit is needed. Neither libaio nor liburing is used: the
+    extension makes raw system calls instead of libaio's, and has no io_uring engine.
 
     Args:
-        name: Name of the extension module.
+        name: The name of the extension module.
         verbose: Whether the compiler's commands are shown.
         lock_timeout: Seconds to wait while another process builds the same.
-        **kwargs: Passed on. ``extra_cflags``, ``extra_ldflags`` and
-            ``extra_include_paths`` are added to those of torch_ext. No other
-            extension may be built in ``build_directory`` at the same time.
+        **kwargs: Passed on. ``extra_cflags``, ``extra_ldflags`` and ``extra_include_paths`` are
+            added to those of torch_ext. No other extension may be built in ``build_directory``
+            at the same time.
 
     Returns:
-        The module that torch_ext uses as ``torch_ext._C``; what there is to use
-        are the names of ``torch_ext``, which are the same with either.
+        The module that torch_ext uses as ``torch_ext._C``. Use the names of ``torch_ext``,
+        which are the same with either.
 
     Raises:
-        RuntimeError: The compiler, ninja or a header is missing, or the build
-            failed; the text has the remedy or the compiler's words.
+        RuntimeError: The compiler, ninja or a header is missing, or the build failed. The text
+            has the remedy, or the compiler's words.
         TimeoutError: Another process, which the text names, went on building.
     """
     from torch.utils import cpp_extension
@@ -73,11 +72,11 @@ def load(
     ]
     _check_compiler_and_python()
     with _ninja_on_path(), _locked(directory / "torch_ext.lock", lock_timeout):
-        # A lock of torch's own. Up to 2.14 it blocks as long as the file exists, and
-        # a killed build leaves it behind; nobody builds here while ours is held.
+        # This file is a lock of torch's own. Up to 2.14 it blocks as long as the file exists,
+        # and a killed build leaves it behind. Nobody builds here while our lock is held.
         (directory / "lock").unlink(missing_ok=True)
         if not (directory / f"{name}.so").exists():
-            # Shown on stderr unless the user has chosen otherwise, unlike a log.
+            # A warning, unlike a log, is shown on stderr unless the user has chosen otherwise.
             warnings.warn(
                 f"torch_ext: compiling the C++ extension in {directory}; this takes about "
                 f"a minute, once",
@@ -94,7 +93,7 @@ def load(
 
 
 def _source_root() -> Path:
-    """Where csrc and include are: inside a wheel, beside it in a checkout."""
+    """Returns where csrc and include are: in the wheel's package, beside it in a checkout."""
     for root in (_PACKAGE, _PACKAGE.parent):
         if (root / "csrc/sources.json").is_file():
             return root
@@ -102,10 +101,10 @@ def _source_root() -> Path:
 
 
 def _cache(name: str, root: Path) -> Path:
-    """A folder for this torch and these sources alone.
+    """Returns a folder for this torch and these sources alone.
 
-    torch's own choice knows neither, and ninja goes by times, which cannot
-    tell that another torch was installed.
+    torch's own choice knows neither. And ninja goes by times, which cannot tell that another
+    torch was installed.
     """
     import torch
     from torch.utils import cpp_extension
@@ -117,7 +116,7 @@ def _cache(name: str, root: Path) -> Path:
 
 
 def _third_party(root: Path) -> list[str]:
-    """Folders with nlohmann/json.hpp and xxhash.h that the compiler lacks."""
+    """Returns folders with nlohmann/json.hpp and xxhash.h, where the compiler lacks them."""
     shipped = root / "third_party/include"
     if shipped.is_dir():
         return [str(shipped)]
@@ -134,7 +133,7 @@ def _third_party(root: Path) -> list[str]:
                 f"<{header}> is missing: type `apt-get install {package}` or, without "
                 f"root, `make deps`"
             )
-        if place not in places[:2]:  # The compiler looks there by itself.
+        if place not in places[:2]:  # The compiler looks in the first two by itself.
             folders.append(str(place))
     return folders
 
@@ -155,7 +154,7 @@ def _check_compiler_and_python() -> None:
 
 @contextmanager
 def _ninja_on_path() -> Iterator[None]:
-    """pip puts ninja beside Python, which need not be on PATH."""
+    """Adds Python's folder to PATH: pip puts ninja there."""
     before = os.environ.get("PATH", "")
     if shutil.which("ninja") is None:
         beside = Path(sys.executable).parent
@@ -170,7 +169,7 @@ def _ninja_on_path() -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path, timeout: float) -> Iterator[None]:
-    """Holds the lock file, which a process that ends leaves unlocked."""
+    """Holds the lock file. A process that ends leaves it unlocked."""
     deadline = time.monotonic() + timeout
     with path.open("a+") as file:
         while not _try_lock(file):

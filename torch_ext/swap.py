@@ -25,52 +25,50 @@ from torch_ext.config import AioConfig, parse_size, resolve_aio_config
 
 _logger = logging.getLogger("torch_ext")
 
-#: What swap_out() and swap_in() return; see TensorSwapper.
+#: swap_out() and swap_in() return this. See TensorSwapper.
 SwapTicket = _C.SwapTicket
 
 
 class TensorSwapper:
     """Moves tensors between CPU or accelerator memory and a scratch file.
 
-    ``swap_out`` and ``swap_in`` return a ticket at once; copies and I/O run
-    behind the computation, in the order of the current stream:
+    ``swap_out`` and ``swap_in`` return a ticket at once. Copies and I/O run behind the
+    computation, in the order of the current stream:
 
-    * ``ticket.wait_source(timeout=None)``: the tensor that was swapped out may
-      be overwritten by work queued from now on. Dropping it is always safe.
-    * ``ticket.wait(timeout=None)``: its bytes are on disk; for a swap-in, work
-      queued from now on sees the bytes.
-    * ``ticket.result(timeout=None)``: ``wait()``, then the tensor swapped in.
-    * ``ticket.done()``: whether the bytes are in place; never blocks.
+    * ``ticket.wait_source(timeout=None)`` returns when work that is queued from now on may
+      overwrite the tensor that was swapped out. Dropping the tensor is always safe.
+    * ``ticket.wait(timeout=None)`` returns when the bytes are on disk. For a swap-in, work that
+      is queued from now on sees the bytes.
+    * ``ticket.result(timeout=None)`` is ``wait()``, and returns the tensor that was swapped in.
+    * ``ticket.done()`` tells whether the bytes are in place. It never blocks.
 
-    The waits raise what the operation met: OSError with errno, filename, offset
-    and length; TimeoutError after ``timeout`` seconds, while the operation goes
-    on; KeyboardInterrupt on Ctrl-C. An error that no ticket has raised is raised
-    by the next ``swap_out`` or ``swap_in`` of that key, which then does nothing,
-    and else by ``close()``.
+    The waits raise the operation's error, an OSError with errno, filename, offset and length.
+    They raise TimeoutError after ``timeout`` seconds, while the operation goes on, and
+    KeyboardInterrupt on Ctrl-C. An error that no ticket has raised is raised by the next
+    ``swap_out`` or ``swap_in`` of that key, which then does nothing, or else by ``close()``.
 
-    Operations on one key take effect in the order of the calls. A rewrite that
-    fails leaves the old value. A key can be read many times. The file has no
-    name and is gone when the swapper is closed or the process ends, however it
-    ends. Every block carries a checksum in memory that is compared on reading.
+    Operations on one key take effect in the order of the calls. A rewrite that fails leaves the
+    old value. A key can be read many times. The file has no name. It is gone when the swapper
+    is closed or the process ends, however it ends. Every block has a checksum in memory, which
+    is compared on reading.
 
     Threads may share a swapper. A forked child may not use it (RuntimeError).
 
     Args:
-        directory: Where the scratch file is made, on the drive to be used. For
-            several drives, a list with a directory on each, or a dict of
-            directories and weights: the blocks of each tensor go to them in
-            turn, in proportion to the weights (1 to 100; all 1 for a list).
-            Each drive has I/O threads of its own. One that fails or is full
-            is an error that names its directory.
-        config: What ``get_aio_config`` takes or returns; None: the defaults.
-        host_memory: Bytes of page-locked host buffers, such as 2**28 or
-            "256MiB"; at least ``block_size``.
+        directory: Where the scratch file is made, on the drive to be used. For several drives,
+            it is a list with a directory on each, or a dict of directories and weights. The
+            blocks of each tensor go to them in turn, in proportion to the weights (1 to 100;
+            all 1 for a list). Each drive has I/O threads of its own. A drive that fails or is
+            full is an error that names its directory.
+        config: What ``get_aio_config`` takes or returns. None: the defaults.
+        host_memory: Bytes of page-locked host buffers, such as 2**28 or "256MiB"; at least
+            ``block_size``.
         engine: "auto", or one that ``python -m torch_ext info`` lists.
         verify: Whether blocks carry checksums.
 
     Raises:
         OSError: The directory cannot be used.
-        ValueError: A value is out of range; the text says which and the range.
+        ValueError: A value is out of range. The text says which, and the range.
 
     Example:
         >>> with TensorSwapper("/mnt/nvme") as swapper:
@@ -97,24 +95,23 @@ class TensorSwapper:
         )
         self._notes_logged = 0
         self._log_notes()
-        # At exit the I/O must have ended before the interpreter is taken down.
+        # At exit, the I/O must have ended before the interpreter is taken down.
         self._finalizer = weakref.finalize(
             self, close_quietly, self._swapper, os.getpid(), "a TensorSwapper"
         )
 
     def swap_out(self, key: str, tensor: torch.Tensor) -> SwapTicket:
-        """Stores the tensor's elements under ``key``; returns a ticket at once.
+        """Stores the tensor's elements under ``key``. Returns a ticket at once.
 
-        Any dtype and shape; of a view exactly its elements; a tensor that is
-        not contiguous is packed first. The key's old value is replaced once the
+        The tensor may have any dtype and shape. A view stores exactly its elements. A
+        tensor that is not contiguous is packed first. The key's old value is replaced once the
         new one is complete.
 
         Raises:
-            TypeError: The tensor has no plain memory: sparse, meta, quantized,
-                nested, or a subclass such as DTensor.
-            RuntimeError: The swapper is closed, or belongs to another process,
-                or the current stream is being captured into a graph, or a
-                FakeTensorMode is active.
+            TypeError: The tensor has no plain memory. It is sparse, meta, quantized, nested, or
+                of a subclass such as DTensor.
+            RuntimeError: The swapper is closed or belongs to another process, or the current
+                stream is being captured into a graph, or a FakeTensorMode is active.
         """
         check_no_fake_mode()
         try:
@@ -131,30 +128,29 @@ class TensorSwapper:
         *,
         prefetch: bool = False,
     ) -> SwapTicket:
-        """Brings the key's tensor back; returns a ticket at once.
+        """Brings the key's tensor back. Returns a ticket at once.
 
         Args:
             key: As given to ``swap_out``.
-            out: Where the elements go, outside autograd; any view with the
-                stored shape and dtype, but on a device no lazily conjugate or
-                negative one. It belongs to the swapper until the ticket's
-                ``wait()``. None: a new tensor.
-            device: Where the new tensor is made; None: where the old one was.
-            prefetch: It is needed later only. What is needed now goes first,
-                though it be called afterwards: of any 16 requests, one is for
-                what is prefetched and one for what is written, if they wait.
+            out: Where the elements go, outside autograd. It may be any view with the stored
+                shape and dtype, but on a device no lazily conjugate or negative one. It belongs
+                to the swapper until the ticket's ``wait()``. None: a new tensor.
+            device: Where the new tensor is made. None: where the old one was.
+            prefetch: Whether the tensor is only needed later. What is needed now goes first,
+                even if it is called afterwards. If they wait, one request in 16 is for what is
+                prefetched, and one for what is written.
 
         Raises:
             KeyError: There is no such key.
-            ValueError: Shape, dtype or device of ``out`` are not as asked for,
-                or its elements share memory.
+            ValueError: Shape, dtype or device of ``out`` are not as asked for, or its elements
+                share memory.
             TypeError, RuntimeError: As for ``swap_out``.
         """
         check_no_fake_mode()
         if device is not None:
             device = torch.device(device)
             if device.type == "cpu":
-                device = torch.device("cpu")  # "cpu:0" is the same, and unequal.
+                device = torch.device("cpu")  # "cpu:0" is the same, but not equal.
             elif device.index is None:
                 device = torch.empty(0, dtype=torch.uint8, device=device).device
         try:
@@ -166,9 +162,9 @@ class TensorSwapper:
     def remove(self, key: str) -> None:
         """Forgets the key at once, whatever became of its operations.
 
-        Operations already called still end; then its space is used again. An
-        error of theirs that nobody has seen is not raised here, nor by later
-        calls for the key, but by ``close()``.
+        Operations that were already called still end. Then the key's space is used again. If
+        nobody has seen their error, ``close()`` raises it, and neither this call nor later
+        calls for the key.
 
         Raises:
             KeyError: There is no such key.
@@ -183,7 +179,7 @@ class TensorSwapper:
     delete = remove
 
     def keys(self) -> list[str]:
-        """The keys that have a value, or will have once their write ends."""
+        """Returns the keys that have a value, or will have one when their write ends."""
         return self._swapper.keys()
 
     def __contains__(self, key: object) -> bool:
@@ -193,13 +189,12 @@ class TensorSwapper:
         return len(self._swapper.keys())
 
     def stats(self) -> dict[str, int]:
-        """Counters since the swapper was made; bytes unless said otherwise.
+        """Returns counters since the swapper was made, also of a closed one.
 
-        ``bytes_out``, ``bytes_in`` (of tensors, of operations that ended well),
-        ``operations``, ``failures``, ``in_flight`` (counts), ``host_bytes`` (of
-        buffers), ``host_bytes_peak`` (most in use at once),
-        ``disk_bytes_written``, ``disk_bytes_read`` (padded),
-        ``disk_bytes_allocated``, ``disk_file_size``. Also of a closed swapper.
+        In bytes: ``bytes_out`` and ``bytes_in`` (of tensors whose operations ended well),
+        ``host_bytes`` (of buffers), ``host_bytes_peak`` (the most in use at once),
+        ``disk_bytes_written`` and ``disk_bytes_read`` (padded), ``disk_bytes_allocated``,
+        ``disk_file_size``. Operations: ``operations``, ``failures``, ``in_flight``.
 
         Raises:
             RuntimeError: The swapper belongs to another process.
@@ -210,18 +205,18 @@ class TensorSwapper:
 
     @property
     def engine(self) -> str:
-        """The I/O engine in use. RuntimeError as for ``stats``."""
+        """The name of the I/O engine in use. Raises RuntimeError as ``stats`` does."""
         self._life.check_process()
         return self._swapper.engine
 
     def close(self) -> None:
-        """Waits for all operations and frees memory and disk space.
+        """Waits for all operations, then frees memory and disk space.
 
-        Idempotent. Later calls of anything but ``stats`` and ``engine`` raise
+        It may be called again. Later calls of anything but ``stats`` and ``engine`` raise
         RuntimeError.
 
         Raises:
-            OSError: The first error that nobody has seen; all is closed then.
+            OSError: The first error that nobody has seen. Everything is closed then.
             RuntimeError: The swapper belongs to another process.
         """
         self._life.check_process()
@@ -241,7 +236,7 @@ class TensorSwapper:
         try:
             self.close()
         except Exception:
-            # The body's own exception says more than what followed from it.
+            # The body's own exception says more than one that followed from it.
             if error is None:
                 raise
             _logger.exception("closing a TensorSwapper after another error")

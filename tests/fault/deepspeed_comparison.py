@@ -20,9 +20,8 @@ Exits with 0 if all of ours were reported, survived or kept, or not tried.
 Faults need root (mount, losetup), strace, or a C compiler.
 
 Users of NVMe offload have met these faults. Each was tried on DeepSpeed's I/O core. Faults of
-the
-kernel's calls are named after libaio's. They are made in the calls of the engine in use, or in
-the closest that it has. The table says in which, and how often.
+the kernel's calls are named after libaio's. They are made in the calls of the engine in use, or
+in the closest that it has. The table says in which, and how often.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """The simulated device "sim" in Python: see sim_device.cpp.
 
 ``install()`` makes the device known to torch. It takes the library that the environment
-variable
-``TORCH_EXT_SIM_LIBRARY`` names, or else builds it, once, in torch's folder for extensions. From
-then on ``torch.device("sim")`` works, and the functions below control the machine. A process
-cannot have both it and a real accelerator.
+variable ``TORCH_EXT_SIM_LIBRARY`` names, or else builds it, once, in torch's folder for
+extensions. From then on ``torch.device("sim")`` works, and the functions below control the
+machine. A process cannot have both it and a real accelerator.
 """
 
 from __future__ import annotations
