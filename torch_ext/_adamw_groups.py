@@ -1,4 +1,4 @@
-"""The groups of OffloadedAdamW's parameters, and loaded states of them."""
+"""The groups of OffloadedAdamW's parameters, and loaded states of the parameters."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from torch_ext._local import any_nonzero, local_of, local_state
 
-#: How torch computes, not what: these are this process's own, whatever is loaded.
+#: These say how torch computes, not what. They are this process's own, whatever is loaded.
 WAYS = ("foreach", "capturable", "differentiable", "fused")
 
 
 def as_lists(params: Any) -> Any:
-    """``params`` of an optimizer with lists instead of iterators, which are read once."""
+    """Returns ``params`` with lists in place of iterators, which can be read only once."""
     if not isinstance(params, (Iterator, list, tuple)):
         return params
     return [
@@ -30,16 +30,17 @@ def as_lists(params: Any) -> Any:
 
 
 def early_bytes_of(params: Any) -> int:
-    """What copies of the gradients that come on accelerators take, each rounded up to 64
-    bytes; ``params`` need not be well-formed.
+    """Returns the bytes that copies of gradients on accelerators take.
+
+    Each is rounded up to 64 bytes. ``params`` need not be well-formed.
     """
     if isinstance(params, Tensor):
         if not params.requires_grad or not params.is_leaf:
-            return 0  # Frozen, whatever it is.
+            return 0  # It is frozen, whatever it is.
         local = local_of(params)
         if local.is_cpu:
             return 0
-        dtype = params.grad_dtype or torch.float32  # None: any.
+        dtype = params.grad_dtype or torch.float32  # None allows any.
         return -(-local.numel() * dtype.itemsize // 64) * 64
     if isinstance(params, dict):
         return early_bytes_of(params.get("params", ()))
@@ -49,7 +50,7 @@ def early_bytes_of(params: Any) -> int:
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Raises ValueError, in torch.optim.AdamW's words where it has some."""
+    """Raises ValueError for a group that cannot be used, in torch.optim.AdamW's words."""
     lr, betas = group["lr"], group["betas"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
@@ -77,7 +78,7 @@ def check_group(group: dict[str, Any]) -> None:
 def check_ways(name: str, group: dict[str, Any]) -> None:
     """Raises ValueError for a way of computing that an update on a drive cannot have.
 
-    ``fused`` and ``foreach`` are how torch would compute the same.
+    ``fused`` and ``foreach`` would give the same, so they are let through.
     """
     if group.get("capturable"):
         raise ValueError(
@@ -92,7 +93,7 @@ def check_ways(name: str, group: dict[str, Any]) -> None:
 
 
 def check_foreach(options: dict[str, Any]) -> None:
-    """Raises what torch.optim.AdamW does for keywords that exclude each other."""
+    """Raises what torch.optim.AdamW raises for keywords that exclude each other."""
     if options["foreach"] and isinstance(options["lr"], Tensor):
         raise ValueError(
             "lr as a Tensor is not supported for capturable=False and foreach=True"
@@ -107,7 +108,7 @@ def check_foreach(options: dict[str, Any]) -> None:
 
 
 def hyper(group: dict[str, Any]) -> tuple[float, float, float, float, float, bool]:
-    """The numbers of a group as the engine takes them."""
+    """Returns the numbers of a group as the engine takes them."""
     check_group(group)
     beta1, beta2 = group["betas"]
     numbers = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
@@ -138,11 +139,11 @@ def paired(
     state: Mapping[Any, Any],
     fields: Collection[str],
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each group with the saved one. ``fields``: tensors of which a state has some.
+    """Pairs each group with the saved one. ``fields``: a state has some of these tensors.
 
     Raises:
-        ValueError: There are more or fewer groups or parameters, or a state of
-            none of the parameters.
+        ValueError: There are more or fewer groups or parameters, or a state belongs to none of
+            the parameters.
     """
     if len(groups) != len(saved):
         raise ValueError("loaded state dict has a different number of parameter groups")
@@ -168,7 +169,7 @@ def paired(
 def merged(
     group: dict[str, Any], saved: dict[str, Any], defaults: dict[str, Any]
 ) -> dict[str, Any]:
-    """The saved group with this optimizer's parameters and way of computing."""
+    """Returns the saved group, with this optimizer's parameters and way of computing."""
     for key in ("lr", "betas", "eps", "weight_decay"):
         if key not in saved:
             raise ValueError(
@@ -187,7 +188,7 @@ def merged(
 
 
 def labelled_parameters(groups: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter with words that find it again, for messages."""
+    """Yields each parameter with words by which a reader finds it, for messages."""
     for i, group in enumerate(groups):
         names = group.get("param_names")
         for j, parameter in enumerate(group["params"]):
@@ -196,13 +197,13 @@ def labelled_parameters(groups: list[dict[str, Any]]) -> Iterator[tuple[str, Ten
 
 
 def _is_foreign(key: Any, value: Any, fields: Collection[str]) -> bool:
-    """Whether a key of a saved state is somebody's own and no lost parameter's."""
+    """Whether a key of a saved state is somebody else's, and not that of a lost parameter."""
     is_state = isinstance(value, Mapping) and any(name in value for name in fields)
     return not isinstance(key, int) and not is_state
 
 
 def others_of(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
-    """What a saved state has under keys that are no parameters."""
+    """Returns what a saved state has under keys that are no parameters."""
     ids = set(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
     return {key: value for key, value in state_dict["state"].items() if key not in ids}
 
@@ -210,8 +211,9 @@ def others_of(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
 def foreign_of(
     parameter: Tensor, entry: Any, own: Collection[str]
 ) -> tuple[Any, dict[str, Any]]:
-    """A parameter's loaded state without what others keep in it, and that: its tensors
-    where the parameter is, in its dtype, as torch.optim puts them.
+    """Splits a parameter's loaded state into the optimizer's part and what others keep in it.
+
+    The others' tensors come to the parameter's device and dtype, as torch.optim puts them.
     """
     if not isinstance(entry, Mapping):
         return entry, {}
@@ -231,11 +233,12 @@ def _placed(value: Any, parameter: Tensor) -> Any:
 def read_entry(
     label: str, parameter: Tensor, entry: Any
 ) -> tuple[int, Tensor, Tensor, Tensor | None]:
-    """The step, exp_avg, exp_avg_sq and master of a parameter's loaded state, of
-    which this process has a part if the parameter is a DTensor.
+    """Returns the step, exp_avg, exp_avg_sq and master of a parameter's loaded state.
+
+    If the parameter is a DTensor, they are this process's part.
 
     Raises:
-        ValueError, TypeError: It does not fit; the text has ``label``.
+        ValueError, TypeError: The state does not fit. The text has ``label``.
     """
     return _read(f"the loaded state of {label}", parameter, entry, {"master_param"})
 
@@ -243,7 +246,7 @@ def read_entry(
 def read_change(
     label: str, parameter: Tensor, entry: dict[str, Any], step: int | None
 ) -> tuple[int, Tensor | None, Tensor | None, Tensor | None]:
-    """The same of what was assigned to a state with that many steps, or to none."""
+    """Returns the same for what was assigned to a state with ``step`` steps, or to none."""
     may_lack = {"exp_avg", "exp_avg_sq", "master_param"} - entry.keys()
     if step is None:
         may_lack &= {"master_param"}
@@ -292,16 +295,16 @@ def _read_step(state: str, value: Any) -> int:
         raise ValueError(f"{state} has no 'step'")
     try:
         step = float(value)
-    except (TypeError, ValueError, RuntimeError):  # The last: of several elements.
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: several elements.
         raise ValueError(f"{state} has the step {value!r}, which is no number") from None
-    # float32, as torch keeps it, counts to 2^24; the library counts to 2^64.
+    # float32, in which torch keeps it, counts to 2^24. The library counts to 2^64.
     if not (0 <= step < 2**63 and step.is_integer()):
         raise ValueError(f"{state} has the step {step:g}; allowed: whole, from 0 to 2^63 - 1")
     return int(step)
 
 
 def asks_for_state_only(trained: list[tuple[dict[str, Any], list[Tensor]]]) -> bool:
-    """Whether this is the step by which DCP makes an optimizer have state."""
+    """Whether this is the step by which DCP makes an optimizer get state."""
     gradients = [p.grad for _, parameters in trained for p in parameters]
     return (
         bool(gradients)

@@ -1,4 +1,4 @@
-"""What optimizers with their state on NVMe have in common."""
+"""The base class of the optimizers that have their state on NVMe."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _Self = TypeVar("_Self", bound="OffloadedBase")
 class OffloadedBase(torch.optim.Optimizer):
     """A ``torch.optim.Optimizer`` around an engine of ``_C``.
 
-    A subclass makes the engine, hands it to ``_own`` and calls ``super().__init__``
-    afterwards, which adds the groups.
+    A subclass makes the engine and hands it to ``_own``. Then it calls ``super().__init__``,
+    which adds the groups.
     """
 
     _engine: Any
@@ -45,24 +45,23 @@ class OffloadedBase(torch.optim.Optimizer):
         self._engine = engine
         self._notes_logged = 0
         self._log_notes()
-        # At exit the I/O must have ended before the interpreter is taken down.
+        # At exit, the I/O must have ended before the interpreter is taken down.
         self._finalizer = weakref.finalize(
             self, close_quietly, engine, os.getpid(), f"an {type(self).__name__}"
         )
 
     @property
     def state(self) -> OptimizerState:
-        """What is known of each parameter, as in ``torch.optim``: one dict for each.
+        """The state of each parameter, as in ``torch.optim``: one dict for each.
 
-        ``state[p]["exp_avg"]`` reads that tensor from the drive. Assigning to it, or
-        writing to what was read, counts in the next step; writing to it after that step
-        makes the next call raise RuntimeError, once. A loop over items finds the numbers,
-        keys that others have put there, and None for each tensor.
-        ``del state[p]``, ``state.clear()`` and an empty dict in its place start anew.
-        Keys of others stay, and are in ``state_dict()``. What is assigned is checked when it
-        is used: by ``step()`` and ``state_dict()``.
+        ``state[p]["exp_avg"]`` reads that tensor from the drive. Assigning to it, or writing to
+        what was read, counts in the next step. Writing to it after that step makes the next
+        call raise RuntimeError, once. A loop over items finds the numbers, keys that others
+        have put there, and None for each tensor. ``del state[p]``, ``state.clear()`` and an
+        empty dict in its place start anew. Keys of others stay, and are in ``state_dict()``.
+        What is assigned is checked when it is used, by ``step()`` and ``state_dict()``.
 
-        State is its parameter's: taking the parameter out of all groups leaves it.
+        State belongs to its parameter: taking the parameter out of all groups leaves it.
         """
         return self._state
 
@@ -83,10 +82,10 @@ class OffloadedBase(torch.optim.Optimizer):
     @undisturbed
     @plain_modes()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, before or after the first step; see ``torch.optim``.
+        """Adds a group, before or after the first step. See ``torch.optim``.
 
         Raises:
-            ValueError, TypeError: As at construction; nothing is added then.
+            ValueError, TypeError: As at construction. Nothing is added then.
             RuntimeError: The optimizer is closed or belongs to another process.
         """
         self._life.check()
@@ -111,16 +110,18 @@ class OffloadedBase(torch.optim.Optimizer):
         self._watch(list(slots))
 
     def stats(self) -> dict[str, int | float]:
-        """Counters since the optimizer was made.
+        """Returns counters since the optimizer was made, also of a closed one.
 
-        ``steps``; ``bytes_read`` and ``bytes_written`` (of the drive, padded; all that
-        is written wears it); ``read_seconds``, ``update_seconds``, ``write_seconds``
-        (while a lane was busy) and ``wait_seconds`` (that steps waited for I/O), each
-        also as a share, ``read_share``, ..., of ``elapsed_seconds`` (since the first step
-        began); ``host_memory``, ``host_bytes_peak`` (bytes in use at most); ``state_bytes`` and
-        ``resident_bytes`` (of those that stay in memory); ``tile_visits`` (by steps) and
-        ``tile_hits`` (those that cost no transfer); ``tiles``, ``tile_bytes`` (of a buffer) and
-        ``buffers``. Also of a closed optimizer.
+        * ``steps``.
+        * ``bytes_read`` and ``bytes_written``, on the drive and padded. Writing wears it.
+        * ``read_seconds``, ``update_seconds`` and ``write_seconds``, while a lane was busy.
+        * ``wait_seconds``, in which steps waited for I/O.
+        * ``elapsed_seconds``, since the first step began. ``read_share`` and so on are the
+          shares of them.
+        * ``host_memory``, and ``host_bytes_peak``, the most bytes in use.
+        * ``state_bytes``, and ``resident_bytes``, those that stay in memory.
+        * ``tile_visits`` by steps, and ``tile_hits``, the visits that cost no transfer.
+        * ``tiles``, ``tile_bytes`` (of a buffer) and ``buffers``.
 
         Raises:
             RuntimeError: The optimizer belongs to another process.
@@ -134,7 +135,7 @@ class OffloadedBase(torch.optim.Optimizer):
 
     @plain_modes()
     def plan(self) -> OffloadPlan:
-        """What ``host_memory`` is used for, also before the first step.
+        """Returns what ``host_memory`` is used for, also before the first step.
 
         ``print(optimizer.plan())`` says it in words.
 
@@ -147,10 +148,10 @@ class OffloadedBase(torch.optim.Optimizer):
             return OffloadPlan(**self._engine.plan([self._own_part(p) for p in planned]))
 
     def timeline(self) -> list[tuple[str, int, float, float]]:
-        """What the last step did: (lane, tile, start, end) in order of start.
+        """Returns what the last step did: (lane, tile, start, end), in order of start.
 
-        The lane is "read", "update" or "write"; times are seconds since the step
-        began, negative for what was read ahead.
+        The lane is "read", "update" or "write". Times are seconds since the step began. They
+        are negative for what was read ahead.
 
         Raises:
             RuntimeError: The optimizer belongs to another process.
@@ -160,19 +161,19 @@ class OffloadedBase(torch.optim.Optimizer):
 
     @property
     def engine(self) -> str:
-        """The I/O engine in use. Raises RuntimeError as ``timeline`` does."""
+        """The name of the I/O engine in use. Raises RuntimeError as ``timeline`` does."""
         self._life.check_process()
         return self._engine.engine
 
     @undisturbed
     def close(self) -> None:
-        """Waits for writes in flight and frees memory and disk space.
+        """Waits for writes in flight, then frees memory and disk space.
 
-        Idempotent. Later calls of anything but ``stats``, ``timeline`` and ``engine``
-        raise RuntimeError.
+        It may be called again. Later calls of anything but ``stats``, ``timeline`` and
+        ``engine`` raise RuntimeError.
 
         Raises:
-            OSError: An error that no call has raised; all is closed then.
+            OSError: An error that no call has raised. Everything is closed then.
             RuntimeError: The optimizer belongs to another process.
         """
         self._life.check_process()
@@ -191,7 +192,7 @@ class OffloadedBase(torch.optim.Optimizer):
         try:
             self.close()
         except Exception:
-            # The body's own exception says more than what followed from it.
+            # The body's own exception says more than one that followed from it.
             if error is None:
                 raise
             _logger.exception("closing an %s after another error", type(self).__name__)
@@ -206,11 +207,11 @@ class OffloadedBase(torch.optim.Optimizer):
         return chain.from_iterable(group["params"] for group in self.param_groups)
 
     def _own_part(self, parameter: Tensor) -> tuple[int, Tensor]:
-        """The engine's number for a parameter, and what this process has of it."""
+        """Returns the engine's number for a parameter, and this process's part of it."""
         return self._slot_of(parameter), local_of(parameter)
 
     def _own_gradient(self, parameter: Tensor) -> Tensor:
-        """What this process has of a parameter's gradient."""
+        """Returns this process's part of a parameter's gradient."""
         if is_distributed(parameter):
             with self._naming([parameter]):
                 check_parameter(parameter)
@@ -225,10 +226,11 @@ class OffloadedBase(torch.optim.Optimizer):
     def _naming(
         self, parameters: Iterable[Tensor], check: Callable[[Tensor], object] | None = None
     ) -> Iterator[None]:
-        """Has an error about one of these parameters begin with its name.
+        """Makes an error about one of these parameters begin with its name.
 
-        Without ``check`` there is one parameter. The engine, which does not know names, has
-        said what is wrong with one of many: ``check`` says it again for the one that it is.
+        The engine does not know names. It has said what is wrong with one of many parameters,
+        and ``check`` says it again for the one that it is. Without ``check`` there is one
+        parameter.
         """
         try:
             yield
@@ -251,11 +253,11 @@ class OffloadedBase(torch.optim.Optimizer):
             raise
 
     def _check_part(self, parameter: Tensor) -> None:
-        """Raises what the engine has to say of a parameter."""
+        """Raises the engine's error about a parameter, if it has one."""
         self._engine.check(*self._own_part(parameter))
 
     def _is_kept(self, parameter: Tensor) -> bool:
-        """Whether it has a state, or is going to: frozen ones may be anything."""
+        """Whether the parameter has a state, or will get one. Frozen ones may be anything."""
         return parameter.requires_grad or self._engine.has_state(self._slot_of(parameter))
 
     def _slot_of(self, parameter: Tensor) -> int:
@@ -264,8 +266,10 @@ class OffloadedBase(torch.optim.Optimizer):
         return self._adopt(parameter)
 
     def _adopt(self, parameter: Tensor) -> int:
-        """Takes a parameter that was put into a group by hand, as accelerate puts FSDP2's
-        shards where the whole parameters were, and who prunes rows what is left of them.
+        """Takes a parameter that was put into a group by hand.
+
+        accelerate puts FSDP2's shards where the whole parameters were. Whoever prunes rows puts
+        what is left of a parameter in its place.
         """
         with self._naming([parameter]):
             self._slots[parameter] = slot = self._new_slot(parameter)
@@ -274,7 +278,7 @@ class OffloadedBase(torch.optim.Optimizer):
         return slot
 
     def _let_go(self) -> None:
-        """Does not keep alive what is in no group and has no state."""
+        """Lets go of parameters that are in no group and have no state."""
         if not self._is_between_steps():
             return
         for gone in self._slots.keys() - set(self._parameters()):
@@ -288,12 +292,12 @@ class OffloadedBase(torch.optim.Optimizer):
         return self._engine.add(local_of(parameter), parameter.requires_grad)
 
     def _watch(self, parameters: list[Tensor]) -> None:
-        """Called with the parameters that are new."""
+        """Called with new parameters."""
 
     def _unwatch(self, parameter: Tensor) -> None:
-        """Called with one that is gone."""
+        """Called with a parameter that is gone."""
 
-    # Of optimizer.state ----------------------------------------------------------------
+    # optimizer.state -------------------------------------------------------------------
 
     def _known(self) -> Iterable[Tensor]:
         return list(self._slots)
@@ -309,10 +313,10 @@ class OffloadedBase(torch.optim.Optimizer):
         return self._shown_state(parameter) if self._has_state(parameter) else None
 
     def _shown_state(self, parameter: Tensor) -> dict[str, Any]:
-        """An entry of ``state``.
+        """Returns an entry of ``state``, with all keys and without tensors.
 
-        Without tensors, since accelerate and Lightning move those to the GPU;
-        with all keys, since torch.distributed.checkpoint looks for their names.
+        accelerate and Lightning would move tensors to the GPU. torch.distributed.checkpoint
+        looks for the names.
         """
         raise NotImplementedError
 
@@ -337,7 +341,7 @@ class OffloadedBase(torch.optim.Optimizer):
         return {p: label for label, p in labelled_parameters(self.param_groups)}
 
     def _numbers_of_saved(self) -> dict[Tensor, int]:
-        """What stands for each parameter in a ``state_dict()``."""
+        """Returns the number that stands for each parameter in a ``state_dict()``."""
         number_of = {p: i for i, p in enumerate(self._parameters())}
         if left_out := [p for p in self._known() if p not in number_of and self._has_state(p)]:
             _logger.warning(
@@ -350,7 +354,7 @@ class OffloadedBase(torch.optim.Optimizer):
     def _with_foreign(
         self, state: dict[Any, Any], number_of: dict[Tensor, int]
     ) -> dict[Any, Any]:
-        """A saved state with what others keep in it."""
+        """Returns a saved state, with what others keep in it."""
         for parameter, number in number_of.items():
             if foreign := self._state.foreign(parameter):
                 state[number] = state.get(number, {}) | foreign

@@ -1,4 +1,4 @@
-"""Gradients that an optimizer takes while backward goes on."""
+"""Takes gradients for an optimizer while backward goes on."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def overlap_of(value: bool | str) -> bool | str:
 
 
 class TakenGradient(Tensor):
-    """Stands where a gradient was that the optimizer has taken: any use raises.
+    """Stands in place of a gradient that the optimizer has taken. Any use raises.
 
-    Without it ``clip_grad_norm_`` would find no gradient, return 0 and clip nothing.
+    Without it, ``clip_grad_norm_`` would find no gradient, return 0 and clip nothing.
     """
 
     @staticmethod
@@ -83,7 +83,7 @@ class TakenGradient(Tensor):
 
     @staticmethod
     def zeros_instead(parameter: Tensor) -> Tensor:
-        """A gradient of zeros."""
+        """Returns a gradient of zeros."""
         dtype = _assignable_dtype(parameter)
         return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
 
@@ -100,7 +100,7 @@ class TakenGradient(Tensor):
         raise RuntimeError(_TAKEN.format(function))
 
 
-# What does not touch the values of a parameter. ``.data``, ``.T`` and the like lead to them.
+# These do not touch the values of a parameter. ``.data``, ``.T`` and the like lead to them.
 _HARMLESS = {
     accessor
     for name, attribute in vars(torch._C.TensorBase).items()
@@ -134,12 +134,12 @@ def _guarded(kind: Any) -> Any:
     )
 
 
-# What a parameter is made while it is being updated: any use of its values in Python raises.
+# A parameter becomes one of these while it is updated: any use of its values in Python raises.
 _GUARDED = {kind: _guarded(kind) for kind in (Tensor, torch.nn.Parameter)}
 
 
 def _guard(parameter: Tensor) -> None:
-    """Until ``_unguard``. Tensors of other classes are left as they are."""
+    """Guards a parameter until ``_unguard``. Tensors of other classes are left as they are."""
     guarded = _GUARDED.get(type(parameter))
     if guarded is not None:
         parameter.__class__ = guarded
@@ -152,7 +152,7 @@ def _unguard(parameter: Tensor) -> None:
 
 
 def _is_nested() -> bool:
-    """Whether a backward pass has been begun by the backward of a ``Function``."""
+    """Whether the backward of a ``Function`` has begun a backward pass."""
     # The thread that calls a hook is not always the one that began the pass.
     for frame in sys._current_frames().values():
         runs = False
@@ -176,14 +176,15 @@ class Overlap:
     """Calls ``take(parameter)`` for each gradient that is final in a backward pass.
 
     With ``must``, the values of a parameter that was taken cannot be used in Python before
-    ``forget()``. Nor is ``take`` called then for gradients that may come in parts, as those
-    of reentrant activation checkpointing, which begins backward passes within one: what has
-    been updated would be read again. ``step()`` takes them.
+    ``forget()``. There are gradients for which ``take`` is not called:
 
-    A hook that comes later may change it still, as ``DistributedDataParallel``'s do: then
-    ``take`` is not called, and with ``must`` backward raises RuntimeError. Nor is it called
-    for a gradient in page-locked memory, to which its copy from a device may be on its way
-    until backward ends, as with FSDP2's ``CPUOffloadPolicy``: ``step()`` takes it.
+    * With ``must``, those that may come in parts. Reentrant activation checkpointing begins
+      backward passes within one, which would read again what has been updated. ``step()`` takes
+      them.
+    * Those that a later hook may change, as ``DistributedDataParallel``'s hooks do. With
+      ``must``, backward raises RuntimeError.
+    * Those in page-locked memory. FSDP2's ``CPUOffloadPolicy`` copies them from a device, which
+      may last until backward ends. ``step()`` takes them.
     """
 
     def __init__(self, take: Callable[[Tensor], None], must: bool) -> None:
@@ -192,17 +193,17 @@ class Overlap:
         self._must = must
         # PyTorch calls hooks on a thread for each device.
         self._lock = threading.Lock()
-        self._handles: dict[int, Any] = {}  # By id: none is let go of before its parameter.
+        self._handles: dict[int, Any] = {}  # By id, which its parameter keeps in use.
         self._accumulating = 0
         self.taken: set[Tensor] = set()
-        self._pass = -1  # Of backward, that a gradient came in last.
-        self._in_parts = False  # Gradients of this step may come so.
+        self._pass = -1  # The pass in which the last gradient came.
+        self._in_parts = False  # Gradients of this step may come in parts.
         self._warned = False
         # Parameters may outlive the optimizer.
         weakref.finalize(self, _let_go, self._handles, self.taken).atexit = False
 
     def watch(self, parameters: Iterable[Tensor]) -> None:
-        """Hooks those that are trained; ``step()`` finds the gradients of others."""
+        """Hooks the parameters that are trained. ``step()`` finds the gradients of others."""
         hook = _Hook(self)
         for parameter in parameters:
             if parameter.requires_grad and parameter.is_leaf:
@@ -225,11 +226,11 @@ class Overlap:
         _let_go(self._handles, set())
 
     def forget(self) -> None:
-        """Nothing is being updated any more."""
+        """Called when nothing is being updated any more."""
         _let_go({}, self.taken)
         self._in_parts = False
 
-    @undisturbed  # The engine and what is noted here have to agree.
+    @undisturbed  # The engine and these notes have to agree.
     def on_gradient(self, parameter: Tensor) -> None:
         if self._accumulating:
             return
@@ -275,7 +276,7 @@ class Overlap:
 
 
 def _assignable_dtype(parameter: Tensor) -> torch.dtype:
-    """Of a gradient; the one that is there may have another, by ``.data``."""
+    """Returns the dtype that a gradient may have. By ``.data`` it may have got another one."""
     if not parameter.is_leaf:
         return parameter.dtype
     return parameter.grad_dtype or parameter.grad.dtype
@@ -291,7 +292,7 @@ def _let_go(handles: dict[int, Any], taken: set[Tensor]) -> None:
 
 
 class _Hook:
-    """Keeps neither the optimizer nor what it owns alive."""
+    """A hook that keeps neither the optimizer nor what it owns alive."""
 
     def __init__(self, overlap: Overlap) -> None:
         self._overlap = weakref.ref(overlap)
@@ -303,12 +304,14 @@ class _Hook:
 
 
 def version_of(parameter: Tensor) -> int:
-    """What grows when others than the update write to it; on the CPU, where one can tell."""
+    """Returns a number that grows when others than the update write to the parameter.
+
+    On a device one cannot tell."""
     return parameter._version if parameter.is_cpu and not parameter.is_inference() else 0
 
 
 def with_gradient(group: dict[str, Any]) -> list[Tensor]:
-    """The parameters of a group that have a gradient which was not taken."""
+    """Returns the parameters of a group that have a gradient which was not taken."""
     return [
         p
         for p in group["params"]

@@ -1,4 +1,12 @@
-"""State of parameters in tiles, updated by a PieceOptimizer."""
+"""State of parameters in tiles, which a PieceOptimizer updates.
+
+The compiled StateEngine brings tiles into memory and calls back with segments: runs of one
+parameter's elements with their state. ``_cut`` makes pieces of them that fit the processor's
+cache. ``_run`` hands batches of pieces to the class: each with its values in float32, its
+gradient, its fields in the tile and copies of its numbers. Then the new values go to the
+parameter, and the numbers of the last piece are the parameter's. What the class writes to its
+group must be the same for all pieces; it reaches the group when the step has succeeded.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +26,11 @@ from torch_ext.config import AioConfig
 
 #: The name of the float32 master of a 16-bit parameter in a state_dict().
 MASTER = "master_param"
-#: Bytes of the budget for an element of a piece: float32 copies of the parameter and
+#: The bytes of the budget that an element of a piece takes: float32 copies of the parameter and
 #: the gradient, and four tensors for what a class computes in between.
 _PIECE_BYTES = 24
-_CUT = 256  # Parameters are cut at multiples of it only.
-#: Elements of a call at most: what is computed in between stays in the processor's cache.
+_CUT = 256  # Parameters are cut only at multiples of it.
+#: The most elements of a call. What is computed in between then stays in the processor's cache.
 _MOST = 128 * _CUT
 
 
@@ -31,7 +39,7 @@ class Trained(NamedTuple):
 
     slot: int
     parameter: Tensor
-    #: None where another method than ``step`` is called.
+    #: None if another method than ``step`` is called.
     gradient: Tensor | None
 
 
@@ -41,15 +49,15 @@ class Group:
 
     #: The group itself.
     own: State
-    #: Before the step; each batch of pieces begins with them.
+    #: The options before the step. Each batch of pieces begins with them.
     options: State
     kept: Kept
     trained: list[Trained]
-    #: As the class has left them.
+    #: The options as the class has left them.
     after: State | None = None
 
     def take(self, after: State) -> None:
-        """What the class has written to the group, which must be the same each time."""
+        """Takes what the class has written to the group. It must be the same each time."""
         for key in differing(self.after, after) if self.after is not None else ():
             raise PieceError(
                 f"it has written something else to group[{key!r}] with other pieces of the "
@@ -58,7 +66,7 @@ class Group:
         self.after = after
 
     def finish(self) -> None:
-        """What the class wrote goes to the group, as the step has succeeded."""
+        """Writes to the group what the class wrote. Called when the step has succeeded."""
         for key in differing(self.options, self.after) if self.after is not None else ():
             if key not in self.after:
                 del self.own[key]
@@ -74,18 +82,18 @@ class Loaded(NamedTuple):
     slot: int
     parameter: Tensor
     kept: Kept
-    #: Tensors for the fields, and perhaps a master; values for the rest.
+    #: Tensors for the fields, and perhaps a master. Values for the rest.
     state: State
 
 
 @dataclass
 class _Slot:
-    """What the state of a parameter was made for."""
+    """A parameter's place in the engine, and what its state was made for."""
 
     number: int | None = None
     kind: tuple[Any, ...] = ()
     kept: Kept | None = None
-    #: What is no field; None: there is no state.
+    #: State that is no field. None if there is no state.
     scalars: State | None = None
 
 
@@ -98,7 +106,7 @@ class _Work:
     kept: Kept
     group: int = 0
     gradient: Any = None
-    #: Where what the class writes to a gradient goes, if pieces are no views of it.
+    #: The gradient to write to, if the class does that and pieces are no views of it.
     written_gradient: Tensor | None = None
     sources: dict[str, Any] = field(default_factory=dict)
     scalars: State | None = None
@@ -108,7 +116,7 @@ class _Work:
 
 
 class PieceEngine:
-    """As ``_C.AdamWEngine`` is for AdamW. Holds no parameter.
+    """Does for any class what ``_C.AdamWEngine`` does for AdamW. Holds no parameter.
 
     One call at a time. The caller keeps handlers of signals away: see undisturbed().
     """
@@ -133,8 +141,10 @@ class PieceEngine:
         self._next = 0
 
     def add(self, parameter: Tensor, trained: bool) -> int:
-        """Gives a parameter a slot; takes no space yet. It is checked if it is trained,
-        else when it has a gradient: what is frozen may be anything.
+        """Gives a parameter a slot. Takes no space yet.
+
+        The parameter is checked if it is trained, else when it has a gradient: frozen ones may
+        be anything.
         """
         if trained:
             _C.check_trained(parameter)
@@ -143,12 +153,12 @@ class PieceEngine:
         return self._next - 1
 
     def remove(self, slot: int) -> None:
-        """Takes back a slot, with its state."""
+        """Takes a slot back, with its state."""
         if (own := self._slots.pop(slot, None)) is not None and own.number is not None:
             self._state.remove(own.number)
 
     def forget(self, slots: list[int]) -> None:
-        """Takes their state and its space from slots: the next step is the first."""
+        """Takes state and space from slots. Their next step is the first."""
         own = [self._slots[slot] for slot in slots]
         self._state.forget([o.number for o in own if o.number is not None])
         for o in own:
@@ -158,7 +168,7 @@ class PieceEngine:
         return self._slots[slot].scalars is not None
 
     def fits(self, slot: int, parameter: Tensor, kept: Kept) -> bool:
-        """Whether its state is for what the parameter is now."""
+        """Whether the slot's state fits the parameter as it is now."""
         own = self._slots[slot]
         return (
             own.kind == _kind_of(parameter)
@@ -167,10 +177,10 @@ class PieceEngine:
         )
 
     def expect(self, slot: int, parameter: Tensor, kept: Kept, anew: bool = False) -> None:
-        """Prepares for a parameter as it is now, unless it has a state that fits.
+        """Prepares the slot for the parameter as it is now, unless it has a state that fits.
 
         Raises:
-            RuntimeError, ValueError: It has one that does not.
+            RuntimeError, ValueError: It has a state that does not fit.
         """
         _C.check_trained(parameter)
         own = self._slots[slot]
@@ -204,17 +214,17 @@ class PieceEngine:
             )
 
     def check(self, trained: Trained, kept: Kept) -> None:
-        """What a step begins with, for one parameter."""
+        """Checks one parameter. A step begins with this."""
         self.expect(trained.slot, trained.parameter, kept)
         if trained.gradient is not None:
             _C.check_gradient(trained.gradient, trained.parameter)
 
     def names(self, slot: int) -> list[str]:
-        """Of what is kept, fields and others."""
+        """Returns the names of what is kept, fields and others."""
         return list(self._slots[slot].kept.names)
 
     def scalars(self, slot: int) -> State:
-        """What is kept in memory."""
+        """Returns what is kept in memory."""
         return self._slots[slot].scalars or {}
 
     # Steps ------------------------------------------------------------------------------
@@ -223,7 +233,7 @@ class PieceEngine:
         """Calls a method of the class for the groups.
 
         Raises:
-            RuntimeError: The class does what it cannot do to pieces.
+            RuntimeError: The class does something that it cannot do to pieces.
         """
         for group in groups:
             for trained in group.trained:
@@ -233,7 +243,7 @@ class PieceEngine:
             for slot, parameter, gradient in group.trained:
                 own = self._slots[slot]
                 work = works[own.number] = _Work(own, parameter, own.kept, i)
-                # Autograd must see that what it saved has changed.
+                # Autograd must see that a tensor that it saved has changed.
                 if not parameter.is_inference():
                     torch.autograd.graph.increment_version(parameter)
                 if gradient is not None:
@@ -262,10 +272,10 @@ class PieceEngine:
             ) from None
 
     def _run_idle(self, groups: list[Group], method: str) -> None:
-        """What the class does with groups in which nothing has a gradient: count, say.
+        """Runs the class for groups in which nothing has a gradient. It may count, for example.
 
-        A class with modes is asked in each step, before anything changes, whether it is
-        in the right one.
+        A class with modes is run so in each step, before anything changes: it raises if it is
+        in the wrong mode.
         """
         for group in groups:
             if group.kept.writes_group and (not group.trained or self._optimizer.modes):
@@ -306,7 +316,7 @@ class PieceEngine:
         for number, first, count, raw in segments:
             work = works.get(number)
             if work is None:
-                continue  # State of a parameter that is in no group any more.
+                continue  # Its parameter is in no group any more.
             dtypes = [like.dtype for like in _no_elements(work)]
             views = [r.view(dtype) for r, dtype in zip(raw, dtypes, strict=True)]
             for done in range(0, max(count, 1), self._most):
@@ -317,9 +327,9 @@ class PieceEngine:
     # Saved states -----------------------------------------------------------------------
 
     def save(self, parameters: list[tuple[int, Tensor, Kept, State]]) -> list[State | None]:
-        """The state of each parameter, given with its slot, what is kept and options.
+        """Returns the state of each parameter, or None where there is none.
 
-        None where there is none. After an error all is as before.
+        Each is given with its slot, what is kept, and options. After an error all is as before.
         """
         works: dict[int, _Work] = {}
         shown: list[tuple[_Work, State] | None] = []
@@ -368,7 +378,7 @@ class PieceEngine:
                 snapshot.write(place[name], piece.first, values)
 
     def _show_first(self, work: _Work, options: State, places: Any, snapshot: Any) -> None:
-        """The state that the class has made before the first step."""
+        """Saves the state that the class makes before the first step."""
         total = work.parameter.numel()
         for first in range(0, max(total, 1), self._most):
             n = min(self._most, total - first)
@@ -379,10 +389,10 @@ class PieceEngine:
                 snapshot.write(number, first, state[name].detach().contiguous())
 
     def read(self, slot: int, parameter: Tensor, name: str) -> Tensor:
-        """One tensor of a parameter's state, in memory of its own."""
+        """Returns one tensor of a parameter's state, in memory of its own."""
         own = self._slots[slot]
         if own.kind != _kind_of(parameter) and name != MASTER:
-            # Rows are being cut: from the parameter first, then from its state.
+            # Rows are being cut off the parameter first, and then off its state.
             dtype, sizes, strides = own.kind
             strides = strides or torch.empty(sizes, dtype=dtype, device="meta").stride()
             parameter = torch.empty_strided(sizes, strides, dtype=dtype, device="cpu")
@@ -407,7 +417,7 @@ class PieceEngine:
         return tensor
 
     def change(self, states: list[Loaded]) -> None:
-        """Takes what is given of these states: the rest of one that there is stays."""
+        """Changes what is given of these states. The rest of a state stays."""
         works, scalars = {}, {}
         for slot, parameter, kept, state in states:
             own = self._slots[slot]
@@ -427,7 +437,7 @@ class PieceEngine:
                 work.slot.scalars = scalars[number]
 
     def load(self, states: list[Loaded]) -> None:
-        """Forgets all state and takes this. Also after an error."""
+        """Forgets all state and takes this. It works after an error too."""
         works = {}
         for slot, parameter, kept, state in states:
             self.expect(slot, parameter, kept, anew=True)
@@ -495,7 +505,7 @@ class _TilePiece:
         self.gradient: Tensor | None = None
 
     def joins(self, other: _TilePiece) -> bool:
-        """Whether one call may update both."""
+        """Whether one call may update this piece and the other."""
         own, others = self.work, other.work
         fresh = own.slot.scalars is None
         return own.group == others.group and fresh == (others.slot.scalars is None)
@@ -515,14 +525,14 @@ class _TilePiece:
         return Piece(self._values(), self.gradient, state, work.parameter.__dict__)
 
     def _values(self) -> Tensor:
-        """The parameter in float32, which is its own place if it can be."""
+        """Returns the values in float32: the parameter's own memory, if that is possible."""
         self.here = here = self.work.reader.read(self.first, self.count)
         if here.dtype == torch.float32:
             return here
         kept = self.fields[-1]
         if here.dtype == torch.bfloat16:
             return _C.join_master(here, kept)
-        # A master that does not round to the parameter is replaced by it.
+        # A master that does not round to the parameter is replaced by the parameter.
         same = kept.half().view(torch.int16) == here.view(torch.int16)
         return torch.where(same, kept, here.float())
 
@@ -557,7 +567,7 @@ class _TilePiece:
                 there.as_strided((self.count,), (1,), first).copy_(here)
 
     def shown(self) -> dict[str, Tensor]:
-        """What a state_dict() has of it, by name."""
+        """Returns what a state_dict() has of the piece, by name."""
         shown = dict(zip(self.work.kept.fields, self.fields, strict=False))
         if _master_dtype(self.work.parameter):
             shown[MASTER] = self._values()
@@ -565,7 +575,7 @@ class _TilePiece:
 
 
 def _places(works: list[_Work], snapshot: Any) -> dict[int, dict[str, int]]:
-    """Of each tensor its number in the snapshot."""
+    """Adds each tensor to the snapshot. Returns their numbers there."""
     places = {}
     for work in works:
         dtypes = dict(work.kept.fields)
@@ -577,7 +587,7 @@ def _places(works: list[_Work], snapshot: Any) -> dict[int, dict[str, int]]:
 
 
 def _no_elements(work: _Work) -> list[Tensor]:
-    """The fields of no elements."""
+    """Returns the fields, without elements."""
     return [
         *work.kept.fields.values(),
         *(torch.empty(0, dtype=d, device="cpu") for d in _master_dtype(work.parameter)),
@@ -585,7 +595,7 @@ def _no_elements(work: _Work) -> list[Tensor]:
 
 
 def _master_dtype(parameter: Tensor) -> list[torch.dtype]:
-    """Of what is kept of the parameter itself; see docs/formats.md."""
+    """Returns the dtype of what is kept of the parameter itself. See docs/formats.md."""
     return {torch.bfloat16: [torch.int16], torch.float16: [torch.float32]}.get(
         parameter.dtype, []
     )
@@ -596,14 +606,14 @@ def _master_size(parameter: Tensor) -> list[int]:
 
 
 def _kind_of(parameter: Tensor) -> tuple[Any, ...]:
-    """Dtype, sizes and the strides that matter."""
+    """Returns the dtype, the sizes, and the strides that matter."""
     sizes = list(parameter.shape)
     strides = [s if n != 1 else 0 for n, s in zip(sizes, parameter.stride(), strict=True)]
     return parameter.dtype, sizes, strides if parameter.numel() else []
 
 
 def _not_in_place(gradient: Tensor, parameter: Tensor, kept: Kept) -> Tensor | None:
-    """The gradient, if the class writes to gradients and pieces are no views of this one."""
+    """Returns the gradient, if the class writes to gradients and pieces are no views of it."""
     if not kept.writes_gradients:
         return None
     same_order = _kind_of(gradient)[2] == _kind_of(parameter)[2]
@@ -612,7 +622,7 @@ def _not_in_place(gradient: Tensor, parameter: Tensor, kept: Kept) -> Tensor | N
 
 
 def _write(tensor: Tensor, like: Tensor, first: int, values: Tensor) -> None:
-    """Writes elements that are in the order in which ``like`` has them in memory."""
+    """Writes elements to ``tensor``. They come in the order that ``like`` has in memory."""
     order = sorted(range(like.dim()), key=like.stride, reverse=True)
     ordered = tensor.detach().permute(order)
     places = torch.arange(first, first + values.numel(), dtype=torch.int64, device="cpu")

@@ -1,16 +1,16 @@
 """``optimizer.state`` of an optimizer whose state is on a drive.
 
-Which parameter has a state, and its numbers, is asked of the engine each time. Held here
-are only keys of others (a wrapper's ``slow_buffer``) and what was assigned and is not
-written yet. A tensor is read from the drive when it is asked for by name; a loop over
-items finds ``None`` in its place, since accelerate, Lightning and
-``torch.distributed.checkpoint`` move the tensors that they find.
+The engine is asked each time which parameter has a state, and for its numbers. Only two things
+are held here: keys of others (a wrapper's ``slow_buffer``), and what was assigned and is not
+written yet. A tensor is read from the drive when it is asked for by name. A loop over items
+finds ``None`` in its place, since accelerate, Lightning and ``torch.distributed.checkpoint``
+move the tensors that they find.
 
-A tensor that was read, or assigned, is watched for as long as somebody else has it: what
-is written to it before the next step counts, as with ``torch.optim``, and what is written
-to it after that step is an error. For what was read a checksum tells: ``.data`` and numpy
-arrays leave the version of a tensor alone. What was assigned may be a whole checkpoint, so
-there the version tells.
+A tensor that was read or assigned is watched for as long as somebody else has it. What is
+written to it before the next step counts, as with ``torch.optim``. What is written to it after
+that step is an error. A checksum tells whether a tensor that was read has changed, since
+``.data`` and numpy arrays leave its version alone. A tensor that was assigned may be part of a
+whole checkpoint, so there the version tells.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from torch import Tensor
 
 from torch_ext._native import _C
 
-#: References to a dict that only an entry has: its own, and the call's.
+#: How many references a dict has that only an entry holds: the entry's, and the call's.
 _OWN_REFERENCES = 2
 
 
 class Owner(Protocol):
-    """The optimizer, as its state sees it."""
+    """The optimizer as its state sees it."""
 
     def _known(self) -> Iterable[Tensor]:
-        """Parameters that may have a state."""
+        """Returns the parameters that may have a state."""
 
     def _state_of(self, parameter: Tensor) -> dict[str, Any] | None:
-        """The numbers, and None for each tensor; None if there is no state."""
+        """Returns the numbers, and None for each tensor. None if there is no state."""
 
     def _own_names(self, parameter: Tensor) -> frozenset[str]:
-        """The names in a state that are the optimizer's."""
+        """Returns the names in a state that are the optimizer's own."""
 
     def _read_state(self, parameter: Tensor, name: str) -> Tensor:
-        """A tensor of the state, where the parameter is, in memory that nobody else has."""
+        """Returns a tensor of the state, on the parameter's device, in memory of its own."""
 
     def _like(self, parameter: Tensor, local: Tensor) -> Tensor:
-        """What a user is shown of it: a DTensor for a DTensor."""
+        """Returns a local tensor as a user shall see it: a DTensor for a DTensor."""
 
     def _change_states(self, changes: list[tuple[Tensor, dict[str, Any]]]) -> None:
         """Checks and writes what was assigned, all or nothing."""
@@ -55,13 +55,13 @@ class Owner(Protocol):
     def _forget_states(self, parameters: list[Tensor]) -> None: ...
 
     def _is_between_steps(self) -> bool:
-        """Whether no step has begun, as backward begins it with "update"."""
+        """Whether no step has begun. With "update", backward begins it."""
 
     def _check_between_steps(self, what: str) -> None:
-        """Raises RuntimeError if one has."""
+        """Raises RuntimeError if a step has begun."""
 
     def _takes_part(self, parameter: Tensor) -> bool:
-        """Whether it is in a group, or was."""
+        """Whether the parameter is in a group, or was."""
 
     def _label_of(self, parameter: Tensor) -> str: ...
 
@@ -71,7 +71,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 class _Handle:
-    """A tensor that somebody else may have, and whether it has been written to."""
+    """A tensor that somebody else may hold. It tells whether it has been written to."""
 
     def __init__(self, alias: Tensor, is_read: bool) -> None:
         self.alias = alias
@@ -94,7 +94,7 @@ class _Handle:
 
 
 def _is_released(tensor: Tensor) -> bool:
-    """Whether nobody else has its memory: no view, no numpy array."""
+    """Whether nobody else holds the tensor's memory: no view, no numpy array."""
     return _C.users_of(_local(tensor)) <= 1
 
 
@@ -106,7 +106,7 @@ def _same_number(value: Any, number: Any) -> bool:
 
 
 class _Plain:
-    """What a dict can do beside MutableMapping; copies are plain dicts, read in full."""
+    """What a dict can do beyond a MutableMapping. Copies are plain dicts, read in full."""
 
     def copy(self) -> dict[Any, Any]:
         return dict(self.items())  # type: ignore[attr-defined]
@@ -153,7 +153,7 @@ class ParameterState(_Plain, MutableMapping, dict):  # type: ignore[misc]
     _parameter: Tensor | None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        # What walks through collections makes others of their types.
+        # Programs that walk through collections make new ones of the same type.
         return dict(*args, **kwargs)
 
     @classmethod
@@ -176,7 +176,7 @@ class ParameterState(_Plain, MutableMapping, dict):  # type: ignore[misc]
             home._active[id(self)] = self
 
     def _detach(self, values: dict[str, Any]) -> None:
-        """Goes on as a dict of its own."""
+        """Makes the entry a plain dict of its own, with these values."""
         self._home = self._parameter = self._source = None
         self._values, self._gone, self._handles = values, set(), {}
 
@@ -195,7 +195,7 @@ class ParameterState(_Plain, MutableMapping, dict):  # type: ignore[misc]
         return home
 
     def _shown(self) -> dict[str, Any]:
-        """What the engine has: numbers, and None for tensors."""
+        """Returns what the engine has: numbers, and None for tensors."""
         owner = self._owner()
         shown = owner._state_of(self._parameter) if owner is not None else None
         return {k: v for k, v in (shown or {}).items() if k not in self._gone}
@@ -205,7 +205,7 @@ class ParameterState(_Plain, MutableMapping, dict):  # type: ignore[misc]
         return frozenset() if owner is None else owner._own_names(self._parameter)
 
     def _glance(self, name: str, shown: dict[str, Any]) -> Any:
-        """As a loop over items finds it."""
+        """Returns a value as a loop over items finds it."""
         if name not in self._values:
             return shown[name]
         value = self._values[name]
@@ -255,7 +255,7 @@ class ParameterState(_Plain, MutableMapping, dict):  # type: ignore[misc]
         self._values[name] = value
 
     def _is_as_it_is(self, name: str, value: Any, shown: dict[str, Any]) -> bool:
-        """Whether it is what a loop over items found."""
+        """Whether the value is what a loop over items has found."""
         if value is None:
             return isinstance(self._values.get(name, shown.get(name, 0)), Tensor | None)
         if name in self._values:
@@ -281,7 +281,7 @@ class ParameterState(_Plain, MutableMapping, dict):  # type: ignore[misc]
         self._replace({})
 
     def _replace(self, mapping: Mapping[str, Any]) -> None:
-        """Becomes what is assigned as a whole; what is as it is stays."""
+        """Takes a mapping that is assigned as a whole. Values that are as they are stay."""
         owner = self._owner()
         if owner is None:
             self._values = dict(mapping)
@@ -315,13 +315,13 @@ class ParameterState(_Plain, MutableMapping, dict):  # type: ignore[misc]
         return {name: self._values[name] for name in own if name in self._values}
 
     def _collect(self, owner: Owner) -> dict[str, Any]:
-        """All that is to be written before the state is used.
+        """Returns all that must be written before the state is used.
 
         Raises:
             ValueError: A part of the state was deleted.
         """
         if self._source is not None and self._source[1] != _identities(self._source[0]):
-            self._replace(self._source[0])  # Filled after it was assigned.
+            self._replace(self._source[0])  # It was filled after it was assigned.
         self._source = None
         for name, handle in list(self._handles.items()):
             if handle.changed:
@@ -343,7 +343,7 @@ class ParameterState(_Plain, MutableMapping, dict):  # type: ignore[misc]
         self._gone.clear()
 
     def _settle(self, owner: Owner) -> None:
-        """Writes what nobody else has any more: it would take memory until the step."""
+        """Writes what nobody else holds any more. It would take memory until the step."""
         if self._source is not None and sys.getrefcount(self._source[0]) > _OWN_REFERENCES:
             return
         for name, handle in list(self._handles.items()):
@@ -359,7 +359,7 @@ class ParameterState(_Plain, MutableMapping, dict):  # type: ignore[misc]
             try:
                 owner._change_states([(self._parameter, pending)])
             except (ValueError, TypeError):
-                return  # May be made to fit until it is used.
+                return  # It may still be made to fit before it is used.
             self._written(pending)
 
 
@@ -390,10 +390,10 @@ class OptimizerState(_Plain, MutableMapping, defaultdict):  # type: ignore[misc]
         state = defaultdict.__new__(cls)
         state.default_factory = dict
         state._owner_ref = weakref.ref(owner)
-        state._entries = {}  # Of parameters.
-        state._others = {}  # Keys that are no parameters.
-        state._active = {}  # Entries with something to be written or watched.
-        state._stale = []  # Handles from before a step, with what they were read as.
+        state._entries = {}  # By parameter.
+        state._others = {}  # By other keys.
+        state._active = {}  # Entries with something to write or to watch.
+        state._stale = []  # Handles from before a step, with parameter and name.
         return state
 
     def _owner(self) -> Owner | None:
@@ -445,7 +445,7 @@ class OptimizerState(_Plain, MutableMapping, defaultdict):  # type: ignore[misc]
                 value._attach(self, key)
                 self._entries[key] = value
                 return
-            value = value.copy()  # One parameter's state for another.
+            value = value.copy()  # One parameter's state is assigned to another.
         self[key]._replace(value)
 
     def __delitem__(self, key: Any) -> None:
@@ -477,7 +477,7 @@ class OptimizerState(_Plain, MutableMapping, defaultdict):  # type: ignore[misc]
         self._stale.clear()
 
     def _become(self, mapping: Mapping[Any, Any]) -> None:
-        """What assigning to ``optimizer.state`` does."""
+        """Takes a mapping that is assigned to ``optimizer.state``."""
         given = {key: mapping[key] for key in mapping}
         self._drop([key for key in self if isinstance(key, Tensor) and key not in given])
         self._others.clear()
@@ -500,7 +500,7 @@ class OptimizerState(_Plain, MutableMapping, defaultdict):  # type: ignore[misc]
             held = entry()
             if held is None:
                 continue
-            # Somebody goes on with it: as gsplat does, who deletes first and reads then.
+            # Somebody goes on with it. gsplat, for example, deletes first and reads then.
             try:
                 detached.append((held, held.copy()))
             except BaseException:
@@ -511,7 +511,7 @@ class OptimizerState(_Plain, MutableMapping, defaultdict):  # type: ignore[misc]
             held._detach(values)
             self._active.pop(id(held), None)
 
-    # Of the optimizer ------------------------------------------------------------------
+    # Called by the optimizer -----------------------------------------------------------
 
     def _sweep(self, current: ParameterState) -> None:
         owner = self._owner()
@@ -532,7 +532,7 @@ class OptimizerState(_Plain, MutableMapping, defaultdict):  # type: ignore[misc]
         """Writes what was assigned, before the state is used.
 
         Raises:
-            ValueError, TypeError: It cannot be a state; the text names the parameter.
+            ValueError, TypeError: It cannot be a state. The text names the parameter.
             RuntimeError: A tensor of the state was written to after a step.
         """
         owner = self._owner()
@@ -569,15 +569,15 @@ class OptimizerState(_Plain, MutableMapping, defaultdict):  # type: ignore[misc]
             )
 
     def _given(self, value: Any) -> Any:
-        """What is kept of an assigned value until it is written."""
+        """Returns what is kept of an assigned value until it is written."""
         if not isinstance(value, Tensor):
             return value
-        # Who assigns what was the state before may well have written to it.
+        # Whoever assigns what was the state before may well have written to it.
         self._stale = [s for s in self._stale if not _share_memory(s[0].alias, value)]
         return value.detach()
 
     def retire(self, parameters: Iterable[Tensor]) -> None:
-        """A step has changed these: what was read before is no state any more."""
+        """Called after a step has changed these. What was read before is no state any more."""
         if not self._active:
             return
         for parameter in parameters:
@@ -592,7 +592,7 @@ class OptimizerState(_Plain, MutableMapping, defaultdict):  # type: ignore[misc]
             entry._handles = {}
 
     def loaded(self, foreign: Mapping[Any, Any], others: Mapping[Any, Any]) -> None:
-        """All state is another: keeps keys of others that were loaded with it."""
+        """Called after a load. Keeps only the keys of others that were loaded."""
         for entry in list(self._entries.values()):
             entry._detach({})
         self._entries, self._active, self._stale = {}, {}, []
@@ -601,7 +601,7 @@ class OptimizerState(_Plain, MutableMapping, defaultdict):  # type: ignore[misc]
             self[parameter]._values.update(values)
 
     def foreign(self, parameter: Tensor) -> dict[str, Any]:
-        """What others keep with a parameter."""
+        """Returns what others keep with a parameter."""
         entry, owner = self._entries.get(parameter), self._owner()
         if entry is None or owner is None:
             return {}
@@ -609,7 +609,7 @@ class OptimizerState(_Plain, MutableMapping, defaultdict):  # type: ignore[misc]
         return {name: value for name, value in entry._values.items() if name not in own}
 
     def others(self) -> dict[Any, Any]:
-        """What others keep under keys that are no parameters."""
+        """Returns what others keep under keys that are no parameters."""
         return dict(self._others)
 
 

@@ -1,4 +1,11 @@
-"""Whether a class may be run on pieces of parameters: it is run on whole ones beside."""
+"""Finds out whether a class may be run on pieces of parameters.
+
+It makes two runs of some steps: the class itself on whole parameters, and the class on pieces
+of the same parameters. After each step all bits of parameters, states, gradients and groups
+must agree, and the class may have written nothing else. Sizes of gradients and values, rates,
+and which parameters have a gradient differ from step to step, so that bounds, norms and
+counters show.
+"""
 
 from __future__ import annotations
 
@@ -30,38 +37,39 @@ from torch_ext._modes import on_the_cpu, plain_modes
 from torch_ext._values import bits, copied, described, differing, same
 
 _STEPS = 12  # Some classes change their ways after 5 or 10.
-#: How large gradients and parameters are in each step, and rates beside those given. The norm
-#: of the largest parameter is eight times that of its first piece. So a bound for a norm, from
-#: 1 to 1e6, lies between the two in one step. (In the sixth and the eighth it has no gradient.)
+#: How large gradients and parameters are in each step, and by what the given rates are
+#: multiplied. The norm of the largest parameter is eight times that of its first piece. So a
+#: bound for a norm, from 1 to 1e6, lies between the two in one step. (In the sixth and the
+#: eighth step that parameter has no gradient.)
 _GRADIENTS = tuple(7.0**i for i in (0, -1, 3, 2, 1, -4, 6, 7, -2, 4, -3, 5))
 _VALUES = tuple(7.0**i for i in (0, 1, -2, -1, 3, -4, 4, 7, -3, 5, 2, 6))
 _RATES = (1.0, 0.5, 1.0, 1.0, 0.3, 1.0, 1.0, 0.7, 1.0, 1.0, 0.2, 1.0)
-#: Sizes of a first group's parameters and of others'. The largest is for classes that treat
-#: matrices, or what is large, in another way.
+#: The sizes of the first group's parameters, and of the other groups'. The largest is for
+#: classes that treat matrices, or large parameters, in another way.
 _SIZES = ((130, 150), (7, 83), (300,), (2, 3, 5, 7), ())
 _OTHER_SIZES = ((40, 9), (77,))
 _CUT = 256
-#: Parameters, by group and place in it, without a gradient in a step.
+#: For each step, the parameters without a gradient, by group and by place in it.
 _WITHOUT = {0: {(0, 1), (0, 2)}, 1: {(0, 1)}, 3: {(0, 2), (1, 0)}, 5: {(0, 0), (0, 1)}}
 _GROUP_WITHOUT = 6  # The step in which the last of several groups has no gradients.
 _ALL_WITHOUT = 7
 _MODES_AFTER = 4
 _SCHEDULED = ("betas", "momentum", "weight_decay")
-_AT_ONCE = 7  # Groups of a trial, besides the first.
+_AT_ONCE = 7  # The most groups of a trial, besides the first.
 
 
 class Trials:
-    """What a class keeps with which options; the class is tried with each kind of them."""
+    """What a class keeps with which options. It is tried with each kind of options."""
 
     def __init__(self, pieces: PieceOptimizer) -> None:
         self._pieces = pieces
-        #: What is kept in groups, by their signatures, which are in one optimizer.
+        #: What is kept in groups, by signature, for each set of groups that form one optimizer.
         self._kept: dict[Any, dict[Any, Kept]] = {}
         #: Keys of groups that the class itself writes.
         self._written: set[str] = set()
 
     def kept(self, groups: list[State]) -> list[Kept]:
-        """What is kept of the parameters of each of an optimizer's groups.
+        """Returns what is kept of the parameters of each of an optimizer's groups.
 
         Raises:
             ValueError: The class cannot be run piece by piece with these groups.
@@ -75,7 +83,7 @@ class Trials:
         return [found[signature] for signature in signatures]
 
     def _try(self, groups: list[State], signatures: list[Any]) -> None:
-        # One group of each kind, and two where there are.
+        # One group of each kind is tried, and two groups where there are two.
         firsts = {signature: i for i, signature in reversed(list(enumerate(signatures)))}
         chosen = sorted({*firsts.values(), *range(len(groups))[:2]})
         found: list[tuple[State, Kept]] = []
@@ -88,9 +96,10 @@ class Trials:
         self._kept[_together([self._signature(group) for group in groups])] = by_signature
 
     def _signature(self, group: State) -> Any:
-        """What in options may decide which state is kept and whether the class is elementwise.
+        """Returns the part of the options that may decide the outcome of a trial.
 
-        What the class writes does not, nor how large those are that schedules change.
+        What the class itself writes does not decide it. Nor does the size of options that
+        schedules change.
         """
         entries = []
         for key, value in group.items():
@@ -107,20 +116,20 @@ class Trials:
 
 
 def tried(pieces: PieceOptimizer, groups: list[State]) -> tuple[list[Kept], set[str]]:
-    """What a class keeps in each of the groups, and the keys of them that it writes.
+    """Returns what a class keeps in each of the groups, and the keys of groups that it writes.
 
     Raises:
-        ValueError: It does not do the same to pieces as to whole parameters, or cannot
-            be found out to.
+        ValueError: The class does not do the same to pieces as to whole parameters, or this
+            cannot be found out.
     """
     try:
-        # Whatever the class does must not be noticed outside.
+        # Nothing that the class does may be noticed outside.
         with _generators_kept(), warnings.catch_warnings(), plain_modes():
             warnings.simplefilter("ignore")
             try:
                 return _Trial(pieces, groups).run()
             except _ClassError:
-                # Some cannot do without a gradient in memory either.
+                # Some classes cannot do without a gradient in memory either.
                 return _Trial(pieces, groups, all_gradients=True).run()
     except PieceError as error:
         raise ValueError(
@@ -140,11 +149,11 @@ def tried(pieces: PieceOptimizer, groups: list[State]) -> tuple[list[Kept], set[
 
 
 class _DifferenceError(Exception):
-    """What became of pieces is not what became of the whole."""
+    """The pieces have become something else than the whole."""
 
 
 class _ClassError(Exception):
-    """The class has raised something with whole parameters: its cause."""
+    """The class has raised an exception with whole parameters. That is the cause."""
 
 
 class _Parameter:
@@ -157,10 +166,10 @@ class _Parameter:
         self.values = values.flatten().clone()
         self.gradient: Tensor | None = None
         n = self.values.numel()
-        # The engine cuts at multiples of it, too.
+        # The engine also cuts at multiples of it.
         places = [*range(0, min(n, 3 * _CUT), _CUT), *range(32 * _CUT, n, 32 * _CUT), n]
         self.cuts = [(first, end - first) for first, end in itertools.pairwise(places)]
-        #: Those of the pieces; None before the first step.
+        #: The states of the pieces. None before the first step.
         self.states: list[State] | None = None
 
     def set_size(self, factor: float) -> None:
@@ -181,14 +190,14 @@ class _Parameter:
 
 
 class _Trial:
-    """Two runs of some steps: of the class itself, and of it on pieces."""
+    """Two runs of some steps: of the class itself, and of the class on pieces."""
 
     def __init__(
         self, pieces: PieceOptimizer, groups: list[State], all_gradients: bool = False
     ) -> None:
         self._pieces = pieces
         self._all_gradients = all_gradients
-        #: Before the next step, as pieces get them. What groups share, they share here.
+        #: The options before the next step, as pieces get them. What groups share, these share.
         own = copied([options_of(group) for group in groups])
         self._options = [_varied(options, i) for i, options in enumerate(own)]
         self._random = torch.Generator().manual_seed(0)
@@ -210,7 +219,7 @@ class _Trial:
         self._attributes: State | None = None
         self._kept: list[Kept] = []
         self._when = "at construction"
-        #: Keys of groups that the class has written.
+        #: The keys of groups that the class has written.
         self._written: set[str] = set()
         self._writes_gradients = False
 
@@ -238,7 +247,7 @@ class _Trial:
         return kept, self._written
 
     def _begin(self) -> None:
-        """What the class's constructor makes of groups, and before a first step."""
+        """Compares what the class's constructor makes of groups. Then calls ``train()``."""
         self._options = [self._pieces.prepared(options) for options in self._options]
         self._compare_groups()
         state = self._native.state
@@ -297,7 +306,7 @@ class _Trial:
                 self._compare(i, parameter, next(rest))
 
     def _check_zero_grad(self) -> None:
-        """OffloadedOptimizer's is torch's own."""
+        """Checks that ``zero_grad()`` does what torch's does, which OffloadedOptimizer has."""
         self._when = "after zero_grad()"
         self._native.zero_grad()
         self._look_around()
@@ -310,7 +319,7 @@ class _Trial:
                 self._compare(i, parameter, None)
 
     def _look_around(self) -> None:
-        """What the class has written that is neither of a parameter nor of a group."""
+        """Raises PieceError if the class has written to anything but parameters and groups."""
         for name, state in _generators().items():
             if state != self._numbers.get(name):
                 raise PieceError(
@@ -324,7 +333,7 @@ class _Trial:
         check_state_keys(self._native, whole)
 
     def _run_pieces(self, i: int, method: str) -> None:
-        """One group's, in batches as the engine makes them."""
+        """Runs one group's pieces, in batches such as the engine makes."""
         from_start = self._from_start[i]
         chosen = []
         for parameter in self._parameters[i]:
@@ -420,7 +429,7 @@ class _Trial:
             self._refuse(f"the state {name!r}")
 
     def _compare_bits(self, what: str, whole: Tensor, pieces: Tensor) -> None:
-        # NaN is as good as any other.
+        # NaN equals NaN.
         if not torch.equal(_as_bits(whole), _as_bits(pieces)):
             self._refuse(what)
 
@@ -434,7 +443,7 @@ class _Trial:
 def _batches(
     parameters: list[_Parameter],
 ) -> Iterator[list[tuple[_Parameter, int, Piece]]]:
-    """Pieces with their number, some at a time: all of them with state or without."""
+    """Yields pieces with their numbers, some at a time: all with state, or all without."""
     sizes = itertools.cycle((1, 3, 2, 4))
     for _, some in itertools.groupby(parameters, lambda p: p.states is None):
         pieces = [(p, k, piece) for p in some for k, piece in enumerate(p.pieces())]
@@ -450,7 +459,7 @@ def _together(signatures: list[Any]) -> Any:
 
 
 def _coarse(value: Any) -> Any:
-    """Whether numbers are 0."""
+    """Returns only whether numbers are 0."""
     if isinstance(value, Tensor):
         return Tensor, bool(value.any())
     if isinstance(value, Iterable) and not isinstance(value, str):
@@ -459,12 +468,12 @@ def _coarse(value: Any) -> Any:
 
 
 def _some_names(names: Iterable[str]) -> list[str]:
-    """One name for each ending, as "bias" of "layers.0.bias"; five at most."""
+    """Returns one name for each ending, such as "bias" of "layers.0.bias". Five at most."""
     return list({name.rpartition(".")[2]: name for name in names}.values())[:5]
 
 
 def _varied(options: State, number: int) -> State:
-    """With a rate that shows, and what schedules change not as in the other groups."""
+    """Gives options a rate that shows. Options that schedules change differ between groups."""
     rate = options.get("lr")
     if isinstance(rate, Tensor):
         options["lr"] = rate.clamp(min=1e-3) / (1 + number)
@@ -487,7 +496,7 @@ def _as_bits(tensor: Tensor) -> Tensor:
 
 
 def _generators() -> dict[str, Any]:
-    """The state of each generator that a class may draw from."""
+    """Returns the state of each generator that a class may draw from."""
     states: dict[str, Any] = {
         "torch": bits(torch.get_rng_state()),
         "Python": random.getstate(),
@@ -500,7 +509,7 @@ def _generators() -> dict[str, Any]:
 
 @contextmanager
 def _generators_kept() -> Iterator[None]:
-    """Takes back what has been drawn."""
+    """Sets the generators back, as if nothing had been drawn."""
     torch_state, python_state = torch.get_rng_state(), random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy else None

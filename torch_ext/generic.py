@@ -41,54 +41,53 @@ _MOST_FIELDS = 5
 class OffloadedOptimizer(OffloadedBase):
     """An optimizer class of torch, or of yours, whose state lives in a file on an NVMe drive.
 
-    The class updates pieces of parameters: 1-D float32 tensors on the CPU with their
-    gradients and state, of which a few are in memory at a time. Float32 parameters on the
-    CPU get the bits that the class gives them whole (on one thread: torch's
-    own kernels round the last elements of a thread's share differently).
+    The class updates pieces of parameters: 1-D float32 tensors on the CPU, with their gradients
+    and state. A few of them are in memory at a time. Float32 parameters on the CPU get the bits
+    that the class gives them as a whole, on one thread. (torch's own kernels round the last
+    elements of a thread's share differently.)
 
-    So the class must be elementwise: what becomes of an element depends on that element's
-    gradient, value and state, and on numbers such as ``step``. A trial at construction runs
-    the class on whole parameters and on pieces of them: after each of 12 steps all bits must
-    agree. It is run again when options of a group change that may decide it. What such a
-    trial does not reach, it does not see. SGD with momentum, Adam, AdamW, RMSprop, Adagrad,
-    Adamax, NAdam and their like are elementwise; Adafactor, Muon, LBFGS are not.
-    docs/optimizers.md lists what was tried, also of other packages.
+    So the class must be elementwise: an element's new value depends on that element's gradient,
+    value and state, and on numbers such as ``step``. A trial at construction runs the class on
+    whole parameters and on pieces of them. After each of 12 steps all bits must agree. It is
+    run again when options of a group change that may decide the outcome. It does not see what
+    it does not reach. SGD with momentum, Adam, AdamW, RMSprop, Adagrad, Adamax, NAdam and their
+    like are elementwise. Adafactor, Muon and LBFGS are not. docs/optimizers.md lists what was
+    tried, also of other packages.
 
-    What the class writes to its group (``group["step"] += 1``) is carried from step to step
-    and belongs to the ``state_dict()``. What it writes to gradients is written to yours. If
-    the class has ``train()`` and ``eval()``, as schedule-free ones, this has them too. What it
-    keeps elsewhere, in itself or under another key of ``state``, is refused by name.
-    State of a parameter's shape is kept on the drive, other state in memory.
+    What the class writes to its group (``group["step"] += 1``) is carried from step to step,
+    and is part of the ``state_dict()``. What it writes to gradients is written to yours. If the
+    class has ``train()`` and ``eval()``, as schedule-free ones have, this has them too. What it
+    keeps elsewhere, in itself or under another key of ``state``, is refused by name. State of a
+    parameter's shape is kept on the drive, other state in memory.
 
-    The rest is as with ``OffloadedAdamW``, which is faster than this with ``AdamW``:
-    masters of bfloat16 and float16 parameters (``master_param`` in a ``state_dict()``),
-    ``state`` that is read from the drive when it is asked for, what follows an I/O error,
-    one call at a time, fork, pickle.
-    ``state_dict()`` is as that of the class itself: either loads the other's.
-    Handlers of signals, such as Ctrl-C, run when a call has ended.
+    The rest is as with ``OffloadedAdamW``, which is faster than this with ``AdamW``. bfloat16
+    and float16 parameters have masters (``master_param`` in a ``state_dict()``). ``state`` is
+    read from the drive when it is asked for. The rules about I/O errors, threads, forks and
+    pickling are the same. ``state_dict()`` is that of the class itself: either loads the
+    other's. Handlers of signals, such as Ctrl-C, run when a call has ended.
 
     The caller's default device, inference mode, autocast and grad mode change nothing. The
-    class sees torch's default dtype, as it does in memory: ``NAdam`` keeps a product in
-    float64 where that is the default.
+    class sees torch's default dtype, as it does in memory: ``NAdam`` keeps a product in float64
+    where that is the default.
 
     Args:
         optimizer_class: A subclass of ``torch.optim.Optimizer``.
-        params: Parameters, named parameters or groups of them. Dense, float32,
+        params: Parameters, named parameters or groups of them. They are dense, in float32,
             bfloat16 or float16.
-        nvme_path: As for ``OffloadedAdamW``; also those that follow.
-        host_memory: Most bytes of host memory for state; 768 KiB of it (less of a
-            small budget) are for what the class computes in between.
+        nvme_path: As for ``OffloadedAdamW``.
+        host_memory: The most bytes of host memory for state. 768 KiB of it (less of a small
+            budget) are for what the class computes in between.
         state_dict_mode: As for ``OffloadedAdamW``.
-        aio: What ``get_aio_config`` takes or returns; None: the defaults.
+        aio: What ``get_aio_config`` takes or returns. None: the defaults.
         engine: "auto", or one that ``python -m torch_ext info`` lists.
         verify: Whether checksums are kept and compared on reading.
-        options: For ``optimizer_class``, by name.
+        options: Arguments for ``optimizer_class``, by name.
 
     Raises:
         OSError: The directory cannot be used.
-        ValueError: The class is not elementwise or keeps no state; a value is out
-            of range; a parameter is not dense.
-        TypeError: A parameter cannot be optimized; what is given is no such class.
+        ValueError: The class is not elementwise or keeps no state, or a value is out of range,
+            or a parameter is not dense.
+        TypeError: A parameter cannot be optimized, or ``optimizer_class`` is no such class.
 
     Example:
         >>> optimizer = OffloadedOptimizer(
@@ -115,7 +114,7 @@ class OffloadedOptimizer(OffloadedBase):
         check_ways(f"OffloadedOptimizer({optimizer_class.__name__})", options)
         self._pieces = PieceOptimizer(optimizer_class, options)
         self._trials = Trials(self._pieces)
-        self._passes = 0  # Calls of train() and eval(), which the engine counts as steps.
+        self._passes = 0  # The engine counts calls of train() and eval() as steps.
         self._whole = False
         self._own(
             PieceEngine(
@@ -154,10 +153,10 @@ class OffloadedOptimizer(OffloadedBase):
             self._check_groups(self.param_groups)
 
     def _check_groups(self, groups: list[dict[str, Any]]) -> list[Kept]:
-        """What is kept in each group of them.
+        """Checks groups. Returns what the class keeps in each.
 
         Raises:
-            ValueError, TypeError: One cannot be offloaded.
+            ValueError, TypeError: A group cannot be offloaded.
         """
         for group in groups:
             check_ways(f"OffloadedOptimizer({self._pieces.name})", group)
@@ -169,7 +168,7 @@ class OffloadedOptimizer(OffloadedBase):
     def _check_kept(self, group: dict[str, Any], kept: Kept) -> None:
         for parameter in group["params"]:
             if not parameter.requires_grad and parameter.grad is None:
-                continue  # Frozen, whatever it is.
+                continue  # It is frozen, whatever it is.
             if is_distributed(parameter):
                 raise TypeError(
                     f"OffloadedOptimizer: {self._label_of(parameter)} is a DTensor; of these "
@@ -189,20 +188,20 @@ class OffloadedOptimizer(OffloadedBase):
 
     @torch._disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Performs a step and returns what ``closure``, if given, returned.
+        """Performs a step. Returns what ``closure``, if given, returned.
 
-        When it returns, the parameters are updated; the last tiles of the state
-        may still be on their way to the drive.
+        When it returns, the parameters are updated. The last tiles of the state may still be on
+        their way to the drive.
 
         Raises:
             OSError: Reading or writing failed, now or since the last call.
-            RuntimeError: A gradient is sparse; a tensor of ``state`` was written to after
-                the step that it was read before; the optimizer is closed or belongs to
-                another process.
-            RuntimeError: The class does what it did not in the trial and pieces cannot
-                share. The state is half updated then.
+            RuntimeError: A gradient is sparse. Or a tensor of ``state`` was read, and written
+                to after the next step. Or the optimizer is closed or belongs to another
+                process.
+            RuntimeError: The class does something that it did not do in the trial, and that
+                pieces cannot share. The state is half updated then.
             ValueError, TypeError: A parameter, a gradient, an option or what was assigned to
-                ``state`` cannot be used; nothing has changed then.
+                ``state`` cannot be used. Nothing has changed then.
             Exception: What the class raises. The state is half updated then.
         """
         self._life.check()
@@ -232,7 +231,7 @@ class OffloadedOptimizer(OffloadedBase):
     @undisturbed
     @plain_modes()
     def _switch(self, mode: str) -> None:
-        """``train()`` or ``eval()`` of a class that has them."""
+        """Calls ``train()`` or ``eval()`` of a class that has them."""
         self._life.check()
         self._state.flush()
         groups = []
@@ -259,12 +258,12 @@ class OffloadedOptimizer(OffloadedBase):
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as the class itself does.
 
-        ``state_dict_mode`` says where its tensors are. bfloat16 and float16 parameters
-        have ``master_param`` besides.
+        ``state_dict_mode`` says where its tensors are. bfloat16 and float16 parameters also
+        have ``master_param``.
 
         Raises:
-            OSError: Reading failed, or there is no room for a copy: no memory (ENOMEM),
-                no space. All is as before then.
+            OSError: Reading failed, or there is no room for a copy: no memory (ENOMEM) or no
+                space. All is as before then.
             RuntimeError: As for ``step``.
         """
         self._life.check()
@@ -306,16 +305,16 @@ class OffloadedOptimizer(OffloadedBase):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the state of this class or of the optimizer class itself.
 
-        Tensors may have any floating dtype and device and are read one part
-        after the other; the dict is not copied. A bfloat16 or float16
-        parameter whose ``master_param`` is missing, or does not round to it,
-        is its own master. Names that the class does not keep stay in ``state``.
+        Tensors may have any floating dtype and any device. They are read one part after the
+        other, and the dict is not copied. A bfloat16 or float16 parameter whose
+        ``master_param`` is missing, or does not round to it, is its own master. Names that the
+        class does not keep stay in ``state``.
 
         Raises:
-            ValueError, TypeError: The state does not fit; nothing has changed.
-                The text names the parameter.
+            ValueError, TypeError: The state does not fit. Nothing has changed then. The text
+                names the parameter.
             RuntimeError: As for ``step``.
-            OSError: Writing failed; the old state is gone.
+            OSError: Writing failed. The old state is gone.
         """
         self._life.check()
         check_state_dict(state_dict)
@@ -353,7 +352,7 @@ class OffloadedOptimizer(OffloadedBase):
                 elif entry:
                     entry, foreign[p] = foreign_of(p, entry, kept.names.keys() | {MASTER})
                     if not entry and self.defaults.keys() <= other.keys():
-                        continue  # Only what others keep.
+                        continue  # It has only what others keep.
                     text = f"the loaded state of parameter {key!r}, {label}"
                     read = _read_entry(text, p, kept, entry, bool(group.get("fused")))
                     loaded.append(Loaded(self._slot_of(p), p, kept, read))
@@ -383,7 +382,7 @@ class OffloadedOptimizer(OffloadedBase):
     def _check_part(self, parameter: Tensor) -> None:
         _C.check_trained(parameter)
 
-    # Of optimizer.state ----------------------------------------------------------------
+    # optimizer.state -------------------------------------------------------------------
 
     def _shown_state(self, parameter: Tensor) -> dict[str, Any]:
         slot = self._slots[parameter]
@@ -403,7 +402,7 @@ class OffloadedOptimizer(OffloadedBase):
         return names if parameter.dtype == torch.float32 else names | {MASTER}
 
     def _kept_of(self, parameter: Tensor) -> Kept | None:
-        """What is kept of it: in no group, as of those in the first."""
+        """Returns what is kept of a parameter. One in no group counts as in the first."""
         all_kept = self._trials.kept(self.param_groups)
         for group, kept in zip(self.param_groups, all_kept, strict=True):
             if any(p is parameter for p in group["params"]):
@@ -434,7 +433,7 @@ class OffloadedOptimizer(OffloadedBase):
             partly, fused = self._has_state(parameter), bool(self.defaults.get("fused"))
             whole = kept.fields.keys() <= entry.keys()
             if partly and whole and not self._engine.fits(slot, parameter, kept):
-                # Rows were cut from the parameter and from its state.
+                # Rows were cut off the parameter and off its state.
                 outgrown.append(slot)
                 entry, partly = self._engine.scalars(slot) | entry, False
             values = _read_entry(text, parameter, kept, entry, fused, partly)
@@ -470,7 +469,7 @@ def _check_class(optimizer_class: Any) -> None:
 
 
 def _merged(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    """The saved group with this optimizer's parameters and way of computing."""
+    """Returns the saved group, with this optimizer's parameters and way of computing."""
     own = {key: group[key] for key in (*WAYS, "params") if key in group}
     given = {key: deepcopy(value) for key, value in saved.items() if key not in own}
     return group | given | own
@@ -479,12 +478,12 @@ def _merged(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
 def _read_entry(
     text: str, parameter: Tensor, kept: Kept, entry: Any, fused: bool, partly: bool = False
 ) -> dict[str, Any]:
-    """A parameter's loaded state, its numbers in the form that the class keeps.
+    """Returns a parameter's loaded state, with numbers in the form that the class keeps.
 
-    ``partly``: of state that there is already.
+    ``partly``: ``entry`` may hold only some of it, since there is state already.
 
     Raises:
-        ValueError, TypeError: It does not fit; the text begins with ``text``.
+        ValueError, TypeError: It does not fit. The text begins with ``text``.
     """
     if not isinstance(entry, Mapping):
         raise TypeError(f"{text} must be a dict, not {type(entry).__name__}")
@@ -501,7 +500,7 @@ def _read_entry(
             continue
         like, value = kept.names[name], entry.get(name)
         if all(isinstance(t, Tensor) and t.is_floating_point() for t in (like, value)):
-            # As Optimizer.load_state_dict() does, whatever the default dtype is now.
+            # This is what Optimizer.load_state_dict() does, whatever the default dtype is now.
             as_saved = name == "step" and not fused
             like = like.to(value.dtype if as_saved else torch.float32)
         given[name] = _as_kept(f"{text}: {name!r}", like, value)

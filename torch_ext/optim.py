@@ -54,7 +54,7 @@ from torch_ext.config import AioConfig, parse_size, resolve_aio_config
 
 _logger = logging.getLogger("torch_ext")
 
-#: Of the state, as AdamWFields counts them.
+#: The tensors of the state, as AdamWFields counts them.
 _TENSORS = ("exp_avg", "exp_avg_sq", "master_param")
 _NAMES = frozenset(("step", *_TENSORS[:2]))
 
@@ -62,40 +62,40 @@ _NAMES = frozenset(("step", *_TENSORS[:2]))
 class OffloadedAdamW(OffloadedBase):
     """``torch.optim.AdamW`` whose state lives in a file on an NVMe drive.
 
-    For float32 parameters on the CPU the result equals that of
-    ``torch.optim.AdamW(fused=True)`` bit for bit. bfloat16 and float16
-    parameters have a float32 master, of which the file holds what they lack: each
-    step updates the master and rounds it to the parameter. The parameter has the last
-    word: what writes to it between steps (``model.load_state_dict``, ``clamp_``) counts.
-    Parameters on another device are updated where ``update_on`` says. Of a DTensor each
-    process updates its shard; processes may share ``nvme_path``.
+    For float32 parameters on the CPU, the result equals that of
+    ``torch.optim.AdamW(fused=True)`` bit for bit. bfloat16 and float16 parameters have a
+    float32 master, of which the file holds what the parameter lacks. Each step updates the
+    master and rounds it to the parameter. Writes to the parameter between steps
+    (``model.load_state_dict``, ``clamp_``) count. Parameters on another device are updated
+    where ``update_on`` says. Each process updates its shard of a DTensor. Processes may share
+    ``nvme_path``.
 
-    A step reads, updates and writes the state tile by tile, all three at once,
-    in buffers that together take no more than ``host_memory``; the first tiles
-    of the next step are read while the model computes. Parameters without a
-    gradient cost nothing but, with ``overlap_backward="update"``, space on the drive.
-    Frozen ones (``requires_grad=False``) may be of any kind, quantized too: they are left
-    alone until a step finds a gradient. An error about a parameter names it.
+    A step reads, updates and writes the state tile by tile, all three at once. The buffers
+    together take no more than ``host_memory``. The first tiles of the next step are read while
+    the model computes. Parameters without a gradient cost nothing, except space on the drive
+    with ``overlap_backward="update"``. Frozen ones (``requires_grad=False``) may be of any
+    kind, quantized too. They are left alone until a step finds a gradient. An error about a
+    parameter names it.
 
-    ``state_dict()`` returns what ``torch.optim.AdamW`` would, and loads what it
-    returned. Its tensors are a copy in memory, which later steps do not change;
-    ``state_dict_mode="mapped"`` is for state larger than memory.
-    ``state`` is as in ``torch.optim``, but that its tensors are read from the drive one by
-    one, when they are asked for by name: see there. Nothing but ``state_dict()`` outlives
-    the optimizer.
+    ``state_dict()`` returns what ``torch.optim.AdamW`` would, and loads what that returned. Its
+    tensors are a copy in memory, which later steps do not change. ``state_dict_mode="mapped"``
+    is for state larger than memory. ``state`` is as in ``torch.optim``, but its tensors are
+    read from the drive one by one, when they are asked for by name: see there. Only a
+    ``state_dict()`` outlives the optimizer.
 
-    After an I/O error in the midst of a step the state may be half updated: each later
-    step raises the error again until a state is loaded. After any other error, as of
-    ``state_dict()``, all is as it was. One call at a time, from any thread.
-    Handlers of signals, such as Ctrl-C, that come during a call run when it has ended,
-    those that come during a closure at once. So no step is left half done, and what a
-    handler saves is the state before or after a whole step. The caller's default dtype and
-    device, inference mode, autocast and grad mode change nothing. A forked child may not
-    use the optimizer (RuntimeError); pickling and copying raise TypeError.
+    After an I/O error in the midst of a step the state may be half updated. Each later step
+    raises the error again until a state is loaded. After any other error, such as one of
+    ``state_dict()``, all is as it was. Threads: any, one call at a time.
+
+    If a signal, such as Ctrl-C, comes during a call, its handler runs when the call has ended.
+    During a closure it runs at once. So no step is left half done, and a handler saves the
+    state before or after a whole step. The caller's default dtype and device, inference mode,
+    autocast and grad mode change nothing. A forked child may not use the optimizer
+    (RuntimeError). Pickling and copying raise TypeError.
 
     Args:
-        params: As for ``torch.optim.AdamW``: parameters, named parameters or
-            groups of them. Dense, float32, bfloat16 or float16.
+        params: As for ``torch.optim.AdamW``: parameters, named parameters or groups of them.
+            They are dense, in float32, bfloat16 or float16.
         lr: Learning rate; a number or a tensor of one element.
         betas: Coefficients of the running averages.
         eps: Added to the denominator.
@@ -105,56 +105,61 @@ class OffloadedAdamW(OffloadedBase):
         foreach: As ``fused``.
         capturable: Must be False: a step reads and writes files.
         differentiable: Must be False.
-        fused: Taken for programs written for ``torch.optim.AdamW``, and without effect: the
-            result is that of ``fused=True``. The groups say what was given, True for None, so
-            that ``torch.optim.AdamW`` goes on in that way if it loads the state.
-        nvme_path: Directory on the drive to be used. Several drives are given
-            as to ``TensorSwapper``; the first has room for a mapped ``state_dict()``.
-        host_memory: Most bytes of host memory for buffers, as 2**29 or
-            "512MiB"; at least 240 KiB.
-        overlap_backward: False or "prefetch": parameters are updated in ``step()``; the
-            first tiles of the state are read before it, while forward and backward run. Loops
-            that clip, scale, accumulate or skip steps work unchanged. With "prefetch",
-            gradients on a device are copied to the host while backward goes on, into at most
-            a quarter of ``host_memory`` (if that is 1 MiB or more), for parameters that are
-            on the device when the optimizer is made; ``step()`` copies again what has changed
-            since, as by clipping, and what had no room. On the CPU the two are the same.
-            "update": parameters are updated while backward goes on, as soon as their
-            gradients are final, and these are freed: after ``backward()`` any use of a
-            gradient raises RuntimeError. ``step()`` updates the rest; options of the
-            groups are those at the time of ``backward()``. Between it and the end of
-            ``step()`` parameters are being updated: using their values raises
-            RuntimeError, also in what activation checkpointing computes again during
-            backward. If the options, or parameters on the CPU, were changed all the same,
-            ``step()`` makes the step and raises RuntimeError.
-            With reentrant checkpointing gradients come in parts, and ``step()`` updates
-            all; ``use_reentrant=False`` avoids that. docs/guide.md has the cases.
-            Gradients in page-locked memory wait for ``step()``: FSDP2's ``CPUOffloadPolicy``
-            brings them from the GPU until backward ends. Every backward pass of a step
-            but the last goes inside ``with optimizer.accumulate():``. Not with
+        fused: Taken for programs that were written for ``torch.optim.AdamW``. It has no effect:
+            the result is that of ``fused=True``. The groups say what was given, True for None.
+            So ``torch.optim.AdamW`` goes on in that way if it loads the state.
+        nvme_path: Directory on the drive to be used. Several drives are given as to
+            ``TensorSwapper``. The first has room for a mapped ``state_dict()``.
+        host_memory: The most bytes of host memory for buffers, such as 2**29 or "512MiB"; at
+            least 240 KiB.
+        overlap_backward: What runs during backward. With False and "prefetch", parameters are
+            updated in ``step()``. The first tiles of the state are read before it, while
+            forward and backward run. Loops that clip, scale, accumulate or skip steps work
+            unchanged.
+
+            With "prefetch", gradients on a device are copied to the host while backward goes
+            on. They take at most a quarter of ``host_memory``, if that is 1 MiB or more. This
+            is for parameters that are on the device when the optimizer is made. ``step()``
+            copies again what has changed since, for example by clipping, and what had no room.
+            On the CPU the two are the same.
+
+            With "update", parameters are updated while backward goes on, as soon as their
+            gradients are final. These gradients are freed: after ``backward()`` any use of one
+            raises RuntimeError. ``step()`` updates the rest. Options of the groups are those at
+            the time of ``backward()``. Parameters are being updated from then to the end of
+            ``step()``. Using their values raises RuntimeError, also in what activation
+            checkpointing computes again during backward. If the options, or parameters on the
+            CPU, were changed all the same, ``step()`` makes the step and raises RuntimeError.
+            Every backward pass of a step but the last goes inside ``with
+            optimizer.accumulate():``.
+
+            With "update" some gradients wait for ``step()``. With reentrant checkpointing,
+            which ``use_reentrant=False`` avoids, they come in parts. Gradients in page-locked
+            memory may still be on their way: FSDP2's ``CPUOffloadPolicy`` brings them from the
+            GPU until backward ends. docs/guide.md has the cases. "update" does not work with
             ``DistributedDataParallel``, which changes gradients later: ``backward()`` raises
-            RuntimeError. Nor with parameters that are views of one tensor: PyTorch takes the
-            update of one for a change of all, and raises.
-        max_grad_norm: ``step()`` clips gradients to this norm first, as
+            RuntimeError. Nor does it work with parameters that are views of one tensor: PyTorch
+            takes the update of one for a change of all, and raises.
+        max_grad_norm: ``step()`` first clips gradients to this norm, as
             ``torch.nn.utils.clip_grad_norm_`` does, and leaves the norm in ``grad_norm``.
-            "update" then behaves as "prefetch", since it takes all gradients to know it.
-        state_format: What the drive holds of each moment: "exact" (float32), "bf16"
-            or "int8" (8 bits, and a scale for each 256 elements), both rounded
+            "update" then behaves as "prefetch", since the norm needs all gradients.
+        state_format: What the drive holds of each moment: "exact" (float32), "bf16", or "int8"
+            (8 bits, and a scale for each 256 elements). The last two are rounded
             stochastically. See docs/formats.md.
-        seed: Of that rounding, 0 to 2**64 - 1: the same seed gives the same bits.
-        update_on: Where parameters on a device are updated. "cpu": they and their
-            gradients are copied to the host and back. "cuda":
-            their state is copied to the device and back, and torch's fused kernel
-            of the device updates them; with ``state_format="exact"`` and without
-            parameters on the CPU. The results are those of torch's kernel for the CPU
-            or the device, which round differently, so the choice is never made for you.
-        state_dict_mode: Where the tensors of a ``state_dict()`` are. "tensors": in memory,
-            of which there must be as much, else OSError (ENOMEM). "mapped": in a file
-            without a name in ``nvme_path``, gone with the last of them; they cost memory as
-            far as they are touched. What the drive did not take is an OSError of
-            ``state_dict()``; but if the drive fails afterwards, while they are in use, the
+        seed: The seed of that rounding, 0 to 2**64 - 1. The same seed gives the same bits.
+        update_on: Where parameters on a device are updated. With "cpu", they and their
+            gradients are copied to the host and back. With "cuda", their state is copied to the
+            device and back, and torch's fused kernel of the device updates them. That needs
+            ``state_format="exact"`` and no parameters on the CPU. The results are those of
+            torch's kernel for the CPU or for the device. These round differently, so the choice
+            is never made for you.
+        state_dict_mode: Where the tensors of a ``state_dict()`` are. With "tensors" they are in
+            memory; if there is not enough, it raises OSError (ENOMEM). With "mapped" they are
+            in a file without a name in ``nvme_path``, which is gone with the last of them. They
+            cost memory as far as they are touched. If the drive did not take all bytes,
+            ``state_dict()`` raises OSError. But if the drive fails while they are in use, the
             system ends the process (SIGBUS), as with every mapped file: save them at once.
-        aio: What ``get_aio_config`` takes or returns; None: the defaults.
+        aio: What ``get_aio_config`` takes or returns. None: the defaults.
         engine: "auto", or one that ``python -m torch_ext info`` lists.
         verify: Whether checksums are kept and compared on reading.
 
@@ -195,7 +200,7 @@ class OffloadedAdamW(OffloadedBase):
         engine: str = "auto",
         verify: bool = True,
     ) -> None:
-        # The keys of torch.optim.AdamW, so that either loads the other's.
+        # These are the keys of torch.optim.AdamW, so that either loads the other's state.
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -206,20 +211,20 @@ class OffloadedAdamW(OffloadedBase):
             "foreach": foreach,
             "capturable": capturable,
             "differentiable": differentiable,
-            # What is loaded elsewhere then gives the same bits.
+            # So a state that is loaded elsewhere gives the same bits.
             "fused": not foreach if fused is None else fused,
             "decoupled_weight_decay": True,
         }
         check_group(defaults)
         check_foreach(defaults)
         self._max_grad_norm = max_grad_norm_of(max_grad_norm)
-        #: The norm that the last step with ``max_grad_norm`` found.
+        #: The norm that the last step with ``max_grad_norm`` has found.
         self.grad_norm: Tensor | None = None
         self._overlap: Overlap | None = None
         self._takes = False  # Whether gradients are taken during backward.
         early_bytes = 0
         if overlap_of(overlap_backward) is not False:
-            # A norm is known when all gradients are, and not before.
+            # The norm is known only when all gradients are.
             self._takes = overlap_backward == "update" and max_grad_norm is None
             self._overlap = Overlap(self._take if self._takes else self._prefetch, self._takes)
         if self._overlap is not None and not self._takes:
@@ -227,8 +232,8 @@ class OffloadedAdamW(OffloadedBase):
             early_bytes = min(early_bytes_of(params), 2**63)
             if early_bytes == 0:
                 self._overlap = None
-        # Of the step that backward has begun: each group's numbers, by its place, whose
-        # they are, and what was used for the parameters taken.
+        # Notes on the step that backward has begun. They are the numbers of each group, by its
+        # place, the group of each parameter, and the numbers used for parameters taken.
         self._hypers: dict[int, tuple[Any, ...]] = {}
         self._numbers: dict[Tensor, int] = {}
         self._used: dict[Tensor, tuple[Any, ...]] = {}
@@ -282,18 +287,19 @@ class OffloadedAdamW(OffloadedBase):
     close.__doc__ = OffloadedBase.close.__doc__
 
     def accumulate(self) -> AbstractContextManager[None]:
-        """To be around every backward pass of a step but the last.
+        """A context for every backward pass of a step but the last.
 
-        ``with optimizer.accumulate(): loss.backward()`` leaves gradients where they are, to
-        be added to. Needed with ``overlap_backward="update"``; with "prefetch" it saves
-        copies; without effect with False.
+        ``with optimizer.accumulate(): loss.backward()`` leaves gradients where they are, so
+        that the next pass adds to them. ``overlap_backward="update"`` needs it. With "prefetch"
+        it saves copies. With False it has no effect.
         """
         return nullcontext() if self._overlap is None else self._overlap.accumulate()
 
     @undisturbed
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in ``torch.optim``. With ``set_to_none=False`` gradients that were taken take
-        memory again, of zeros.
+        """Drops gradients, as in ``torch.optim``.
+
+        With ``set_to_none=False``, gradients that were taken get memory again, with zeros.
         """
         for p in self._parameters():
             if isinstance(p.grad, TakenGradient):
@@ -302,21 +308,20 @@ class OffloadedAdamW(OffloadedBase):
 
     @torch._disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Performs a step and returns what ``closure``, if given, returned.
+        """Performs a step. Returns what ``closure``, if given, returned.
 
-        When it returns, the parameters are updated; the last tiles of the state
-        may still be on their way to the drive. A first step with a learning
-        rate of 0 and gradients that are all 0 makes the state and does not
-        count: so ``torch.distributed.checkpoint`` asks for it.
+        When it returns, the parameters are updated. The last tiles of the state may still be on
+        their way to the drive. A first step with a learning rate of 0 and gradients that are
+        all 0 makes the state and does not count: ``torch.distributed.checkpoint`` asks for
+        state in this way.
 
         Raises:
             OSError: Reading or writing failed, now or since the last call.
-            RuntimeError: A gradient is sparse, or a DTensor on another mesh or with
-                other placements than its parameter; a tensor of ``state`` was written to
-                after the step that it was read before; the optimizer is closed
-                or belongs to another process.
+            RuntimeError: A gradient is sparse, or a DTensor on another mesh or with other
+                placements than its parameter. Or a tensor of ``state`` was read, and written to
+                after the next step. Or the optimizer is closed or belongs to another process.
             ValueError, TypeError: A parameter, a gradient or what was assigned to ``state``
-                cannot be used; nothing has changed then.
+                cannot be used. Nothing has changed then.
         """
         self._life.check()
         loss = None
@@ -358,7 +363,7 @@ class OffloadedAdamW(OffloadedBase):
         self._state.retire(parameters)
         for p in parameters:
             if is_distributed(p) and not self._takes:
-                # The engine has told autograd of the shard's change only.
+                # The engine has told autograd only that the shard has changed.
                 torch.autograd.graph.increment_version(p)
         if complaint:
             raise RuntimeError(complaint)
@@ -366,15 +371,15 @@ class OffloadedAdamW(OffloadedBase):
     @torch._disable_dynamo
     @plain_modes()
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state as ``torch.optim.AdamW`` does; see the class.
+        """Returns the state as ``torch.optim.AdamW`` does. See the class.
 
-        ``exp_avg`` and ``exp_avg_sq`` are float32 whatever the parameter is;
-        bfloat16 and float16 parameters have ``master_param`` besides. What belongs to
-        a DTensor is one, with the same mesh and placements.
+        ``exp_avg`` and ``exp_avg_sq`` are float32 whatever the parameter is. bfloat16 and
+        float16 parameters also have ``master_param``. State of a DTensor is a DTensor, with the
+        same mesh and placements.
 
         Raises:
-            OSError: Reading failed, or there is no room for a copy: no memory (ENOMEM),
-                no space. All is as before then.
+            OSError: Reading failed, or there is no room for a copy: no memory (ENOMEM) or no
+                space. All is as before then.
             RuntimeError: As for ``step``.
         """
         if self._taken():
@@ -423,17 +428,17 @@ class OffloadedAdamW(OffloadedBase):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the state of this class or of ``torch.optim.AdamW``.
 
-        Tensors may have any floating dtype and device and are read one part
-        after the other; the dict is not copied. Those of a DTensor parameter have
-        its mesh and placements, or are plain tensors: the local shards. A bfloat16
-        or float16 parameter whose ``master_param`` is missing, or does not round to
-        it, is its own master. Keys that are not AdamW's are kept in ``state``.
+        Tensors may have any floating dtype and any device. They are read one part after the
+        other, and the dict is not copied. Those of a DTensor parameter have its mesh and
+        placements, or are plain tensors: the local shards. A bfloat16 or float16 parameter
+        whose ``master_param`` is missing, or does not round to it, is its own master. Keys that
+        are not AdamW's are kept in ``state``.
 
         Raises:
-            ValueError, TypeError: The state does not fit; nothing has changed.
-                The text names the parameter.
+            ValueError, TypeError: The state does not fit. Nothing has changed then. The text
+                names the parameter.
             RuntimeError: As for ``step``.
-            OSError: Writing failed; the old state is gone.
+            OSError: Writing failed. The old state is gone.
         """
         self._life.check()
         check_state_dict(state_dict)
@@ -484,13 +489,13 @@ class OffloadedAdamW(OffloadedBase):
         return set() if self._overlap is None else self._overlap.taken
 
     def _take(self, parameter: Tensor) -> None:
-        """Has a parameter updated whose gradient is final."""
+        """Hands over a parameter whose gradient is final, to be updated."""
         self._life.check()
         if not self._taken():
             self._state.flush()
             self._make_room()
         if (number := self._group_of(parameter)) is None:
-            return  # It is trained no more.
+            return  # It is not trained any more.
         if number not in self._hypers:
             self._hypers[number] = hyper(self.param_groups[number])
         part, gradient = self._own_part(parameter), self._own_gradient(parameter)
@@ -504,7 +509,7 @@ class OffloadedAdamW(OffloadedBase):
         parameter.grad = TakenGradient(parameter)
 
     def _prefetch(self, parameter: Tensor) -> None:
-        """Has a gradient copied to the host that may be final."""
+        """Starts to copy a gradient, which may be final, to the host."""
         self._life.check()
         if parameter not in self._slots or parameter.is_cpu:
             return
@@ -512,8 +517,10 @@ class OffloadedAdamW(OffloadedBase):
         self._engine.prefetch(self._slots[parameter], local_of(parameter), gradient)
 
     def _make_room(self) -> None:
-        """Gives parameters state before their first gradient comes, so that the first step
-        need not keep all gradients either. Backward mostly goes the other way round.
+        """Gives parameters room for state before their first gradient comes.
+
+        So the first step need not keep all gradients either. The order is reversed, since
+        backward mostly goes the other way round.
         """
         new = [p for p in self._parameters() if p.requires_grad and not self._has_state(p)]
         if new:
@@ -521,7 +528,7 @@ class OffloadedAdamW(OffloadedBase):
                 self._engine.make_room([self._own_part(p) for p in reversed(new)])
 
     def _forget_taken(self) -> None:
-        for p in self._taken() - set(self._parameters()):  # zero_grad() does not come by.
+        for p in self._taken() - set(self._parameters()):  # zero_grad() does not see these.
             if isinstance(p.grad, TakenGradient):
                 p.grad = None
         self._hypers, self._used, self._versions = {}, {}, {}
@@ -540,7 +547,7 @@ class OffloadedAdamW(OffloadedBase):
     ) -> tuple[list[Tensor], str]:
         """Ends a step of which some gradients may have been taken.
 
-        Returns who took part, and what the caller has done that it may not.
+        Returns the parameters that took part, and what the caller has done that is not allowed.
         """
         for p in chain.from_iterable(parameters for _, parameters in trained):
             if p in self._taken():
@@ -584,7 +591,7 @@ class OffloadedAdamW(OffloadedBase):
     def _has_no_state(self) -> bool:
         return not any(map(self._engine.has_state, self._slots.values()))
 
-    # Of optimizer.state ----------------------------------------------------------------
+    # optimizer.state -------------------------------------------------------------------
 
     def _is_between_steps(self) -> bool:
         return not self._taken()
@@ -621,7 +628,7 @@ class OffloadedAdamW(OffloadedBase):
             step = self._engine.step_of(slot) if self._has_state(parameter) else None
             whole = self._own_names(parameter) - entry.keys() <= {"step", "master_param"}
             if step is not None and whole and not self._engine.fits(slot, part):
-                # Rows were cut from the parameter and from its state.
+                # Rows were cut off the parameter and off its state.
                 outgrown.append(slot)
                 entry, step = {"step": step} | entry, None
             read.append((slot, part, *read_change(label, parameter, entry, step)))
