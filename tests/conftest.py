@@ -10,10 +10,12 @@ _LONG = ("tests/python/test_packaging.py",)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file is one process's, for its fixtures; the simulated device is one's, too.
+    """Gives each file to one process, for its fixtures. The simulated device has one process
+    too.
 
-    Autograd makes its threads for the devices there are at the first backward of a
-    process: the simulated one has to be known by then, so its tests are the first.
+    Autograd makes threads for the devices that are known at the first backward of a process.
+    The
+    simulated one has to be known by then, so its tests come first.
     """
     for item in items:
         file = item.nodeid.partition("::")[0]

@@ -29,12 +29,8 @@ LAYERS = ("base", "config", "device", "io", "memory", "optim", "store", "swap")
 CODE = (
     *(f"csrc/{layer}/*.*" for layer in LAYERS),
     *(f"include/torch_ext/{layer}/*.h" for layer in LAYERS),
-    *(
-        f"{folder}/**/*.{kind}"
-        for folder in ("benchmarks", "examples")
-        for kind in ("py", "cpp")
-    ),
-    "tools/*.py",
+    *("benchmarks/*.py", "benchmarks/*.cpp", "examples/**/*.py", "examples/**/*.cpp"),
+    *("tests/**/*.py", "tests/**/*.h", "tests/**/*.cpp", "tools/*.py", "torch_ext/*.py"),
 )
 
 # A part of a file that is read in one go: its first line, and its text.

@@ -26,9 +26,9 @@ State& state() {
   return only;
 }
 
-// In the static TLS block: where a library opened at run time gets a block of
-// its own, LeakSanitizer guesses that block's size from what lies before it and
-// now and then ends the process on a wrong guess.
+// Puts a variable into the static TLS block. A library that is opened at run
+// time would get a block of its own. LeakSanitizer guesses that block's size
+// from what lies before it. Now and then it ends the process on a wrong guess.
 #define STATIC_TLS [[gnu::tls_model("initial-exec")]] thread_local
 
 STATIC_TLS int capture_mode = 0;  // Global, as in the real one.
@@ -137,10 +137,10 @@ unsigned fake_register_flags() {
   return state().flags;
 }
 
-/// Of the calling thread.
+/// The calling thread's mode.
 int fake_capture_mode() { return capture_mode; }
 
-/// Of the calling thread, without clearing it.
+/// The calling thread's last error. It is not cleared.
 int fake_last_error() { return last_error; }
 
 }  // extern "C"

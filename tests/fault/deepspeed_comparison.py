@@ -69,7 +69,7 @@ def run(*command: Any) -> str:
 
 
 def outcome(count: int) -> bool:
-    """Of a wait that should count one."""
+    """Returns whether a wait has counted one operation, as it should."""
     return count == 1
 
 
@@ -486,7 +486,7 @@ def extensions_folder() -> str:
 
 
 def outcome_of(command: list[str], seconds: float = SECONDS) -> tuple[str, str]:
-    """Of a child: one word, and what there is to say about it."""
+    """Runs a child. Returns its outcome in one word, and what there is to say about it."""
     child = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -1,6 +1,6 @@
-// Fails the first request, then the second, and so on until there is none
-// left to fail: with each errno, once and for good, short, late or refused, on
-// every engine, under small uses of each class.
+// Fails the first request, then the second, and so on until there is none left
+// to fail. Each fails with each errno, once and for good, short, late or
+// refused. This is done on every engine, under small uses of each class.
 
 #include <fcntl.h>
 #include <gtest/gtest.h>

@@ -1,6 +1,6 @@
-// After many operations (100,000 in the long form), some of them failing, a
-// process has as many descriptors, as much memory and as much of it page-locked
-// as after a few; on every engine.
+// A process makes many operations (100,000 in the long form), and some of them
+// fail. It then has as many descriptors, as much memory and as much page-locked
+// memory as after a few operations, on every engine.
 
 #include <gtest/gtest.h>
 #include <malloc.h>

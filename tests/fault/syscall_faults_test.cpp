@@ -1,7 +1,7 @@
 // Fails the first call of a system call, then the second, and so on until there
-// is none left to fail, below everything: whatever library makes the call, in
-// whatever thread. Each trial has a process of its own, so that one that aborts
-// or hangs is seen.
+// is none left to fail. It does so below everything, whatever library makes the
+// call, on whatever thread. Each trial has a process of its own, so that one
+// that aborts or hangs is seen.
 
 #include <gtest/gtest.h>
 #include <sys/syscall.h>

@@ -134,8 +134,9 @@ TEST_F(IoQueueKnobsTest, TheKernelIsCalledOncePerRequestOrOncePerBatch) {
     EXPECT_EQ(kernel_calls(kWrite, block_size, true), 32u);
     EXPECT_EQ(kernel_calls(kRead, block_size, false), 4u);
   }
-  // The device starts after 256 KiB or one block is hashed, then has as much
-  // to do as is hashed meanwhile: batches of 4 and 4, or of 1, 1, 2 and 4.
+  // The device starts when 256 KiB, or one block, is hashed. From then on it
+  // has as much to do as is hashed meanwhile. So there are batches of 4 and 4,
+  // or of 1, 1, 2 and 4.
   EXPECT_EQ(kernel_calls(kWrite, kBlock, false), 8u);
   EXPECT_EQ(kernel_calls(kWrite, kMiB, false), 16u);
 }

@@ -99,7 +99,7 @@ class IoQueueOrderTest : public test::IoQueueTest {
     start_with_slots_taken(queue_depth, static_cast<std::size_t>(queue_depth));
   }
 
-  /// Of the operation with that place in the order of submission.
+  /// Cancels the operation with that place in the order of submission.
   void cancel(std::size_t operation) {
     EXPECT_TRUE(queue_->cancel(tickets_.at(operation)));
     tickets_.erase(tickets_.begin() + static_cast<std::ptrdiff_t>(operation));
@@ -114,7 +114,7 @@ class IoQueueOrderTest : public test::IoQueueTest {
     while (script_->held() < requests) std::this_thread::yield();
   }
 
-  /// Of the operations whose requests were made, in order.
+  /// The names of the operations whose requests were made, in order.
   std::string names() const {
     std::string result;
     for (const IoRequest& request : script_->log()) {

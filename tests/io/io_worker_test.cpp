@@ -136,7 +136,7 @@ class AskedEngine final : public IoEngine {
   std::vector<IoRequest> in_flight_;
 };
 
-/// Of one operation of so many blocks of that size.
+/// The questions that one operation of kOfThem blocks of that size asks.
 std::vector<AskedEngine::Question> questions(std::shared_ptr<File> file,
                                              std::size_t block,
                                              bool overlap_events) {

@@ -27,7 +27,7 @@ def run(name, directory, *arguments):
 
 
 def losses(output):
-    """Of each step, all columns."""
+    """Returns all columns of each step."""
     lines = output.splitlines()
     assert lines[-1] == "equal to the bit: yes"
     rows = [line.split()[1:] for line in lines if re.match(r" *\d+  ", line)]

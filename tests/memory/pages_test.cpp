@@ -10,7 +10,7 @@
 namespace torch_ext {
 namespace {
 
-/// Of this process's address space.
+/// Bytes of this process's address space.
 std::size_t mapped_bytes() {
   std::size_t pages = 0;
   std::ifstream("/proc/self/statm") >> pages;

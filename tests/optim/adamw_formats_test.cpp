@@ -131,9 +131,9 @@ TEST(AdamWFormatsTest, MastersOfAnyNumberAreConverted) {
 
 // ---- Moments ----------------------------------------------------------------
 
-/// What pack_moment() must make of an element, in plain arithmetic: one of its
-/// two neighbours that the format has, the upper one if the noise is larger
-/// than the distance to it in units of 1/65536.
+/// What pack_moment() must make of an element, in plain arithmetic. It is one
+/// of the two neighbours that the format has. It is the upper one if the noise
+/// is larger than the distance to it in units of 1/65536.
 float expected_bf16(float x, std::uint32_t noise) {
   if (std::isnan(x) || std::isinf(x)) return x;
   const std::uint32_t magnitude = bits_of(std::fabs(x));

@@ -98,7 +98,8 @@ TEST_P(AdamWStepTest, AStepIsAdamWOnWhatIsUnpackedThenPacked) {
     const Trained before = run;
     AdamWCoefficients with = kWith;
     with.maximize = maximize;
-    // Of zeros, then of what the first step left.
+    // The first step begins with zeros, the others with what the one before
+    // left.
     std::vector<float> w = before.master, m(w.size()), v(w.size());
     for (std::uint64_t step = 1; step < 4; ++step) {
       const RoundingNoise noise{1, step, 2};

@@ -206,7 +206,7 @@ TEST_F(OptimizerFaultsTest, ARefusedStepSaysWhatFailedAndWhatToDo) {
 
 TEST_F(OptimizerFaultsTest, AnErrorOfTheLastWritesIsTheNextCallsOrClosesOwn) {
   for (const bool close : {false, true}) {
-    // Of four tiles, of which three have buffers, the last one's write.
+    // There are four tiles, and three buffers. The last tile's write fails.
     auto tiles = std::make_shared<std::set<std::uint64_t>>();
     script_ = std::make_shared<FaultScript>(
         [tiles](std::size_t, const IoRequest& request) {

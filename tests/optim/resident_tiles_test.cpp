@@ -31,7 +31,7 @@ using test::ScalarAdamW;
 
 constexpr std::uint64_t kTile = std::uint64_t{64} << 10;
 constexpr std::size_t kPerTile = 8192;  // Elements of 8 bytes.
-constexpr std::size_t kThird = 5376;    // Of 12 bytes, cut at 256.
+constexpr std::size_t kThird = 5376;    // 12 bytes each, cut at 256.
 constexpr std::size_t kLanes = 8;
 
 /// Budgets of whole tiles of 64 KiB: eight for those on their way, the others
@@ -51,7 +51,8 @@ class ResidentTilesTest : public testing::Test {
     return options;
   }
 
-  /// Of a step: which tiles, by their place on the drive, it wrote.
+  /// Makes a step. Returns the tiles that it wrote, by their place on the
+  /// drive.
   std::multiset<std::uint64_t> written_by(OptimizerOffload& offload,
                                           ScalarAdamW& adamw) {
     const std::uint64_t before = settled(offload);

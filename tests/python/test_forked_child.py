@@ -44,7 +44,7 @@ def parameters(dtype=torch.float32):
 
 @pytest.fixture(autouse=True)
 def threads():
-    """Of PyTorch, that a child lacks: it has several, and they have worked."""
+    """Gives PyTorch several threads that have worked. A child lacks them."""
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     (torch.ones(1 << 20) + 1).sum()

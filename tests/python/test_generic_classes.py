@@ -6,7 +6,7 @@ import optimizer_classes
 import pytest
 import torch
 
-#: Of torch itself; the others are refused, or cannot be used on such parameters at all.
+#: torch's own classes that are equal. Its others are refused, or do not take such parameters.
 EQUAL = {
     *("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam"),
     *("RMSprop", "Rprop", "SGD"),

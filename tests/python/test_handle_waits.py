@@ -22,7 +22,7 @@ GUARD = 60
 
 
 class Ticket:
-    """Of an operation that ends when it is told to. Threads: any."""
+    """The ticket of an operation that ends when it is told to. Threads: any."""
 
     def __init__(self):
         self.waiting = threading.Semaphore(0)

@@ -438,7 +438,7 @@ def test_what_is_written_to_the_state_of_shards_counts(ranks, nvme_dir, overlap)
 
 
 def first_step_at_rate_zero(directory):
-    """Of a parameter of which the other ranks have nothing."""
+    """Makes the first step of a parameter of which the other ranks have nothing."""
     mesh = init_device_mesh("cpu", (2,))
     parameter = torch.nn.Parameter(distribute_tensor(torch.ones(1), mesh, [Shard(0)]))
     optimizer = OffloadedAdamW([parameter], lr=0.0, nvme_path=directory, host_memory=SMALL)

@@ -290,7 +290,7 @@ def test_a_copy_waits_for_the_gradient(sim, nvme_dir):
 
 def test_copies_have_a_quarter_of_the_budget(sim, nvme_dir):
     generator = torch.Generator().manual_seed(1)
-    # Of 4 bytes each: the last two have room in a quarter of 2 MiB.
+    # The elements have 4 bytes, so the last two have room in a quarter of 2 MiB.
     start = [torch.randn(60_000, generator=generator) for _ in range(5)]
     trained = []
     for device in ("cpu", "sim"):

@@ -246,7 +246,7 @@ def test_memory_in_between_is_not_used_anew_before_its_copy_is_made(sim, nvme_di
 
 def test_state_from_the_device_is_there_before_it_is_written(sim, nvme_dir):
     _, optimizer = one(sim, nvme_dir, 40_000, update_on="cuda")
-    # Of five tiles, none of which stays in memory, the first one's copies back.
+    # There are five tiles, and none stays in memory. The first one's copies back are held.
     sim.hold_copies_after(2)
     thread = threading.Thread(target=optimizer.step)
     with released_by(sim, thread):

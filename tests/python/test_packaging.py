@@ -215,7 +215,7 @@ def test_wheel_made_without_torch_builds_the_module_on_first_import(installed_to
 
 @pytest.mark.slow
 def test_wheel_made_without_torch_has_every_public_name(installed_torchless, room):
-    # Each in a process of its own, as if it were the first that is used.
+    # Each name is used in a process of its own, where it is the first.
     code = """
 import os, sys, torch_ext
 for name in torch_ext.__all__:

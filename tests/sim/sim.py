@@ -52,7 +52,7 @@ def install() -> None:
 
 
 def library_path() -> str:
-    """Of the library that install() has loaded."""
+    """Returns the path of the library that install() has loaded."""
     return _library._name
 
 

@@ -1,11 +1,11 @@
-// PyTorch device type "sim": a simulated accelerator for tests, with truly
-// asynchronous streams, copies that hold raw pointers, an allocator that
-// reuses and overwrites freed memory at once, and injected faults. Operators
-// that it lacks run on the CPU after a wait for the current stream.
+// PyTorch device type "sim": a simulated accelerator for tests. Its streams are
+// truly asynchronous, and its copies hold raw pointers. Its allocator reuses
+// and overwrites freed memory at once. Faults can be injected. Operators that
+// it lacks run on the CPU, after a wait for the current stream.
 //
-// Two things are stricter than CUDA: copies to and from host memory that is
-// not page-locked are asynchronous too, and page-locked memory that is dropped
-// while a copy uses it is overwritten.
+// Two things are stricter than CUDA. Copies to and from host memory that is not
+// page-locked are asynchronous too. And page-locked memory is overwritten if it
+// is dropped while a copy uses it.
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>

@@ -40,12 +40,12 @@ inline constexpr std::byte kFresh{0xcd};  ///< What new memory holds.
 /// What tests look at. All since the last reset, but for the live ones.
 struct Counts {
   std::atomic<std::int64_t> async_copies = 0;  ///< Queued.
-  std::atomic<std::int64_t> async_bytes = 0;   ///< Of them.
+  std::atomic<std::int64_t> async_bytes = 0;   ///< In these.
   std::atomic<std::int64_t> sync_copies = 0;
   std::atomic<std::int64_t> stale_copies = 0;  ///< Touched freed memory.
-  std::atomic<std::int64_t> live_bytes = 0;    ///< Of the devices' memory.
+  std::atomic<std::int64_t> live_bytes = 0;    ///< On the devices.
   std::atomic<std::int64_t> reused_blocks = 0;
-  std::atomic<std::int64_t> urgent_streams = 0;  ///< Of high priority, given.
+  std::atomic<std::int64_t> urgent_streams = 0;  ///< High priority, given.
 
   /// One of them; -1 if there is none of that name.
   std::int64_t named(std::string_view name) const {
@@ -130,7 +130,7 @@ class Machine {
   }
   Counts& counts() { return counts_; }
 
-  /// Of the calling thread.
+  /// The calling thread's device.
   int& current_device() {
     thread_local int device = 0;
     return device;
@@ -260,7 +260,7 @@ class Machine {
  private:
   struct Unused {
     Block* block;
-    std::vector<LateEventPtr> events;  ///< Of streams that may still use it.
+    std::vector<LateEventPtr> events;  ///< For streams that may still use it.
   };
 
   Machine() = default;

@@ -4,8 +4,9 @@
 #include <functional>
 
 // aio_call_counter.cpp defines io_setup, io_submit and io_getevents in the test
-// program, before libaio's, and pread and pwrite before the C library's: they
-// count the calls, refuse or hold back what tests want, and make the rest.
+// program, before libaio's. It also defines pread and pwrite before the C
+// library's. They count the calls, refuse or hold back what tests want, and
+// make the rest.
 
 namespace torch_ext::test {
 
@@ -32,7 +33,7 @@ bool aio_calls_available();
 struct AioRules {
   std::function<int()> setup = nullptr;  ///< 0: go on.
   std::function<long(long)> submit =
-      nullptr;  ///< Of so many: how many to pass on.
+      nullptr;  ///< Gets a count; how many to pass on.
   std::function<int()> getevents = nullptr;  ///< 0: go on.
 };
 
@@ -45,8 +46,9 @@ class AioRulesInForce {
 };
 
 /// Holds back all reads and writes of one descriptor, as a very slow device
-/// would, until released or destroyed: those through libaio and liburing are in
-/// flight, pread and pwrite block. One at a time.
+/// would, until it is released or destroyed. Those through libaio and liburing
+/// are in flight meanwhile; pread and pwrite block. Only one may live at a
+/// time.
 class HeldDescriptor {
  public:
   explicit HeldDescriptor(int fd);

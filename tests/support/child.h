@@ -25,9 +25,9 @@
 
 namespace torch_ext::test {
 
-/// Runs `work` in a forked child and returns what it returns: by convention
-/// empty if all was well, else what was not, also for an exception, a signal
-/// or a child that does not end within a minute. What `work` does to the
+/// Runs `work` in a forked child and returns what it returns: by convention a
+/// text, which is empty if all was well. An exception, a signal, or a child
+/// that does not end within a minute gives a text too. What `work` does to the
 /// process stays in the child, which ends without running any destructors.
 inline std::string in_child(const std::function<std::string()>& work) {
   int ends[2];

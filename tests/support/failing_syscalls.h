@@ -18,14 +18,14 @@ struct FailingSyscall {
 struct SyscallTrial {
   std::string text = {};    ///< What `work` returned, or how the child ended.
   bool ended_well = false;  ///< It was not killed, and did not hang.
-  std::size_t calls = 0;    ///< Of that number.
+  std::size_t calls = 0;    ///< Calls with that number.
   std::size_t failed = 0;
   std::string unavailable = {};  ///< Why the system does not let us; or empty.
 };
 
-/// Runs `work` in a forked child, some of whose system calls fail: the kernel
-/// asks this process about each one (seccomp's user notification), so it does
-/// not matter which library makes them, or in which thread. `work` gets a
+/// Runs `work` in a forked child, some of whose system calls fail. The kernel
+/// asks this process about each call (seccomp's user notification). So it does
+/// not matter which library makes them, or on which thread. `work` gets a
 /// function that ends the failures, and returns a short text. A child that
 /// takes more than a minute is killed.
 SyscallTrial try_syscall(

@@ -33,9 +33,9 @@ class FakeCuda {
   }
   /// Flags of the last registration.
   unsigned register_flags() { return call<unsigned>("fake_register_flags"); }
-  /// Of the calling thread.
+  /// The calling thread's mode.
   int capture_mode() { return call<int>("fake_capture_mode"); }
-  /// Of the calling thread; stays.
+  /// The calling thread's last error. It is not cleared.
   int last_error() { return call<int>("fake_last_error"); }
 
  private:

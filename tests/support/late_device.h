@@ -41,7 +41,7 @@ class LateDevice final : public Device {
 
   struct Counts {
     std::size_t copies = 0;       ///< Queued.
-    std::size_t copies_made = 0;  ///< Of them, executed; failed ones too.
+    std::size_t copies_made = 0;  ///< Executed ones, also failed ones.
     std::size_t copied_bytes = 0;
     std::size_t events = 0;  ///< Recorded, on either stream.
     std::size_t events_alive = 0;

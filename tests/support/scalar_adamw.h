@@ -126,7 +126,7 @@ class ScalarAdamW final : public UpdateKernel {
   std::vector<ScalarParameter> parameters;
   std::function<void(std::span<const StateSegment>)> on_update;
   std::size_t updates = 0;
-  std::size_t mismatches = 0;  ///< Of the third field.
+  std::size_t mismatches = 0;  ///< In the third field.
 
  private:
   static std::vector<float> copy_of(const StateSegment& segment,

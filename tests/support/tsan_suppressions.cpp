@@ -1,9 +1,9 @@
 // Read by the thread sanitizer's run-time; nothing elsewhere.
 //
-// libstdc++.so counts the references of an exception_ptr with atomic
-// operations that the sanitizer cannot see, because that library is not
-// instrumented: the thread that drops the last one seems to race with those
-// that read the exception before.
+// libstdc++.so is not instrumented. It counts the references of an
+// exception_ptr with atomic operations that the sanitizer cannot see. So the
+// thread that drops the last one seems to race with those that read the
+// exception before.
 //
 // liburing unmaps a ring by a system call that it does not see either: the next
 // ring at the same address, another thread's, seems to race with the old one.

@@ -32,10 +32,10 @@ bool uring_calls_available();
 /// null, may be called on any thread, and returns -errno to refuse the call.
 struct UringRules {
   std::function<int()> setup = nullptr;  ///< 0: go on.
-  unsigned entries = 0;     ///< Of the rings that are made, if not 0.
-  bool old_kernel = false;  ///< That has no feature.
+  unsigned entries = 0;                  ///< If not 0, each ring has so many.
+  bool old_kernel = false;               ///< That has no feature.
   std::function<int(int)> submit =
-      nullptr;                          ///< Of so many: how many to pass on.
+      nullptr;                          ///< Gets a count; how many to pass on.
   std::function<int()> wait = nullptr;  ///< 0: go on.
 };
 

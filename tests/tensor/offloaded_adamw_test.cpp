@@ -302,7 +302,7 @@ TEST_F(OffloadedAdamWTest, TheCallersDefaultDtypeAndModesChangeNothing) {
          {each.state.exp_avg, each.state.exp_avg_sq}) {
       EXPECT_EQ(tensor.scalar_type(), at::kFloat);
       EXPECT_FALSE(tensor.is_inference());
-      tensor.add_(0);  // Of an inference tensor it would be an error.
+      tensor.add_(0);  // With an inference tensor it would be an error.
     }
   }
 }
