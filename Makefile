@@ -61,7 +61,7 @@ docs: ## The pages as a site, with references, into build/docs
 deps: ## Unpack missing Debian packages into .deps, without root
 	@tools/deps.sh
 
-lint: ## clang-format, ruff, and plain English in the pages
+lint: ## clang-format, ruff, and plain English in pages and comments
 	@tools/setup.sh python
 	@tools/lint.sh
 
