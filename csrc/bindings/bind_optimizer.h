@@ -20,9 +20,9 @@
 #include "bind_config.h"
 #include "errors.h"
 #include "gil.h"
-#include "torch_ext/tensor/adamw_engine.h"
-#include "torch_ext/tensor/gradient_hook.h"
-#include "torch_ext/tensor/plain_modes.h"
+#include "tensor/adamw_engine.h"
+#include "tensor/gradient_hook.h"
+#include "tensor/plain_modes.h"
 
 namespace {
 

@@ -25,13 +25,13 @@
 #include "bind_optimizer.h"
 #include "errors.h"
 #include "gil.h"
+#include "tensor/dense_tensor.h"
+#include "tensor/snapshot.h"
+#include "tensor/tensor_check.h"
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/checksum.h"
 #include "torch_ext/optim/adamw_update.h"
 #include "torch_ext/optim/optimizer_offload.h"
-#include "torch_ext/tensor/dense_tensor.h"
-#include "torch_ext/tensor/snapshot.h"
-#include "torch_ext/tensor/tensor_check.h"
 
 namespace {
 

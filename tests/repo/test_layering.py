@@ -18,7 +18,7 @@ ALLOWED = {
     r"nlohmann/": ["csrc/config/"],
     r"(dlfcn\.h$|cuda|driver_types)": ["csrc/device/"],
     r"xxhash": ["csrc/base/"],
-    r"(torch|ATen|c10)/": ["include/torch_ext/tensor/", "csrc/bindings/"],
+    r"(torch|ATen|c10)/": ["include/torch_ext/tensor/", "csrc/tensor/", "csrc/bindings/"],
     r"(pybind11/|Python\.h$)": ["csrc/bindings/"],
 }
 

@@ -71,7 +71,7 @@ def test_python_names_the_dtype_and_the_device_of_each_tensor_it_makes():
 
 
 def test_cpp_names_the_dtype_and_the_device_of_each_tensor_it_makes():
-    for file in tree.cpp_files("include/torch_ext/tensor", "csrc/bindings"):
+    for file in tree.cpp_files("include/torch_ext/tensor", "csrc/tensor", "csrc/bindings"):
         assert unnamed_in_cpp((tree.ROOT / file).read_text()) == [], file
 
 

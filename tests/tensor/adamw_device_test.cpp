@@ -22,6 +22,8 @@
 #include "support/fake_cuda.h"
 #include "support/sim_machine.h"
 #include "support/temp_dir.h"
+#include "tensor/adamw_engine.h"
+#include "tensor/gradient_hook.h"
 #include "torch_ext/tensor/offloaded_adamw.h"
 
 namespace torch_ext {

@@ -1,4 +1,4 @@
-#include "torch_ext/tensor/c10_device.h"
+#include "tensor/c10_device.h"
 
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>

@@ -1,4 +1,4 @@
-#include "torch_ext/tensor/memory_in_flight.h"
+#include "tensor/memory_in_flight.h"
 
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>

@@ -16,6 +16,8 @@
 
 #include "support/faulty_engine.h"
 #include "support/temp_dir.h"
+#include "tensor/adamw_engine.h"
+#include "tensor/gradient_hook.h"
 #include "torch_ext/tensor/offloaded_adamw.h"
 
 namespace torch_ext {

@@ -1,21 +1,12 @@
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
 namespace torch_ext {
-
-/// What the parameters of a group have in common in a step.
-struct AdamWHyper {
-  double lr = 1e-3;
-  double beta1 = 0.9;
-  double beta2 = 0.999;
-  double eps = 1e-8;
-  double weight_decay = 1e-2;
-  bool maximize = false;
-
-  bool operator==(const AdamWHyper&) const = default;
-};
 
 /// Where parameters on a device are updated. The two round differently.
 enum class UpdateOn {
@@ -31,5 +22,33 @@ inline UpdateOn parse_update_on(const std::string& name) {
   throw std::invalid_argument("update_on must be \"cpu\" or \"cuda\", got \"" +
                               name + "\"");
 }
+
+/// Where the tensors of a state_dict() are.
+enum class StateDictMode {
+  /// In memory of their own, as any tensor.
+  kTensors,
+  /// In a file that is mapped: for state larger than memory. They cost memory
+  /// as far as they are touched, and a drive that fails while they are is
+  /// SIGBUS.
+  kMapped,
+};
+
+/// From "tensors" or "mapped". Errors: std::invalid_argument.
+inline StateDictMode parse_state_dict_mode(const std::string& name) {
+  if (name == "tensors") return StateDictMode::kTensors;
+  if (name == "mapped") return StateDictMode::kMapped;
+  throw std::invalid_argument(
+      "state_dict_mode must be \"tensors\" or \"mapped\", got \"" + name +
+      "\"");
+}
+
+/// A parameter's state as tensors.
+struct AdamWState {
+  std::uint64_t step = 0;
+  at::Tensor exp_avg;
+  at::Tensor exp_avg_sq;
+  /// The float32 master of a 16-bit parameter; undefined: the parameter.
+  at::Tensor master;
+};
 
 }  // namespace torch_ext

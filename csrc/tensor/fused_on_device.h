@@ -11,10 +11,10 @@
 #include <utility>
 #include <vector>
 
+#include "adamw_hyper.h"
+#include "dense_tensor.h"
 #include "torch_ext/optim/state_format.h"
 #include "torch_ext/optim/update_kernel.h"
-#include "torch_ext/tensor/adamw_options.h"
-#include "torch_ext/tensor/dense_tensor.h"
 
 namespace torch_ext {
 

@@ -15,13 +15,13 @@
 #include <tuple>
 #include <utility>
 
+#include "c10_device.h"
+#include "dense_tensor.h"
+#include "memory_in_flight.h"
+#include "plain_modes.h"
+#include "tensor_check.h"
 #include "torch_ext/device/device.h"
 #include "torch_ext/swap/swapper.h"
-#include "torch_ext/tensor/c10_device.h"
-#include "torch_ext/tensor/dense_tensor.h"
-#include "torch_ext/tensor/memory_in_flight.h"
-#include "torch_ext/tensor/plain_modes.h"
-#include "torch_ext/tensor/tensor_check.h"
 
 namespace torch_ext {
 

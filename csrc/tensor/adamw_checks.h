@@ -6,11 +6,11 @@
 #include <stdexcept>
 #include <string>
 
+#include "adamw_state.h"
+#include "tensor_check.h"
 #include "torch_ext/base/error.h"
 #include "torch_ext/optim/state_format.h"
 #include "torch_ext/tensor/adamw_options.h"
-#include "torch_ext/tensor/adamw_state.h"
-#include "torch_ext/tensor/tensor_check.h"
 
 // What OffloadedAdamW takes. Errors: TypeError, std::invalid_argument and
 // StateError with what is wrong.

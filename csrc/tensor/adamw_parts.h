@@ -15,13 +15,13 @@
 #include <exception>
 #include <memory>
 
+#include "adamw_hyper.h"
+#include "dense_tensor.h"
+#include "one_thread.h"
 #include "torch_ext/base/process.h"
 #include "torch_ext/optim/adamw_update.h"
 #include "torch_ext/optim/state_format.h"
 #include "torch_ext/optim/update_kernel.h"
-#include "torch_ext/tensor/adamw_options.h"
-#include "torch_ext/tensor/dense_tensor.h"
-#include "torch_ext/tensor/one_thread.h"
 
 namespace torch_ext {
 

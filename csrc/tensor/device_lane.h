@@ -16,9 +16,9 @@
 #include <utility>
 #include <vector>
 
+#include "c10_device.h"
 #include "torch_ext/base/error.h"
 #include "torch_ext/base/process.h"
-#include "torch_ext/tensor/c10_device.h"
 
 namespace torch_ext {
 

@@ -15,20 +15,13 @@
 #include <utility>
 #include <vector>
 
+#include "adamw_kernel.h"
+#include "dense_tensor.h"
+#include "snapshot.h"
 #include "torch_ext/optim/update_kernel.h"
-#include "torch_ext/tensor/adamw_kernel.h"
-#include "torch_ext/tensor/dense_tensor.h"
-#include "torch_ext/tensor/snapshot.h"
+#include "torch_ext/tensor/adamw_options.h"
 
 namespace torch_ext {
-
-/// A parameter's state as tensors.
-struct AdamWState {
-  std::uint64_t step = 0;
-  at::Tensor exp_avg;
-  at::Tensor exp_avg_sq;
-  at::Tensor master;  ///< Of 16-bit parameters; undefined: the parameter.
-};
 
 /// Copies state into tensors of its own, tile by tile.
 class AdamWSnapshot final : public UpdateKernel {

@@ -15,39 +15,20 @@
 #include <new>
 #include <optional>
 #include <span>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "dense_tensor.h"
+#include "plain_modes.h"
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/available_memory.h"
 #include "torch_ext/base/error.h"
 #include "torch_ext/base/size.h"
 #include "torch_ext/optim/snapshot_file.h"
-#include "torch_ext/tensor/dense_tensor.h"
-#include "torch_ext/tensor/plain_modes.h"
+#include "torch_ext/tensor/adamw_options.h"
 
 namespace torch_ext {
-
-/// Where the tensors of a state_dict() are.
-enum class StateDictMode {
-  /// In memory of their own, as any tensor.
-  kTensors,
-  /// In a file that is mapped: for state larger than memory. They cost memory
-  /// as far as they are touched, and a drive that fails while they are is
-  /// SIGBUS.
-  kMapped,
-};
-
-/// From "tensors" or "mapped". Errors: std::invalid_argument.
-inline StateDictMode parse_state_dict_mode(const std::string& name) {
-  if (name == "tensors") return StateDictMode::kTensors;
-  if (name == "mapped") return StateDictMode::kMapped;
-  throw std::invalid_argument(
-      "state_dict_mode must be \"tensors\" or \"mapped\", got \"" + name +
-      "\"");
-}
 
 /// Tensors that are filled piece by piece. Threads: one.
 class Snapshot {

@@ -21,14 +21,14 @@
 #include <utility>
 #include <vector>
 
+#include "adamw_checks.h"
+#include "adamw_kernel.h"
+#include "adamw_state.h"
+#include "early_gradients.h"
+#include "plain_modes.h"
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/error.h"
 #include "torch_ext/optim/optimizer_offload.h"
-#include "torch_ext/tensor/adamw_checks.h"
-#include "torch_ext/tensor/adamw_kernel.h"
-#include "torch_ext/tensor/adamw_state.h"
-#include "torch_ext/tensor/early_gradients.h"
-#include "torch_ext/tensor/plain_modes.h"
 
 namespace torch_ext {
 

@@ -5,7 +5,7 @@
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
-#include "torch_ext/tensor/one_thread.h"
+#include "one_thread.h"
 
 namespace torch_ext {
 

@@ -18,15 +18,16 @@
 #include <utility>
 #include <vector>
 
+#include "adamw_hyper.h"
+#include "adamw_parts.h"
+#include "adamw_scratch.h"
+#include "dense_tensor.h"
+#include "device_lane.h"
+#include "fused_on_device.h"
 #include "torch_ext/optim/adamw_update.h"
 #include "torch_ext/optim/state_format.h"
 #include "torch_ext/optim/update_kernel.h"
 #include "torch_ext/tensor/adamw_options.h"
-#include "torch_ext/tensor/adamw_parts.h"
-#include "torch_ext/tensor/adamw_scratch.h"
-#include "torch_ext/tensor/dense_tensor.h"
-#include "torch_ext/tensor/device_lane.h"
-#include "torch_ext/tensor/fused_on_device.h"
 
 namespace torch_ext {
 

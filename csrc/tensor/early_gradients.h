@@ -19,9 +19,9 @@
 #include <utility>
 #include <vector>
 
+#include "dense_tensor.h"
+#include "device_lane.h"
 #include "torch_ext/base/align.h"
-#include "torch_ext/tensor/dense_tensor.h"
-#include "torch_ext/tensor/device_lane.h"
 
 namespace torch_ext {
 
