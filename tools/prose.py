@@ -25,12 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 MOST_WORDS = 30
 MOST_COLUMNS = 100
 PAGES = ("*.md", "docs/**/*.md", "benchmarks/**/*.md")
-LAYERS = ("base", "config", "device", "io", "memory", "optim", "store", "swap")
 CODE = (
-    *(f"csrc/{layer}/*.*" for layer in LAYERS),
-    *(f"include/torch_ext/{layer}/*.h" for layer in LAYERS),
-    *("benchmarks/*.py", "benchmarks/*.cpp", "examples/**/*.py", "examples/**/*.cpp"),
-    *("tests/**/*.py", "tests/**/*.h", "tests/**/*.cpp", "tools/*.py", "torch_ext/*.py"),
+    *("csrc/**/*.h", "csrc/**/*.cpp", "include/**/*.h", "tests/**/*.h", "tests/**/*.cpp"),
+    *("benchmarks/*.cpp", "examples/**/*.cpp"),
+    *("benchmarks/*.py", "examples/*.py", "tests/**/*.py", "tools/*.py", "torch_ext/*.py"),
 )
 
 # A part of a file that is read in one go: its first line, and its text.

@@ -1,6 +1,6 @@
 #pragma once
 
-// AioConfig, sizes, and what `python -m torch_ext info` asks.
+// Binds AioConfig, sizes, and what `python -m torch_ext info` asks.
 // Part of the one translation unit of _C: included by module.cpp only.
 
 #include <pybind11/operators.h>
@@ -27,7 +27,7 @@ namespace {
 
 using torch_ext::AioConfig;
 
-// Lone surrogates, which UTF-8 lacks, come out as `\udc80`.
+// Converts text. Lone surrogates, which UTF-8 lacks, come out as `\udc80`.
 std::string to_string(py::handle text) {
   auto bytes = py::reinterpret_steal<py::bytes>(
       PyUnicode_AsEncodedString(text.ptr(), "utf-8", "backslashreplace"));
@@ -46,7 +46,7 @@ torch_ext::OtherValue to_other_value(py::handle value) {
 torch_ext::ConfigValue to_integer_value(py::handle value) {
   auto number = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
   if (!number) {
-    PyErr_Clear();  // numpy's bool has the slot, and raises.
+    PyErr_Clear();  // numpy's bool has the slot, but raises.
     return to_other_value(value);
   }
   int overflow = 0;
@@ -92,7 +92,8 @@ py::tuple to_tuple(const torch_ext::ParsedAioConfig& parsed) {
   return py::make_tuple(parsed.config, warnings);
 }
 
-// None is the default; values are those of an `aio` section.
+// Makes an AioConfig. None means the default. Values are those of an `aio`
+// section.
 AioConfig make_config(const py::object& block_size,
                       const py::object& queue_depth,
                       const py::object& thread_count,

@@ -1,6 +1,7 @@
 #pragma once
 
-// Tensors to and from files of the caller, and memory for them.
+// Binds the moving of tensors to and from files of the caller, and memory for
+// them.
 // Part of the one translation unit of _C: included by module.cpp only.
 
 #include <pybind11/pybind11.h>
@@ -37,8 +38,8 @@ py::dict to_dict(const torch_ext::FileSwapperStats& stats) {
       "descriptors"_a = stats.descriptors);
 }
 
-// Appends the ticket of what `start` starts. Were it returned, the handler of a
-// signal could raise before Python has it, and it would be lost.
+// Appends the ticket of what `start` starts. A ticket that was returned would
+// be lost if a signal's handler raised before Python has it.
 template <typename Start>
 void add_ticket(py::list& tickets, Start start) {
   std::optional<TensorTicket> ticket;

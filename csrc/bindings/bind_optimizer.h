@@ -1,6 +1,6 @@
 #pragma once
 
-// The engine behind OffloadedAdamW.
+// Binds the engine behind OffloadedAdamW.
 // Part of the one translation unit of _C: included by module.cpp only.
 
 #include <pybind11/pybind11.h>
@@ -31,7 +31,7 @@ using torch_ext::AdamWEngine;
 using SlotArgs = std::pair<std::size_t, at::Tensor>;
 // slot, parameter, gradient
 using TrainedArgs = std::tuple<std::size_t, at::Tensor, at::Tensor>;
-// lr, beta1, beta2, eps, weight_decay, maximize, what is trained
+// lr, beta1, beta2, eps, weight_decay, maximize, trained parameters
 using GroupArgs = std::tuple<double, double, double, double, double, bool,
                              std::vector<TrainedArgs>>;
 // slot, parameter, step, exp_avg, exp_avg_sq, master

@@ -1,6 +1,6 @@
 #pragma once
 
-// State in tiles for an optimizer that is written in Python.
+// Binds state in tiles, for an optimizer that is written in Python.
 // Part of the one translation unit of _C: included by module.cpp only.
 
 #include <ATen/core/Tensor.h>
@@ -47,7 +47,7 @@ class StateEngine {
   explicit StateEngine(torch_ext::OptimizerOffloadOptions options)
       : scratch_(options.scratch_bytes), offload_(options) {}
 
-  /// `bytes` of each field are for one element.
+  /// Adds a parameter. `bytes` has the bytes of each field for one element.
   std::size_t add(std::uint64_t elements,
                   const std::vector<std::uint32_t>& bytes) {
     if (bytes.size() > StateFields::kMax) {
@@ -69,7 +69,8 @@ class StateEngine {
     return fields_.at(number);
   }
 
-  /// Scratch is not lent: it is the part of the budget for what Python makes.
+  /// Returns counters. Scratch is not lent: it is the part of the budget for
+  /// what Python makes.
   torch_ext::OptimizerOffloadStats stats() const {
     auto stats = offload_.stats();
     if (stats.tile_visits > 0) stats.host_bytes_peak += scratch_;
@@ -84,8 +85,8 @@ class StateEngine {
   std::vector<StateFields> fields_;
 };
 
-/// Calls Python once for a tile, with (number, first element, elements,
-/// [a tensor of bytes for each field]) of each segment.
+/// Calls Python once for a tile, with a list of its segments: (number, first
+/// element, elements, [a tensor of bytes for each field]).
 class PythonKernel final : public torch_ext::UpdateKernel {
  public:
   PythonKernel(const StateEngine& engine, py::function callback)
@@ -98,8 +99,8 @@ class PythonKernel final : public torch_ext::UpdateKernel {
       for (const StateSegment& segment : segments) list.append(shown(segment));
       parked_at_exit([&] {
         callback_(list);
-        // Not in its destructor, which lets nothing through: a tensor that goes
-        // lets go of the GIL for a while.
+        // This is not left to a destructor, which lets no exception through. A
+        // tensor that goes releases the GIL for a while.
         list.release().dec_ref();
       });
     } catch (const py::error_already_set& error) {
@@ -130,7 +131,7 @@ class PythonKernel final : public torch_ext::UpdateKernel {
   std::optional<py::error_already_set> error_;
 };
 
-/// Runs `call` with a kernel; an exception of Python's comes out as it was.
+/// Runs `call` with a kernel. An exception of Python's comes out as it was.
 template <typename Call>
 void run_python(StateEngine& engine, py::function callback, Call call) {
   PythonKernel kernel(engine, std::move(callback));
@@ -179,16 +180,17 @@ void check_gradient(const at::Tensor& gradient, const at::Tensor& parameter) {
   }
 }
 
-/// Elements in host memory, in the order of the reader and the source's dtype:
-/// in the source's memory where that is possible.
+/// Returns elements in host memory, in the order of the reader and in the
+/// source's dtype. They are a view of the source's memory where that is
+/// possible.
 at::Tensor read_piece(const OrderedReader& reader, std::uint64_t first,
                       std::uint64_t count) {
   const at::Tensor& source = reader.source();
   const auto options = torch_ext::host_options(source.scalar_type());
   const auto size = static_cast<std::int64_t>(count);
   if (reader.direct()) {
-    // Not a view of autograd's: it would be an inference tensor if the source
-    // is one, and nobody could train it.
+    // This is no view of autograd's. Such a view would be an inference tensor
+    // if the source is one, and nobody could train it.
     return at::from_blob(
         reader.pointer(first), {size},
         [storage = source.storage()](void*) mutable { storage = {}; }, options);
@@ -223,16 +225,17 @@ void split_piece(const at::Tensor& master,
       static_cast<std::size_t>(master.numel()));
 }
 
-/// How many tensors there are over a tensor's memory, itself one of them.
+/// How many tensors use a tensor's memory, itself included.
 std::size_t users_of(const at::Tensor& tensor) {
   if (!tensor.has_storage()) return 0;
   const c10::Storage& storage = tensor.storage();
-  // Python's object for the storage stays once it was asked for.
+  // Python's object for the storage is not counted: it stays once it was asked
+  // for.
   const auto* slot = storage.unsafeGetStorageImpl()->pyobj_slot();
   return storage.use_count() - (slot->load_pyobj() != nullptr ? 1 : 0);
 }
 
-/// Of the bytes of a tensor on the CPU.
+/// The checksum of the bytes of a tensor on the CPU.
 std::uint64_t checksum_of(const at::Tensor& tensor) {
   const at::Tensor dense =
       tensor.is_non_overlapping_and_dense() ? tensor : tensor.contiguous();

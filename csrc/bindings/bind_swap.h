@@ -1,6 +1,6 @@
 #pragma once
 
-// TensorSwapper and its tickets.
+// Binds TensorSwapper and its tickets.
 // Part of the one translation unit of _C: included by module.cpp only.
 
 #include <pybind11/pybind11.h>
@@ -31,7 +31,7 @@ using Seconds = std::optional<double>;
 using torch_ext::TensorSwapper;
 using torch_ext::TensorTicket;
 
-// 2 as "2", 0.05 as "0.05".
+// Writes 2 as "2", and 0.05 as "0.05".
 std::string to_shortest(double number) {
   std::array<char, 32> text{};
   const auto [end, error] =
@@ -55,9 +55,9 @@ Seconds to_seconds(const py::object& timeout) {
   return seconds;
 }
 
-// Waits without the GIL, in slices that let Ctrl-C through, until
-// `wait_for(slice)` is true; then, or without a timeout, wait() returns or
-// throws at once.
+// Waits without the GIL until `wait_for(slice)` is true. After it, wait()
+// returns or throws at once. Slices let Ctrl-C through. Errors: TimeoutError;
+// what a signal's handler raised.
 template <typename WaitFor>
 void wait_interruptibly(const TensorTicket& ticket, const py::object& timeout,
                         WaitFor wait_for) {
@@ -90,8 +90,8 @@ void wait_for_bytes(const TensorTicket& ticket, const py::object& timeout) {
   ticket.wait();
 }
 
-// What wait() would raise for the operation, returned: what this raises is of
-// this wait, be it its timeout or what the handler of a signal raised.
+// Waits, and returns what wait() would raise for the operation. What this
+// raises belongs to this wait: its timeout, or what a signal's handler raised.
 py::object outcome_of(const TensorTicket& ticket, const py::object& timeout) {
   wait_interruptibly(ticket, timeout,
                      [&](auto slice) { return ticket.wait_for(slice); });
@@ -155,7 +155,7 @@ py::dict to_dict(const torch_ext::SwapperStats& stats) {
       "disk_file_size"_a = stats.store.file_size);
 }
 
-/// Paths and their weights.
+/// Paths with their weights.
 using Directories = std::vector<std::pair<std::filesystem::path, int>>;
 
 torch_ext::DirectoryList to_list(const Directories& directories) {

@@ -1,6 +1,6 @@
 #pragma once
 
-// C++ exceptions as Python's, and text in both directions.
+// Turns C++ exceptions into Python's, and text in both directions.
 // Part of the one translation unit of _C: included by module.cpp only.
 
 #include <pybind11/pybind11.h>
@@ -16,7 +16,7 @@ namespace py = pybind11;
 
 namespace {
 
-// Messages may quote file names and keys that are not UTF-8.
+// Makes a str. Messages may quote file names and keys that are not UTF-8.
 py::str to_text(std::string_view text) {
   return py::reinterpret_steal<py::str>(PyUnicode_DecodeUTF8(
       text.data(), static_cast<Py_ssize_t>(text.size()), "backslashreplace"));
@@ -31,10 +31,11 @@ void set_error(PyObject* type, const std::exception& error) {
   PyErr_SetObject(type, to_text(error.what()).ptr());
 }
 
-// OSError itself picks the subclass that belongs to the errno.
+// Sets an OSError, which picks the subclass that belongs to the errno by
+// itself.
 void set_os_error(const torch_ext::IoError& error) {
   const std::string& path = error.failure().path;
-  // Newer versions of pybind11 give tuples of different members different
+  // In newer versions of pybind11, tuples with different members have different
   // types.
   py::tuple arguments = py::make_tuple(error.error(), to_text(error.what()));
   if (!path.empty()) {
@@ -44,7 +45,8 @@ void set_os_error(const torch_ext::IoError& error) {
   PyErr_SetObject(PyExc_OSError, arguments.ptr());
 }
 
-// The exception that Python would see if this one left a bound function.
+// Returns the exception that Python would see if this one left a bound
+// function.
 py::object to_python(const std::exception_ptr& error) {
   const py::cpp_function raise([&error] { std::rethrow_exception(error); });
   try {

@@ -4,10 +4,11 @@
 // Part of the one translation unit of _C: included by module.cpp only.
 //
 // Once the interpreter is being taken down, a thread other than the main one
-// gets the GIL no more. Python before 3.14 ends it with pthread_exit(), which
-// unwinds the thread's stack, and a C++ frame that lets nothing through, such
-// as a destructor, then aborts the process. Python 3.14 lets such a thread
-// sleep until the process is gone. So do these, with every Python.
+// does not get the GIL any more. Python before 3.14 ends the thread with
+// pthread_exit(), which unwinds its stack. A C++ frame that lets nothing
+// through, such as a destructor, then aborts the process. Python 3.14 lets such
+// a thread sleep until the process is gone. These classes do that with every
+// Python.
 
 #include <cxxabi.h>
 #include <pybind11/pybind11.h>
@@ -19,18 +20,18 @@ namespace py = pybind11;
 
 namespace {
 
-/// Returns what `call` does, which may take the GIL.
+/// Returns what `call` returns. `call` may take the GIL.
 template <typename Call>
 auto parked_at_exit(Call call) {
   try {
     return call();
   } catch (abi::__forced_unwind&) {
-    // To leave this handler would go on with the unwinding.
+    // Leaving this handler would go on with the unwinding.
     for (;;) pause();
   }
 }
 
-/// Other Python threads may run for as long as this lives.
+/// Releases the GIL: other Python threads may run for as long as this lives.
 class ReleasedGil {
  public:
   ReleasedGil() : thread_(PyEval_SaveThread()) {}
@@ -44,7 +45,8 @@ class ReleasedGil {
   PyThreadState* const thread_;
 };
 
-/// Python may be called for as long as this lives, by parked_at_exit().
+/// Takes the GIL: Python may be called for as long as this lives, inside
+/// parked_at_exit().
 class AcquiredGil {
  public:
   AcquiredGil() {
@@ -59,7 +61,8 @@ class AcquiredGil {
 
 using release_gil = py::call_guard<ReleasedGil>;
 
-// The destructor waits for I/O: not while other Python threads stand still.
+// Deletes without the GIL. The destructor waits for I/O, and other Python
+// threads must not stand still meanwhile.
 struct DeleteWithoutGil {
   template <typename T>
   void operator()(T* object) const {

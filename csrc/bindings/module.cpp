@@ -1,4 +1,4 @@
-// The Python module torch_ext._C: converts types and releases the GIL, and
+// The Python module torch_ext._C. It converts types and releases the GIL, and
 // leaves every decision to the layers below.
 
 #include <pybind11/pybind11.h>

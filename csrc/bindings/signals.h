@@ -1,14 +1,14 @@
 #pragma once
 
-// What keeps handlers of signals out of work that must not be seen half done.
+// Keeps handlers of signals out of work that must not be seen half done.
 // Part of the one translation unit of _C: included by module.cpp only.
 //
 // Python calls the handler of a signal between any two bytecodes of the main
 // thread. It may raise, as that of Ctrl-C does, or save what it finds. While
 // signals are held, a function stands in for each handler that was set from
 // Python, and remembers which signals came. Then the handlers are put back, and
-// those of these signals are called. It is C++ since between the lines of a
-// context manager in Python handlers are called, too.
+// those of the signals that came are called. This is C++, since handlers are
+// also called between the lines of a context manager in Python.
 
 #include <pybind11/pybind11.h>
 #include <signal.h>
@@ -23,7 +23,7 @@ namespace {
 
 using PythonError = std::optional<py::error_already_set>;
 
-/// Returns what `call` has raised.
+/// Calls `call`, and returns what it has raised.
 template <typename Call>
 PythonError raised_by(Call call) {
   try {
@@ -34,17 +34,18 @@ PythonError raised_by(Call call) {
   return std::nullopt;
 }
 
-/// The handlers of the process. All is done in the main thread, where they run.
+/// The handlers of the process. All is done on the main thread, where they run.
 class SignalHandlers {
  public:
-  /// Never destroyed: it holds Python objects.
+  /// The one instance. It is never destroyed, since it holds Python objects.
   static SignalHandlers& instance() {
     static auto* const handlers = new SignalHandlers;
     return *handlers;
   }
 
-  /// Returns false if there is nothing to do, as in any other thread.
-  /// Errors: what a handler raises that still runs; all are back then.
+  /// Holds the handlers. Returns false if there is nothing to do, as on any
+  /// other thread. Errors: what a handler raises that still runs. All handlers
+  /// are back then.
   bool hold() {
     bool held = false;
     for (int number = 1; number < kEnd; ++number) {
@@ -64,7 +65,8 @@ class SignalHandlers {
     return held;
   }
 
-  /// Errors: what the first handler raises that does, with the others' in its
+  /// Puts the handlers back and calls those of signals that came. Errors: the
+  /// first exception that a handler raises, with those of others in its
   /// context.
   void release(PythonError error = std::nullopt) {
     for (int number = 1; number < kEnd; ++number) put_back(number, error);
@@ -91,20 +93,21 @@ class SignalHandlers {
         })) {}
 
   py::object handler_of(int number) const {
-    // All are asked for each time: the way without tuples and casts.
+    // All handlers are asked for each time, so this avoids tuples and casts.
     PyObject* const handler =
         PyObject_CallOneArg(getsignal_.ptr(), py::int_(number).ptr());
     if (handler == nullptr) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(handler);
   }
 
-  /// Returns what a handler has raised, for signal.signal() calls those of
-  /// signals that have come, and then does nothing.
+  /// Sets a handler. Returns what another handler has raised: signal.signal()
+  /// first calls those of signals that have come, and if one raises, it sets
+  /// nothing.
   PythonError set(int number, const py::object& handler) const {
     return raised_by([&] { signal_(number, handler); });
   }
 
-  /// Whether signal.signal() itself has raised it: nothing in Python has.
+  /// Whether signal.signal() itself has raised it, and nothing in Python.
   static bool is_of_another_thread(const py::error_already_set& error) {
     return error.matches(PyExc_ValueError) && !error.trace();
   }
@@ -113,11 +116,11 @@ class SignalHandlers {
     if (!replaced_[number]) return;
     const Replaced before = *std::exchange(replaced_[number], std::nullopt);
     if (!handler_of(number).is(stand_in_)) {
-      // Somebody has set another, and may set what was there once more.
+      // Somebody has set another handler, and may set the one before again.
       last_[number] = before.handler;
       return;
     }
-    // Each time another handler has run: there are not that many.
+    // Each time, another handler has run. There are not more than kEnd.
     for (int i = 0; i < kEnd; ++i) {
       PythonError raised = set(number, before.handler);
       if (!raised) {
@@ -165,7 +168,7 @@ class SignalHandlers {
   std::array<py::object, kEnd> last_ = {};
 };
 
-/// The context manager. May be entered again inside, and by any thread.
+/// The context manager. It may be entered again inside, and by any thread.
 class HeldSignals {
  public:
   static void enter() {

@@ -12,8 +12,8 @@
 #include "torch_ext/optim/state_format.h"
 #include "torch_ext/tensor/adamw_options.h"
 
-// What OffloadedAdamW takes. Errors: TypeError, std::invalid_argument and
-// StateError with what is wrong.
+// Checks what OffloadedAdamW takes. Errors: TypeError, std::invalid_argument
+// and StateError, with what is wrong.
 namespace torch_ext::adamw {
 
 template <typename Error, typename... Parts>
@@ -24,7 +24,7 @@ template <typename Error, typename... Parts>
   throw Error(text.str());
 }
 
-/// Of parameters and of gradients.
+/// Whether parameters and gradients may have this dtype.
 inline bool is_supported(c10::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
 }
@@ -81,7 +81,7 @@ inline void check_gradient(const at::Tensor& gradient,
   check_sizes("gradient", gradient, parameter);
 }
 
-/// `partly`: tensors may be undefined.
+/// Checks a state that is loaded. `partly`: tensors may be undefined.
 inline void check_saved(const at::Tensor& parameter, const AdamWState& state,
                         bool partly = false) {
   check_parameter(parameter);

@@ -32,16 +32,16 @@
 
 namespace torch_ext {
 
-/// AdamW for tensors, with its state in an OptimizerOffload: what the Python
-/// and the C++ optimizer have in common. Keeps no tensor.
+/// AdamW for tensors, with its state in an OptimizerOffload. The Python and the
+/// C++ optimizer share it. It keeps no tensor.
 ///
-/// Errors: before anything has changed, TypeError, std::invalid_argument and
-/// StateError for tensors that cannot be used; then those of OptimizerOffload.
+/// Errors: TypeError, std::invalid_argument and StateError for tensors that
+/// cannot be used, before anything has changed; then those of OptimizerOffload.
 /// Modes of the calling thread change nothing: see PlainModes.
 /// Threads: any, one call at a time.
 class AdamWEngine {
  public:
-  /// A parameter and its slot, as add() returned it.
+  /// A parameter, and the slot that add() returned for it.
   struct Parameter {
     std::size_t slot = 0;
     at::Tensor tensor;
@@ -60,9 +60,9 @@ class AdamWEngine {
   };
 
   /// `options.scratch_bytes` is chosen here. `seed` is for the rounding of
-  /// formats that are not exact. `early_bytes`: of gradients on devices that
-  /// prefetch() shall have room for; at most a quarter of the host memory is
-  /// for them, and nothing of one below 1 MiB.
+  /// formats that are not exact. `early_bytes`: the bytes of gradients on
+  /// devices that prefetch() shall have room for. At most a quarter of the host
+  /// memory is for them, and nothing if that is below 1 MiB.
   explicit AdamWEngine(const OptimizerOffloadOptions& options,
                        StateFormat format = StateFormat::kExact,
                        std::uint64_t seed = 0,
@@ -84,7 +84,7 @@ class AdamWEngine {
   ~AdamWEngine() {
     if (open_ == nullptr) return;
     try {
-      offload_.abandon_step();  // Whose thread uses the lanes.
+      offload_.abandon_step();  // Its thread uses the lanes.
     } catch (...) {
       // A destructor has nobody to tell.
     }
@@ -92,8 +92,8 @@ class AdamWEngine {
   AdamWEngine(const AdamWEngine&) = delete;
   AdamWEngine& operator=(const AdamWEngine&) = delete;
 
-  /// Gives a parameter a slot; takes no space yet. It is checked if it is
-  /// `trained`, else when it has a gradient: what is frozen may be anything.
+  /// Gives a parameter a slot. Takes no space yet. The parameter is checked if
+  /// it is `trained`, else when it has a gradient: frozen ones may be anything.
   /// `first`: where it begins in the whole of which it is a shard, for
   /// RoundingNoise.
   std::size_t add(const at::Tensor& parameter, bool trained,
@@ -106,7 +106,7 @@ class AdamWEngine {
     return next_slot_++;
   }
 
-  /// Takes back a slot, with its state. Errors: as forget().
+  /// Takes a slot back, with its state. Errors: as forget().
   void remove(std::size_t slot) {
     const auto found = slots_.find(slot);
     if (found == slots_.end()) return;
@@ -117,15 +117,15 @@ class AdamWEngine {
     if (slot + 1 == next_slot_) next_slot_ = slot;
   }
 
-  /// Takes back the slots from this one on.
+  /// Takes back this slot and all that were given later.
   void remove_from(std::size_t slot) {
     while (!slots_.empty() && slots_.rbegin()->first >= slot) {
       remove(slots_.rbegin()->first);
     }
   }
 
-  /// What other calls begin with, for each parameter: throws what is wrong with
-  /// it, or with its gradient.
+  /// Throws what is wrong with a parameter or its gradient. Other calls begin
+  /// with this, for each parameter.
   void check(const Trained& trained) const {
     check(trained.parameter);
     adamw::check_place(trained.parameter.tensor, update_on_);
@@ -146,7 +146,7 @@ class AdamWEngine {
         ". Load a state to go on, or delete it from the optimizer's state");
   }
 
-  /// A step of the parameters in the groups.
+  /// Makes a step of the parameters in the groups.
   void step(const std::vector<Group>& groups) {
     const PlainModes plain;
     AdamWKernel kernel(
@@ -166,10 +166,10 @@ class AdamWEngine {
     lanes_.around([&] { offload_.step(numbers, kernel); });
   }
 
-  /// A gradient on a device that may be final: queues its copy to the host
-  /// behind what the thread has queued there, for a step() that gets the same
-  /// gradient unchanged. Returns at once; does nothing where there is no room,
-  /// for tensors that step() would refuse, or during a graph's capture.
+  /// Takes a gradient on a device that may be final. Queues its copy to the
+  /// host behind what the thread has queued there, for a step() that gets the
+  /// same gradient unchanged. Returns at once. Does nothing if there is no
+  /// room, for tensors that step() would refuse, and during a graph's capture.
   /// Errors: StateError with what the device says.
   void prefetch(const Trained& trained) {
     const PlainModes plain;
@@ -184,15 +184,15 @@ class AdamWEngine {
                  offload_.scratch().subspan(scratch_bytes_, early_bytes_));
   }
 
-  /// A gradient that is final, of a step that ends with finish(): state is
-  /// updated by a thread of the OptimizerOffload as soon as it is there, and
-  /// the gradient let go of. Once for a parameter in a step, with `hyper` of
-  /// that moment; the first begins the step. Returns at once.
-  /// Errors: as step(); a failed update is finish()'s to throw.
+  /// Takes a gradient that is final, in a step that ends with finish(). A
+  /// thread of the OptimizerOffload updates the state as soon as it is in
+  /// memory, and lets go of the gradient. Called once for a parameter in a
+  /// step, with the `hyper` of that moment. The first call begins the step.
+  /// Returns at once. Errors: as step(). A failed update is thrown by finish().
   void take(const AdamWHyper& hyper, const Trained& trained) {
     const PlainModes plain;
     check(trained);
-    lane_of(trained.parameter.tensor);  // For the thread that now begins.
+    lane_of(trained.parameter.tensor);  // For the thread that begins now.
     begin_open_step();
     if (!open_->taken.insert(trained.parameter.slot).second) {
       adamw::fail<StateError>(
@@ -206,7 +206,7 @@ class AdamWEngine {
     offload_.release(add_target(open_->kernel, trained, std::move(target)));
   }
 
-  /// Updates what is left of what was taken, and ends the step.
+  /// Updates what is left of the gradients taken, and ends the step.
   void finish() {
     const PlainModes plain;
     begin_open_step();
@@ -218,22 +218,22 @@ class AdamWEngine {
   /// Whether take() has begun a step that has not ended.
   bool in_step() const { return open_ != nullptr; }
 
-  /// Gives parameters space for state that they get in their first step.
+  /// Gives parameters space for the state that they get in their first step.
   void make_room(const std::vector<Parameter>& parameters) {
     for (const Parameter& parameter : parameters) check(parameter);
     offload_.make_room(numbers_of(parameters));
   }
 
-  /// Gives zero state without a step to parameters that have none.
+  /// Gives parameters without state zeros and no steps.
   void init(const std::vector<Parameter>& parameters) {
     for (const Parameter& parameter : parameters) check(parameter);
     offload_.add_state(numbers_of(parameters));
   }
 
-  /// The state of those parameters that have one, in tensors that later steps
-  /// do not change. `mode` says where these are: a file of kMapped is in the
-  /// first directory, and gone with the tensors. After an error all is as
-  /// before.
+  /// Returns the state of those parameters that have one, in tensors that later
+  /// steps do not change. StateDictMode says where these are. The file of
+  /// kMapped is in the first directory, and gone with the tensors. After an
+  /// error all is as before.
   std::vector<Saved> save(const std::vector<Parameter>& parameters) {
     const PlainModes plain;
     AdamWSnapshot snapshot(format_, make_scratch(), mode_, directory_);
@@ -256,8 +256,8 @@ class AdamWEngine {
     return saved;
   }
 
-  /// One tensor of a parameter's state, in memory of its own: exp_avg,
-  /// exp_avg_sq or, of a 16-bit parameter, its master; see AdamWFields.
+  /// Returns one tensor of a parameter's state, in memory of its own: exp_avg,
+  /// exp_avg_sq or a 16-bit parameter's master. See AdamWFields.
   at::Tensor read(const Parameter& parameter, std::size_t field) {
     if (!has_state(parameter.slot)) {
       adamw::fail<StateError>("a parameter has no state to read");
@@ -265,7 +265,7 @@ class AdamWEngine {
     const Slot& slot = slots_.at(parameter.slot);
     at::Tensor like = parameter.tensor.detach();
     if (!fits(parameter) && field != AdamWFields::kMaster) {
-      // Rows are being cut: from the parameter first, then from its state.
+      // Rows are being cut off the parameter first, and then off its state.
       like = at::empty_strided(
           slot.sizes, slot.strides,
           at::TensorOptions().dtype(slot.dtype).device(at::kMeta));
@@ -280,8 +280,8 @@ class AdamWEngine {
     return tensor;
   }
 
-  /// Takes the state that is given for these parameters: of one that has
-  /// state, an undefined tensor stays as it is. Other state stays.
+  /// Changes the state of these parameters. If a parameter has state, a tensor
+  /// that is given as undefined leaves its own as it is. Other state stays.
   void change(const std::vector<Saved>& given) {
     for (const auto& [parameter, state] : given) {
       check(parameter);
@@ -291,8 +291,8 @@ class AdamWEngine {
     offload_.change_state(fill(loader, given, /*anew=*/false), loader);
   }
 
-  /// Takes their state and its space from slots: the next step is the first.
-  /// Errors: StateError between take() and finish().
+  /// Takes state and space from slots. Their next step is the first. Errors:
+  /// StateError between take() and finish().
   void forget(const std::vector<std::size_t>& slots) {
     std::vector<std::size_t> numbers;
     for (const std::size_t slot : slots) {
@@ -303,20 +303,20 @@ class AdamWEngine {
     offload_.forget_state(numbers);
   }
 
-  /// Forgets all state and takes this. Also after an error.
+  /// Forgets all state and takes this. It works after an error too.
   void load(const std::vector<Saved>& saved) {
     const PlainModes plain;
     for (const auto& [parameter, state] : saved) {
       adamw::check_saved(parameter.tensor, state);
     }
     offload_.abandon_step();
-    open_.reset();  // Also if what follows fails.
+    open_.reset();  // Even if what follows fails.
     AdamWLoader loader(format_, seed_, make_scratch());
     offload_.write_state(fill(loader, saved, /*anew=*/true), loader);
     early_.clear();
   }
 
-  /// How these parameters' state is going to be kept.
+  /// Returns how these parameters' state will be kept.
   OptimizerPlan plan(const std::vector<Parameter>& parameters) {
     for (const Parameter& parameter : parameters) check(parameter);
     return offload_.plan(numbers_of(parameters), [this](std::uint64_t budget) {
@@ -329,7 +329,8 @@ class AdamWEngine {
     return number && offload_.has_state(*number);
   }
 
-  /// Whether a parameter's state, if it has one, is for what it is now.
+  /// Whether a parameter's state, if it has one, fits the parameter as it is
+  /// now.
   bool fits(const Parameter& parameter) const {
     if (!has_state(parameter.slot)) return true;
     const Slot& slot = slots_.at(parameter.slot);
@@ -346,7 +347,8 @@ class AdamWEngine {
 
   OptimizerOffload& offload() { return offload_; }
 
-  /// As OptimizerOffload::close(), after what is queued on devices.
+  /// As OptimizerOffload::close(). It first waits for what is queued on
+  /// devices.
   void close() {
     offload_.abandon_step();
     open_.reset();
@@ -365,13 +367,13 @@ class AdamWEngine {
  private:
   static constexpr std::uint64_t kPage = 4096;
 
-  /// What the state of a parameter was made for.
+  /// A parameter's number, and what its state was made for.
   struct Slot {
     std::optional<std::size_t> number;  ///< In the OptimizerOffload.
     std::vector<std::int64_t> sizes;
     std::vector<std::int64_t> strides;
     c10::ScalarType dtype = at::kFloat;
-    std::uint64_t first = 0;  ///< In the whole, of a shard.
+    std::uint64_t first = 0;  ///< A shard's place in the whole.
   };
 
   /// A step whose gradients come one by one.
@@ -380,7 +382,7 @@ class AdamWEngine {
     std::deque<AdamWHyper> hypers = {};
     std::unordered_set<std::size_t> taken = {};  ///< Slots.
 
-    /// At an address that stays.
+    /// Returns a copy at an address that stays.
     const AdamWHyper& kept(const AdamWHyper& hyper) {
       for (const AdamWHyper& known : hypers) {
         if (known == hyper) return known;
@@ -394,14 +396,15 @@ class AdamWEngine {
     std::unique_ptr<OpenStep> step(
         new OpenStep{.kernel = {format_, seed_, [this] { return scratch(); },
                                 lanes_, update_on_}});
-    // The other threads are backward's, which goes on meanwhile: more threads
-    // than cores wait for one another.
+    // The other threads belong to backward, which goes on meanwhile. More
+    // threads than cores wait for one another.
     step->kernel.use_threads(1);
     offload_.begin_step(step->kernel);
     open_ = std::move(step);
   }
 
-  /// After what the thread's stream does until the step.
+  /// Makes a target that comes after what the thread's stream has queued so
+  /// far.
   AdamWKernel::Target target_of(const Trained& trained,
                                 const AdamWHyper& hyper) {
     const at::Tensor& tensor = trained.parameter.tensor;
@@ -421,7 +424,7 @@ class AdamWEngine {
     const at::Tensor& tensor = trained.parameter.tensor;
     const std::size_t number = number_of(trained.parameter);
     kernel.add(number, std::move(target));
-    // Autograd must see that what it saved has changed.
+    // Autograd must see that a tensor that it saved has changed.
     if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
     return number;
   }
@@ -442,7 +445,8 @@ class AdamWEngine {
     return {trained.parameter.slot, trained.gradient};
   }
 
-  /// Where the gradients are on the host, or null; empty if none can be.
+  /// Returns where the gradients' copies are on the host, or null for each
+  /// without one. Empty if none can have one.
   std::vector<std::byte*> claim_early(const std::vector<Group>& groups) {
     std::vector<std::byte*> found;
     if (early_bytes_ == 0) return found;
@@ -450,7 +454,7 @@ class AdamWEngine {
     std::vector<std::size_t> places;
     for (const Group& group : groups) {
       for (const Trained& trained : group.trained) {
-        // In a capture there is no waiting; lanes_.around() says so.
+        // During a capture nothing can be waited for. lanes_.around() says so.
         if (!trained.gradient.is_cpu() && may_be_early(trained) &&
             !lane_of(trained.parameter.tensor)->device()->is_captured()) {
           wanted.push_back(early_of(trained));
@@ -471,8 +475,8 @@ class AdamWEngine {
     return found;
   }
 
-  /// Made absolute. The store, which is made next, refuses an empty path, and
-  /// where there is none at all.
+  /// Returns the first directory, made absolute. The store, which is made next,
+  /// refuses an empty path, and an empty list.
   static std::filesystem::path first_of(const DirectoryList& directories) {
     if (directories.all().empty()) return {};
     const std::filesystem::path& path = directories.all().front().path;
@@ -489,7 +493,7 @@ class AdamWEngine {
   }
 
   static std::uint64_t scratch_bytes_for(std::uint64_t host_memory) {
-    // At the most, the gradients of a tile of 16-bit parameters in one go.
+    // The most is for the gradients of a tile of 16-bit parameters in one go.
     constexpr std::uint64_t kLeast = std::uint64_t{48} << 10;
     constexpr std::uint64_t kMost = std::uint64_t{12} << 20;
     return std::clamp(align_down(host_memory / 16, kPage), kLeast, kMost);
@@ -509,7 +513,7 @@ class AdamWEngine {
     return options;
   }
 
-  /// Of the kernels; what follows is for early gradients.
+  /// The kernels' part of the scratch. What follows it is for early gradients.
   std::span<std::byte> scratch() {
     return offload_.scratch().first(scratch_bytes_);
   }
@@ -518,8 +522,8 @@ class AdamWEngine {
     return adamw_fields(format_, master_format(parameter.scalar_type()));
   }
 
-  /// The place among the parameters ever added: rounding shall not depend on
-  /// which of them have been trained.
+  /// The parameter's place among all that were ever added. Rounding shall not
+  /// depend on which of them have been trained.
   static std::uint32_t ordinal_of(const Parameter& parameter) {
     return static_cast<std::uint32_t>(parameter.slot);
   }
@@ -531,7 +535,7 @@ class AdamWEngine {
     };
   }
 
-  /// Of the tensor's device; null for the CPU.
+  /// The lane of the tensor's device. Null for the CPU.
   DeviceLane* lane_of(const at::Tensor& tensor) {
     if (tensor.is_cpu()) return nullptr;
     if (DeviceLane* known = lanes_.find(tensor)) return known;
@@ -564,7 +568,7 @@ class AdamWEngine {
     return *slot.number;
   }
 
-  // Prepares a loader; returns what it is for.
+  // Prepares a loader. Returns the parameters and steps that it is for.
   std::vector<OptimizerOffload::ParameterStep> fill(
       AdamWLoader& loader, const std::vector<Saved>& given, bool anew) {
     std::vector<OptimizerOffload::ParameterStep> steps;

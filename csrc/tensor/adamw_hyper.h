@@ -2,7 +2,7 @@
 
 namespace torch_ext {
 
-/// What the parameters of a group have in common in a step.
+/// The numbers that the parameters of a group share in a step.
 struct AdamWHyper {
   double lr = 1e-3;
   double beta1 = 0.9;

@@ -31,42 +31,44 @@
 
 namespace torch_ext {
 
-/// AdamW. State that is float (StateFormat::kExact) is updated by PyTorch's own
-/// fused CPU kernel, other state by update_adamw().
+/// Updates AdamW's state. PyTorch's own fused CPU kernel updates state that is
+/// float (StateFormat::kExact), and update_adamw() any other state.
 ///
-/// float parameters on the CPU are updated in place, with kExact bit for bit as
-/// torch.optim.AdamW(fused=True) does. What is in the way goes through scratch
-/// memory, chunk by chunk: other dtypes, masters, and parameters on a device
-/// with their gradients, which are copied to the host and back, the next chunk
-/// while one is updated. Or, with UpdateOn::kDevice, these are updated there.
+/// float parameters on the CPU are updated in place. With kExact, the bits are
+/// those of torch.optim.AdamW(fused=True). Other dtypes, masters, and
+/// parameters on a device with their gradients go through scratch memory, chunk
+/// by chunk. Chunks of a device are copied to the host and back, the next one
+/// while one is updated. With UpdateOn::kDevice, such parameters are updated on
+/// their device instead.
 ///
-/// update() does not look at the thread's current streams: what it queues on a
+/// update() does not look at the thread's current streams. What it queues on a
 /// device comes after Target::ready and before the lane's leave().
 class AdamWKernel final : public UpdateKernel {
  public:
-  /// A parameter that the step updates. Dense, of float, bfloat16 or float16.
+  /// A parameter that the step updates. It is dense, in float, bfloat16 or
+  /// float16.
   struct Target {
     at::Tensor parameter;
     OrderedReader gradient;
     const AdamWHyper* hyper = nullptr;
     std::uint32_t ordinal = 0;  ///< These two are for RoundingNoise.
     std::uint64_t first = 0;
-    /// Of the device that both are on; null for the CPU.
+    /// The lane of the device that both are on. Null for the CPU.
     DeviceLane* lane = nullptr;
-    /// After it the gradient and the parameter are what they shall be; lives
-    /// as long as the target does.
+    /// After this event, gradient and parameter are what they shall be. It
+    /// lives as long as the target.
     const c10::Event* ready = nullptr;
-    /// `ready`, if it is not the lane's.
+    /// Owns `ready`, if that is not the lane's.
     std::shared_ptr<const c10::Event> own_ready = {};
-    std::uint64_t left = 0;  ///< Elements that are not updated yet.
-    /// Where the gradient is on the host once the lane has done what it was
-    /// queued before; null if it has not been copied yet.
+    std::uint64_t left = 0;  ///< Elements not updated yet.
+    /// Where the gradient is on the host, once the lane has done what was
+    /// queued there before. Null if it has not been copied yet.
     std::byte* on_host = nullptr;
   };
   using MakeScratch = std::function<std::span<std::byte>()>;
 
-  /// Scratch, which is also that of the lanes, is asked for when it is first
-  /// needed. UpdateOn::kDevice goes with kExact only.
+  /// Scratch, which the lanes use too, is asked for when it is first needed.
+  /// UpdateOn::kDevice needs kExact.
   AdamWKernel(StateFormat format, std::uint64_t seed, MakeScratch make_scratch,
               DeviceLanes& lanes, UpdateOn update_on = UpdateOn::kCpu)
       : format_(format),
@@ -75,16 +77,16 @@ class AdamWKernel final : public UpdateKernel {
         lanes_(lanes),
         update_on_(update_on) {}
 
-  /// From any thread, also while others are updated. The kernel lets go of the
-  /// gradient when all elements are updated.
+  /// Adds a target. Called on any thread, also while others are updated. The
+  /// kernel lets go of the gradient when all elements are updated.
   void add(std::size_t parameter, Target target) {
     target.left = static_cast<std::uint64_t>(target.parameter.numel());
     const std::lock_guard lock(targets_mutex_);
     targets_.insert_or_assign(parameter, std::move(target));
   }
 
-  /// On how many threads a tile is updated. By default as many as PyTorch has
-  /// for the one that made the kernel. From any thread.
+  /// Sets on how many threads a tile is updated. By default these are as many
+  /// as PyTorch has for the thread that made the kernel. Called on any thread.
   void use_threads(std::size_t threads) { threads_ = threads; }
 
   void enter_thread() override { lanes_.enter_thread(); }
@@ -114,7 +116,7 @@ class AdamWKernel final : public UpdateKernel {
   }
 
  private:
-  // Others may be added meanwhile; this one stays where it is.
+  // Others may be added meanwhile. This one stays where it is.
   const Target& target_of(const StateSegment& segment) {
     const std::lock_guard lock(targets_mutex_);
     return targets_.at(segment.parameter);
@@ -128,9 +130,10 @@ class AdamWKernel final : public UpdateKernel {
     if (found->second.left == 0) updated = targets_.extract(found);
   }
 
-  /// Elements: enough for fast copies, and a tile has several such chunks.
+  /// The most elements of a chunk: enough for fast copies, and a tile has
+  /// several such chunks.
   static constexpr std::uint64_t kMostOnTheWay = 65536;
-  /// Elements for a thread: much longer than it takes to wake it. Multiple of
+  /// Elements for a thread: they take much longer than waking it. A multiple of
   /// StateFields::kCut.
   static constexpr std::uint64_t kPart = 32768;
 
@@ -164,14 +167,14 @@ class AdamWKernel final : public UpdateKernel {
     }
   }
 
-  /// Else all is where update_adamw() takes it.
+  /// Whether scratch is needed. Otherwise all is where update_adamw() takes it.
   bool needs_scratch(const Target& target) const {
     return format_ == StateFormat::kExact ||
            !(has_direct_gradient(target, at::kFloat) ||
              has_direct_gradient(target, at::kBFloat16));
   }
 
-  /// Elements of a segment, and the scratch for them.
+  /// A part of a segment's elements, and the scratch for them.
   struct Part {
     const StateSegment& segment;
     const Target& target;
@@ -188,11 +191,11 @@ class AdamWKernel final : public UpdateKernel {
     }
   };
 
-  /// Updates parts of a chunk on several threads. `prepare(part, run)` says
+  /// Updates parts of a chunk on several threads. `prepare(part, run)` sets
   /// where a part's gradient is, and returns its parameter on the host.
   template <typename Prepare>
   void update_in_parts(const Part& chunk, const Prepare& prepare) {
-    step_tensor(chunk.segment.step);  // Before several threads ask for it.
+    step_tensor(chunk.segment.step);  // Made before several threads ask for it.
     const std::uint64_t parts = (chunk.count + kPart - 1) / kPart;
     run_in_parallel(threads_, parts, [&](std::size_t i) {
       const c10::NoGradGuard no_grad;
@@ -241,7 +244,7 @@ class AdamWKernel final : public UpdateKernel {
     }
     for (std::size_t i = 0; i < chunks.size(); ++i) {
       if (i == 0) bring(lane, chunks[0], 0);
-      // Its copies are made while this one is updated.
+      // The next chunk's copies are made while this one is updated.
       if (i + 1 < chunks.size()) {
         bring(lane, chunks[i + 1], (i + 1) % DeviceLane::kSlots);
       }
@@ -249,15 +252,15 @@ class AdamWKernel final : public UpdateKernel {
     }
   }
 
-  /// Queues the copies of a chunk to the host. Those to and from a slot are
+  /// Queues the copies of a chunk to the host. Copies to and from a slot are
   /// made in the order in which they are queued.
   void bring(DeviceLane& lane, const Part& chunk, std::size_t slot) const {
     const at::Tensor& parameter = chunk.target.parameter;
     const AdamWScratch& scratch = chunk.scratch;
     lane.queue([&] {
       if (chunk.target.on_host == nullptr) {
-        // As it is: a kernel that casts it would wait for a place between
-        // those of backward.
+        // It is copied as it is. A kernel that casts it would wait for a place
+        // between those of backward.
         const at::Tensor gradient = chunk.of(chunk.target.gradient.source());
         const c10::ScalarType dtype = gradient.scalar_type();
         host_view(brought_gradient(scratch, slot, dtype), chunk.count, dtype)
@@ -326,7 +329,7 @@ class AdamWKernel final : public UpdateKernel {
       });
       lane.settle();
     } catch (...) {
-      // Copies to and from the segments may be on their way.
+      // Copies to and from the segments may be on their way still.
       DeviceLanes::settle_quietly(lane);
       throw;
     }
@@ -341,7 +344,7 @@ class AdamWKernel final : public UpdateKernel {
       run.gradient_bf16 =
           static_cast<std::uint16_t*>(target.gradient.pointer(run.first));
     } else {
-      // Gradients pass through where a device's parameter comes next.
+      // Gradients pass through the place where a device's parameter comes next.
       target.gradient.copy_as_float(part.scratch.gradient(),
                                     part.scratch.staging(), run.first,
                                     run.count);
@@ -427,7 +430,7 @@ class AdamWKernel final : public UpdateKernel {
       steps.push_back(step);
     }
 
-    /// On the calling thread.
+    /// Calls the kernel on this thread.
     void call(const AdamWHyper& hyper) {
       at::_fused_adamw_(parameters, gradients, exp_avgs, exp_avg_sqs, {}, steps,
                         hyper.lr, hyper.beta1, hyper.beta2, hyper.weight_decay,
@@ -435,7 +438,7 @@ class AdamWKernel final : public UpdateKernel {
     }
   };
 
-  /// Puts elements that are updated in place on the list of the next flush().
+  /// Puts elements that are updated in place on the list for the next flush().
   void push(const StateSegment& segment, const Target& target) {
     float* const parameter =
         target.parameter.mutable_data_ptr<float>() + segment.first;
@@ -459,7 +462,8 @@ class AdamWKernel final : public UpdateKernel {
     parts_.clear();
   }
 
-  // Parameters mostly have the same number of steps, and nobody writes to it.
+  // Parameters mostly have the same number of steps, and nobody writes to the
+  // tensor.
   const at::Tensor& step_tensor(std::uint64_t step) {
     if (!step_tensor_.defined() || step_tensor_of_ != step) {
       step_tensor_ = at::scalar_tensor(static_cast<double>(step),
@@ -478,9 +482,9 @@ class AdamWKernel final : public UpdateKernel {
       static_cast<std::size_t>(at::get_num_threads());
   std::mutex targets_mutex_;
   std::unordered_map<std::size_t, Target> targets_;
-  std::vector<OnDevice> on_device_;  ///< Of the tile.
+  std::vector<OnDevice> on_device_;  ///< The tile's.
   const AdamWHyper* batch_hyper_ = nullptr;
-  std::vector<Fused> parts_;  ///< Of the next flush().
+  std::vector<Fused> parts_;  ///< For the next flush().
   std::uint64_t in_last_part_ = 0;
   at::Tensor step_tensor_;
   std::uint64_t step_tensor_of_ = 0;

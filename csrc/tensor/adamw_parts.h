@@ -26,9 +26,9 @@
 namespace torch_ext {
 
 /// Makes `master`, `count` floats, agree with a float16 parameter in host
-/// memory, whose word is final: an element that does not round to the
-/// parameter's takes its value. So whatever writes to the parameter between
-/// steps (model.load_state_dict, zero_, clamp_) counts.
+/// memory. An element that does not round to the parameter's element takes its
+/// value. So whatever writes to the parameter between steps
+/// (model.load_state_dict, zero_, clamp_) counts.
 inline void adopt_parameter(float* master, const c10::Half* parameter,
                             std::uint64_t count) {
   constexpr std::uint64_t kPiece = 4096;
@@ -46,15 +46,15 @@ inline void adopt_parameter(float* master, const c10::Half* parameter,
   }
 }
 
-/// What is kept of a parameter besides its moments.
+/// What is kept of a parameter of this dtype, besides its moments.
 inline MasterFormat master_format(c10::ScalarType dtype) {
   return dtype == at::kFloat      ? MasterFormat::kNone
          : dtype == at::kBFloat16 ? MasterFormat::kLow16
                                   : MasterFormat::kFloat;
 }
 
-/// Where a moment of a segment begins, at element `done` of it; a multiple of
-/// StateFields::kCut.
+/// Where a moment of a segment begins, at element `done` of the segment, a
+/// multiple of StateFields::kCut.
 inline Moment moment_at(const StateSegment& segment, StateFormat format,
                         std::size_t field, std::uint64_t done) {
   if (format == StateFormat::kBf16) return {segment.fields[field] + 2 * done};
@@ -65,7 +65,7 @@ inline Moment moment_at(const StateSegment& segment, StateFormat format,
           segment.fields[scales] + done / StateFields::kCut};
 }
 
-/// What a step with these numbers multiplies by.
+/// The coefficients of a step with these numbers.
 inline AdamWCoefficients coefficients(const AdamWHyper& hyper,
                                       std::uint64_t step) {
   const auto t = static_cast<double>(step);
@@ -81,8 +81,8 @@ inline AdamWCoefficients coefficients(const AdamWHyper& hyper,
           .maximize = hyper.maximize};
 }
 
-/// Elements of a dense parameter as a tensor in host memory: in place on the
-/// CPU, else copied to `staging`.
+/// Returns elements of a dense parameter as a tensor in host memory. On the CPU
+/// it is a view of them; otherwise they are copied to `staging`.
 inline at::Tensor host_part(const at::Tensor& parameter, std::uint64_t first,
                             std::uint64_t count, std::span<std::byte> staging) {
   const at::Tensor there = storage_view(parameter, first, count);
@@ -92,9 +92,10 @@ inline at::Tensor host_part(const at::Tensor& parameter, std::uint64_t first,
   return here.copy_(there);
 }
 
-/// Calls `work` for each number below `parts`, on the calling thread and, as
-/// far as they come in time, on those of PyTorch's inter-op pool, `threads` in
-/// all. Throws what `work` has thrown first, when all is done.
+/// Calls `work` for each number below `parts`, on `threads` threads in all.
+/// They are the calling thread and, as far as they come in time, those of
+/// PyTorch's inter-op pool. Throws what `work` has thrown first, when all is
+/// done.
 template <typename Work>
 void run_in_parallel(std::size_t threads, std::size_t parts, const Work& work) {
   struct Shared {
@@ -104,7 +105,7 @@ void run_in_parallel(std::size_t threads, std::size_t parts, const Work& work) {
     std::exception_ptr error;
   };
   const auto shared = std::make_shared<Shared>();
-  // Who comes late finds nothing to do, and no `work` any more.
+  // A thread that comes late finds nothing to do. `work` is gone then.
   const auto help = [shared, parts, &work] {
     for (std::size_t i = shared->next++; i < parts; i = shared->next++) {
       try {
@@ -118,12 +119,13 @@ void run_in_parallel(std::size_t threads, std::size_t parts, const Work& work) {
       if (++shared->done == parts) shared->done.notify_all();
     }
   };
-  // The pool of a forked child has no threads; to wake them may take for ever.
+  // The pool of a forked child has no threads, and waking them may take for
+  // ever.
   if (is_forked_child()) threads = 1;
   try {
     for (std::size_t i = 1; i < std::min(threads, parts); ++i) at::launch(help);
   } catch (...) {
-    // No more help: this thread can do all of it.
+    // There is no more help. This thread can do all of it.
   }
   help();
   for (std::size_t done = shared->done; done < parts; done = shared->done) {

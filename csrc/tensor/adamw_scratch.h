@@ -11,7 +11,7 @@
 
 namespace torch_ext {
 
-/// Host memory for a chunk of elements on their way, or for two.
+/// Host memory for one chunk of elements on their way, or for two.
 class AdamWScratch {
  public:
   static constexpr std::size_t kMostChunks = 2;
@@ -45,18 +45,19 @@ class AdamWScratch {
     return rest;
   }
 
-  /// Elements of a chunk, for which there are parts of 4 bytes each, and of 2.
+  /// How many elements a chunk has. For each there are parts of 4 bytes and of
+  /// 2 bytes.
   std::uint64_t chunk() const { return chunk_; }
   float* gradient(std::size_t i = 0) const {
     return reinterpret_cast<float*>(gradients_.at(i));
   }
-  /// Gradients of 16 bits from a device.
+  /// The place of 16-bit gradients from a device.
   std::byte* gradient_16(std::size_t i) const { return gradients_16_.at(i); }
-  /// Parameters from a device.
+  /// The place of parameters from a device.
   std::span<std::byte> staging(std::size_t i = 0) const {
     return {staging_.at(i), 4 * chunk_};
   }
-  /// State as float.
+  /// The place of state as float.
   float* state() const { return reinterpret_cast<float*>(state_); }
 
  private:

@@ -40,11 +40,11 @@ class AdamWSnapshot final : public UpdateKernel {
     places_.emplace(number, std::move(place));
   }
 
-  /// Takes the space; after the last add(). Errors: IoError.
+  /// Takes the space. Called after the last add(). Errors: IoError.
   void open() { snapshot_.open(); }
 
-  /// Instead of open(), for one tensor of one parameter, which is returned and
-  /// filled by update().
+  /// Called instead of open(), for one tensor of one parameter. Returns the
+  /// tensor, which update() fills.
   at::Tensor open_in_memory(std::size_t number, std::size_t field) {
     Place& place = places_.at(number);
     only_ = at::empty_strided(
@@ -63,10 +63,11 @@ class AdamWSnapshot final : public UpdateKernel {
     }
   }
 
-  /// After the last update(). Errors: IoError.
+  /// Called after the last update(). Errors: IoError.
   void finish() { tensors_ = snapshot_.finish(); }
 
-  /// The state of a parameter, with its shape and strides, without the step.
+  /// Returns the state of a parameter, with the parameter's shape and strides.
+  /// The step is not set.
   AdamWState state(std::size_t number) const {
     const Place& place = places_.at(number);
     return {.step = 0,
@@ -81,7 +82,7 @@ class AdamWSnapshot final : public UpdateKernel {
   struct Place {
     at::Tensor parameter;
     MasterFormat master = MasterFormat::kNone;
-    std::array<std::size_t, 3> numbers = {};  ///< Of the tensors.
+    std::array<std::size_t, 3> numbers = {};  ///< The tensors'.
 
     std::size_t tensors() const {
       return master == MasterFormat::kNone ? 2 : numbers.size();
@@ -118,8 +119,8 @@ class AdamWSnapshot final : public UpdateKernel {
     return scratch.state();
   }
 
-  // The segment's own stays as it is: the parameter may be somebody's average
-  // of weights for the moment.
+  // Returns the master. The segment's own stays as it is: for the moment, the
+  // parameter may hold somebody's average of weights.
   static const float* master(const StateSegment& segment, std::uint64_t done,
                              std::uint64_t count, const Place& place,
                              const AdamWScratch& scratch) {
@@ -155,8 +156,8 @@ class AdamWLoader final : public UpdateKernel {
               AdamWKernel::MakeScratch make_scratch)
       : format_(format), seed_(seed), make_scratch_(std::move(make_scratch)) {}
 
-  /// Undefined tensors leave what there is; but in `fresh` state a 16-bit
-  /// parameter without a master is its own.
+  /// Adds a parameter. Undefined tensors leave what there is. But in `fresh`
+  /// state, a 16-bit parameter without a master is its own master.
   void add(std::size_t number, const at::Tensor& parameter,
            std::uint32_t ordinal, std::uint64_t first_element,
            const AdamWState& state, bool fresh = true) {
@@ -214,8 +215,8 @@ class AdamWLoader final : public UpdateKernel {
       reader.copy_as_float(values, scratch.staging(), first, count);
       if (as_it_is) continue;
       if (is_master) {
-        // Also of a master that does not round to the parameter, which may be
-        // loaded after its state.
+        // This is done even if the master does not round to the parameter,
+        // which may be loaded after its state.
         split_master(values, nullptr,
                      segment.field<std::uint16_t>(field) + done, count);
       } else {

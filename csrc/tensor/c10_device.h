@@ -22,29 +22,29 @@
 namespace torch_ext {
 
 /// Any accelerator of PyTorch as a Device, through c10's generic streams and
-/// events; its copy stream is one of PyTorch's pool. No CUDA header needed.
+/// events. Its copy stream is one of PyTorch's pool. It needs no CUDA header.
 ///
-/// Copies are asynchronous where PyTorch's are: on CUDA always to and from
-/// memory that pin() has locked.
+/// Copies are asynchronous where PyTorch's are. On CUDA they always are to and
+/// from memory that pin() has locked.
 class C10Device final : public Device {
  public:
-  /// What the CUDA run-time is needed for besides PyTorch: page-locking,
-  /// telling whether a stream is being captured, thread-local capture mode.
+  /// The CUDA run-time, for what PyTorch does not offer: page-locking, telling
+  /// whether a stream is being captured, thread-local capture mode.
   struct Runtime {
-    std::shared_ptr<CudaRuntime> cuda;  ///< Null: none of the three is done.
+    std::shared_ptr<CudaRuntime> cuda;  ///< If null, none of the three is done.
     std::string why_not;                ///< Why it is null.
   };
 
-  /// `device` without an index is the calling thread's current one.
-  /// Errors: c10::Error if there is no such device or it has no streams.
+  /// A `device` without an index means the calling thread's current one.
+  /// Errors: c10::Error if there is no such device, or if it has no streams.
   explicit C10Device(c10::Device device)
       : C10Device(device, runtime_for(device.type())) {}
 
   C10Device(c10::Device device, Runtime runtime)
       : guard_(device.type()),
         device_(device.has_index() ? device : guard_.getDevice()),
-        // The few kernels here, as of an optimizer's update, would wait for
-        // all blocks of a long one that came before them. Copies to and from
+        // The few kernels here, such as an optimizer's update, would wait for
+        // all blocks of a long kernel that came before them. Copies to and from
         // the host know no priority.
         copy_stream_(guard_.getStreamFromGlobalPool(device_,
                                                     /*isHighPriority=*/true)),
@@ -53,8 +53,8 @@ class C10Device final : public Device {
   std::string name() const override { return device_.str(); }
 
   void enter_thread() override {
-    // Else PyTorch, which puts the thread's device back after each call, would
-    // make a context on device 0.
+    // PyTorch puts the thread's device back after each call. Without this, it
+    // would make a context on device 0.
     guard_.setDevice(device_);
     if (runtime_.cuda) runtime_.cuda->use_thread_local_capture_mode();
   }
@@ -72,7 +72,7 @@ class C10Device final : public Device {
   /// Errors: StateError if the current one is being captured into a graph.
   c10::Stream stream(Stream which) const {
     if (which == Stream::kCopy) return copy_stream_;
-    // An event in a graph is a node of it, and never done.
+    // An event in a graph is a node of the graph, and is never done.
     if (is_captured()) {
       throw StateError("the current stream of " + name() +
                        " is being captured into a graph; do this outside of "
@@ -110,7 +110,8 @@ class C10Device final : public Device {
                /*non_blocking=*/true);
   }
 
-  /// The copy stream uses the tensor's memory: see torch.Tensor.record_stream.
+  /// Says that the copy stream uses the tensor's memory: see
+  /// torch.Tensor.record_stream.
   void uses(const at::Tensor& tensor) {
     guard_.recordDataPtrOnStream(tensor.storage().data_ptr(), copy_stream_);
   }
@@ -138,7 +139,8 @@ class C10Device final : public Device {
     return runtime;
   }
 
-  // Naming the device saves PyTorch from asking the driver whose memory it is.
+  // Naming the device saves PyTorch from asking the driver whose memory this
+  // is.
   static at::Tensor view(const std::byte* data, std::size_t bytes,
                          c10::Device device) {
     return at::for_blob(const_cast<std::byte*>(data),
@@ -154,9 +156,9 @@ class C10Device final : public Device {
   const Runtime runtime_;
 };
 
-/// A new C10Device, with a copy stream of its own, or for the CPU
-/// host_device(), without touching any accelerator.
-/// Errors: as C10Device.
+/// Returns a new C10Device with a copy stream of its own. For the CPU it
+/// returns host_device(), without touching any accelerator. Errors: as
+/// C10Device.
 inline std::shared_ptr<Device> device_for(c10::Device device) {
   if (device.is_cpu()) return host_device();
   return std::make_shared<C10Device>(device);

@@ -17,7 +17,7 @@
 namespace torch_ext {
 
 /// Options of a tensor in host memory. Each tensor here names its dtype, so
-/// that the caller's default one decides nothing.
+/// that the caller's default dtype decides nothing.
 inline at::TensorOptions host_options(c10::ScalarType dtype) {
   return at::TensorOptions().dtype(dtype).device(at::kCPU);
 }
@@ -29,12 +29,13 @@ inline at::Tensor host_view(void* data, std::uint64_t count,
                        host_options(dtype));
 }
 
-/// Elements of one call for which PyTorch does not wake its other threads:
-/// where these compete with I/O and data loaders, waiting for them takes
-/// longer than the work.
+/// With so many elements in a call, PyTorch does not wake its other threads.
+/// Where these compete with I/O and data loaders, waiting for them takes longer
+/// than the work.
 constexpr std::int64_t kQuietPiece = 16384;
 
-/// `to.copy_(from)` for tensors of the same shape on the CPU, in such pieces.
+/// Calls `to.copy_(from)` in such pieces, for tensors of the same shape on the
+/// CPU.
 inline void copy_in_pieces(const at::Tensor& to, const at::Tensor& from) {
   if (to.numel() <= kQuietPiece) {
     to.copy_(from);
@@ -64,7 +65,7 @@ inline void convert(void* to, c10::ScalarType to_dtype, const void* from,
 }
 
 /// Whether elements of the same index come in the same order in memory. Both
-/// have the same shape and one of them has neither gaps nor overlaps.
+/// tensors have the same shape, and one of them has neither gaps nor overlaps.
 inline bool same_order(at::IntArrayRef sizes, at::IntArrayRef a,
                        at::IntArrayRef b) {
   for (std::size_t i = 0; i < sizes.size(); ++i) {
@@ -74,8 +75,8 @@ inline bool same_order(at::IntArrayRef sizes, at::IntArrayRef a,
   return true;
 }
 
-/// Elements [first, first + count), as they lie in memory, of a tensor that
-/// has neither gaps nor overlaps: a 1-D view.
+/// A 1-D view of elements [first, first + count), as they lie in memory, of a
+/// tensor that has neither gaps nor overlaps.
 inline at::Tensor storage_view(const at::Tensor& dense, std::uint64_t first,
                                std::uint64_t count) {
   return at::as_strided(
@@ -83,14 +84,15 @@ inline at::Tensor storage_view(const at::Tensor& dense, std::uint64_t first,
       dense.storage_offset() + static_cast<std::int64_t>(first));
 }
 
-/// Reads a tensor of any strides in the order in which another tensor of the
-/// same shape, without gaps and overlaps, holds its elements in memory.
+/// Reads a tensor of any strides in the order in which another tensor holds its
+/// elements in memory. That one has the same shape, and neither gaps nor
+/// overlaps.
 class OrderedReader {
  public:
   OrderedReader() = default;
 
-  /// A source on another device than the CPU that has another order is
-  /// copied, on its device.
+  /// A source that is not on the CPU is copied on its device, if it has another
+  /// order.
   OrderedReader(const at::Tensor& source, at::IntArrayRef strides)
       : source_(source.detach().resolve_neg()),
         in_order_(same_order(source.sizes(), source_.strides(), strides)) {
@@ -125,8 +127,8 @@ class OrderedReader {
            first * item_size();
   }
 
-  /// Copies elements [first, first + count) to host memory, in the source's
-  /// own dtype. Returns when they are there.
+  /// Copies elements [first, first + count) to host memory, in the source's own
+  /// dtype. Returns when the copy is made.
   void copy_to(std::byte* out, std::uint64_t first, std::uint64_t count) const {
     if (direct()) {
       std::memcpy(out, pointer(first), count * item_size());
@@ -138,8 +140,8 @@ class OrderedReader {
     }
   }
 
-  /// As copy_to(), but as float. `raw` is host memory for some elements of
-  /// the source, for the time of the call.
+  /// As copy_to(), but converts to float. `raw` is host memory for some
+  /// elements of the source, for the time of the call.
   void copy_as_float(float* out, std::span<std::byte> raw, std::uint64_t first,
                      std::uint64_t count) const {
     const c10::ScalarType dtype = source_.scalar_type();
@@ -163,7 +165,7 @@ class OrderedReader {
  private:
   std::size_t item_size() const { return source_.dtype().itemsize(); }
 
-  // Counts through the indexes like an odometer, last dimension fastest.
+  // Counts through the indexes like an odometer, the last dimension fastest.
   void gather(std::byte* out, std::uint64_t first, std::uint64_t count) const {
     const std::size_t item = item_size();
     const auto* base = static_cast<const std::byte*>(source_.const_data_ptr());

@@ -22,10 +22,10 @@
 
 namespace torch_ext {
 
-/// Events of one device, made when none is free. Threads: any.
+/// Events of one device. One is made when none is free. Threads: any.
 class EventPool {
  public:
-  /// Comes back when it is let go of.
+  /// Takes an event, which comes back when it is let go of.
   static std::shared_ptr<c10::Event> take(
       const std::shared_ptr<EventPool>& pool, c10::DeviceType type) {
     std::unique_ptr<c10::Event> event;
@@ -49,8 +49,8 @@ class EventPool {
   std::vector<std::unique_ptr<c10::Event>> free_;
 };
 
-/// A device's copy stream as an optimizer uses it, and the events that it
-/// takes, made once. Only enter() and leave() look at the calling thread's
+/// A device's copy stream as an optimizer uses it, and the events for that,
+/// which are made once. Only enter() and leave() look at the calling thread's
 /// current stream.
 ///
 /// Errors: StateError with what the device says. Threads: any, one at a time.
@@ -71,30 +71,30 @@ class DeviceLane {
 
   /// Marks the work that the thread has queued so far: see ready().
   void enter() { ready_.record(device_->stream(Device::Stream::kCurrent)); }
-  /// What enter() has marked.
+  /// The event that enter() has recorded.
   const c10::Event& ready() const { return ready_; }
 
-  /// An event of its own after what the thread has queued so far.
+  /// Records another event, after what the thread has queued so far.
   std::shared_ptr<const c10::Event> now() const {
     auto event = EventPool::take(events_, stream_.device_type());
     event->record(device_->stream(Device::Stream::kCurrent));
     return event;
   }
 
-  /// The thread's later work comes after all that has been queued here.
+  /// Makes the thread's later work wait for all that has been queued here.
   void leave() {
     mark_end();
     done_.block(device_->stream(Device::Stream::kCurrent));
   }
 
-  /// What is queued here from now on comes after the event.
+  /// Makes what is queued here from now on wait for the event.
   void after(const c10::Event& event) { event.block(stream_); }
 
-  /// The memory of a tensor on the device is not given back to it before what
-  /// is queued here now is done, whoever lets go of the tensor.
+  /// Keeps a tensor's memory on the device until what is queued here now is
+  /// done, whoever lets go of the tensor.
   void uses(const at::Tensor& tensor) { device_->uses(tensor); }
 
-  /// Calls `work`; what PyTorch throws in it becomes a StateError.
+  /// Calls `work`. What PyTorch throws in it becomes a StateError.
   template <typename Work>
   void guarded(Work&& work) {
     try {
@@ -105,7 +105,7 @@ class DeviceLane {
     }
   }
 
-  /// Calls `work`, whose operators queue what they do here.
+  /// Calls `work`. Its operators queue their work on this lane.
   template <typename Work>
   void queue(Work&& work) {
     queued_ = true;
@@ -115,14 +115,15 @@ class DeviceLane {
     });
   }
 
-  /// Marks the end of what `slot` waits for.
+  /// Marks the end of the work that `slot` waits for.
   void mark(std::size_t slot) { here_.at(slot).record(stream_); }
-  /// Returns when that is done.
+  /// Returns when the marked work is done.
   void await(std::size_t slot) {
     guarded([&] { here_.at(slot).synchronize(); });
   }
 
-  /// Throws what the work met that was queued before leave().
+  /// Throws the error of the work that was queued before leave(), if it met
+  /// one.
   void check() {
     if (!std::exchange(unseen_, false)) return;
     guarded([&] { done_.synchronize(); });
@@ -147,12 +148,12 @@ class DeviceLane {
   c10::Event ready_;  ///< On the caller's stream.
   c10::Event done_;   ///< On this one, after all that was queued.
   std::array<c10::Event, kSlots> here_;
-  bool queued_ = false;  ///< Something, since done_ was recorded.
+  bool queued_ = false;  ///< Since done_ was recorded.
   bool unseen_ = false;  ///< The host has not waited for done_.
 };
 
-/// The lanes of an optimizer, one for each device that it has met.
-/// Threads: any; what a lane does, one at a time. Forked children: nothing
+/// The lanes of an optimizer, one for each device that it has met. Threads:
+/// any, but each lane is used by one at a time. Forked children: nothing
 /// happens.
 class DeviceLanes {
  public:
@@ -162,14 +163,14 @@ class DeviceLanes {
 
   ~DeviceLanes() {
     if (in_child()) {
-      // The events are the parent's.
+      // The events belong to the parent.
       for (auto& lane : lanes_) static_cast<void>(lane.release());
       return;
     }
     for (const auto& lane : lanes_) settle_quietly(*lane);
   }
 
-  /// The lane of the tensor's device; null for the CPU.
+  /// The lane of the tensor's device. Null for the CPU.
   DeviceLane* find(const at::Tensor& tensor) const {
     const std::lock_guard lock(mutex_);
     for (const auto& lane : lanes_) {
@@ -185,7 +186,7 @@ class DeviceLanes {
     return lanes_.back().get();
   }
 
-  /// To be called on a thread of its own before it uses the lanes.
+  /// A thread of the library calls this before it uses the lanes.
   void enter_thread() {
     const std::lock_guard lock(mutex_);
     for (const auto& lane : lanes_) lane->device()->enter_thread();
@@ -213,7 +214,8 @@ class DeviceLanes {
     leave();
   }
 
-  /// Host memory that all share is `user`'s from here on; null: the host's.
+  /// Gives the host memory that all share to `user`, or to the host if that is
+  /// null.
   void make_way_for(const DeviceLane* user) {
     const std::lock_guard lock(mutex_);
     for (const auto& lane : lanes_) {
@@ -234,7 +236,7 @@ class DeviceLanes {
     try {
       lane.settle();
     } catch (...) {
-      // Whoever asks meets an earlier error, or what replaces the memory.
+      // Whoever asks has an earlier error to tell, or replaces the memory.
     }
   }
 
@@ -250,7 +252,7 @@ class DeviceLanes {
   }
 
   const pid_t owner_ = process_id();
-  mutable std::mutex mutex_;  // Of the list.
+  mutable std::mutex mutex_;  // For the list.
   std::vector<std::unique_ptr<DeviceLane>> lanes_;
 };
 

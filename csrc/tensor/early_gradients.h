@@ -25,10 +25,11 @@
 
 namespace torch_ext {
 
-/// Sums of a dense 1-D tensor's bits as integers, on its device: for each 2^20
-/// elements one, and one with the elements' numbers as factors. Scaling changes
-/// the first, also by powers of two, which only add to exponents; negating,
-/// where signs are balanced, and moving change the second.
+/// Sums of a dense 1-D tensor's bits as integers, on its device. For each 2^20
+/// elements there is a plain sum, and a sum with the elements' numbers as
+/// factors. Scaling changes the first, also scaling by powers of two, which
+/// only adds to exponents. Moving elements changes the second; so does negating
+/// them, where signs are balanced.
 inline at::Tensor sums_of_bits(const at::Tensor& flat) {
   constexpr std::int64_t kBlock = std::int64_t{1} << 20;
   const at::Tensor bits =
@@ -47,19 +48,20 @@ inline at::Tensor sums_of_bits(const at::Tensor& flat) {
   return at::stack(sums);
 }
 
-/// Gradients on devices that have been copied to the host while backward went
-/// on, for a step that updates there.
+/// Gradients on devices that were copied to the host while backward went on,
+/// for a step that updates there.
 ///
-/// A copy counts only if the step's gradient is the one that was copied and has
-/// not changed: it is of the same storage and version, and its bits have the
-/// same sums, which also show what a version does not (`.data`, a GradScaler, a
-/// collective's kernel). Whatever else comes is copied again by the step.
+/// A copy counts only if the step's gradient is the one that was copied, and
+/// has not changed. It must have the same storage and version, and its bits
+/// must have the same sums. The sums also show what a version does not
+/// (`.data`, a GradScaler, a collective's kernel). The step copies all other
+/// gradients again.
 ///
-/// Memory: copies lie one after the other in what bring() is given, in the
-/// order in which their gradients first came; those for which there is no room
-/// are not made. Gradients are not kept alive. On the device the sums of a copy
-/// take 16 MiB for a moment. Errors: StateError with what a device says.
-/// Threads: any.
+/// Memory: copies lie one after the other in the memory that bring() gets, in
+/// the order in which their gradients first came. Without room, no copy is
+/// made. Gradients are not kept alive. On the device, the sums of a copy take
+/// 16 MiB for a moment. Errors: StateError with what a device says. Threads:
+/// any.
 class EarlyGradients {
  public:
   /// A gradient whose elements lie in memory as its parameter's do.
@@ -68,12 +70,12 @@ class EarlyGradients {
     at::Tensor gradient;
   };
 
-  /// What a copy takes of bring()'s memory.
+  /// How many bytes a copy takes of bring()'s memory.
   static std::uint64_t room_for(std::uint64_t bytes) {
     return align_up(bytes, 64);
   }
 
-  /// Queues a copy into `memory`, which is the same in each call,
+  /// Queues a copy into `memory`, which is the same in each call. It comes
   /// after what the calling thread has queued so far on the gradient's device.
   void bring(const Wanted& wanted, DeviceLane& lane,
              std::span<std::byte> memory) {
@@ -107,9 +109,9 @@ class EarlyGradients {
     copy.source = gradient.storage().getWeakStorageImpl();
   }
 
-  /// For each, where its copy is, or null. A copy is handed out once. It is
-  /// there when what its lane is queued next is done. Returns when the work
-  /// is done that made the gradients.
+  /// Returns where each gradient's copy is, or null. A copy is handed out once.
+  /// It is made when work that is queued next on its lane is done. Returns when
+  /// the work is done that made the gradients.
   std::vector<std::byte*> claim(const std::vector<Wanted>& all) {
     const c10::NoGradGuard no_grad;
     const std::lock_guard lock(mutex_);
@@ -128,7 +130,7 @@ class EarlyGradients {
     return found;
   }
 
-  /// No copy counts any more.
+  /// Forgets all copies.
   void clear() {
     const std::lock_guard lock(mutex_);
     forget();
@@ -137,8 +139,8 @@ class EarlyGradients {
  private:
   struct Copy {
     std::span<std::byte> memory;
-    std::uint64_t bytes = 0;  ///< What is used of it.
-    /// Of the gradient, while the copy may be claimed.
+    std::uint64_t bytes = 0;  ///< How much of it is used.
+    /// The gradient's storage, while the copy may be claimed.
     std::optional<c10::weak_intrusive_ptr<c10::StorageImpl>> source;
     std::int64_t offset = 0;
     std::int64_t version = 0;
@@ -162,7 +164,8 @@ class EarlyGradients {
                              gradient.dtype().itemsize();
   }
 
-  /// Compares those on the device of the first, and takes them off the list.
+  /// Compares the candidates on the device of the first, and takes them off the
+  /// list.
   void drop_changed(const std::vector<Wanted>& all,
                     std::vector<std::size_t>& candidates,
                     std::vector<std::byte*>& found) {

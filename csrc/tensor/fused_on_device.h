@@ -23,7 +23,7 @@ inline at::Tensor bits16(const at::Tensor& numbers) {
   return numbers.view(at::kShort).to(at::kInt).bitwise_and(0xffff);
 }
 
-/// As the core's join_master(), for tensors on one device; `low` is of int16.
+/// As the core's join_master(), for tensors on one device. `low` is of int16.
 inline at::Tensor join_on_device(const at::Tensor& parameter,
                                  const at::Tensor& low) {
   const at::Tensor upper = bits16(parameter);
@@ -44,7 +44,8 @@ inline at::Tensor join_on_device(const at::Tensor& parameter,
       .view(at::kFloat);
 }
 
-/// As the core's split_master(): the upper and the lower half, as int16.
+/// As the core's split_master(). Returns the upper and the lower half, as
+/// int16.
 inline std::pair<at::Tensor, at::Tensor> split_on_device(
     const at::Tensor& master) {
   const at::Tensor bits = master.view(at::kInt);
@@ -59,12 +60,13 @@ inline std::pair<at::Tensor, at::Tensor> split_on_device(
   return {upper.to(at::kShort), lower.to(at::kShort)};
 }
 
-/// AdamW by PyTorch's fused kernel on a parameter's own device: state that is
-/// float is copied there and back. All is queued on the current stream; the
+/// AdamW by PyTorch's fused kernel on a parameter's own device. State, which is
+/// float, is copied there and back. All is queued on the current stream. The
 /// host may look at the state when that is done.
 class FusedOnDevice {
  public:
-  /// Elements [segment.first, + segment.count) as 1-D views on the device.
+  /// Adds a segment. Parameter and gradient are 1-D views, on the device, of
+  /// its elements.
   void add(const StateSegment& segment, const AdamWHyper& hyper,
            const at::Tensor& parameter, const at::Tensor& gradient) {
     if (hyper_ != &hyper) flush();
@@ -125,8 +127,8 @@ class FusedOnDevice {
         .to(like.device(), dtype, /*non_blocking=*/true);
   }
 
-  /// As adopt_parameter(): where the master does not round to the parameter,
-  /// the parameter.
+  /// As adopt_parameter(): returns the parameter where the master does not
+  /// round to it.
   static at::Tensor adopt(const at::Tensor& master,
                           const at::Tensor& parameter) {
     const at::Tensor differs =

@@ -17,8 +17,8 @@
 
 namespace torch_ext {
 
-/// Calls a function when backward has accumulated a parameter's gradient, after
-/// the hooks that the parameter has already.
+/// Calls a function when backward has accumulated a parameter's gradient. It
+/// comes after the hooks that the parameter has already.
 class GradientHook final : public torch::autograd::PostAccumulateGradHook {
  public:
   using Function = std::function<void(const at::Tensor& parameter)>;
@@ -45,18 +45,20 @@ class GradientHook final : public torch::autograd::PostAccumulateGradHook {
   std::unique_ptr<PostAccumulateGradHook> before_;
 };
 
-/// Whether a hook comes after those of the parameter's gradient and may change
-/// it, as DistributedDataParallel's do, which average it over processes.
+/// Whether a hook comes after those of the parameter's gradient, and may change
+/// the gradient. DistributedDataParallel's hooks do: they average it over
+/// processes.
 inline bool may_change_later(const at::Tensor& parameter) {
   const auto node = torch::autograd::impl::try_get_grad_accumulator(parameter);
   return node != nullptr && !node->post_hooks().empty();
 }
 
 /// Whether the backward pass that calls a hook on this thread has reentrant
-/// activation checkpointing in it: functions whose backward recomputes and runs
-/// a backward pass of its own. Gradients then come in parts, and what has been
-/// updated meanwhile is read again. It shows by the name: of Python's
-/// torch.utils.checkpoint, and of others that are called so, as DeepSpeed's.
+/// activation checkpointing in it. That is a function whose backward
+/// recomputes, and runs a backward pass of its own. Gradients then come in
+/// parts, and what has been updated meanwhile is read again. Only the name
+/// shows it: Python's torch.utils.checkpoint, and others with such a name, such
+/// as DeepSpeed's.
 inline bool has_reentrant_checkpoint() {
   const auto* nodes = torch::autograd::get_current_graph_task_nodes_in_graph();
   if (nodes == nullptr) return false;
@@ -65,7 +67,8 @@ inline bool has_reentrant_checkpoint() {
         const auto contains = [](std::string_view text, const char* part) {
           return text.find(part) != std::string_view::npos;
         };
-        // Names are made on demand, and slowly; there may be 100,000 nodes.
+        // A node's name is made on demand, and slowly. There may be 100,000
+        // nodes.
         const char* const type = typeid(*node).name();
         return contains(type, "heckpoint") ||
                (contains(type, "PyNode") &&
@@ -73,9 +76,9 @@ inline bool has_reentrant_checkpoint() {
       });
 }
 
-/// Takes the place of a gradient that an optimizer has taken: on the meta
-/// device, so that whoever asks for its values gets an error, and adding to it
-/// is one.
+/// Puts a tensor in place of a gradient that an optimizer has taken. It is on
+/// the meta device, so whoever asks for its values, or adds to it, gets an
+/// error.
 inline void mark_as_taken(const at::Tensor& parameter) {
   parameter.mutable_grad() =
       at::empty_strided(parameter.sizes(), parameter.strides(),

@@ -17,9 +17,9 @@
 
 namespace torch_ext {
 
-/// A storage that cannot be resized while one of these lives: PyTorch raises
-/// where somebody tries, as it does for memory that is not its own. Holds no
-/// reference, so that any thread may drop it. Threads: any.
+/// Keeps a storage from being resized while it lives. PyTorch raises if
+/// somebody tries, as it does for memory that is not its own. It holds no
+/// reference, so any thread may drop it. Threads: any.
 class StorageLock {
  public:
   explicit StorageLock(c10::StorageImpl* storage) : storage_(storage) {
@@ -31,8 +31,8 @@ class StorageLock {
       all().holders.emplace(storage_, 1);
       storage_->set_resizable(false);
     } else {
-      // Whose memory it is has seen to it. Shared memory calls itself resizable
-      // and is not: it has no allocator.
+      // This storage cannot be resized anyway. Shared memory calls itself
+      // resizable and is not: it has no allocator.
       storage_ = nullptr;
     }
   }
@@ -42,7 +42,7 @@ class StorageLock {
     const auto known = all().holders.find(storage_);
     if (--known->second > 0) return;
     all().holders.erase(known);
-    // share_memory_() may have taken it away meanwhile.
+    // share_memory_() may have taken the allocator away meanwhile.
     if (storage_->allocator() != nullptr) storage_->set_resizable(true);
   }
   StorageLock(const StorageLock&) = delete;
@@ -54,8 +54,9 @@ class StorageLock {
     std::unordered_map<c10::StorageImpl*, std::size_t> holders;
   };
   static All& all() {
-    // Never destroyed: a swapper may be closed after everything static. A child
-    // forked while some thread holds the mutex must be able to take it.
+    // This is never destroyed: a swapper may be closed after everything static.
+    // A child that was forked while a thread held the mutex must be able to
+    // take it.
     static All* const only = [] {
       auto* const made = new All;
       pthread_atfork([] { all().mutex.lock(); }, [] { all().mutex.unlock(); },
@@ -68,27 +69,29 @@ class StorageLock {
   c10::StorageImpl* storage_;
 };
 
-/// The memory of tensors that operations use: it stays where it is, and what
-/// one of them writes no other one reads or writes. Of contiguous tensors;
-/// other views may lie within each other, and are not compared. Nothing keeps
-/// share_memory_() from moving memory that is in use: that is the caller's.
-/// Threads: any.
+/// The memory of tensors that operations use. It stays where it is. What one
+/// operation writes, no other one reads or writes. Only contiguous tensors are
+/// compared; other views may lie within each other. Nothing keeps
+/// share_memory_() from moving memory that is in use: the caller must not call
+/// it. Threads: any.
 class MemoryInFlight {
  public:
-  /// To be kept while the memory is read, and no longer than the storage.
-  /// Errors: std::invalid_argument if an operation writes to it.
+  /// Returns a guard. Keep it while the memory is read, and no longer than the
+  /// storage. Errors: std::invalid_argument if an operation writes to the
+  /// memory.
   std::shared_ptr<void> source(const at::Tensor& tensor,
                                const std::string& operation) const {
     return claim(tensor, 1, operation);
   }
 
-  /// The same while it is written; also if an operation reads it.
+  /// The same, to keep while the memory is written. It is also an error if an
+  /// operation reads the memory.
   std::shared_ptr<void> destination(const at::Tensor& tensor,
                                     const std::string& operation) const {
     return claim(tensor, kWriter, operation);
   }
 
-  /// To be kept while a view that is not contiguous is used.
+  /// Returns a guard to keep while a view that is not contiguous is used.
   static std::shared_ptr<void> lock_storage(const at::Tensor& tensor) {
     return std::make_shared<StorageLock>(
         tensor.storage().unsafeGetStorageImpl());
@@ -97,11 +100,11 @@ class MemoryInFlight {
  private:
   static constexpr int kWriter = -1;
 
-  /// Who uses which addresses: those from a key up to the next one have so many
+  /// Who uses which addresses. Those from a key up to the next key have so many
   /// readers, or one writer.
   class Users {
    public:
-    /// Whether a writer is there; with `any`, or a reader.
+    /// Whether a writer is there, or, with `any`, a writer or a reader.
     bool has(std::uintptr_t begin, std::uintptr_t end, bool any) const {
       auto each = users_.upper_bound(begin);
       if (each != users_.begin()) --each;
@@ -111,12 +114,13 @@ class MemoryInFlight {
       return false;
     }
 
-    /// Allocates nothing if the ends are those of a range that is in use.
+    /// Changes the count of a range. Allocates nothing if its ends are those of
+    /// a range that is in use.
     void add(std::uintptr_t begin, std::uintptr_t end, int change) {
       const auto first = key_at(begin);
       const auto last = key_at(end);
       for (auto each = first; each != last; ++each) each->second += change;
-      // Keys amid unused addresses are not the ends of anything in use.
+      // Keys between unused addresses are not the ends of anything in use.
       bool used = first != users_.begin() && std::prev(first)->second != 0;
       for (auto each = first, stop = std::next(last); each != stop;) {
         const bool used_before = std::exchange(used, each->second != 0);

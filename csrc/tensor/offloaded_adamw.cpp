@@ -1,11 +1,16 @@
+// How hooks and step() work together.
+//
 // Backward's hooks and step() share `taken_`: the parameters whose gradients
-// the open step has already. With kUpdate a hook checks a gradient, hands it to
-// the engine, which updates the parameter on a thread of its own, and puts a
-// meta tensor in its place. step() hands over the rest, ends the step, and says
-// afterwards what the caller has changed meanwhile. With kPrefetch a hook only
-// queues a copy to the host, which step() uses if the gradient is still the
-// same. What the caller does to state(), which shows steps and no tensors, is
-// found out when the next call begins.
+// the open step has already. With kUpdate, a hook checks a gradient and hands
+// it to the engine, which updates the parameter on a thread of its own. The
+// hook puts a meta tensor in the gradient's place. step() hands over the rest
+// and ends the step. Afterwards it says what the caller has changed meanwhile.
+//
+// With kPrefetch, a hook only queues a copy to the host. step() uses it if the
+// gradient is still the same.
+//
+// state() shows steps and no tensors. What the caller does to it is found out
+// when the next call begins.
 #include "torch_ext/tensor/offloaded_adamw.h"
 
 #include <ATen/ops/linalg_vector_norm.h>
@@ -164,11 +169,11 @@ class OffloadedAdamW::Impl {
     check_each(planned);
     return engine_.plan(planned);
   }
-  /// What a log should hold, e.g. why direct I/O is not used.
+  /// What a log should say, such as why direct I/O is not used.
   const std::vector<std::string>& notes() { return engine_.offload().notes(); }
   /// See OptimizerOffload::close.
   void close() {
-    on_gradient_.reset();  // Hooks do nothing any more.
+    on_gradient_.reset();  // Hooks do nothing from now on.
     engine_.close();
   }
 
@@ -181,15 +186,15 @@ class OffloadedAdamW::Impl {
 
   struct Place {
     std::size_t slot;
-    std::optional<std::size_t> group;  ///< None: it is trained no more.
-    /// As long as there is one, its address is not another tensor's.
+    std::optional<std::size_t> group;  ///< None: it is not trained any more.
+    /// While this exists, the address is not another tensor's.
     c10::weak_intrusive_ptr<c10::TensorImpl> tensor;
   };
   struct Taken {
     AdamWEngine::Parameter parameter;
     AdamWHyper hyper;
     std::size_t group;
-    std::int64_t version;  ///< Of the tensor, then.
+    std::int64_t version;  ///< The tensor's, at that time.
   };
 
   static constexpr const char* kChangesLater =
@@ -197,7 +202,8 @@ class OffloadedAdamW::Impl {
       "gradients after backward has accumulated them, which "
       "OverlapBackward::kUpdate would not see: take kPrefetch or kOff";
 
-  // The base class's add_param_group is not virtual: new ones are found here.
+  // The base class's add_param_group() is not virtual, so new parameters are
+  // found here.
   void add_new_parameters() {
     if (taken_.empty()) let_go();
     for (std::size_t i = 0; i < param_groups().size(); ++i) {
@@ -237,7 +243,8 @@ class OffloadedAdamW::Impl {
     }
   }
 
-  /// Calls `call`; what it throws about the parameter begins with its place.
+  /// Calls `call`. What it throws about the parameter begins with the
+  /// parameter's place.
   template <typename Call>
   void naming(const at::Tensor& parameter, const Call& call) const {
     try {
@@ -267,7 +274,7 @@ class OffloadedAdamW::Impl {
     return error.what();
   }
 
-  // Of parameters that are no more.
+  // Lets go of parameters that do not exist any more.
   void let_go() {
     for (auto it = places_.begin(); it != places_.end();) {
       if (!it->second.tensor.expired()) {
@@ -280,7 +287,7 @@ class OffloadedAdamW::Impl {
     }
   }
 
-  // What was done to state().
+  // Takes over what was done to state().
   void take_over_state() {
     std::vector<std::size_t> erased;
     std::vector<AdamWEngine::Saved> changed;
@@ -333,13 +340,13 @@ class OffloadedAdamW::Impl {
     }
   }
 
-  /// Whether a gradient may be not all there before backward ends.
+  /// Whether a gradient may be incomplete until backward ends.
   bool is_left_to_step(const at::Tensor& parameter) {
     const int pass = torch::autograd::get_current_graph_task_id();
     if (std::exchange(pass_, pass) != pass && has_reentrant_checkpoint()) {
       in_parts_ = true;
     }
-    // A copy from a device may be on its way to page-locked memory.
+    // A copy from a device to page-locked memory may still be on its way.
     return in_parts_ || (parameter.is_cpu() && parameter.grad().is_pinned());
   }
 
@@ -369,9 +376,10 @@ class OffloadedAdamW::Impl {
     return bytes;
   }
 
-  // Parameters may have moved to another group, or be trained no more. State
-  // before the first gradient comes, so that the first step need not keep all
-  // gradients either. Backward mostly goes the other way round.
+  // Begins a step during backward. Parameters may have moved to another group,
+  // or may not be trained any more. Room for state is made before the first
+  // gradient comes, so that the first step need not keep all gradients either.
+  // The order is reversed, since backward mostly goes the other way round.
   void begin_taking() {
     take_over_state();
     for (auto& [key, place] : places_) place.group.reset();
@@ -401,11 +409,12 @@ class OffloadedAdamW::Impl {
   }
 
   static std::int64_t version_of(const at::Tensor& tensor) {
-    // Updates on a device count as writes, too.
+    // Updates on a device count as writes too.
     return tensor.is_cpu() && !tensor.is_inference() ? tensor._version() : 0;
   }
 
-  /// What the caller has changed of what was taken; `groups` as they are now.
+  /// Says what the caller has changed of what was taken. `groups` are as they
+  /// are now.
   std::string complaint_about(
       const std::vector<AdamWEngine::Group>& groups) const {
     for (const auto& [parameter, hyper, group, version] : taken_) {
@@ -429,7 +438,8 @@ class OffloadedAdamW::Impl {
     return {};
   }
 
-  // As torch::nn::utils::clip_grad_norm_, whose header includes all of ATen.
+  // Does what torch::nn::utils::clip_grad_norm_ does, whose header includes all
+  // of ATen.
   void clip() {
     if (!max_grad_norm_) return;
     std::vector<at::Tensor> gradients, norms;
@@ -471,7 +481,7 @@ class OffloadedAdamW::Impl {
   }
 
   static AdamWHyper hyper_of(const torch::optim::OptimizerParamGroup& group) {
-    // Other options, such as torch's own, are not laid out as these are.
+    // Other options, such as torch's own, have another layout.
     const auto* given =
         dynamic_cast<const OffloadedAdamWOptions*>(&group.options());
     if (given == nullptr) {
@@ -503,15 +513,15 @@ class OffloadedAdamW::Impl {
   AdamWEngine engine_;
   std::unordered_map<const void*, Place> places_;
   const std::optional<double> max_grad_norm_;
-  const bool takes_;  // Gradients during backward: with kUpdate.
+  const bool takes_;  // Takes gradients during backward: kUpdate.
   std::shared_ptr<const GradientHook::Function>
-      on_gradient_;  // If hooks have work.
+      on_gradient_;  // Set if hooks have work.
   std::mutex gradients_mutex_;
   std::vector<Taken> taken_;
   at::Tensor grad_norm_;
   std::size_t accumulating_ = 0;
-  int pass_ = -1;          // Of backward, that a gradient came in last.
-  bool in_parts_ = false;  // Gradients of this step may come so.
+  int pass_ = -1;          // In which the last gradient came.
+  bool in_parts_ = false;  // Whether this step's gradients may be.
 };
 
 namespace {

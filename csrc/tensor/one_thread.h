@@ -6,14 +6,15 @@
 
 #include "torch_ext/base/process.h"
 
-/// Of the OpenMP that PyTorch brings, if it does: for the calling thread only.
+/// From the OpenMP that PyTorch brings, if it brings one. It counts for the
+/// calling thread only.
 extern "C" void omp_set_num_threads(int) noexcept __attribute__((weak));
 
 namespace torch_ext {
 
-/// The calling thread's operators run on it alone, for as long as this lives.
-/// PyTorch's other threads would wait for the next one without sleeping, on
-/// cores that I/O needs.
+/// Makes the calling thread's operators run on it alone, for as long as this
+/// lives. PyTorch's other threads would wait for the next operator without
+/// sleeping, on cores that I/O needs.
 class OneThread {
  public:
   OneThread() : before_(at::get_num_threads()) { set(1); }
@@ -21,7 +22,7 @@ class OneThread {
   OneThread(const OneThread&) = delete;
   OneThread& operator=(const OneThread&) = delete;
 
-  /// For good.
+  /// Sets the number of threads for good.
   static void set(int threads) {
     if (omp_set_num_threads != nullptr) omp_set_num_threads(threads);
   }
@@ -30,8 +31,8 @@ class OneThread {
   const int before_;
 };
 
-/// The same in a forked child, where an operator would wait for PyTorch's other
-/// threads for ever: there are none. Else without effect.
+/// The same, but only in a forked child. There an operator would wait for ever
+/// for PyTorch's other threads, which a child does not have.
 class OneThreadInChild {
  public:
   OneThreadInChild() {

@@ -10,14 +10,14 @@
 namespace torch_ext {
 
 /// While it lives, the thread's operators run without autograd, inference mode
-/// and autocast, whichever of them the caller is in. So these change no value.
-/// The tensors that are made can be used anywhere: one that is made in
-/// inference mode could not be trained with outside of it.
+/// and autocast, whichever the caller has set. So these change no value. The
+/// tensors that are made can be used anywhere. A tensor that is made in
+/// inference mode could not be trained outside it.
 ///
-/// The default dtype is the process's, not the thread's. So whatever makes a
-/// tensor names its dtype and device.
+/// The default dtype belongs to the process, not to the thread. So whatever
+/// makes a tensor names its dtype and device.
 ///
-/// In a forked child they run on the thread alone.
+/// In a forked child, operators run on the calling thread alone.
 class PlainModes {
  public:
   PlainModes() = default;

@@ -33,12 +33,12 @@ namespace torch_ext {
 /// Tensors that are filled piece by piece. Threads: one.
 class Snapshot {
  public:
-  /// `directory` is for kMapped.
+  /// `directory` is used by kMapped.
   Snapshot(StateDictMode mode, std::filesystem::path directory)
       : mode_(mode), directory_(std::move(directory)) {}
 
-  /// A tensor with the sizes and strides of `like`, which is dense; returns its
-  /// number, from 0.
+  /// Adds a tensor with the sizes and strides of `like`, which is dense.
+  /// Returns its number, counted from 0.
   std::size_t add(const at::Tensor& like, c10::ScalarType dtype) {
     Place place{like, dtype, bytes_, {}};
     bytes_ += align_up(
@@ -47,13 +47,14 @@ class Snapshot {
     return places_.size() - 1;
   }
 
-  /// Takes the space; after the last add(). Errors: IoError (ENOMEM, ENOSPC).
+  /// Takes the space. Called after the last add(). Errors: IoError (ENOMEM,
+  /// ENOSPC).
   void open() {
     if (mode_ == StateDictMode::kMapped) {
       file_.emplace(directory_, bytes_);
       return;
     }
-    // Whoever touches more is killed, or somebody else is.
+    // A process that touches more is killed, or makes another one be killed.
     const std::uint64_t left = available_memory() / 16 * 15;
     if (bytes_ > left) throw no_memory(left);
     const PlainModes plain;
@@ -68,7 +69,7 @@ class Snapshot {
     }
   }
 
-  /// Elements from `first` on in the order of memory, as bytes. Errors:
+  /// Writes elements from `first` on, in the order of memory, as bytes. Errors:
   /// IoError.
   void write(std::size_t tensor, std::uint64_t first,
              std::span<const std::byte> bytes) {
@@ -83,8 +84,8 @@ class Snapshot {
     }
   }
 
-  /// The tensors by number, after the last write(). Those of a file have been
-  /// read back from the drive. Errors: as of SnapshotFile::map().
+  /// Returns the tensors by number. Called after the last write(). The bytes of
+  /// a file have been read back from the drive. Errors: as SnapshotFile::map().
   std::vector<at::Tensor> finish() {
     const PlainModes plain;
     std::shared_ptr<std::byte> memory;
@@ -112,7 +113,7 @@ class Snapshot {
     at::Tensor like;
     c10::ScalarType dtype;
     std::uint64_t offset;  ///< Bytes into the file.
-    at::Tensor tensor;     ///< That of kTensors.
+    at::Tensor tensor;     ///< For kTensors.
   };
 
   IoError no_memory(std::optional<std::uint64_t> left) const {

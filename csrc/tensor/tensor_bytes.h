@@ -25,17 +25,16 @@
 
 namespace torch_ext {
 
-/// Tensors as the bytes that a Swapper or FileSwapper moves, and the devices
-/// that they are on. While their memory is used its storage cannot be resized,
-/// and what one operation writes may be given to no other: an
-/// std::invalid_argument; see MemoryInFlight. The memory of a device is used
-/// until the last copy has been queued: then it is the streams that keep the
-/// order, for a caller who has waited. Outlives what it is given to.
-/// Threads: any.
+/// Makes the bytes that a Swapper or FileSwapper moves out of tensors, and has
+/// the devices that they are on. While a tensor's memory is used, its storage
+/// cannot be resized. Memory that one operation writes may not be given to
+/// another: std::invalid_argument; see MemoryInFlight. A device's memory is in
+/// use until the last copy is queued. From then on the streams keep the order,
+/// for a caller who has waited. It outlives what it is given to. Threads: any.
 class TensorBytes {
  public:
-  /// The elements of any dense strided tensor, packed.
-  /// Errors: TypeError, std::invalid_argument; see check_has_plain_memory().
+  /// Returns the elements of any dense strided tensor, packed. Errors:
+  /// TypeError, std::invalid_argument; see check_has_plain_memory().
   DeviceBytes source(const at::Tensor& tensor, const std::string& operation) {
     check_has_plain_memory(tensor, operation);
     if (is_packed(tensor)) {
@@ -48,8 +47,8 @@ class TensorBytes {
               Direction::kOut);
   }
 
-  /// Where the packed elements of `tensor` come to; they are put in their
-  /// places when the last one is there. `tensor` has passed
+  /// Returns where the packed elements of `tensor` come to. They are put in
+  /// their places when the last one has come. `tensor` has passed
   /// check_is_destination().
   DeviceBytes destination(const at::Tensor& tensor,
                           const std::string& operation) {
@@ -85,7 +84,8 @@ class TensorBytes {
   static void unpack(const at::Tensor& to, const at::Tensor& packed,
                      Device& device) {
     const c10::NoGradGuard no_grad;
-    // The destination was checked by the caller, in whose mode it was allowed.
+    // The caller has checked the destination, in its own mode, where it is
+    // allowed.
     const at::AutoDispatchBelowADInplaceOrView plain;
     if (to.is_cpu()) {
       copy_in_pieces(to, packed);
@@ -94,8 +94,8 @@ class TensorBytes {
     }
   }
 
-  // Two devices, so two copy streams: a swap-out that waits for a long kernel
-  // must not hold up the swap-ins behind it.
+  // There are two devices, and so two copy streams. A swap-out that waits for a
+  // long kernel must not hold up the swap-ins behind it.
   std::shared_ptr<Device> device_of(const at::Tensor& tensor,
                                     Direction direction) {
     if (tensor.is_cpu()) return host_device();
@@ -110,8 +110,8 @@ class TensorBytes {
             .data = static_cast<std::byte*>(
                 const_cast<void*>(contiguous.const_data_ptr())),
             .size = static_cast<std::uint64_t>(contiguous.nbytes()),
-            // Not the tensor: whoever drops the last reference to one that
-            // Python knows must hold the GIL.
+            // This is not the tensor: whoever drops the last reference to a
+            // tensor that Python knows must hold the GIL.
             .keep_alive = std::make_shared<c10::Storage>(contiguous.storage())};
   }
 

@@ -16,8 +16,8 @@
 
 namespace torch_ext {
 
-/// Bytes of storage, from its beginning, that the elements of a strided tensor
-/// reach to.
+/// How far the elements of a strided tensor reach in its storage, in bytes from
+/// the storage's beginning.
 inline std::uint64_t end_in_storage(const at::Tensor& tensor) {
   if (tensor.numel() == 0) return 0;
   std::int64_t last = tensor.storage_offset();
@@ -28,7 +28,7 @@ inline std::uint64_t end_in_storage(const at::Tensor& tensor) {
 }
 
 /// Throws TypeError unless the tensor's elements lie in memory of its own
-/// device: dense and strided, with a data pointer that C++ may use.
+/// device: dense and strided, with a data pointer that C++ may use. Throws
 /// std::invalid_argument if its storage has been made too small for it.
 inline void check_has_plain_memory(const at::Tensor& tensor,
                                    const std::string& operation) {
@@ -45,8 +45,8 @@ inline void check_has_plain_memory(const at::Tensor& tensor,
     refuse(layout.str());
   }
   if (tensor.is_quantized()) refuse("quantized");
-  // DTensor, FakeTensor, functional and functorch wrappers: what they wrap,
-  // if anything, is not where their data pointer points.
+  // DTensor, FakeTensor, functional and functorch wrappers: their data pointer
+  // does not point to what they wrap.
   const c10::DispatchKeySet keys = tensor.key_set();
   if (keys.has(c10::DispatchKey::Python) ||
       keys.has(c10::DispatchKey::Functionalize) ||
@@ -65,9 +65,10 @@ inline void check_has_plain_memory(const at::Tensor& tensor,
   }
 }
 
-/// Whether no two elements of a strided tensor share memory, by strides alone:
-/// each steps over all that the smaller ones reach. False also of layouts that
-/// interleave without touching, such as sizes (2, 3) with strides (3, 2).
+/// Whether no two elements of a strided tensor share memory, judged by strides
+/// alone: each stride steps over all that the smaller ones reach. It is also
+/// false for layouts that interleave without touching, such as sizes (2, 3)
+/// with strides (3, 2).
 inline bool has_nested_strides(const at::Tensor& tensor) {
   if (tensor.numel() == 0) return true;
   std::vector<std::pair<std::int64_t, std::int64_t>> dims;  // Stride, steps.
@@ -86,9 +87,9 @@ inline bool has_nested_strides(const at::Tensor& tensor) {
 }
 
 /// Throws std::invalid_argument unless each element of the tensor, which has
-/// plain memory, can be written on its own: not of an expanded one or another
-/// without `has_nested_strides()`, nor on a device of a lazily conjugate or
-/// negative one.
+/// plain memory, can be written on its own. That is not so for an expanded
+/// tensor, or any other without has_nested_strides(). Nor is it so for a lazily
+/// conjugate or negative tensor on a device.
 inline void check_is_destination(const at::Tensor& tensor,
                                  const std::string& operation) {
   if (!tensor.is_cpu() && (tensor.is_conj() || tensor.is_neg())) {

@@ -25,8 +25,8 @@ void TensorTicket::wait_source(Timeout timeout) const {
 void TensorTicket::wait(Timeout timeout) const {
   ticket_.wait(timeout);
   if (!result_.defined() || result_.is_cpu()) return;
-  // The current stream need not be the one that the memory was allocated on:
-  // it may not be given away before that is through.
+  // The current stream may not be the one on which the memory was allocated.
+  // The memory may not be given away before that stream is done with it.
   const c10::impl::VirtualGuardImpl guard(result_.device().type());
   result_.record_stream(guard.getStream(result_.device()));
 }

@@ -14,8 +14,8 @@ enum class UpdateOn {
   kDevice,  ///< Their state is copied to the device and back.
 };
 
-/// From "cpu" or "cuda", which means the parameter's own device.
-/// Errors: std::invalid_argument.
+/// Reads "cpu" or "cuda". "cuda" means the parameter's own device. Errors:
+/// std::invalid_argument.
 inline UpdateOn parse_update_on(const std::string& name) {
   if (name == "cpu") return UpdateOn::kCpu;
   if (name == "cuda") return UpdateOn::kDevice;
@@ -25,15 +25,15 @@ inline UpdateOn parse_update_on(const std::string& name) {
 
 /// Where the tensors of a state_dict() are.
 enum class StateDictMode {
-  /// In memory of their own, as any tensor.
+  /// In memory of their own, as any tensor's.
   kTensors,
-  /// In a file that is mapped: for state larger than memory. They cost memory
-  /// as far as they are touched, and a drive that fails while they are is
+  /// In a mapped file, for state larger than memory. They cost memory as far as
+  /// they are touched. If the drive fails while they are touched, that is
   /// SIGBUS.
   kMapped,
 };
 
-/// From "tensors" or "mapped". Errors: std::invalid_argument.
+/// Reads "tensors" or "mapped". Errors: std::invalid_argument.
 inline StateDictMode parse_state_dict_mode(const std::string& name) {
   if (name == "tensors") return StateDictMode::kTensors;
   if (name == "mapped") return StateDictMode::kMapped;
@@ -47,7 +47,8 @@ struct AdamWState {
   std::uint64_t step = 0;
   at::Tensor exp_avg;
   at::Tensor exp_avg_sq;
-  /// The float32 master of a 16-bit parameter; undefined: the parameter.
+  /// The float32 master of a 16-bit parameter. If it is undefined, the
+  /// parameter is its own master.
   at::Tensor master;
 };
 

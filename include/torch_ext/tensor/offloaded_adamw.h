@@ -20,8 +20,8 @@
 
 namespace torch_ext {
 
-/// Options of a parameter group: as torch::optim::AdamWOptions, which would
-/// cost each consumer 20 s of compilation.
+/// Options of a parameter group, as in torch::optim::AdamWOptions. Including
+/// that would cost each consumer 20 s of compilation.
 struct OffloadedAdamWOptions
     : torch::optim::OptimizerCloneableOptions<OffloadedAdamWOptions> {
   explicit OffloadedAdamWOptions(double lr = 1e-3) : lr_(lr) {}
@@ -38,29 +38,32 @@ struct OffloadedAdamWOptions
   void set_lr(const double lr) override { this->lr(lr); }
 };
 
-/// What is done during backward; Python's overlap_backward.
+/// What is done during backward. In Python this is overlap_backward.
 enum class OverlapBackward {
   kOff,
-  /// Gradients on devices are copied to the host as soon as they may be final;
-  /// the update is step()'s. Copies take a part of host_memory, at most a
-  /// quarter, for the parameters that are on a device when the optimizer is
-  /// made; where a gradient has changed since, or there is no room, step()
-  /// copies. Without effect on the CPU.
+  /// Gradients on devices are copied to the host as soon as they may be final.
+  /// step() makes the update. Copies take at most a quarter of host_memory, for
+  /// the parameters that are on a device when the optimizer is made. step()
+  /// copies again if a gradient has changed since, or if there was no room. It
+  /// has no effect on the CPU.
   kPrefetch,
   /// Parameters are updated as soon as their gradients are final, and these
-  /// are freed: any use of a gradient after backward() is an error. Every
-  /// backward pass of a step but the last has an AccumulateGuard around it.
-  /// Not with hooks that change gradients later, as
-  /// DistributedDataParallel's: backward() throws StateError. Nor with
-  /// parameters that are views of one tensor: PyTorch takes the update of one
-  /// for a change of all, and throws. Gradients in page-locked memory, and
-  /// those of a backward pass with a function in it whose name has
-  /// "Checkpoint", are left to step(): they may come in parts. Another function
-  /// whose backward runs a backward pass of its own, or reads parameters other
-  /// than those that it saved, is not seen: take kPrefetch. Between backward()
-  /// and the end of step() parameters are being updated: they and the groups'
-  /// options are not to be changed, and not to be read. Gradients are zeroed
-  /// with zero_grad() to none, as is its default.
+  /// gradients are freed: any use of one after backward() is an error. Between
+  /// backward() and the end of step(), parameters are being updated. Do not
+  /// read or change them meanwhile, nor the groups' options. Zero gradients
+  /// with zero_grad() to none, which is its default.
+  ///
+  /// Put an AccumulateGuard around every backward pass of a step but the last.
+  /// Gradients in page-locked memory are left to step(). So are those of a
+  /// backward pass that has a function whose name has "Checkpoint": they may
+  /// come in parts. Another function whose backward runs a backward pass of its
+  /// own, or reads parameters other than those that it saved, is not noticed:
+  /// take kPrefetch for that.
+  ///
+  /// It does not work with hooks that change gradients later, such as
+  /// DistributedDataParallel's: backward() throws StateError. Nor does it work
+  /// with parameters that are views of one tensor: PyTorch takes the update of
+  /// one for a change of all, and throws.
   kUpdate,
 };
 
@@ -69,15 +72,15 @@ struct OffloadOptions {
   /// The first of several directories holds a mapped state_dict().
   DirectoryList nvme_path = {};
   std::uint64_t host_memory = std::uint64_t{512} << 20;  ///< Bytes, at most.
-  /// What the drive holds of each moment; all but kExact lose precision.
+  /// What the drive holds of each moment. All but kExact lose precision.
   StateFormat state_format = StateFormat::kExact;
   std::uint64_t seed = 0;  ///< For their rounding.
   OverlapBackward overlap_backward = OverlapBackward::kOff;
-  /// step() clips gradients to this norm first, as
-  /// torch::nn::utils::clip_grad_norm_ does. kUpdate then is as kPrefetch.
+  /// step() first clips gradients to this norm, as
+  /// torch::nn::utils::clip_grad_norm_ does. kUpdate then behaves as kPrefetch.
   std::optional<double> max_grad_norm = {};
-  /// Where parameters on a device are updated; kDevice is for kExact only, and
-  /// no parameter may be on the CPU.
+  /// Where parameters on a device are updated. kDevice needs kExact, and no
+  /// parameter may be on the CPU.
   UpdateOn update_on = UpdateOn::kCpu;
   /// Where the tensors of a state_dict() are.
   StateDictMode state_dict_mode = StateDictMode::kTensors;
@@ -86,22 +89,24 @@ struct OffloadOptions {
   bool verify = true;           ///< Checksums are compared on reading.
 };
 
-/// What OffloadedAdamW shows in state(): no tensors. Erasing an entry starts
-/// the parameter's state anew; another step counts from the next one on.
+/// What OffloadedAdamW shows in state(): steps, and no tensors. Erasing an
+/// entry starts the parameter's state anew. A step that is set counts from the
+/// next step on.
 struct OffloadedAdamWParamState
     : torch::optim::OptimizerCloneableParamState<OffloadedAdamWParamState> {
   std::uint64_t step = 0;
 };
 
-/// AdamW whose state lives in a file on an NVMe drive, for LibTorch: the same
-/// engine, result and errors as Python's torch_ext.OffloadedAdamW. For
-/// float32 parameters on the CPU a step equals at::_fused_adamw_ bit for bit.
+/// AdamW whose state lives in a file on an NVMe drive, for LibTorch. Engine,
+/// result and errors are those of Python's torch_ext.OffloadedAdamW. For
+/// float32 parameters on the CPU, a step equals at::_fused_adamw_ bit for bit.
 /// Parameters that require no gradient may be anything: they are left alone
 /// until they have one. Errors about a parameter name its place and group.
 ///
 /// The archive format of torch::optim is not supported: save() and load()
-/// throw. state_dict() and load_state_dict() take their place. State is its
-/// parameter's for as long as that lives, also while it is in no group.
+/// throw. state_dict() and load_state_dict() take their place. State belongs to
+/// its parameter for as long as that lives, also while the parameter is in no
+/// group.
 /// Threads: one call at a time. Forked children: StateError.
 class OffloadedAdamW : public torch::optim::Optimizer {
  public:
@@ -115,19 +120,22 @@ class OffloadedAdamW : public torch::optim::Optimizer {
                  OffloadedAdamWOptions defaults, const OffloadOptions& offload);
   ~OffloadedAdamW() override;
 
-  /// Updates the parameters that have a gradient; returns what the closure,
-  /// if given, returned. The last tiles of the state may still be on their
-  /// way to the drive. Errors: IoError, now or of an earlier call's writes;
-  /// TypeError, std::invalid_argument, StateError before anything has changed;
-  /// with kUpdate StateError, after the step, if options or parameters were
-  /// changed since backward, which had taken their gradients.
+  /// Updates the parameters that have a gradient. Returns what the closure, if
+  /// given, returned. The last tiles of the state may still be on their way to
+  /// the drive.
+  /// Errors: IoError, also for an earlier call's writes. TypeError,
+  /// std::invalid_argument and StateError come before anything has changed.
+  /// With kUpdate, StateError also comes after the step, if options or
+  /// parameters were changed since backward took their gradients.
   at::Tensor step(LossClosure closure = nullptr) override;
 
-  /// The norm that the last step() with max_grad_norm found; undefined before.
+  /// The norm that the last step() with max_grad_norm has found. Undefined
+  /// before.
   const at::Tensor& grad_norm() const;
 
-  /// Around every backward pass of a step but the last, with kUpdate: leaves
-  /// gradients where they are, to be added to. Must not outlive the optimizer.
+  /// Leaves gradients where they are, so that the next backward pass adds to
+  /// them. With kUpdate, every backward pass of a step but the last needs one
+  /// around it. It must not outlive the optimizer.
   class AccumulateGuard {
    public:
     explicit AccumulateGuard(OffloadedAdamW& optimizer);
@@ -139,30 +147,31 @@ class OffloadedAdamW : public torch::optim::Optimizer {
     OffloadedAdamW& optimizer_;
   };
 
-  /// The state of parameter `i` of all groups, counted in their order. Later
-  /// steps do not change its tensors; StateDictMode says where these are.
+  /// The state of one parameter, by its number among all groups' parameters in
+  /// their order. Later steps do not change its tensors. StateDictMode says
+  /// where these are.
   struct ParameterState {
     std::size_t parameter = 0;
     AdamWState state;
   };
 
   /// Returns the state of every parameter that has one. Errors: IoError (ENOMEM
-  /// where kTensors takes more memory than there is); all is as before then.
+  /// where kTensors takes more memory than there is). All is as before then.
   std::vector<ParameterState> state_dict();
 
-  /// Forgets all state and takes this, part after part; also after an error.
-  /// Errors: std::invalid_argument, TypeError before anything has changed;
-  /// IoError.
+  /// Forgets all state and takes this, part after part. It works after an error
+  /// too. Errors: std::invalid_argument and TypeError, before anything has
+  /// changed; IoError.
   void load_state_dict(const std::vector<ParameterState>& states);
 
-  /// StateError: there is no archive format.
+  /// Always throw StateError: there is no archive format.
   void save(torch::serialize::OutputArchive&) const override;
   void load(torch::serialize::InputArchive&) override;
 
   OptimizerOffloadStats stats();
   /// What the host memory is used for, also before the first step.
   OptimizerPlan plan();
-  /// What a log should hold, e.g. why direct I/O is not used.
+  /// What a log should say, such as why direct I/O is not used.
   const std::vector<std::string>& notes();
   /// See OptimizerOffload::close.
   void close();

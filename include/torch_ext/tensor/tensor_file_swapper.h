@@ -14,9 +14,9 @@
 
 namespace torch_ext {
 
-/// A FileSwapper for tensors: any dense strided tensor on the CPU or an
+/// A FileSwapper for tensors. Any dense strided tensor on the CPU or an
 /// accelerator moves as exactly its elements, packed. See FileSwapper for
-/// files, errors and threads, TensorTicket for the waits.
+/// files, errors and threads, and TensorTicket for the waits.
 class TensorFileSwapper {
  public:
   explicit TensorFileSwapper(const FileSwapperOptions& options);
@@ -25,17 +25,17 @@ class TensorFileSwapper {
   TensorFileSwapper& operator=(const TensorFileSwapper&) = delete;
 
   /// Writes the tensor's elements at byte `offset` of the file.
-  /// Errors here: TypeError for a tensor without plain memory, and those of
+  /// Errors of this call: TypeError for a tensor without plain memory; those of
   /// FileSwapper::write.
   TensorTicket write(const std::filesystem::path& path, std::uint64_t offset,
                      const at::Tensor& tensor);
   TensorTicket write(int fd, std::uint64_t offset, const at::Tensor& tensor);
 
-  /// Reads them from byte `offset` on into the tensor, outside autograd.
-  /// Errors here: TypeError for a tensor without plain memory;
-  /// std::invalid_argument for one whose elements share memory or interleave,
-  /// or that is lazily conjugate or negative on a device; and those of
-  /// FileSwapper::read.
+  /// Reads the elements from byte `offset` on into the tensor, outside
+  /// autograd.
+  /// Errors of this call: TypeError for a tensor without plain memory; those of
+  /// FileSwapper::read. std::invalid_argument for a tensor whose elements share
+  /// memory or interleave, or that is lazily conjugate or negative on a device.
   TensorTicket read(const std::filesystem::path& path, std::uint64_t offset,
                     const at::Tensor& tensor);
 
@@ -51,8 +51,9 @@ class TensorFileSwapper {
   std::unique_ptr<Impl> impl_;
 };
 
-/// A 1-D CPU tensor of zeros in memory of its own, page aligned and, where
-/// there is a GPU, page-locked. `is_pinned()` and `disown_pinned()` know it.
+/// A 1-D CPU tensor of `count` zeros in memory of its own, aligned to a page.
+/// It is page-locked where there is a GPU. is_pinned() and disown_pinned() know
+/// it.
 /// Errors: TypeError for a quantized dtype; std::invalid_argument for a
 /// negative or too large count; IoError ("mmap").
 at::Tensor pinned_zeros(std::int64_t count, c10::ScalarType dtype);

@@ -14,32 +14,34 @@
 
 namespace torch_ext {
 
-/// An operation of a TensorSwapper. Copies share it; dropping it, and the
-/// tensor, is always safe. Threads: any.
+/// An operation of a TensorSwapper or TensorFileSwapper. Copies share it.
+/// Dropping it, and the tensor, is always safe. Threads: any.
 class TensorTicket {
  public:
   using Timeout = SwapTicket::Timeout;
 
-  /// See SwapTicket::wait_source: from then on the tensor that was swapped
-  /// out may be overwritten by work on the current stream.
+  /// See SwapTicket::wait_source. After it, work on the current stream may
+  /// overwrite the tensor that was swapped out.
   void wait_source(Timeout timeout = std::nullopt) const;
 
-  /// See SwapTicket::wait. For a swap_in, work that is queued afterwards on
-  /// the stream current now sees the bytes.
+  /// See SwapTicket::wait. For a swap_in, work that is queued afterwards on the
+  /// stream that is current now sees the bytes.
   void wait(Timeout timeout = std::nullopt) const;
 
-  /// Whether wait() and wait_source() would return or throw now, after
-  /// waiting for at most `timeout`.
+  /// Wait for at most `timeout`. Return whether wait() and wait_source() would
+  /// now return or throw.
   bool wait_for(std::chrono::nanoseconds timeout) const;
   bool wait_source_for(std::chrono::nanoseconds timeout) const;
 
   /// See SwapTicket::timed_out.
   TimeoutError timed_out(std::chrono::nanoseconds timeout) const;
 
-  /// True once the bytes are on disk or in the destination, or it failed.
+  /// True once the bytes are on disk or in the destination, or the operation
+  /// has failed. Never blocks.
   bool done() const;
 
-  /// wait(), then the tensor of a swap_in; undefined for a swap_out.
+  /// Calls wait(), then returns the tensor of a swap_in. It is undefined for a
+  /// swap_out.
   at::Tensor result(Timeout timeout = std::nullopt) const;
 
  private:
@@ -52,8 +54,8 @@ class TensorTicket {
   at::Tensor result_;
 };
 
-/// A Swapper for tensors: any dense strided tensor on the CPU or an
-/// accelerator, of any dtype, in any shape; a view is stored as exactly its
+/// A Swapper for tensors. It takes any dense strided tensor on the CPU or an
+/// accelerator, of any dtype, in any shape. A view is stored as exactly its
 /// elements, packed. See Swapper for ordering, errors and threads.
 class TensorSwapper {
  public:
@@ -62,25 +64,25 @@ class TensorSwapper {
   TensorSwapper(const TensorSwapper&) = delete;
   TensorSwapper& operator=(const TensorSwapper&) = delete;
 
-  /// Stores the tensor's elements under `key` and returns at once.
-  /// Errors here: TypeError for a tensor that has no plain memory (sparse,
-  /// meta, quantized, nested, a Python subclass), and those of
+  /// Stores the tensor's elements under `key`. Returns at once.
+  /// Errors of this call: TypeError for a tensor that has no plain memory
+  /// (sparse, meta, quantized, nested, a Python subclass); those of
   /// Swapper::swap_out.
   TensorTicket swap_out(const std::string& key, const at::Tensor& tensor);
 
   /// Brings the key's tensor back, into `out` or a new tensor on `device`
-  /// (none: where it came from), and returns at once. `out` may be any view
-  /// with the stored shape and dtype whose elements do not overlap, but on a
-  /// device no lazily conjugate or negative one; it is written in place,
-  /// outside autograd. For `priority` see Swapper::swap_in.
-  /// Errors here: KeyError; std::invalid_argument for another shape, dtype
-  /// or device than asked for; TypeError as swap_out.
+  /// (none: where it came from). Returns at once. `out` may be any view with
+  /// the stored shape and dtype whose elements do not overlap. On a device it
+  /// may not be lazily conjugate or negative. It is written in place, outside
+  /// autograd. For `priority` see Swapper::swap_in.
+  /// Errors of this call: KeyError; std::invalid_argument for another shape,
+  /// dtype or device than asked for; TypeError as swap_out.
   TensorTicket swap_in(const std::string& key,
                        const std::optional<at::Tensor>& out = std::nullopt,
                        std::optional<c10::Device> device = std::nullopt,
                        IoPriority priority = IoPriority::kNow);
 
-  /// Forgets the key at once; see Swapper::remove. Errors: KeyError.
+  /// Forgets the key at once. See Swapper::remove. Errors: KeyError.
   void remove(const std::string& key);
   std::vector<std::string> keys();
   SwapperStats stats() const;
