@@ -61,7 +61,7 @@ docs: ## The pages as a site, with references, into build/docs
 deps: ## Unpack missing Debian packages into .deps, without root
 	@tools/deps.sh
 
-lint: ## clang-format, ruff, and plain English in pages and comments
+lint: ## clang-format, ruff, plain English in pages and comments, locks in the core
 	@tools/setup.sh python
 	@tools/lint.sh
 

@@ -26,7 +26,7 @@ std::exception_ptr canceled(const IoOperation& io) {
 
 void IoBacklog::push(const std::shared_ptr<RunningOperation>& operation) {
   operation->backlog_ = this;
-  std::unique_lock lock(mutex_);
+  MutexLock lock(mutex_);
   // From here on the operation lives until it has ended.
   operation->self_ = operation;
   operation->queued_ = true;
@@ -34,7 +34,9 @@ void IoBacklog::push(const std::shared_ptr<RunningOperation>& operation) {
   queue_.push(operation.get(), io.priority, io.caller);
   ++pushed_;
   pushed_bytes_ += io.bytes.size();
-  call_worker(lock);
+  Wakeable* const next = next_to_wake();
+  lock.unlock();
+  if (next != nullptr) next->wake();
 }
 
 void IoBacklog::remove(RunningOperation* operation) {
@@ -46,12 +48,13 @@ bool IoBacklog::take(std::size_t room, bool block,
                      std::vector<RunningPiece>& out) {
   std::vector<RunningOperation*> ended;
   bool open = true;
+  Wakeable* next = nullptr;
   {
-    std::unique_lock lock(mutex_);
+    MutexLock lock(mutex_);
     if (block) {
-      ++idle_;
-      changed_.wait(lock, [this] { return !queue_.empty() || closed_; });
-      --idle_;
+      ++sleepers_.count;
+      while (queue_.empty() && !closed_) sleepers_.changed.wait(lock);
+      --sleepers_.count;
     }
     while (room > 0 && !queue_.empty()) {
       RunningOperation* operation = queue_.next();
@@ -68,8 +71,9 @@ bool IoBacklog::take(std::size_t room, bool block,
       }
     }
     open = !closed_ || !queue_.empty();
-    if (!queue_.empty()) call_worker(lock);
+    if (!queue_.empty()) next = next_to_wake();
   }
+  if (next != nullptr) next->wake();
   for (RunningOperation* operation : ended) operation->finish(counters_);
   return open || !out.empty();
 }
@@ -77,7 +81,7 @@ bool IoBacklog::take(std::size_t room, bool block,
 bool IoBacklog::cancel(RunningOperation& operation) {
   if (operation.backlog_ != this) return false;
   {
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     const bool something_left = operation.queued_ && !operation.all_cut();
     if (!something_left || operation.failed()) return false;
     remove(&operation);
@@ -93,7 +97,7 @@ IoQueueStats IoBacklog::stats(
   IoQueueStats stats;
   // Nothing can be pushed while the lock is held. So no more can have ended
   // than was pushed.
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   std::uint64_t running = pushed_;
   stats.bytes = pushed_bytes_;
   const auto add = [&](const IoCounters& counters) {
@@ -111,34 +115,30 @@ IoQueueStats IoBacklog::stats(
 }
 
 bool IoBacklog::announce_poll(Wakeable& worker) {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (!queue_.empty()) return false;
   polling_.push_back(&worker);
   return true;
 }
 
 void IoBacklog::end_poll(Wakeable& worker) {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   polling_.erase(std::remove(polling_.begin(), polling_.end(), &worker),
                  polling_.end());
 }
 
-void IoBacklog::call_worker(std::unique_lock<std::mutex>& lock) {
-  if (idle_ > 0) {
-    lock.unlock();
-    changed_.notify_one();
-  } else if (!polling_.empty()) {
-    Wakeable* worker = polling_.back();
-    polling_.pop_back();
-    lock.unlock();
-    worker->wake();
-  }
+Wakeable* IoBacklog::next_to_wake() {
+  if (sleepers_.count > 0) return &sleepers_;
+  if (polling_.empty()) return nullptr;
+  Wakeable* const worker = polling_.back();
+  polling_.pop_back();
+  return worker;
 }
 
 void IoBacklog::close() {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   closed_ = true;
-  changed_.notify_all();
+  sleepers_.changed.notify_all();
 }
 
 }  // namespace torch_ext

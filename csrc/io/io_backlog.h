@@ -1,13 +1,12 @@
 #pragma once
 
-#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <span>
 #include <vector>
 
+#include "base/mutex.h"
 #include "fair_queue.h"
 #include "io_operation.h"
 
@@ -59,20 +58,28 @@ class IoBacklog {
   void close();
 
  private:
-  void remove(RunningOperation* operation);
-  /// Wakes one worker, if one waits. It unlocks first, since the worker would
-  /// wait for the lock at once.
-  void call_worker(std::unique_lock<std::mutex>& lock);
+  /// Workers that wait for take().
+  class Sleepers final : public Wakeable {
+   public:
+    void wake() noexcept override { changed.notify_one(); }
+    CondVar changed;
+    int count = 0;
+  };
+
+  void remove(RunningOperation* operation) REQUIRES(mutex_);
+  /// Null if nobody waits. It is woken without the lock, since it would wait
+  /// for that at once.
+  Wakeable* next_to_wake() REQUIRES(mutex_);
 
   IoCounters counters_;  ///< For what ends without a worker.
-  mutable std::mutex mutex_;
-  std::condition_variable changed_;
-  FairQueue<RunningOperation> queue_;  ///< A share is a piece.
-  std::uint64_t pushed_ = 0;           ///< Operations, ever.
-  std::uint64_t pushed_bytes_ = 0;
-  std::vector<Wakeable*> polling_;
-  int idle_ = 0;
-  bool closed_ = false;
+  mutable Mutex mutex_;
+  Sleepers sleepers_ GUARDED_BY(mutex_);
+  /// A share is a piece.
+  FairQueue<RunningOperation> queue_ GUARDED_BY(mutex_);
+  std::uint64_t pushed_ GUARDED_BY(mutex_) = 0;  ///< Operations, ever.
+  std::uint64_t pushed_bytes_ GUARDED_BY(mutex_) = 0;
+  std::vector<Wakeable*> polling_ GUARDED_BY(mutex_);
+  bool closed_ GUARDED_BY(mutex_) = false;
 };
 
 }  // namespace torch_ext

@@ -1,10 +1,11 @@
 #include "io_operation.h"
 
 #include <limits>
-#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
+
+#include "base/mutex.h"
 
 namespace torch_ext {
 namespace {
@@ -74,7 +75,7 @@ std::size_t RunningOperation::abandon() {
 }
 
 bool RunningOperation::fail(std::exception_ptr failure) {
-  std::lock_guard lock(mutex);
+  const MutexLock lock(mutex);
   if (error == nullptr) error = std::move(failure);
   return !failed_.exchange(true);
 }

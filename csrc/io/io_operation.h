@@ -49,7 +49,7 @@ class RunningOperation final
 
   /// Tells the caller, and counts the end. The operation may be gone
   /// afterwards.
-  void finish(IoCounters& counters);
+  void finish(IoCounters& counters) UNCHECKED_THREADS;
 
  private:
   friend class IoBacklog;

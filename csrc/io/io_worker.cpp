@@ -24,6 +24,7 @@
 #include <string>
 #include <utility>
 
+#include "base/mutex.h"
 #include "base/thread.h"
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/checksum.h"
@@ -79,6 +80,7 @@ IoWorker::IoWorker(IoBacklog& backlog, const AioConfig& config,
       config_(config),
       patience_(patience),
       engine_(std::move(engine)),
+      to_wake_(engine_.get()),
       depth_(engine_->depth()) {
   // As many pieces may have arrived as are in flight again.
   slots_.resize(2 * depth_);
@@ -100,8 +102,8 @@ void IoWorker::join() {
 }
 
 void IoWorker::wake() noexcept {
-  std::lock_guard lock(engine_mutex_);
-  if (engine_ != nullptr) engine_->wake();
+  const MutexLock lock(wake_mutex_);
+  if (to_wake_ != nullptr) to_wake_->wake();
 }
 
 void IoWorker::run() {
@@ -265,14 +267,13 @@ std::size_t IoWorker::poll(std::size_t at_least,
 /// No completion can be had any more. Without its engine, this worker ends what
 /// it has, and all that comes later, with an error.
 void IoWorker::give_up_engine(std::exception_ptr error) {
-  std::unique_ptr<IoEngine> lost;
   {
-    std::lock_guard lock(engine_mutex_);
-    lost = std::move(engine_);
+    const MutexLock lock(wake_mutex_);
+    to_wake_ = nullptr;
   }
   // This waits until the kernel is done with the requests in flight. Only then
   // may their memory go back to its owners.
-  lost.reset();
+  engine_.reset();
   engine_error_ = std::move(error);
   in_flight_ = 0;
   bytes_in_flight_ = 0;

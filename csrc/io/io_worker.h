@@ -4,11 +4,11 @@
 #include <cstddef>
 #include <exception>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "base/mutex.h"
 #include "io_backlog.h"
 
 namespace torch_ext {
@@ -62,10 +62,11 @@ class IoWorker final : public Wakeable {
   IoBacklog& backlog_;
   const AioConfig config_;
   const std::chrono::nanoseconds patience_;
-  std::mutex engine_mutex_;           ///< wake() or the engine's end.
   std::unique_ptr<IoEngine> engine_;  ///< Null once it is given up.
-  std::exception_ptr engine_error_;   ///< Why it was.
-  const std::size_t depth_;           ///< The engine's.
+  Mutex wake_mutex_;                  ///< wake() or the engine's end.
+  IoEngine* to_wake_ GUARDED_BY(wake_mutex_);
+  std::exception_ptr engine_error_;  ///< Why it was.
+  const std::size_t depth_;          ///< The engine's.
   std::vector<RunningPiece> slots_;
   std::vector<std::size_t> free_;     ///< Slots without a piece.
   std::vector<std::size_t> ready_;    ///< Slots to submit, oldest first.

@@ -8,10 +8,10 @@
 #include <cstring>
 #include <limits>
 #include <map>
-#include <mutex>
 #include <new>
 #include <vector>
 
+#include "base/mutex.h"
 #include "engines.h"
 
 namespace torch_ext {
@@ -93,7 +93,7 @@ class MemoryDisk {
         std::min(request.length, IoRequest::kMaxTransfer);
     if (request.offset > kMaxOffset - length) return -EINVAL;
 
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     MemoryFile& data =
         files_[{file.stx_dev_major, file.stx_dev_minor, file.stx_ino,
                 file.stx_btime.tv_sec, file.stx_btime.tv_nsec}];
@@ -116,8 +116,8 @@ class MemoryDisk {
            access == (request.op == IoRequest::Op::kRead ? O_RDONLY : O_WRONLY);
   }
 
-  std::mutex mutex_;
-  std::map<FileId, MemoryFile> files_;
+  Mutex mutex_;
+  std::map<FileId, MemoryFile> files_ GUARDED_BY(mutex_);
 };
 
 /// Moves the bytes when they are polled for, in code that sanitizers see.

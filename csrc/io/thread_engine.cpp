@@ -2,12 +2,11 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <condition_variable>
 #include <deque>
-#include <mutex>
 #include <thread>
 #include <vector>
 
+#include "base/mutex.h"
 #include "base/thread.h"
 #include "deadline.h"
 #include "engines.h"
@@ -63,12 +62,14 @@ class ThreadEngine final : public IoEngine {
     in_flight_ += batch.size();
     if (threads_.empty()) {
       for (const IoRequest& request : batch) {
-        shared_->done.push_back({request.cookie, carry_out(request)});
+        const std::int64_t result = carry_out(request);
+        const MutexLock lock(shared_->mutex);
+        shared_->done.push_back({request.cookie, result});
       }
       return batch.size();
     }
     {
-      std::lock_guard lock(shared_->mutex);
+      const MutexLock lock(shared_->mutex);
       shared_->queue.insert(shared_->queue.end(), batch.begin(), batch.end());
     }
     for (std::size_t i = 0; i < batch.size(); ++i) shared_->work.notify_one();
@@ -78,7 +79,7 @@ class ThreadEngine final : public IoEngine {
   std::size_t poll(std::span<IoCompletion> out, std::size_t at_least,
                    std::chrono::nanoseconds timeout) override {
     at_least = std::min({at_least, out.size(), in_flight_});
-    std::unique_lock lock(shared_->mutex);
+    MutexLock lock(shared_->mutex);
     std::vector<IoCompletion>& done = shared_->done;
     if (done.size() < at_least) {
       const Deadline deadline(timeout);
@@ -100,21 +101,22 @@ class ThreadEngine final : public IoEngine {
   }
 
   void wake() noexcept override {
-    std::lock_guard lock(shared_->mutex);
+    const MutexLock lock(shared_->mutex);
     shared_->woken = true;
     shared_->completed.notify_one();
   }
 
  private:
   struct Shared {
-    std::mutex mutex;
-    std::condition_variable work;
-    std::condition_variable completed;
-    std::deque<IoRequest> queue;
-    std::vector<IoCompletion> done;
-    std::size_t wanted = 0;  // How many poll() blocks for.
-    bool woken = false;
-    bool stopping = false;
+    Mutex mutex;
+    CondVar work;
+    CondVar completed;
+    std::deque<IoRequest> queue GUARDED_BY(mutex);
+    std::vector<IoCompletion> done GUARDED_BY(mutex);
+    /// How many poll() blocks for.
+    std::size_t wanted GUARDED_BY(mutex) = 0;
+    bool woken GUARDED_BY(mutex) = false;
+    bool stopping GUARDED_BY(mutex) = false;
   };
 
   /// Starts threads until there are `count`. There are fewer, even none, where
@@ -132,10 +134,9 @@ class ThreadEngine final : public IoEngine {
   }
 
   static void work(Shared& shared) {
-    std::unique_lock lock(shared.mutex);
+    MutexLock lock(shared.mutex);
     while (true) {
-      shared.work.wait(
-          lock, [&] { return shared.stopping || !shared.queue.empty(); });
+      while (shared.queue.empty() && !shared.stopping) shared.work.wait(lock);
       if (shared.queue.empty()) return;
       const IoRequest request = shared.queue.front();
       shared.queue.pop_front();
@@ -150,7 +151,7 @@ class ThreadEngine final : public IoEngine {
   /// Ends the threads once the queue is empty.
   void stop_threads() {
     {
-      std::lock_guard lock(shared_->mutex);
+      const MutexLock lock(shared_->mutex);
       shared_->stopping = true;
     }
     shared_->work.notify_all();

@@ -1,9 +1,9 @@
 #include "torch_ext/io/ticket.h"
 
-#include <mutex>
 #include <string>
 #include <utility>
 
+#include "base/mutex.h"
 #include "ticket_state.h"
 #include "torch_ext/base/error.h"
 
@@ -11,7 +11,7 @@ namespace torch_ext {
 
 void Ticket::State::finish(std::exception_ptr failure) {
   {
-    std::lock_guard lock(mutex);
+    const MutexLock lock(mutex);
     done = true;
     error = std::move(failure);
   }
@@ -25,21 +25,21 @@ Ticket::Ticket(std::shared_ptr<State> state) : state_(std::move(state)) {}
 
 bool Ticket::done() const noexcept {
   if (state_ == nullptr) return true;
-  std::lock_guard lock(state_->mutex);
+  const MutexLock lock(state_->mutex);
   return state_->done;
 }
 
 bool Ticket::wait_for(std::chrono::nanoseconds timeout) const {
   if (state_ == nullptr) return true;
-  std::unique_lock lock(state_->mutex);
+  MutexLock lock(state_->mutex);
   // Beyond a century, the clock's own arithmetic would overflow.
   constexpr std::chrono::nanoseconds kForEver = std::chrono::hours(24 * 36500);
   if (timeout >= kForEver) {
-    state_->changed.wait(lock, [this] { return state_->done; });
+    while (!state_->done) state_->changed.wait(lock);
     return true;
   }
-  return state_->changed.wait_for(lock, timeout,
-                                  [this] { return state_->done; });
+  return state_->changed.wait_for(
+      lock, timeout, [this]() REQUIRES(state_->mutex) { return state_->done; });
 }
 
 void Ticket::wait(Timeout timeout) const {
@@ -53,7 +53,7 @@ void Ticket::wait(Timeout timeout) const {
 
 std::exception_ptr Ticket::error() const {
   if (state_ == nullptr) return nullptr;
-  std::lock_guard lock(state_->mutex);
+  const MutexLock lock(state_->mutex);
   return state_->done ? state_->error : nullptr;
 }
 

@@ -1,9 +1,8 @@
 #pragma once
 
-#include <condition_variable>
 #include <exception>
-#include <mutex>
 
+#include "base/mutex.h"
 #include "torch_ext/io/ticket.h"
 
 namespace torch_ext {
@@ -20,10 +19,11 @@ struct Ticket::State {
   /// once, so the caller keeps the state alive until this returns.
   void finish(std::exception_ptr failure);
 
-  std::mutex mutex;
-  std::condition_variable changed;
-  bool done = false;
-  std::exception_ptr error;  ///< Means nothing to others before `done`.
+  Mutex mutex;
+  CondVar changed;
+  bool done GUARDED_BY(mutex) = false;
+  /// Means nothing to others before `done`.
+  std::exception_ptr error GUARDED_BY(mutex);
 };
 
 }  // namespace torch_ext

@@ -5,11 +5,11 @@
 #include <algorithm>
 #include <limits>
 #include <map>
-#include <mutex>
 #include <stdexcept>
 #include <utility>
 #include <vector>
 
+#include "base/mutex.h"
 #include "pages.h"
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/error.h"
@@ -55,7 +55,7 @@ struct BufferPool::State {
   std::span<std::byte> memory() const { return {base, buffer_size * count}; }
 
   void give_back(std::byte* data) {
-    std::lock_guard lock(mutex);
+    const MutexLock lock(mutex);
     free.push_back(data);
   }
 
@@ -64,11 +64,11 @@ struct BufferPool::State {
   const pid_t owner = process_id();
   std::byte* base = nullptr;
 
-  std::mutex mutex;
-  std::vector<std::byte*> free;
-  std::size_t peak = 0;
-  std::vector<std::shared_ptr<Device>> pinned;
-  std::map<std::string, std::string> pin_result;
+  Mutex mutex;
+  std::vector<std::byte*> free GUARDED_BY(mutex);
+  std::size_t peak GUARDED_BY(mutex) = 0;
+  std::vector<std::shared_ptr<Device>> pinned GUARDED_BY(mutex);
+  std::map<std::string, std::string> pin_result GUARDED_BY(mutex);
 };
 
 Buffer::Buffer(Buffer&& other) noexcept
@@ -103,7 +103,7 @@ BufferPool::BufferPool(std::size_t buffer_size, std::size_t count) {
 
 Buffer BufferPool::try_take() {
   Buffer buffer;
-  std::lock_guard lock(state_->mutex);
+  const MutexLock lock(state_->mutex);
   if (state_->free.empty()) return buffer;
   buffer.data_ = state_->free.back();
   buffer.size_ = state_->buffer_size;
@@ -117,7 +117,7 @@ std::string BufferPool::pin(std::shared_ptr<Device> device) {
   const std::string name = device->name();
   const std::string type = name.substr(0, name.find(':'));
   {
-    std::lock_guard lock(state_->mutex);
+    const MutexLock lock(state_->mutex);
     if (auto known = state_->pin_result.find(type);
         known != state_->pin_result.end()) {
       return known->second;
@@ -130,7 +130,7 @@ std::string BufferPool::pin(std::shared_ptr<Device> device) {
     reason =
         "host buffers are not page-locked for " + name + ": " + error.what();
   }
-  std::lock_guard lock(state_->mutex);
+  const MutexLock lock(state_->mutex);
   state_->pin_result[type] = reason;
   if (reason.empty()) state_->pinned.push_back(std::move(device));
   return reason;
@@ -143,12 +143,12 @@ std::size_t BufferPool::buffer_size() const noexcept {
 std::size_t BufferPool::count() const noexcept { return state_->count; }
 
 std::size_t BufferPool::in_use() const noexcept {
-  std::lock_guard lock(state_->mutex);
+  const MutexLock lock(state_->mutex);
   return state_->count - state_->free.size();
 }
 
 std::size_t BufferPool::peak_in_use() const noexcept {
-  std::lock_guard lock(state_->mutex);
+  const MutexLock lock(state_->mutex);
   return state_->peak;
 }
 

@@ -8,9 +8,9 @@
 #include <functional>
 #include <iterator>
 #include <map>
-#include <mutex>
 #include <utility>
 
+#include "base/mutex.h"
 #include "pages.h"
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/error.h"
@@ -23,8 +23,8 @@ constexpr std::size_t kPage = 4096;
 
 /// The first byte of each allocation, and its size in bytes.
 struct Registry {
-  std::mutex mutex;
-  std::map<const std::byte*, std::size_t, std::less<>> sizes;
+  Mutex mutex;
+  std::map<const std::byte*, std::size_t, std::less<>> sizes GUARDED_BY(mutex);
 };
 
 Registry& registry() {
@@ -66,14 +66,14 @@ std::shared_ptr<std::byte> allocate_pinned(std::size_t bytes,
       if (why_not != nullptr) *why_not = error.what();
     }
   }
-  std::lock_guard lock(registry().mutex);
+  const MutexLock lock(registry().mutex);
   registry().sizes[data] = size;
   return allocation;
 }
 
 bool is_pinned(const void* data, std::size_t bytes) {
   const auto* first = static_cast<const std::byte*>(data);
-  std::lock_guard lock(registry().mutex);
+  const MutexLock lock(registry().mutex);
   auto after = registry().sizes.upper_bound(first);
   if (after == registry().sizes.begin()) return false;
   const auto& [begin, size] = *std::prev(after);
@@ -82,7 +82,7 @@ bool is_pinned(const void* data, std::size_t bytes) {
 }
 
 bool disown_pinned(const void* data) {
-  std::lock_guard lock(registry().mutex);
+  const MutexLock lock(registry().mutex);
   return registry().sizes.erase(static_cast<const std::byte*>(data)) > 0;
 }
 

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/mutex.h"
 #include "optimizer_impl.h"
 
 namespace torch_ext {
@@ -28,7 +29,7 @@ void OptimizerOffload::Impl::release(std::size_t number) {
                                 " is released twice in a step");
   }
   {
-    const std::lock_guard lock(parameters_mutex);
+    const MutexLock lock(parameters_mutex);
     p.active = true;
     if (p.placed) {
       ++p.step;
@@ -50,9 +51,11 @@ void OptimizerOffload::Impl::finish_open_step() {
     if (active > 0 && active < tile->segments.size()) lanes->release(*tile);
   }
   lanes->close_round();
-  if (const auto error = updater->wait()) {
-    refusal = with_remedy(error);
-    std::rethrow_exception(error);
+  try {
+    updated.get();
+  } catch (...) {
+    refusal = with_remedy(std::current_exception());
+    throw;
   }
   // Tiles that were left out come last in the next step.
   std::vector<Tile*> next = lanes->order();
@@ -87,12 +90,12 @@ void OptimizerOffload::Impl::give_up_open_step() {
   // An earlier failure is thrown by close().
   if (lanes->failure() == nullptr) refusal = with_remedy(error);
   lanes->abort(error);
-  updater->wait();
+  updated.wait();
   open_kernel = nullptr;
 }
 
 void OptimizerOffload::begin_step(UpdateKernel& kernel) {
-  const auto lock = impl_->enter();
+  const Impl::Call call(*impl_);
   impl_->refuse_if_failed();
   impl_->refuse_in_step();
   impl_->activate({});
@@ -103,17 +106,19 @@ void OptimizerOffload::begin_step(UpdateKernel& kernel) {
   round.tiles = impl_->order;
   round.open = true;
   impl_->lanes->begin(std::move(round));
-  impl_->open_kernel = &kernel;
-  impl_->updater->start([impl = impl_.get(), &kernel] {
+  Updater::Job job([impl = impl_.get(), &lanes = *impl_->lanes, &kernel] {
     kernel.enter_thread();
-    impl->lanes->visit([impl, &kernel](Tile& tile, bool fresh) {
+    lanes.visit([impl, &kernel](Tile& tile, bool fresh) {
       impl->show(tile, fresh, kernel);
     });
   });
+  impl_->updated = job.get_future();
+  impl_->updater->start(std::move(job));
+  impl_->open_kernel = &kernel;
 }
 
 void OptimizerOffload::release(std::size_t parameter) {
-  const auto lock = impl_->enter();
+  const Impl::Call call(*impl_);
   if (impl_->open_kernel == nullptr) {
     throw StateError("optimizer: no step has begun");
   }
@@ -121,7 +126,7 @@ void OptimizerOffload::release(std::size_t parameter) {
 }
 
 void OptimizerOffload::end_step() {
-  const auto lock = impl_->enter();
+  const Impl::Call call(*impl_);
   if (impl_->open_kernel == nullptr) {
     throw StateError("optimizer: no step has begun");
   }
@@ -136,7 +141,7 @@ void OptimizerOffload::end_step() {
 }
 
 void OptimizerOffload::abandon_step() {
-  const auto lock = impl_->enter(/*when_closed=*/true);
+  const Impl::Call call(*impl_, /*when_closed=*/true);
   impl_->give_up_open_step();
 }
 

@@ -1,13 +1,13 @@
 #pragma once
 
-#include <algorithm>
+#include <future>
 #include <memory>
-#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "base/mutex.h"
 #include "remedy.h"
 #include "tile_lanes.h"
 #include "tile_layout.h"
@@ -57,14 +57,27 @@ class OptimizerOffload::Impl {
   }
 
   /// Takes the lock of the calls. Hold it while the object is used.
-  std::unique_lock<std::mutex> enter(bool when_closed = false) {
+  /// Errors: StateError (forked, closed).
+  class SCOPED_LOCK Call {
+   public:
+    explicit Call(Impl& impl, bool when_closed = false) ACQUIRE(impl.calls)
+        : lock_(impl.own_calls()) {
+      if (impl.closed && !when_closed) {
+        throw StateError("this optimizer is closed");
+      }
+    }
+    ~Call() RELEASE() = default;
+
+   private:
+    MutexLock lock_;
+  };
+
+  Mutex& own_calls() {
     check_process();  // First: nobody unlocks a mutex held at the fork.
-    std::unique_lock lock(calls);
-    if (closed && !when_closed) throw StateError("this optimizer is closed");
-    return lock;
+    return calls;
   }
 
-  void refuse_if_failed() {
+  void refuse_if_failed() REQUIRES(calls) {
     if (refusal != nullptr) std::rethrow_exception(refusal);
     // A write, or a read ahead, may have failed since the last call.
     if (const auto error = lanes->failure()) {
@@ -73,12 +86,12 @@ class OptimizerOffload::Impl {
     }
   }
 
-  void refuse_in_step() const {
+  void refuse_in_step() const REQUIRES(calls) {
     if (open_kernel == nullptr) return;
     throw StateError("optimizer: a step has begun and has not ended");
   }
 
-  Parameter& parameter(std::size_t number) {
+  Parameter& parameter(std::size_t number) REQUIRES(calls) {
     if (number >= parameters.size()) {
       throw std::invalid_argument("optimizer: there is no parameter " +
                                   std::to_string(number));
@@ -86,56 +99,68 @@ class OptimizerOffload::Impl {
     return parameters[number];
   }
 
-  void place(std::span<const std::size_t> numbers);
-  void forget(std::span<const std::size_t> numbers);
+  void place(std::span<const std::size_t> numbers) REQUIRES(calls);
+  void forget(std::span<const std::size_t> numbers) REQUIRES(calls);
   /// Numbers of steps, and whether there is state. They are set back if a round
   /// fails without having changed anything.
   using Counts = std::vector<std::pair<std::uint64_t, bool>>;
-  Counts counts(std::span<const std::size_t> numbers) const;
-  void set_counts(std::span<const std::size_t> numbers, const Counts& counts);
-  void activate(std::span<const std::size_t> numbers);
-  void run(TileLanes::Round round, UpdateKernel& kernel);
-  void release(std::size_t number);
-  void finish_open_step();
-  void give_up_open_step();
-  void show(const Tile& tile, bool fresh, UpdateKernel& kernel);
-  bool is_active(const Tile& tile) const {
-    return std::any_of(tile.segments.begin(), tile.segments.end(),
-                       [this](const Segment& segment) {
-                         return parameters[segment.parameter].active;
-                       });
+  Counts counts(std::span<const std::size_t> numbers) const REQUIRES(calls);
+  void set_counts(std::span<const std::size_t> numbers, const Counts& counts)
+      REQUIRES(calls);
+  void activate(std::span<const std::size_t> numbers) REQUIRES(calls);
+  void run(TileLanes::Round round, UpdateKernel& kernel) REQUIRES(calls);
+  void release(std::size_t number) REQUIRES(calls);
+  void finish_open_step() REQUIRES(calls);
+  void give_up_open_step() REQUIRES(calls);
+  /// On the updater's thread too, without `calls`.
+  void show(const Tile& tile, bool fresh,
+            UpdateKernel& kernel) UNCHECKED_THREADS;
+  BufferPool* scratch_pool();
+  bool is_active(const Tile& tile) const REQUIRES(calls) {
+    for (const Segment& segment : tile.segments) {
+      if (parameters[segment.parameter].active) return true;
+    }
+    return false;
   }
   TileList lay_out(std::span<const std::size_t> numbers,
-                   std::uint64_t tile_bytes);
-  void pin(BufferPool& memory, const std::shared_ptr<Device>& device);
-  OptimizerOffloadStats snapshot() const;
+                   std::uint64_t tile_bytes) REQUIRES(calls);
+  void pin(BufferPool& memory, const std::shared_ptr<Device>& device)
+      REQUIRES(calls);
+  OptimizerOffloadStats snapshot() REQUIRES(calls);
 
   const pid_t owner = process_id();
   const std::uint64_t host_memory;
   const std::uint64_t scratch_bytes;
-  std::mutex calls;  // Held by each.
-  std::unique_ptr<Store> store;
+  Mutex calls;  // Held by each.
+  std::unique_ptr<Store> store GUARDED_BY(calls);
   const std::uint64_t granule;  ///< Tiles take multiples of it on the drive.
   const std::uint64_t wanted_tile_bytes;  ///< 0: by a rule.
   const TilePlan plan;
-  std::unique_ptr<BufferPool> pool;
-  std::unique_ptr<BufferPool> scratch;
-  std::vector<Parameter> parameters;
-  std::vector<std::size_t> unused;  ///< Numbers of removed parameters.
-  std::mutex parameters_mutex;      // For what the updater reads.
-  TileList tiles;
-  std::vector<Tile*> order;  ///< The visits'.
-  std::unique_ptr<TileLanes> lanes;
-  std::unique_ptr<Updater> updater;     // Made by the first open step.
-  UpdateKernel* open_kernel = nullptr;  // The open step's, or null.
-  std::vector<std::size_t> newcomers;   // Its parameters without state.
+  std::unique_ptr<BufferPool> pool GUARDED_BY(calls);
+  /// While a step is open the updater reads it with the mutex below, and a call
+  /// that changes it holds both.
+  std::vector<Parameter> parameters GUARDED_BY(calls);
+  Mutex parameters_mutex;
+  std::unique_ptr<BufferPool> scratch GUARDED_BY(parameters_mutex);
+  /// Numbers of removed parameters.
+  std::vector<std::size_t> unused GUARDED_BY(calls);
+  TileList tiles GUARDED_BY(calls);
+  std::vector<Tile*> order GUARDED_BY(calls);  ///< The visits'.
+  std::unique_ptr<TileLanes> lanes GUARDED_BY(calls);
+  /// Made by the first open step.
+  std::unique_ptr<Updater> updater GUARDED_BY(calls);
+  /// The open step's kernel, or null; its end; its parameters without state.
+  UpdateKernel* open_kernel GUARDED_BY(calls) = nullptr;
+  std::future<void> updated GUARDED_BY(calls);
+  std::vector<std::size_t> newcomers GUARDED_BY(calls);
   std::vector<std::string> notes;
   const std::string engine;
-  std::exception_ptr refusal;
-  std::uint64_t steps = 0;
-  bool closed = false;
-  OptimizerOffloadStats last_stats;  // As they were at close().
-  std::vector<LaneEvent> last_timeline;
+  std::exception_ptr refusal GUARDED_BY(calls);
+  std::uint64_t steps GUARDED_BY(calls) = 0;
+  bool closed GUARDED_BY(calls) = false;
+  /// As they were at close().
+  OptimizerOffloadStats last_stats GUARDED_BY(calls);
+  std::vector<LaneEvent> last_timeline GUARDED_BY(calls);
 };
 
 }  // namespace torch_ext

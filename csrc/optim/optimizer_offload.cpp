@@ -27,11 +27,11 @@
 
 #include <algorithm>
 #include <memory>
-#include <mutex>
 #include <stdexcept>
 #include <tuple>
 #include <utility>
 
+#include "base/mutex.h"
 #include "optimizer_impl.h"
 
 namespace torch_ext {
@@ -178,7 +178,7 @@ void OptimizerOffload::Impl::show(const Tile& tile, bool fresh,
   // The whole buffer, since padding is written too.
   if (fresh) std::fill_n(data, tile.buffer.size(), std::byte{0});
   std::vector<StateSegment> segments;
-  std::unique_lock lock(parameters_mutex);
+  MutexLock lock(parameters_mutex);
   for (const Segment& in : tile.segments) {
     const Parameter& p = parameters[in.parameter];
     if (!p.active) continue;
@@ -202,7 +202,16 @@ void OptimizerOffload::Impl::pin(BufferPool& memory,
   notes.push_back(why_not);
 }
 
-OptimizerOffloadStats OptimizerOffload::Impl::snapshot() const {
+/// Null where kernels want none.
+BufferPool* OptimizerOffload::Impl::scratch_pool() {
+  const MutexLock lock(parameters_mutex);
+  if (scratch == nullptr && scratch_bytes > 0) {
+    scratch = std::make_unique<BufferPool>(scratch_bytes, 1);
+  }
+  return scratch.get();
+}
+
+OptimizerOffloadStats OptimizerOffload::Impl::snapshot() {
   OptimizerOffloadStats now;
   const StoreStats io = store->stats();
   const TileLanes::Seconds seconds = lanes->seconds();
@@ -215,8 +224,11 @@ OptimizerOffloadStats OptimizerOffload::Impl::snapshot() const {
   now.wait_seconds = seconds.wait;
   now.elapsed_seconds = seconds.elapsed;
   now.host_memory = host_memory;
-  now.host_bytes_peak = pool->peak_in_use() * plan.tile_bytes +
-                        (scratch != nullptr ? scratch_bytes : 0);
+  now.host_bytes_peak = pool->peak_in_use() * plan.tile_bytes;
+  {
+    const MutexLock lock(parameters_mutex);
+    if (scratch != nullptr) now.host_bytes_peak += scratch_bytes;
+  }
   const TileLanes::Visits visits = lanes->visits();
   now.tile_visits = visits.all;
   now.tile_hits = visits.hits;
@@ -248,7 +260,7 @@ OptimizerOffload::~OptimizerOffload() {
 
 std::size_t OptimizerOffload::add_parameter(std::uint64_t elements,
                                             const StateFields& fields) {
-  const auto lock = impl_->enter();
+  const Impl::Call call(*impl_);
   constexpr std::uint64_t kMost = std::uint64_t{1} << 48;
   std::uint64_t bytes = 0;
   for (const std::uint32_t field : fields.bytes_per_cut) bytes += field;
@@ -258,7 +270,7 @@ std::size_t OptimizerOffload::add_parameter(std::uint64_t elements,
                                 std::to_string(bytes) + " bytes for " +
                                 std::to_string(StateFields::kCut));
   }
-  const std::lock_guard parameters_lock(impl_->parameters_mutex);
+  const MutexLock parameters_lock(impl_->parameters_mutex);
   Impl::Parameter parameter{.elements = elements, .fields = fields};
   if (!impl_->unused.empty()) {
     const std::size_t number = impl_->unused.back();
@@ -273,14 +285,14 @@ std::size_t OptimizerOffload::add_parameter(std::uint64_t elements,
 void OptimizerOffload::remove_parameter(std::size_t parameter) {
   const std::vector<std::size_t> numbers{parameter};
   forget_state(numbers);
-  const auto lock = impl_->enter();
+  const Impl::Call call(*impl_);
   if (std::ranges::count(impl_->unused, parameter) > 0) return;
   impl_->unused.push_back(parameter);
 }
 
 void OptimizerOffload::step(std::span<const std::size_t> active,
                             UpdateKernel& kernel) {
-  const auto lock = impl_->enter();
+  const Impl::Call call(*impl_);
   impl_->refuse_if_failed();
   impl_->refuse_in_step();
   impl_->activate(active);
@@ -300,7 +312,7 @@ void OptimizerOffload::step(std::span<const std::size_t> active,
 }
 
 void OptimizerOffload::add_state(std::span<const std::size_t> parameters) {
-  const auto lock = impl_->enter();
+  const Impl::Call call(*impl_);
   impl_->refuse_if_failed();
   impl_->refuse_in_step();
   impl_->activate(parameters);
@@ -311,7 +323,7 @@ void OptimizerOffload::add_state(std::span<const std::size_t> parameters) {
 }
 
 void OptimizerOffload::make_room(std::span<const std::size_t> parameters) {
-  const auto lock = impl_->enter();
+  const Impl::Call call(*impl_);
   impl_->refuse_if_failed();
   impl_->refuse_in_step();
   impl_->activate(parameters);
@@ -319,7 +331,7 @@ void OptimizerOffload::make_room(std::span<const std::size_t> parameters) {
 }
 
 void OptimizerOffload::forget_state(std::span<const std::size_t> parameters) {
-  const auto lock = impl_->enter();
+  const Impl::Call call(*impl_);
   for (const std::size_t number : parameters) impl_->parameter(number);
   impl_->refuse_in_step();
   impl_->forget(parameters);
@@ -327,7 +339,7 @@ void OptimizerOffload::forget_state(std::span<const std::size_t> parameters) {
 
 void OptimizerOffload::change_state(std::span<const ParameterStep> parameters,
                                     UpdateKernel& kernel) {
-  const auto lock = impl_->enter();
+  const Impl::Call call(*impl_);
   impl_->refuse_if_failed();
   impl_->refuse_in_step();
   std::vector<std::size_t> numbers;
@@ -353,7 +365,7 @@ void OptimizerOffload::change_state(std::span<const ParameterStep> parameters,
 void OptimizerOffload::read_state(UpdateKernel& kernel) {
   std::vector<std::size_t> all;
   {
-    const auto lock = impl_->enter();
+    const Impl::Call call(*impl_);
     for (std::size_t i = 0; i < impl_->parameters.size(); ++i) {
       if (impl_->parameters[i].has_state) all.push_back(i);
     }
@@ -363,7 +375,7 @@ void OptimizerOffload::read_state(UpdateKernel& kernel) {
 
 void OptimizerOffload::read_state(std::span<const std::size_t> parameters,
                                   UpdateKernel& kernel) {
-  const auto lock = impl_->enter();
+  const Impl::Call call(*impl_);
   impl_->refuse_if_failed();
   impl_->refuse_in_step();
   impl_->activate(parameters);
@@ -373,7 +385,7 @@ void OptimizerOffload::read_state(std::span<const std::size_t> parameters,
 
 void OptimizerOffload::write_state(std::span<const ParameterStep> parameters,
                                    UpdateKernel& kernel) {
-  const auto lock = impl_->enter();
+  const Impl::Call call(*impl_);
   std::vector<std::size_t> numbers;
   for (const ParameterStep& given : parameters) {
     numbers.push_back(given.parameter);
@@ -405,38 +417,35 @@ void OptimizerOffload::write_state(std::span<const ParameterStep> parameters,
 }
 
 bool OptimizerOffload::has_state(std::size_t parameter) const {
-  const auto lock = impl_->enter(/*when_closed=*/true);
+  const Impl::Call call(*impl_, /*when_closed=*/true);
   return impl_->parameter(parameter).has_state;
 }
 
 std::uint64_t OptimizerOffload::step_of(std::size_t parameter) const {
-  const auto lock = impl_->enter(/*when_closed=*/true);
+  const Impl::Call call(*impl_, /*when_closed=*/true);
   return impl_->parameter(parameter).step;
 }
 
 std::span<std::byte> OptimizerOffload::scratch() {
   impl_->check_process();
-  if (impl_->scratch_bytes == 0) return {};
-  const std::lock_guard lock(impl_->parameters_mutex);
-  if (impl_->scratch == nullptr) {
-    impl_->scratch = std::make_unique<BufferPool>(impl_->scratch_bytes, 1);
-  }
-  return impl_->scratch->memory();
+  BufferPool* const pool = impl_->scratch_pool();
+  return pool != nullptr ? pool->memory() : std::span<std::byte>();
 }
 
 void OptimizerOffload::pin_scratch(const std::shared_ptr<Device>& device) {
-  const auto lock = impl_->enter();
-  if (!scratch().empty()) impl_->pin(*impl_->scratch, device);
+  const Impl::Call call(*impl_);
+  BufferPool* const pool = impl_->scratch_pool();
+  if (pool != nullptr) impl_->pin(*pool, device);
 }
 
 void OptimizerOffload::pin_tiles(const std::shared_ptr<Device>& device) {
-  const auto lock = impl_->enter();
+  const Impl::Call call(*impl_);
   impl_->pin(*impl_->pool, device);
 }
 
 OptimizerPlan OptimizerOffload::plan(std::span<const std::size_t> parameters,
                                      const ScratchFor& scratch_for) const {
-  const auto lock = impl_->enter(/*when_closed=*/true);
+  const Impl::Call call(*impl_, /*when_closed=*/true);
   OptimizerPlan plan =
       describe(impl_->plan, impl_->lay_out(parameters, impl_->plan.tile_bytes),
                impl_->host_memory, impl_->scratch_bytes, impl_->granule);
@@ -445,19 +454,19 @@ OptimizerPlan OptimizerOffload::plan(std::span<const std::size_t> parameters,
       [&](std::uint64_t budget) {
         return scratch_for ? scratch_for(budget) : impl_->scratch_bytes;
       },
-      [&](std::uint64_t tile_bytes) {
+      [&](std::uint64_t tile_bytes) REQUIRES(impl_->calls) {
         return impl_->lay_out(parameters, tile_bytes).size();
       });
   return plan;
 }
 
 OptimizerOffloadStats OptimizerOffload::stats() const {
-  const auto lock = impl_->enter(/*when_closed=*/true);
+  const Impl::Call call(*impl_, /*when_closed=*/true);
   return impl_->closed ? impl_->last_stats : impl_->snapshot();
 }
 
 std::vector<LaneEvent> OptimizerOffload::timeline() const {
-  const auto lock = impl_->enter(/*when_closed=*/true);
+  const Impl::Call call(*impl_, /*when_closed=*/true);
   return impl_->closed ? impl_->last_timeline : impl_->lanes->timeline();
 }
 
@@ -470,7 +479,7 @@ const std::string& OptimizerOffload::engine() const noexcept {
 }
 
 void OptimizerOffload::close() {
-  const auto lock = impl_->enter(/*when_closed=*/true);
+  const Impl::Call call(*impl_, /*when_closed=*/true);
   if (impl_->closed) return;
   impl_->closed = true;
   impl_->give_up_open_step();
@@ -483,7 +492,10 @@ void OptimizerOffload::close() {
   impl_->tiles.clear();
   impl_->store.reset();
   impl_->pool.reset();
-  impl_->scratch.reset();
+  {
+    const MutexLock scratch_lock(impl_->parameters_mutex);
+    impl_->scratch.reset();
+  }
   if (error != nullptr && impl_->refusal == nullptr) {
     std::rethrow_exception(error);
   }

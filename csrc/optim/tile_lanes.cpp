@@ -64,15 +64,16 @@ void TileLanes::run(Round round, const Work& work) {
 }
 
 void TileLanes::begin(Round round) {
-  Lock lock(mutex_);
+  MutexLock lock(mutex_);
   if (lost_) std::rethrow_exception(failure_);
   failure_ = nullptr;  // A failed round is tried again.
   if (round.repeat) {
     ++steps_;
     step_start_ = now();
     if (steps_ == 1) first_start_ = step_start_;
-    std::erase_if(events_,
-                  [this](const Event& event) { return event.step < steps_; });
+    std::erase_if(events_, [this](const Event& event) REQUIRES(mutex_) {
+      return event.step < steps_;
+    });
   } else {
     before_ = round_;
   }
@@ -89,21 +90,35 @@ void TileLanes::begin(Round round) {
 }
 
 void TileLanes::visit(const Work& work) {
-  Lock lock(mutex_);
+  MutexLock lock(mutex_);
   try {
     while (Tile* tile = next(lock)) {
       tile->visited = true;
       ++visited_;
       tile->state = Tile::State::kBusy;
       tile->step = round_.repeat ? steps_ : 0;
+      const bool fresh = !round_.read || !(tile->on_disk || tile->in_memory);
       lock.unlock();
-      work_on(*tile, work);
+      const double start = now();
+      std::exception_ptr error;
+      try {
+        work(*tile, fresh);
+      } catch (...) {
+        error = std::current_exception();
+      }
+      const double end = now();
       lock.lock();
-      finish(*tile);
+      if (error != nullptr) {
+        give_up(*tile, std::move(error));
+      } else {
+        update_seconds_ += end - start;
+        tile->start = start;
+        note(Lane::kUpdate, *tile, end);
+        finish(*tile);
+      }
     }
     if (failure_ != nullptr) std::rethrow_exception(failure_);
   } catch (...) {
-    if (!lock) lock.lock();
     if (!lost_) leave_round(lock);
     throw;
   }
@@ -122,23 +137,23 @@ void TileLanes::visit(const Work& work) {
 // Ends a round that has failed and has changed nothing. Its tiles are let go
 // of, since the round that is expected next need not have them. It waits for
 // the round's transfers, so that none of them can fail later, in another round.
-void TileLanes::leave_round(Lock& lock) {
+void TileLanes::leave_round(MutexLock& lock) {
   running_ = false;
   for (Tile* tile : round_.tiles) dismiss(*tile);
-  changed_.wait(lock, [this] { return in_flight_ == 0; });
+  while (in_flight_ > 0) changed_.wait(lock);
   if (!round_.repeat) round_ = std::exchange(before_, {});
   fetched_ = 0;
 }
 
 void TileLanes::release(Tile& tile) {
-  const Lock lock(mutex_);
+  const MutexLock lock(mutex_);
   tile.released = true;
   released_.push_back(&tile);
   changed_.notify_all();
 }
 
 void TileLanes::close_round() {
-  const Lock lock(mutex_);
+  const MutexLock lock(mutex_);
   closed_ = true;
   std::vector<Tile*> kept;
   std::size_t fetched = 0;
@@ -160,12 +175,12 @@ void TileLanes::close_round() {
 }
 
 void TileLanes::abort(std::exception_ptr error) {
-  const Lock lock(mutex_);
+  const MutexLock lock(mutex_);
   fail(std::move(error), true);
 }
 
 std::vector<Tile*> TileLanes::order() const {
-  const Lock lock(mutex_);
+  const MutexLock lock(mutex_);
   return round_.tiles;
 }
 
@@ -195,7 +210,7 @@ void TileLanes::expect(std::vector<Tile*> tiles) {
 }
 
 // Waits for the next tile to visit, and returns it. Null after the last.
-Tile* TileLanes::next(Lock& lock) {
+Tile* TileLanes::next(MutexLock& lock) {
   for (;;) {
     if (failure_ != nullptr) std::rethrow_exception(failure_);
     if (Tile* tile = ready_tile()) return tile;
@@ -222,25 +237,14 @@ Tile* TileLanes::ready_tile() {
   return nullptr;
 }
 
-void TileLanes::work_on(Tile& tile, const Work& work) {
-  const double start = now();
-  try {
-    work(tile, !round_.read || !(tile.on_disk || tile.in_memory));
-  } catch (...) {
-    Lock lock(mutex_);
-    fail(std::current_exception(), round_.write);
-    if (tile.in_memory && !round_.write) {
-      tile.state = Tile::State::kReady;
-    } else {
-      let_go(tile);
-    }
-    throw;
+// Its visit has failed.
+void TileLanes::give_up(Tile& tile, std::exception_ptr error) {
+  fail(std::move(error), round_.write);
+  if (tile.in_memory && !round_.write) {
+    tile.state = Tile::State::kReady;
+  } else {
+    let_go(tile);
   }
-  const double end = now();
-  Lock lock(mutex_);
-  update_seconds_ += end - start;
-  tile.start = start;
-  note(Lane::kUpdate, tile, end);
 }
 
 void TileLanes::finish(Tile& tile) {
@@ -288,7 +292,7 @@ void TileLanes::pump() noexcept {
 }
 
 void TileLanes::evict(Tile& tile) {
-  Lock lock(mutex_);
+  MutexLock lock(mutex_);
   tile.resident = false;
   if (!tile.in_memory) return dismiss(tile);
   tile.in_memory = false;
@@ -297,7 +301,7 @@ void TileLanes::evict(Tile& tile) {
 }
 
 void TileLanes::drop(const std::vector<Tile*>& tiles) {
-  Lock lock(mutex_);
+  MutexLock lock(mutex_);
   std::vector<Tile*> kept;
   std::size_t fetched = 0;
   for (std::size_t i = 0; i < round_.tiles.size(); ++i) {
@@ -356,7 +360,7 @@ void TileLanes::start_write(Tile& tile) {
 }
 
 void TileLanes::read_ended(Tile& tile, std::exception_ptr error) noexcept {
-  Lock lock(mutex_);
+  MutexLock lock(mutex_);
   const double end = now();
   reading_.stop(end);
   note(Lane::kRead, tile, end);
@@ -372,7 +376,7 @@ void TileLanes::read_ended(Tile& tile, std::exception_ptr error) noexcept {
 }
 
 void TileLanes::write_ended(Tile& tile, std::exception_ptr error) noexcept {
-  Lock lock(mutex_);
+  MutexLock lock(mutex_);
   const double end = now();
   writing_.stop(end);
   note(Lane::kWrite, tile, end);
@@ -417,35 +421,35 @@ void TileLanes::note(Lane lane, const Tile& tile, double end) noexcept {
 }
 
 std::exception_ptr TileLanes::clear() noexcept {
-  Lock lock(mutex_);
+  MutexLock lock(mutex_);
   round_ = before_ = {};
   released_.clear();
   running_ = false;
   fetched_ = 0;
-  changed_.wait(lock, [this] { return in_flight_ == 0; });
+  while (in_flight_ > 0) changed_.wait(lock);
   const std::exception_ptr error = std::exchange(failure_, nullptr);
   return std::exchange(lost_, false) ? error : nullptr;
 }
 
 std::exception_ptr TileLanes::failure() const {
-  Lock lock(mutex_);
+  MutexLock lock(mutex_);
   return lost_ ? failure_ : nullptr;
 }
 
 TileLanes::Seconds TileLanes::seconds() const {
-  Lock lock(mutex_);
+  MutexLock lock(mutex_);
   const double time = now();
   return {reading_.read(time), update_seconds_, writing_.read(time),
           wait_seconds_, steps_ > 0 ? time - first_start_ : 0};
 }
 
 TileLanes::Visits TileLanes::visits() const {
-  Lock lock(mutex_);
+  MutexLock lock(mutex_);
   return visits_;
 }
 
 std::vector<LaneEvent> TileLanes::timeline() const {
-  Lock lock(mutex_);
+  MutexLock lock(mutex_);
   std::vector<LaneEvent> timeline;
   for (const Event& found : events_) {
     if (found.step != steps_) continue;

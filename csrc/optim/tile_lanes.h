@@ -1,12 +1,11 @@
 #pragma once
 
-#include <condition_variable>
 #include <cstddef>
 #include <exception>
 #include <functional>
-#include <mutex>
 #include <vector>
 
+#include "base/mutex.h"
 #include "tile.h"
 #include "torch_ext/memory/buffer_pool.h"
 #include "torch_ext/optim/optimizer_offload.h"
@@ -102,7 +101,6 @@ class TileLanes {
 
  private:
   friend struct OptimizerOffloadProbe;  // For tests.
-  using Lock = std::unique_lock<std::mutex>;
 
   /// Adds up the time during which at least one transfer is running.
   struct BusyClock {
@@ -114,57 +112,64 @@ class TileLanes {
     double read(double now) const;
   };
 
-  void keep_only(const std::vector<Tile*>& tiles);
-  void dismiss(Tile& tile);
-  void expect(std::vector<Tile*> tiles);
-  Tile* next(Lock& lock);
-  Tile* ready_tile();
-  void work_on(Tile& tile, const Work& work);
-  void finish(Tile& tile);
-  void pump() noexcept;
-  void start_read(Tile& tile);
-  void start_write(Tile& tile);
+  void keep_only(const std::vector<Tile*>& tiles) REQUIRES(mutex_);
+  void dismiss(Tile& tile) REQUIRES(mutex_);
+  void expect(std::vector<Tile*> tiles) REQUIRES(mutex_);
+  Tile* next(MutexLock& lock) REQUIRES(mutex_);
+  Tile* ready_tile() REQUIRES(mutex_);
+  void give_up(Tile& tile, std::exception_ptr error) REQUIRES(mutex_);
+  void finish(Tile& tile) REQUIRES(mutex_);
+  void pump() noexcept REQUIRES(mutex_);
+  void start_read(Tile& tile) REQUIRES(mutex_);
+  void start_write(Tile& tile) REQUIRES(mutex_);
   void read_ended(Tile& tile, std::exception_ptr error) noexcept;
   void write_ended(Tile& tile, std::exception_ptr error) noexcept;
-  void let_go(Tile& tile);
-  void fail(std::exception_ptr error, bool lost);
-  void fail_read(std::exception_ptr error);
-  void leave_round(Lock& lock);
-  void note(LaneEvent::Lane lane, const Tile& tile, double end) noexcept;
+  void let_go(Tile& tile) REQUIRES(mutex_);
+  void fail(std::exception_ptr error, bool lost) REQUIRES(mutex_);
+  void fail_read(std::exception_ptr error) REQUIRES(mutex_);
+  void leave_round(MutexLock& lock) REQUIRES(mutex_);
+  void note(LaneEvent::Lane lane, const Tile& tile, double end) noexcept
+      REQUIRES(mutex_);
 
   Store& store_;
   BufferPool& pool_;
   const std::size_t lanes_;
 
-  mutable std::mutex mutex_;
-  std::condition_variable changed_;
-  Round round_;   ///< The one that runs, or the next one.
-  Round before_;  ///< Comes after one that does not repeat.
-  bool running_ = false;
-  bool closed_ = true;  ///< Nothing more is released.
+  mutable Mutex mutex_;
+  CondVar changed_;
+  Round round_ GUARDED_BY(mutex_);  ///< The one that runs, or the next one.
+  /// Comes after one that does not repeat.
+  Round before_ GUARDED_BY(mutex_);
+  bool running_ GUARDED_BY(mutex_) = false;
+  bool closed_ GUARDED_BY(mutex_) = true;  ///< Nothing more is released.
   /// How many visits have got a buffer for their tile. It counts on into the
   /// visits of the next round.
-  std::size_t fetched_ = 0;
-  std::vector<Tile*> released_;  ///< In the order of the releases.
-  std::size_t visited_ = 0;
-  std::size_t first_ = 0;  ///< All tiles before it are visited.
-  std::size_t in_flight_ = 0;
-  std::exception_ptr failure_;  ///< Stops all until the next round.
-  bool lost_ = false;           ///< It is failure() too.
+  std::size_t fetched_ GUARDED_BY(mutex_) = 0;
+  /// In the order of the releases.
+  std::vector<Tile*> released_ GUARDED_BY(mutex_);
+  std::size_t visited_ GUARDED_BY(mutex_) = 0;
+  /// All tiles before it are visited.
+  std::size_t first_ GUARDED_BY(mutex_) = 0;
+  std::size_t in_flight_ GUARDED_BY(mutex_) = 0;
+  /// Stops all until the next round.
+  std::exception_ptr failure_ GUARDED_BY(mutex_);
+  bool lost_ GUARDED_BY(mutex_) = false;  ///< It is failure() too.
 
-  BusyClock reading_;
-  BusyClock writing_;
-  double update_seconds_ = 0;
-  double wait_seconds_ = 0;
-  Visits visits_;
-  std::size_t steps_ = 0;  ///< Rounds that repeat, begun so far.
-  double step_start_ = 0;
-  double first_start_ = 0;
+  BusyClock reading_ GUARDED_BY(mutex_);
+  BusyClock writing_ GUARDED_BY(mutex_);
+  double update_seconds_ GUARDED_BY(mutex_) = 0;
+  double wait_seconds_ GUARDED_BY(mutex_) = 0;
+  Visits visits_ GUARDED_BY(mutex_);
+  /// Rounds that repeat, begun so far.
+  std::size_t steps_ GUARDED_BY(mutex_) = 0;
+  double step_start_ GUARDED_BY(mutex_) = 0;
+  double first_start_ GUARDED_BY(mutex_) = 0;
   struct Event {
     LaneEvent event;
     std::size_t step;
   };
-  std::vector<Event> events_;  ///< The last step's and the next one's.
+  /// The last step's and the next one's.
+  std::vector<Event> events_ GUARDED_BY(mutex_);
 };
 
 }  // namespace torch_ext

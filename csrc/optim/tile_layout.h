@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <stdexcept>
 #include <string>
 
@@ -160,11 +161,10 @@ class TileLayout {
 /// 1/1024 too large, since tiles change in size and number from one budget to
 /// the next. `tiles_for(tile_bytes)` says how many tiles there would be; they
 /// have `state_bytes` in all.
-template <typename ScratchFor, typename TilesFor>
-std::uint64_t budget_for_all(std::uint64_t state_bytes, std::uint64_t granule,
-                             std::uint64_t tile_bytes,
-                             const ScratchFor& scratch_for,
-                             const TilesFor& tiles_for) {
+inline std::uint64_t budget_for_all(
+    std::uint64_t state_bytes, std::uint64_t granule, std::uint64_t tile_bytes,
+    const std::function<std::uint64_t(std::uint64_t)>& scratch_for,
+    const std::function<std::size_t(std::uint64_t)>& tiles_for) {
   constexpr std::uint64_t kPage = 4096;
   const auto holds = [&](std::uint64_t budget) {
     const std::uint64_t scratch = align_up(scratch_for(budget), kPage);

@@ -1,12 +1,10 @@
 #pragma once
 
-#include <condition_variable>
-#include <exception>
-#include <functional>
-#include <mutex>
+#include <future>
 #include <thread>
 #include <utility>
 
+#include "base/mutex.h"
 #include "base/thread.h"
 
 namespace torch_ext {
@@ -14,59 +12,38 @@ namespace torch_ext {
 /// A thread that does one job at a time. Threads: one starts jobs and waits.
 class Updater {
  public:
-  using Job = std::function<void()>;
+  using Job = std::packaged_task<void()>;
 
-  Updater() {
-    thread_ = start_thread("torch_ext step", [this] { run(); });
-  }
-
+  Updater() : thread_(start_thread("torch_ext step", [this] { run(); })) {}
   ~Updater() {
-    {
-      const std::lock_guard lock(mutex_);
-      quit_ = true;
-    }
-    changed_.notify_all();
+    start({});
     thread_.join();
   }
 
+  /// An empty one ends the thread. REQUIRES: The last one has ended.
   void start(Job job) {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     job_ = std::move(job);
-    changed_.notify_all();
-  }
-
-  /// Waits until the job has ended. Returns what it threw, or null.
-  std::exception_ptr wait() {
-    std::unique_lock lock(mutex_);
-    changed_.wait(lock, [this] { return job_ == nullptr; });
-    return std::exchange(error_, nullptr);
+    given_ = true;
+    changed_.notify_one();
   }
 
  private:
-  void run() {
-    std::unique_lock lock(mutex_);
-    for (;;) {
-      changed_.wait(lock, [this] { return quit_ || job_ != nullptr; });
-      if (job_ == nullptr) return;
-      lock.unlock();
-      std::exception_ptr error;
-      try {
-        job_();
-      } catch (...) {
-        error = std::current_exception();
-      }
-      lock.lock();
-      error_ = error;
-      job_ = nullptr;
-      changed_.notify_all();
-    }
+  Job next() {
+    MutexLock lock(mutex_);
+    while (!given_) changed_.wait(lock);
+    given_ = false;
+    return std::move(job_);
   }
 
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  Job job_;
-  std::exception_ptr error_;
-  bool quit_ = false;
+  void run() {
+    for (Job job = next(); job.valid(); job = next()) job();
+  }
+
+  Mutex mutex_;
+  CondVar changed_;
+  Job job_ GUARDED_BY(mutex_);
+  bool given_ GUARDED_BY(mutex_) = false;
   std::thread thread_;
 };
 

@@ -14,7 +14,7 @@ constexpr std::uint64_t kGrowth = std::uint64_t{16} << 20;
 }  // namespace
 
 std::optional<std::uint64_t> Drive::take_free(std::uint64_t bytes) {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   const auto offset = space_.take(bytes);
   if (offset) allocated_ += bytes;
   return offset;
@@ -24,10 +24,10 @@ std::optional<std::uint64_t> Drive::take(std::uint64_t bytes, bool may_grow) {
   if (!may_grow) return take_free(bytes);
   // Growing does not hold the lock of the space map, since those who must not
   // wait take that lock.
-  std::lock_guard one_grows(growth_mutex_);
+  const MutexLock one_grows(growth_mutex_);
   for (;;) {
     if (const auto offset = take_free(bytes)) return offset;
-    std::unique_lock lock(mutex_);
+    MutexLock lock(mutex_);
     const std::uint64_t old_size = file_size_;
     const std::uint64_t tail = space_.tail(old_size);
     lock.unlock();
@@ -50,16 +50,16 @@ std::optional<std::uint64_t> Drive::take(std::uint64_t bytes, bool may_grow) {
 }
 
 void Drive::give(std::uint64_t offset, std::uint64_t bytes) {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   allocated_ -= bytes;
   space_.give(offset, bytes);
 }
 
 void Drive::trim() noexcept {
-  std::lock_guard one_grows(growth_mutex_);
+  const MutexLock one_grows(growth_mutex_);
   std::uint64_t size = 0;
   {
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     const std::uint64_t tail = space_.tail(file_size_);
     if (tail == 0) return;
     file_size_ -= tail;
@@ -75,24 +75,24 @@ void Drive::trim() noexcept {
 }
 
 void Drive::check_room(std::uint64_t bytes) const {
-  std::unique_lock lock(mutex_);
+  MutexLock lock(mutex_);
   const std::uint64_t free = file_size_ - allocated_;
   lock.unlock();
   if (bytes > free) file->check_room(bytes - free);
 }
 
 void Drive::give_up(std::uint64_t bytes) {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   allocated_ -= bytes;
 }
 
 std::uint64_t Drive::allocated() const {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   return allocated_;
 }
 
 std::uint64_t Drive::file_size() const {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   return file_size_;
 }
 

@@ -3,9 +3,9 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
-#include <mutex>
 #include <optional>
 
+#include "base/mutex.h"
 #include "space_map.h"
 #include "torch_ext/io/file.h"
 #include "torch_ext/io/io_queue.h"
@@ -42,11 +42,11 @@ class Drive {
  private:
   std::optional<std::uint64_t> take_free(std::uint64_t bytes);
 
-  std::mutex growth_mutex_;  // Locked first.
-  mutable std::mutex mutex_;
-  SpaceMap space_;
-  std::uint64_t allocated_ = 0;
-  std::uint64_t file_size_ = 0;
+  Mutex growth_mutex_ ACQUIRED_BEFORE(mutex_);
+  mutable Mutex mutex_;
+  SpaceMap space_ GUARDED_BY(mutex_);
+  std::uint64_t allocated_ GUARDED_BY(mutex_) = 0;
+  std::uint64_t file_size_ GUARDED_BY(mutex_) = 0;
 };
 
 }  // namespace torch_ext

@@ -24,10 +24,10 @@
 #include <atomic>
 #include <cerrno>
 #include <map>
-#include <mutex>
 #include <stdexcept>
 #include <utility>
 
+#include "base/mutex.h"
 #include "drive.h"
 #include "stripe_map.h"
 #include "torch_ext/base/align.h"
@@ -63,20 +63,20 @@ class Join {
 
   Ticket ticket() const { return source_.ticket(); }
   void end(std::exception_ptr error) {
-    if (error != nullptr) {
-      std::lock_guard lock(mutex_);
+    {
+      const MutexLock lock(mutex_);
       if (error_ == nullptr) error_ = std::move(error);
+      if (--left_ > 0) return;
+      error = error_;
     }
-    // The last one sees the errors that the others wrote.
-    if (left_.fetch_sub(1) != 1) return;
-    done_(error_);
-    source_.finish(error_);
+    done_(error);
+    source_.finish(error);
   }
 
  private:
-  std::atomic<std::size_t> left_;
-  std::mutex mutex_;
-  std::exception_ptr error_;
+  Mutex mutex_;
+  std::size_t left_ GUARDED_BY(mutex_);
+  std::exception_ptr error_ GUARDED_BY(mutex_);
   Store::Done done_;
   TicketSource source_;
 };
@@ -147,8 +147,8 @@ struct Store::Impl {
   std::vector<std::string> notes;
   std::atomic<std::uint64_t> next_slot = 0;
 
-  mutable std::mutex mutex;
-  StoreStats stats;  ///< Only the operations'.
+  mutable Mutex mutex;
+  StoreStats stats GUARDED_BY(mutex);  ///< Only the operations'.
 
   /// One per block device. The last member: their threads use the others.
   std::vector<std::unique_ptr<IoQueue>> queues;
@@ -314,7 +314,7 @@ Ticket Store::Impl::submit(IoRequest::Op op, std::shared_ptr<Extent> extent,
 
 void Store::Impl::ended(IoRequest::Op op, Extent& extent, std::uint64_t length,
                         const std::exception_ptr& error) {
-  std::lock_guard lock(mutex);
+  const MutexLock lock(mutex);
   if (error == nullptr) {
     const bool read = op == IoRequest::Op::kRead;
     (read ? stats.bytes_read : stats.bytes_written) += length;
@@ -441,7 +441,7 @@ const std::vector<std::string>& Store::notes() const noexcept {
 StoreStats Store::stats() const {
   StoreStats result;
   {
-    std::lock_guard lock(impl_->mutex);
+    const MutexLock lock(impl_->mutex);
     result = impl_->stats;
   }
   for (const std::unique_ptr<Drive>& drive : impl_->drives) {

@@ -60,7 +60,7 @@ std::optional<FileCache::Lease> FileCache::find(const std::string& path,
                                                 const Request& request) {
   const auto now = request.now ? request.now : File::identify(path);
   std::list<Entry> closed;
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (awaited_ && !request.waits) return Lease();
   const auto found =
       std::find_if(kept_.begin(), kept_.end(), [&](const Entry& entry) {
@@ -107,7 +107,7 @@ FileCache::Remedy FileCache::remedy_for(const Request& request, const File* own,
   constexpr int kMostTimes = 100;
   {
     std::list<Entry> closed;  // Destroyed after the lock.
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     if (close_idle(closed)) return Remedy::kTryAgain;
     const bool others =
         std::any_of(kept_.begin(), kept_.end(), [own](const Entry& entry) {
@@ -133,7 +133,7 @@ FileCache::Lease FileCache::add(const std::string& path, const Request& request,
     // These are closed after the lock is released, since closing may take long.
     std::list<Entry> closed;
     {
-      std::lock_guard lock(mutex_);
+      const MutexLock lock(mutex_);
       if (awaited_ && !request.waits) return {};
       if (!make_room(wanted, closed)) {
         awaited_ |= request.waits;
@@ -145,14 +145,14 @@ FileCache::Lease FileCache::add(const std::string& path, const Request& request,
     try {
       const auto file = std::make_shared<const File>(open_file());
       if (request.buffered) file->buffered_fd();
-      std::lock_guard lock(mutex_);
+      const MutexLock lock(mutex_);
       opening_ -= wanted;
       kept_.push_front({path, request.mode, file, wanted});
       if (request.waits) awaited_ = false;
       return file;
     } catch (const IoError& error) {
       {
-        std::lock_guard lock(mutex_);
+        const MutexLock lock(mutex_);
         opening_ -= wanted;
         if (request.waits) awaited_ = false;
       }
@@ -161,7 +161,7 @@ FileCache::Lease FileCache::add(const std::string& path, const Request& request,
       if (remedy == Remedy::kNone) throw;
       if (remedy == Remedy::kEndOfAnother) return {};
     } catch (...) {
-      std::lock_guard lock(mutex_);
+      const MutexLock lock(mutex_);
       opening_ -= wanted;
       if (request.waits) awaited_ = false;
       throw;
@@ -205,7 +205,7 @@ bool FileCache::close_idle(std::list<Entry>& closed) {
 bool FileCache::drop_deleted() {
   std::vector<Entry> idle;
   {
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     for (const Entry& entry : kept_) {
       if (!entry.in_use()) idle.push_back(entry);
     }
@@ -218,7 +218,7 @@ bool FileCache::drop_deleted() {
     } catch (const IoError&) {
     }
     std::list<Entry> closed;
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     const File* file = entry.file.get();
     // The copy made the file look used.
     entry.file = nullptr;
@@ -234,7 +234,7 @@ bool FileCache::drop_deleted() {
 }
 
 int FileCache::descriptors() const {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   int open = 0;
   for (const Entry& entry : kept_) open += entry.file->descriptors();
   return open;

@@ -3,11 +3,11 @@
 #include <atomic>
 #include <list>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "base/mutex.h"
 #include "torch_ext/io/file.h"
 
 namespace torch_ext {
@@ -75,13 +75,14 @@ class FileCache {
   bool open_buffered(const File& file, const Request& request);
   enum class Remedy { kNone, kTryAgain, kEndOfAnother };
   Remedy remedy_for(const Request& request, const File* own, int times);
-  bool make_room(int wanted, std::list<Entry>& closed);
-  bool close_idle(std::list<Entry>& closed);
+  bool make_room(int wanted, std::list<Entry>& closed) REQUIRES(mutex_);
+  bool close_idle(std::list<Entry>& closed) REQUIRES(mutex_);
 
-  mutable std::mutex mutex_;
-  std::list<Entry> kept_;  ///< The last used comes first.
-  int opening_ = 0;        ///< Descriptors promised to calls of open().
-  bool awaited_ = false;
+  mutable Mutex mutex_;
+  std::list<Entry> kept_ GUARDED_BY(mutex_);  ///< The last used comes first.
+  /// Descriptors promised to calls of open().
+  int opening_ GUARDED_BY(mutex_) = 0;
+  bool awaited_ GUARDED_BY(mutex_) = false;
 };
 
 }  // namespace torch_ext

@@ -5,6 +5,8 @@
 #include <memory>
 #include <utility>
 
+#include "base/mutex.h"
+
 namespace torch_ext {
 namespace {
 
@@ -96,14 +98,14 @@ void FileOrder::remove(Entry* entry) {
 }
 
 bool FileOrder::busy(const FilePlace& place) const {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   return !conflicts(place).empty();
 }
 
 FileOrder::Entered FileOrder::enter(FilePlace place,
                                     const OperationPtr& operation) {
   auto entry = std::make_unique<Entry>(Entry{std::move(place)});
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   const std::vector<Entry*> before = conflicts(entry->place);
   entry->blockers = before.size();
   if (!before.empty()) entry->waiting = operation;
@@ -121,7 +123,7 @@ FileOrder::Entered FileOrder::enter(FilePlace place,
 std::vector<OperationPtr> FileOrder::leave(Entry* entry) {
   std::unique_ptr<Entry> ended;
   std::vector<OperationPtr> ready;
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   ready.reserve(entry->followers.size());
   ended.reset(entry);
   remove(entry);

@@ -2,7 +2,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <mutex>
 #include <optional>
 #include <set>
 #include <string>
@@ -10,6 +9,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "base/mutex.h"
 #include "swap_operation.h"
 #include "torch_ext/io/file.h"
 
@@ -96,13 +96,14 @@ class FileOrder {
   };
 
   /// Searches by path and by file. An entry that both lead to is there twice.
-  std::vector<Entry*> conflicts(const FilePlace& place) const;
-  void add(Entry* entry, const std::vector<Entry*>& before);
-  void remove(Entry* entry);
+  std::vector<Entry*> conflicts(const FilePlace& place) const REQUIRES(mutex_);
+  void add(Entry* entry, const std::vector<Entry*>& before) REQUIRES(mutex_);
+  void remove(Entry* entry) REQUIRES(mutex_);
 
-  mutable std::mutex mutex_;
-  std::unordered_map<std::string, Entries> by_path_;
-  std::unordered_map<File::Identity, Entries, HashIdentity> by_file_;
+  mutable Mutex mutex_;
+  std::unordered_map<std::string, Entries> by_path_ GUARDED_BY(mutex_);
+  std::unordered_map<File::Identity, Entries, HashIdentity> by_file_
+      GUARDED_BY(mutex_);
 };
 
 }  // namespace torch_ext

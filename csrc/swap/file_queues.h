@@ -4,11 +4,11 @@
 #include <functional>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <set>
 #include <string>
 #include <utility>
 
+#include "base/mutex.h"
 #include "torch_ext/config/aio_config.h"
 #include "torch_ext/io/file.h"
 #include "torch_ext/io/io_queue.h"
@@ -30,7 +30,7 @@ class FileQueues {
         note_(std::move(note)) {}
 
   IoQueue& queue_of(const File& file) {
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     auto& queue = queues_[{file.identity().device, file.direct()}];
     if (queue == nullptr) {
       MadeQueue made = make_queue(config_, engine_, file.direct(), factory_);
@@ -43,7 +43,7 @@ class FileQueues {
 
   /// Notes that a file's device has no fallocate, once for each device.
   void note_unreserved(const File& file) {
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     if (unreserved_.insert(file.identity().device).second) {
       note_(file.unreserved_note());
     }
@@ -54,9 +54,10 @@ class FileQueues {
   const std::string engine_;
   const IoEngineFactory factory_;
   const std::function<void(std::string)> note_;
-  std::mutex mutex_;
-  std::map<std::pair<std::uint64_t, bool>, std::unique_ptr<IoQueue>> queues_;
-  std::set<std::uint64_t> unreserved_;  // Devices.
+  Mutex mutex_;
+  std::map<std::pair<std::uint64_t, bool>, std::unique_ptr<IoQueue>> queues_
+      GUARDED_BY(mutex_);
+  std::set<std::uint64_t> unreserved_ GUARDED_BY(mutex_);  // Devices.
 };
 
 }  // namespace torch_ext

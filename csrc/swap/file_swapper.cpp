@@ -2,13 +2,13 @@
 
 #include <algorithm>
 #include <limits>
-#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <variant>
 #include <vector>
 
+#include "base/mutex.h"
 #include "file_cache.h"
 #include "file_order.h"
 #include "file_queues.h"
@@ -68,13 +68,9 @@ class FileSwapper::Impl {
     // What is wrong with the file is this call's error where possible. The lock
     // of the calls is not held, since a file system may not answer.
     range->look(op);
-    auto lock = core.try_enter();
-    if (!lock) {
-      // close() may hold the lock until an operation has got this very
-      // descriptor.
-      range->unprepare();
-      lock = core.enter();
-    }
+    // close() may hold the lock until an operation has got this very
+    // descriptor.
+    const SwapCore::Call call(core, [&] { range->unprepare(); });
     OperationPtr operation =
         core.make_operation(kind, text, std::move(bytes), std::move(range));
     operation->name = operation->out() ? "write" : "read";
@@ -84,15 +80,17 @@ class FileSwapper::Impl {
   }
 
   std::pair<std::shared_ptr<FileCache>, std::shared_ptr<FileQueues>> opened() {
-    const auto lock = core.enter();
+    const SwapCore::Call call(core);
+    const MutexLock lock(mutex);
     return {files, queues};
   }
 
   FileOrder order;
   FileSyncs syncs;
-  mutable std::mutex mutex;  // Guards the two below.
-  std::shared_ptr<FileCache> files = std::make_shared<FileCache>();
-  std::shared_ptr<FileQueues> queues;
+  mutable Mutex mutex;
+  std::shared_ptr<FileCache> files GUARDED_BY(mutex) =
+      std::make_shared<FileCache>();
+  std::shared_ptr<FileQueues> queues GUARDED_BY(mutex);
   SwapCore core;  // Its threads use all four.
 };
 
@@ -133,7 +131,7 @@ void FileSwapper::drop_deleted() {
   impl_->core.check_process();
   std::shared_ptr<FileCache> files;
   {
-    std::lock_guard lock(impl_->mutex);
+    const MutexLock lock(impl_->mutex);
     files = impl_->files;
   }
   if (files != nullptr) files->drop_deleted();
@@ -141,7 +139,7 @@ void FileSwapper::drop_deleted() {
 
 FileSwapperStats FileSwapper::stats() const {
   impl_->core.check_process();
-  std::lock_guard lock(impl_->mutex);
+  const MutexLock lock(impl_->mutex);
   const SwapCore::Counts counts = impl_->core.counts();
   return {.bytes_read = counts.bytes_in,
           .bytes_written = counts.bytes_out,
@@ -160,7 +158,7 @@ std::vector<std::string> FileSwapper::notes() const {
 
 void FileSwapper::close() {
   const auto error = impl_->core.close([this] {
-    std::lock_guard lock(impl_->mutex);
+    const MutexLock lock(impl_->mutex);
     impl_->queues.reset();
     impl_->files.reset();
   });

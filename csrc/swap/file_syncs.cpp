@@ -8,7 +8,7 @@ std::shared_ptr<FileSyncs::Writer> FileSyncs::begin(
     std::shared_ptr<const File> file) {
   std::shared_ptr<Line> line;
   {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     if (lines_.size() >= most_lines_) {
       std::erase_if(lines_,
                     [](const auto& each) { return each.second.expired(); });
@@ -23,7 +23,7 @@ std::shared_ptr<FileSyncs::Writer> FileSyncs::begin(
 
 void FileSyncs::Writer::sync(Start start, Done done) {
   {
-    const std::lock_guard lock(line_->mutex);
+    const MutexLock lock(line_->mutex);
     const bool waits = !line_->running.empty();
     (waits ? line_->waiting : line_->running)
         .push_back({shared_from_this(), std::move(start), std::move(done)});
@@ -35,7 +35,11 @@ void FileSyncs::Writer::sync(Start start, Done done) {
 
 void FileSyncs::run(const std::shared_ptr<Line>& line) {
   // Moved out of the request, which end() may take away before this returns.
-  const Start start = std::move(line->running.front().start);
+  Start start;
+  {
+    const MutexLock lock(line->mutex);
+    start = std::move(line->running.front().start);
+  }
   try {
     start([line](std::exception_ptr error) { end(line, std::move(error)); });
   } catch (...) {
@@ -50,7 +54,7 @@ void FileSyncs::end(const std::shared_ptr<Line>& line,
   std::uint64_t failures = 0;
   bool goes_on = false;
   {
-    const std::lock_guard lock(line->mutex);
+    const MutexLock lock(line->mutex);
     ended.swap(line->running);
     if (error != nullptr) {
       ++line->failures;

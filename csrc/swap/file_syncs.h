@@ -6,10 +6,10 @@
 #include <functional>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <utility>
 #include <vector>
 
+#include "base/mutex.h"
 #include "torch_ext/io/file.h"
 
 namespace torch_ext {
@@ -40,26 +40,27 @@ class FileSyncs {
   };
   /// The requests of one file.
   struct Line {
-    std::mutex mutex;
-    std::vector<Request> running;  ///< One sync answers them all.
-    std::vector<Request> waiting;  ///< For the next one.
-    std::uint64_t failures = 0;
-    std::exception_ptr failure;  ///< The last.
+    Mutex mutex;
+    std::vector<Request> running GUARDED_BY(mutex);  ///< One sync answers all.
+    std::vector<Request> waiting GUARDED_BY(mutex);  ///< For the next one.
+    std::uint64_t failures GUARDED_BY(mutex) = 0;
+    std::exception_ptr failure GUARDED_BY(mutex);  ///< The last.
   };
 
   static void run(const std::shared_ptr<Line>& line);
   static void end(const std::shared_ptr<Line>& line, std::exception_ptr error);
 
-  std::mutex mutex_;
-  std::map<const File*, std::weak_ptr<Line>> lines_;
-  std::size_t most_lines_ = 64;  ///< Beyond it, unused ones go.
+  Mutex mutex_;
+  std::map<const File*, std::weak_ptr<Line>> lines_ GUARDED_BY(mutex_);
+  /// Beyond it, unused ones go.
+  std::size_t most_lines_ GUARDED_BY(mutex_) = 64;
 };
 
 class FileSyncs::Writer : public std::enable_shared_from_this<Writer> {
  public:
   Writer(std::shared_ptr<const File> file, std::shared_ptr<Line> line)
       : file_(std::move(file)), line_(std::move(line)) {
-    const std::lock_guard lock(line_->mutex);
+    const MutexLock lock(line_->mutex);
     seen_ = line_->failures;
   }
 

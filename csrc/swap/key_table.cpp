@@ -25,6 +25,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "base/mutex.h"
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/error.h"
 
@@ -93,7 +94,7 @@ void StoredValue::start(const SwapOperation& operation, std::uint64_t offset,
 
 void KeyTable::add(const std::string& key,
                    const std::shared_ptr<StoredValue>& value) {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   auto& entry = keys_[key];
   if (entry == nullptr) {
     entry = std::make_shared<StoredValue::Key>();
@@ -112,20 +113,20 @@ std::shared_ptr<StoredValue> KeyTable::find_locked(
 }
 
 std::shared_ptr<StoredValue> KeyTable::find(const std::string& key) const {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   return find_locked(key);
 }
 
 void KeyTable::remove(const std::string& key) {
   std::shared_ptr<StoredValue::Key> dropped;
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   find_locked(key);
   dropped = std::move(keys_.extract(key).mapped());
   *dropped->removed = true;
 }
 
 std::vector<std::string> KeyTable::keys() const {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   std::vector<std::string> names;
   for (const auto& [name, entry] : keys_) names.push_back(name);
   return names;
@@ -133,12 +134,12 @@ std::vector<std::string> KeyTable::keys() const {
 
 void KeyTable::clear() {
   std::map<std::string, std::shared_ptr<StoredValue::Key>> dropped;
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   dropped.swap(keys_);
 }
 
 bool KeyTable::park(StoredValue& value, const OperationPtr& reader) {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (value.error_ != nullptr) std::rethrow_exception(value.error_);
   if (value.complete_) return false;
   value.readers_.push_back(reader);
@@ -148,7 +149,7 @@ bool KeyTable::park(StoredValue& value, const OperationPtr& reader) {
 SwapTarget::Operations KeyTable::resolve(
     const std::shared_ptr<StoredValue>& value, std::exception_ptr error) {
   std::vector<std::shared_ptr<StoredValue>> dropped;
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   value->error_ = error;
   value->complete_ = error == nullptr;
   if (auto entry = value->key_.lock()) {

@@ -5,12 +5,12 @@
 #include <exception>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "base/mutex.h"
 #include "swap_operation.h"
 #include "swap_target.h"
 #include "torch_ext/store/store.h"
@@ -87,10 +87,12 @@ class KeyTable {
   /// that waited for that.
   SwapTarget::Operations resolve(const std::shared_ptr<StoredValue>& value,
                                  std::exception_ptr error);
-  std::shared_ptr<StoredValue> find_locked(const std::string& key) const;
+  std::shared_ptr<StoredValue> find_locked(const std::string& key) const
+      REQUIRES(mutex_);
 
-  mutable std::mutex mutex_;
-  std::map<std::string, std::shared_ptr<StoredValue::Key>> keys_;
+  mutable Mutex mutex_;
+  std::map<std::string, std::shared_ptr<StoredValue::Key>> keys_
+      GUARDED_BY(mutex_);
 };
 
 }  // namespace torch_ext

@@ -62,21 +62,7 @@ void SwapCore::check_process() const {
 
 bool SwapCore::in_own_process() const { return owner_ == process_id(); }
 
-std::unique_lock<std::mutex> SwapCore::enter() {
-  check_process();
-  std::unique_lock lock(calls_);
-  check_open();
-  return lock;
-}
-
-std::unique_lock<std::mutex> SwapCore::try_enter() {
-  check_process();
-  std::unique_lock lock(calls_, std::try_to_lock);
-  if (lock) check_open();
-  return lock;
-}
-
-void SwapCore::check_open() {
+void SwapCore::check_open() const {
   if (closed_) throw StateError(std::string("this ") + what_ + " is closed");
   retired_->clear();
 }
@@ -99,7 +85,7 @@ OperationPtr SwapCore::make_operation(
 
 void SwapCore::start(OperationPtr operation) {
   {
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     counts_.in_flight += 1;
   }
   thread_->submit(std::move(operation));
@@ -107,7 +93,7 @@ void SwapCore::start(OperationPtr operation) {
 
 void SwapCore::ended(const OperationPtr& operation) {
   if (operation->error != nullptr) unseen_.add(operation);
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   counts_.operations += 1;
   counts_.in_flight -= 1;
   if (operation->error != nullptr) {
@@ -119,7 +105,7 @@ void SwapCore::ended(const OperationPtr& operation) {
 }
 
 void SwapCore::add_note(std::string note) {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (std::find(notes_.begin(), notes_.end(), note) == notes_.end()) {
     notes_.push_back(std::move(note));
   }
@@ -127,12 +113,12 @@ void SwapCore::add_note(std::string note) {
 
 std::vector<std::string> SwapCore::notes() const {
   check_process();
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   return notes_;
 }
 
 SwapCore::Counts SwapCore::counts() const {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   return counts_locked();
 }
 
@@ -146,14 +132,13 @@ SwapCore::Counts SwapCore::counts_locked() const {
 
 std::exception_ptr SwapCore::close(const std::function<void()>& release) {
   check_process();
-  std::lock_guard lock(calls_);
+  const MutexLock lock(calls_);
   if (closed_) return nullptr;
   closed_ = true;
-  thread_->stop();
+  thread_.reset();
   {
-    std::lock_guard state(mutex_);
+    const MutexLock state(mutex_);
     counts_ = counts_locked();
-    thread_.reset();
     pool_.reset();
   }
   release();

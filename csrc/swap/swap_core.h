@@ -6,10 +6,10 @@
 #include <exception>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
+#include "base/mutex.h"
 #include "swap_operation.h"
 #include "torch_ext/config/aio_config.h"
 #include "torch_ext/memory/buffer_pool.h"
@@ -44,19 +44,30 @@ class SwapCore {
   /// not exist. Errors: StateError.
   void check_process() const;
   bool in_own_process() const;
-  /// Takes the lock of the calls. Their order is the order of the operations.
+  /// The lock of the calls. Their order is the order of the operations.
+  Mutex& calls() RETURNS_MUTEX(calls_) { return calls_; }
+  /// Takes calls(). It calls `before` if it has to wait for that.
   /// Errors: StateError (forked, closed).
-  [[nodiscard]] std::unique_lock<std::mutex> enter();
-  /// The same, if the lock is free now. Otherwise returns a lock that holds
-  /// nothing.
-  [[nodiscard]] std::unique_lock<std::mutex> try_enter();
+  class SCOPED_LOCK Call {
+   public:
+    template <typename Before>
+    Call(SwapCore& core, Before before) ACQUIRE(core.calls_)
+        : lock_(core.own_calls(), before) {
+      core.check_open();
+    }
+    explicit Call(SwapCore& core) ACQUIRE(core.calls_) : Call(core, [] {}) {}
+    ~Call() RELEASE() = default;
+
+   private:
+    MutexLock lock_;
+  };
 
   /// Makes an operation, and records an event on the current stream. Errors:
   /// StateError (the stream is being captured).
   OperationPtr make_operation(SwapOperation::Kind kind, std::string key,
                               DeviceBytes bytes,
                               std::shared_ptr<SwapTarget> target) const;
-  void start(OperationPtr operation);
+  void start(OperationPtr operation) REQUIRES(calls_);
 
   void add_note(std::string note);
   std::vector<std::string> notes() const;
@@ -68,21 +79,25 @@ class SwapCore {
   std::exception_ptr close(const std::function<void()>& release);
 
  private:
-  void check_open();
-  Counts counts_locked() const;
+  Mutex& own_calls() {
+    check_process();
+    return calls_;
+  }
+  void check_open() const REQUIRES(calls_);
+  Counts counts_locked() const REQUIRES(mutex_);
   void ended(const OperationPtr& operation);
 
   const char* const what_;
   const pid_t owner_;
   UnseenErrors unseen_;
   std::shared_ptr<RetireList> retired_ = std::make_shared<RetireList>();
-  mutable std::mutex mutex_;  // Guards counters, notes and pointers.
-  Counts counts_;
-  std::vector<std::string> notes_;
-  std::unique_ptr<BufferPool> pool_;
-  std::unique_ptr<TransferThread> thread_;
-  std::mutex calls_;
-  bool closed_ = false;
+  Mutex calls_;
+  bool closed_ GUARDED_BY(calls_) = false;
+  mutable Mutex mutex_;
+  Counts counts_ GUARDED_BY(mutex_);
+  std::vector<std::string> notes_ GUARDED_BY(mutex_);
+  std::unique_ptr<BufferPool> pool_ GUARDED_BY(mutex_);
+  std::unique_ptr<TransferThread> thread_ GUARDED_BY(calls_);
 };
 
 /// Errors: StateError unless the calling process is `owner`.

@@ -7,11 +7,11 @@
 #include <cstdint>
 #include <exception>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "base/mutex.h"
 #include "io/fair_queue.h"
 #include "torch_ext/io/io_engine.h"
 #include "torch_ext/io/io_queue.h"
@@ -28,18 +28,18 @@ class RetireList {
  public:
   void add(std::shared_ptr<void> object) {
     if (object.use_count() == 0) return;
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     objects_.push_back(std::move(object));
   }
   void clear() {
     std::vector<std::shared_ptr<void>> dropped;
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     dropped.swap(objects_);
   }
 
  private:
-  std::mutex mutex_;
-  std::vector<std::shared_ptr<void>> objects_;
+  Mutex mutex_;
+  std::vector<std::shared_ptr<void>> objects_ GUARDED_BY(mutex_);
 };
 
 /// One operation of a swapper, from the call to its last byte.

@@ -1,12 +1,12 @@
 #include "torch_ext/swap/swapper.h"
 
 #include <chrono>
-#include <mutex>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
+#include "base/mutex.h"
 #include "key_table.h"
 #include "swap_core.h"
 #include "swap_operation.h"
@@ -100,10 +100,15 @@ class Swapper::Impl {
     for (const std::string& note : store->notes()) core.add_note(note);
   }
 
-  SwapTicket start(OperationPtr operation) {
+  SwapTicket start(OperationPtr operation) REQUIRES(core.calls()) {
     SwapTicket ticket(operation);
     core.start(std::move(operation));
     return ticket;
+  }
+
+  /// close() holds both locks.
+  Store& open_store() REQUIRES(core.calls()) UNCHECKED_THREADS {
+    return *store;
   }
 
   OperationPtr make_operation(SwapOperation::Kind kind, const std::string& key,
@@ -122,9 +127,10 @@ class Swapper::Impl {
     if (error != nullptr) std::rethrow_exception(error);
   }
 
-  mutable std::mutex mutex;  // Guards the two below.
-  std::unique_ptr<Store> store;
-  StoreStats last_stats;  ///< For when the store is gone.
+  mutable Mutex mutex;
+  std::unique_ptr<Store> store GUARDED_BY(mutex);
+  /// For when the store is gone.
+  StoreStats last_stats GUARDED_BY(mutex);
   KeyTable keys;
   SwapCore core;  // Its threads use the store and the keys.
   const std::string engine;
@@ -148,10 +154,10 @@ Swapper::~Swapper() {
 
 SwapTicket Swapper::swap_out(const std::string& key, DeviceBytes source,
                              std::shared_ptr<const void> tag) {
-  const auto lock = impl_->core.enter();
+  const SwapCore::Call call(impl_->core);
   impl_->throw_unseen(key);
-  const auto value = std::make_shared<StoredValue>(impl_->keys, *impl_->store,
-                                                   source.size, std::move(tag));
+  const auto value = std::make_shared<StoredValue>(
+      impl_->keys, impl_->open_store(), source.size, std::move(tag));
   auto operation =
       impl_->make_operation(SwapOperation::Kind::kOut, key, std::move(source),
                             value, IoPriority::kWriteBack);
@@ -167,7 +173,7 @@ SwapTicket Swapper::swap_in(const std::string& key, DeviceBytes destination,
 
 SwapTicket Swapper::swap_in(const Entry& entry, DeviceBytes destination,
                             IoPriority priority) {
-  const auto lock = impl_->core.enter();
+  const SwapCore::Call call(impl_->core);
   const std::string& key = entry.key_;
   impl_->throw_unseen(key);
   if (entry.size() != destination.size) {
@@ -190,7 +196,7 @@ const std::shared_ptr<const void>& Swapper::Entry::tag() const {
 }
 
 Swapper::Entry Swapper::entry(const std::string& key) {
-  const auto lock = impl_->core.enter();
+  const SwapCore::Call call(impl_->core);
   impl_->throw_unseen(key);
   Entry entry;
   entry.key_ = key;
@@ -199,7 +205,7 @@ Swapper::Entry Swapper::entry(const std::string& key) {
 }
 
 void Swapper::remove(const std::string& key) {
-  const auto lock = impl_->core.enter();
+  const SwapCore::Call call(impl_->core);
   const bool has_failed = impl_->core.unseen().leave(key);
   try {
     impl_->keys.remove(key);
@@ -210,13 +216,13 @@ void Swapper::remove(const std::string& key) {
 }
 
 std::vector<std::string> Swapper::keys() {
-  const auto lock = impl_->core.enter();
+  const SwapCore::Call call(impl_->core);
   return impl_->keys.keys();
 }
 
 SwapperStats Swapper::stats() const {
   impl_->core.check_process();
-  std::lock_guard lock(impl_->mutex);
+  const MutexLock lock(impl_->mutex);
   const SwapCore::Counts counts = impl_->core.counts();
   return {.bytes_out = counts.bytes_out,
           .bytes_in = counts.bytes_in,
@@ -235,7 +241,7 @@ const std::string& Swapper::engine() const noexcept { return impl_->engine; }
 void Swapper::close() {
   const auto error = impl_->core.close([this] {
     impl_->keys.clear();
-    std::lock_guard lock(impl_->mutex);
+    const MutexLock lock(impl_->mutex);
     impl_->last_stats = impl_->store->stats();
     impl_->store.reset();
   });

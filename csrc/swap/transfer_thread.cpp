@@ -58,7 +58,7 @@ TransferThread::~TransferThread() { stop(); }
 
 void TransferThread::submit(OperationPtr operation) {
   {
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     ++unfinished_;
   }
   // From here on, whatever fails is the operation's own error.
@@ -89,7 +89,7 @@ bool TransferThread::can_go_direct(SwapOperation& operation) const {
 }
 
 void TransferThread::hand_over(OperationPtr operation) {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   new_operations_.push_back(std::move(operation));
   changed_.notify_one();
 }
@@ -117,7 +117,7 @@ void TransferThread::start_direct(const OperationPtr& operation) {
 
 void TransferThread::stop() {
   {
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     stopping_ = true;
     changed_.notify_one();
   }
@@ -130,7 +130,7 @@ void TransferThread::run() {
     bool progress = start_chunks();
     progress |= poll_copies();
     {
-      std::lock_guard lock(mutex_);
+      const MutexLock lock(mutex_);
       if (stopping_ && unfinished_ == 0) return;
     }
     sleep(progress);
@@ -142,9 +142,9 @@ void TransferThread::sleep(bool progress) {
     nap_ = kShortestNap;
     return;
   }
-  std::unique_lock lock(mutex_);
+  MutexLock lock(mutex_);
   if (unfinished_ == 0) staging_.release();
-  const auto called = [this] {
+  const auto called = [this]() REQUIRES(mutex_) {
     return !new_operations_.empty() || ended_io_ != nullptr ||
            (starved_ && finished_count_ != seen_finished_) ||
            (stopping_ && unfinished_ == 0);
@@ -169,7 +169,7 @@ void TransferThread::sleep(bool progress) {
 void TransferThread::take_inbox() {
   Chunk* ended = nullptr;
   {
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     taken_operations_.swap(new_operations_);
     seen_finished_ = finished_count_;
     starved_ = false;
@@ -409,7 +409,7 @@ SwapTarget::Done TransferThread::end_of(Chunk* chunk) {
       release(chunk);
       return;
     }
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     chunk->next = std::exchange(ended_io_, chunk);
     changed_.notify_one();
   };
@@ -437,7 +437,7 @@ void TransferThread::end(const OperationPtr& operation) {
   // The order matters: when wait() of a swap_in returns, done() is true.
   operation->ended.finish(error);
   if (!operation->staged.ticket().done()) operation->staged.finish(error);
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   ++finished_count_;
   --unfinished_;
   if (awaits_end_ || (unfinished_ == 0 && stopping_)) changed_.notify_one();

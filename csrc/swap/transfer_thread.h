@@ -1,19 +1,18 @@
 #pragma once
 
 #include <chrono>
-#include <condition_variable>
 #include <cstdint>
 #include <deque>
 #include <exception>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <set>
 #include <span>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "base/mutex.h"
 #include "io/fair_queue.h"
 #include "staging.h"
 #include "swap_operation.h"
@@ -82,14 +81,16 @@ class TransferThread {
   std::function<void(const OperationPtr&)> finished_;
   std::function<void(std::string)> note_;
 
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::vector<OperationPtr> new_operations_;
-  Chunk* ended_io_ = nullptr;
-  std::size_t unfinished_ = 0;  ///< Operations, waiting ones included.
-  std::uint64_t finished_count_ = 0;
-  bool awaits_end_ = false;  ///< The thread sleeps until one more ends.
-  bool stopping_ = false;
+  Mutex mutex_;
+  CondVar changed_;
+  std::vector<OperationPtr> new_operations_ GUARDED_BY(mutex_);
+  Chunk* ended_io_ GUARDED_BY(mutex_) = nullptr;
+  /// Operations, waiting ones included.
+  std::size_t unfinished_ GUARDED_BY(mutex_) = 0;
+  std::uint64_t finished_count_ GUARDED_BY(mutex_) = 0;
+  /// The thread sleeps until one more ends.
+  bool awaits_end_ GUARDED_BY(mutex_) = false;
+  bool stopping_ GUARDED_BY(mutex_) = false;
 
   // The thread's own.
   Lines lines_;                 ///< With chunks to start. A share is a chunk.

@@ -1,11 +1,11 @@
 #pragma once
 
 #include <exception>
-#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "base/mutex.h"
 #include "swap_operation.h"
 
 namespace torch_ext {
@@ -16,7 +16,7 @@ namespace torch_ext {
 class UnseenErrors {
  public:
   void add(OperationPtr operation) {
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     failed_.push_back(std::move(operation));
     // The first error of a removed key is enough for take_any(). More of them
     // would pile up as long as keys come and go.
@@ -32,7 +32,7 @@ class UnseenErrors {
   /// knowing.
   bool leave(const std::string& key) {
     bool any = false;
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     for (const OperationPtr& each : failed_) {
       if (each->key != key || each->error_seen || is_of_removed_key(*each)) {
         continue;
@@ -45,7 +45,7 @@ class UnseenErrors {
   /// The first unseen error of a key, or null. Forgets all errors of the key.
   std::exception_ptr take(const std::string& key) {
     std::exception_ptr unseen;
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     std::erase_if(failed_, [&](const OperationPtr& operation) {
       if (operation->key != key || is_of_removed_key(*operation)) {
         return operation->error_seen.load();
@@ -60,7 +60,7 @@ class UnseenErrors {
 
   /// The first unseen error of any key, or null. Forgets all errors.
   std::exception_ptr take_any() {
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     for (const OperationPtr& operation : std::exchange(failed_, {})) {
       if (!operation->error_seen.exchange(true)) return operation->error;
     }
@@ -72,8 +72,8 @@ class UnseenErrors {
     return operation.key_removed != nullptr && *operation.key_removed;
   }
 
-  std::mutex mutex_;
-  std::vector<OperationPtr> failed_;
+  Mutex mutex_;
+  std::vector<OperationPtr> failed_ GUARDED_BY(mutex_);
 };
 
 }  // namespace torch_ext

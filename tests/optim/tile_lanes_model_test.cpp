@@ -42,7 +42,7 @@ struct OptimizerOffloadProbe {
     OptimizerOffload::Impl& impl = *offload.impl_;
     if (impl.lanes == nullptr) return "";
     TileLanes& lanes = *impl.lanes;
-    const std::lock_guard lock(lanes.mutex_);
+    const MutexLock lock(lanes.mutex_);
     std::size_t held = 0, in_flight = 0;
     for (const auto& tile : impl.tiles) {
       const std::string name = "tile " + std::to_string(tile->number);

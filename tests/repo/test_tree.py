@@ -40,6 +40,18 @@ def test_no_wait_depends_on_a_clock_that_can_be_set():
     assert users == []
 
 
+def test_every_mutex_of_the_core_is_one_that_says_what_it_guards():
+    own = re.compile(r"std::(mutex|lock_guard|scoped_lock|condition_variable)\b")
+    others = ("csrc/base/mutex.h", "csrc/tensor/", "csrc/bindings/")
+    for file in tree.cpp_files("csrc"):
+        if file.as_posix().startswith(others):
+            continue
+        text = text_of(file)
+        assert not own.search(text), f"{file}: {own.search(text)}"
+        for name in re.findall(r"^\s+(?:mutable )?Mutex (\w+);", text, re.MULTILINE):
+            assert re.search(rf"(GUARDED_BY|REQUIRES)\({name}\)", text), f"{file}: {name}"
+
+
 def test_the_core_library_needs_nothing_of_torch_python_or_cuda():
     library = tree.ROOT / "torch_ext/lib/libtorch_ext_core.so"
     symbols = subprocess.run(
