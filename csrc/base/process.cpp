@@ -4,6 +4,10 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <string>
+
+#include "owner_process.h"
+#include "torch_ext/base/error.h"
 
 namespace torch_ext {
 namespace {
@@ -26,6 +30,14 @@ pid_t process_id() noexcept {
   if (!watched) return getpid();
   if (id == 0) id = getpid();
   return id;
+}
+
+void OwnerProcess::check() const {
+  if (is_this()) return;
+  throw StateError(std::string("this ") + what_ + " was created in process " +
+                   std::to_string(id_) +
+                   " and cannot be used in a forked child; create one in the "
+                   "child");
 }
 
 }  // namespace torch_ext

@@ -1,7 +1,11 @@
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
 #include <memory>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "torch_ext/io/io_engine.h"
 
@@ -10,6 +14,16 @@ namespace torch_ext {
 /// How often an engine submits again at once after EINTR. After that it reports
 /// "no room now". Its owner tries again later, for a limited time.
 constexpr int kMaxInterruptions = 100;
+
+/// Moves as many completions as `out` has room for; returns how many.
+inline std::size_t take_first(std::vector<IoCompletion>& from,
+                              std::span<IoCompletion> out) {
+  const std::size_t count = std::min(out.size(), from.size());
+  const auto end = from.begin() + static_cast<std::ptrdiff_t>(count);
+  std::copy(from.begin(), end, out.begin());
+  from.erase(from.begin(), end);
+  return count;
+}
 
 /// Errors: IoError where the kernel refuses.
 std::unique_ptr<IoEngine> make_libaio_engine(int depth);

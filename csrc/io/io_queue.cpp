@@ -5,15 +5,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <string>
 #include <utility>
 #include <vector>
 
+#include "base/owner_process.h"
 #include "io_backlog.h"
 #include "io_operation.h"
 #include "io_worker.h"
-#include "torch_ext/base/error.h"
-#include "torch_ext/base/process.h"
 
 namespace torch_ext {
 
@@ -57,20 +55,13 @@ class IoQueue::Impl {
     }
   }
 
-  void check_process() const {
-    if (process_id() == owner_) return;
-    throw StateError("this I/O queue was created in process " +
-                     std::to_string(owner_) +
-                     " and cannot be used in a forked child");
-  }
-
   void stop() {
     backlog_.close();
     for (auto& worker : workers_) worker->join();
   }
 
   AioConfig config_;
-  pid_t owner_ = process_id();
+  const OwnerProcess owner_{"I/O queue"};
   IoBacklog backlog_;
   std::vector<std::unique_ptr<IoWorker>> workers_;
 };
@@ -79,13 +70,7 @@ IoQueue::IoQueue(const AioConfig& config, const IoEngineFactory& factory)
     : impl_(std::make_unique<Impl>(config, factory)) {}
 
 IoQueue::~IoQueue() {
-  if (process_id() != impl_->owner_) {
-    // The threads exist only in the process that started them. So nothing can
-    // be joined here, and what they use must not be torn down under the parent.
-    static_cast<void>(impl_.release());
-    return;
-  }
-  impl_->stop();
+  impl_->owner_.end(impl_, [this] { impl_->stop(); });
 }
 
 Ticket IoQueue::submit(IoOperation operation) {
@@ -93,7 +78,7 @@ Ticket IoQueue::submit(IoOperation operation) {
 }
 
 IoQueue::Prepared IoQueue::prepare(IoOperation operation) {
-  impl_->check_process();
+  impl_->owner_.check();
   if (operation.caller == 0) operation.caller = this_caller();
   Prepared prepared;
   prepared.operation_ = std::make_shared<RunningOperation>(
@@ -107,13 +92,13 @@ Ticket IoQueue::start(Prepared prepared) noexcept {
 }
 
 bool IoQueue::cancel(const Ticket& ticket) {
-  impl_->check_process();
+  impl_->owner_.check();
   auto* operation = dynamic_cast<RunningOperation*>(ticket.state_.get());
   return operation != nullptr && impl_->backlog_.cancel(*operation);
 }
 
 IoQueueStats IoQueue::stats() const {
-  impl_->check_process();
+  impl_->owner_.check();
   std::vector<const IoCounters*> counters;
   for (const auto& worker : impl_->workers_) {
     counters.push_back(&worker->counters());

@@ -211,7 +211,7 @@ class IoUringEngine final : public IoEngine {
 
   std::size_t poll(std::span<IoCompletion> out, std::size_t at_least,
                    nanoseconds timeout) override {
-    const std::size_t ready = take_refused(out);
+    const std::size_t ready = take_first(refused_, out);
     out = out.first(std::min(out.size(), ready + in_kernel()));
     at_least = std::min(at_least, out.size());
     std::size_t count = ready + reap(out.subspan(ready));
@@ -335,14 +335,6 @@ class IoUringEngine final : public IoEngine {
       }
       io_uring_cq_advance(ring_.get(), found);
     }
-    return count;
-  }
-
-  std::size_t take_refused(std::span<IoCompletion> out) {
-    const std::size_t count = std::min(out.size(), refused_.size());
-    const auto end = refused_.begin() + static_cast<std::ptrdiff_t>(count);
-    std::copy(refused_.begin(), end, out.begin());
-    refused_.erase(refused_.begin(), end);
     return count;
   }
 

@@ -158,7 +158,7 @@ class LibaioEngine final : public IoEngine {
  private:
   void collect(std::span<IoCompletion> out, std::size_t& count,
                std::size_t at_least, nanoseconds timeout) {
-    count = take_refused(out);
+    count = take_first(refused_, out);
     out = out.first(std::min(out.size(), count + in_kernel_));
     at_least = std::min(at_least, out.size());
     if (at_least <= count) {
@@ -224,14 +224,6 @@ class LibaioEngine final : public IoEngine {
       result = fsync(request.fd) == 0 ? 0 : -errno;
     }
     refused_.push_back({request.cookie, result});
-  }
-
-  std::size_t take_refused(std::span<IoCompletion> out) {
-    const std::size_t count = std::min(out.size(), refused_.size());
-    const auto end = refused_.begin() + static_cast<std::ptrdiff_t>(count);
-    std::copy(refused_.begin(), end, out.begin());
-    refused_.erase(refused_.begin(), end);
-    return count;
   }
 
   const std::size_t depth_;

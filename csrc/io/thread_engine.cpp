@@ -92,10 +92,7 @@ class ThreadEngine final : public IoEngine {
       shared_->wanted = 0;
       shared_->woken = false;
     }
-    const std::size_t count = std::min(out.size(), done.size());
-    const auto end = done.begin() + static_cast<std::ptrdiff_t>(count);
-    std::copy(done.begin(), end, out.begin());
-    done.erase(done.begin(), end);
+    const std::size_t count = take_first(done, out);
     in_flight_ -= count;
     return count;
   }

@@ -16,11 +16,6 @@
 #include "torch_ext/base/process.h"
 
 namespace torch_ext {
-namespace {
-
-constexpr std::size_t kPage = 4096;
-
-}  // namespace
 
 struct BufferPool::State {
   State(std::size_t size, std::size_t buffers)
@@ -91,11 +86,11 @@ Buffer::~Buffer() {
 }
 
 BufferPool::BufferPool(std::size_t buffer_size, std::size_t count) {
-  if (buffer_size == 0 || !is_aligned(buffer_size, kPage) || count == 0 ||
+  if (buffer_size == 0 || !is_aligned(buffer_size, page_size()) || count == 0 ||
       count > std::numeric_limits<std::ptrdiff_t>::max() / buffer_size) {
     throw std::invalid_argument(
-        "buffer pool: buffer_size must be a positive multiple of 4096 and "
-        "count at least 1, got " +
+        "buffer pool: buffer_size must be a positive multiple of " +
+        std::to_string(page_size()) + " and count at least 1, got " +
         std::to_string(buffer_size) + " x " + std::to_string(count));
   }
   state_ = std::make_shared<State>(buffer_size, count);

@@ -19,8 +19,6 @@
 namespace torch_ext {
 namespace {
 
-constexpr std::size_t kPage = 4096;
-
 /// The first byte of each allocation, and its size in bytes.
 struct Registry {
   Mutex mutex;
@@ -38,7 +36,8 @@ Registry& registry() {
 std::shared_ptr<std::byte> allocate_pinned(std::size_t bytes,
                                            std::shared_ptr<CudaRuntime> cuda,
                                            std::string* why_not) {
-  const std::size_t size = align_up(std::max<std::size_t>(bytes, 1), kPage);
+  const std::size_t size =
+      align_up(std::max<std::size_t>(bytes, 1), page_size());
   if (size < bytes) {
     throw IoError({.op = "mmap", .length = bytes, .error = ENOMEM});
   }

@@ -8,22 +8,22 @@
 #include <vector>
 
 #include "base/mutex.h"
-#include "remedy.h"
+#include "base/owner_process.h"
 #include "tile_lanes.h"
 #include "tile_layout.h"
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/error.h"
-#include "torch_ext/base/process.h"
 #include "torch_ext/memory/buffer_pool.h"
 #include "torch_ext/optim/optimizer_offload.h"
 #include "updater.h"
 
 namespace torch_ext {
 
+/// The error of a step, as later calls shall throw it.
+std::exception_ptr with_remedy(const std::exception_ptr& error);
+
 class OptimizerOffload::Impl {
  public:
-  static constexpr std::uint64_t kPage = 4096;
-
   struct Parameter {
     std::uint64_t elements = 0;
     StateFields fields;
@@ -36,7 +36,7 @@ class OptimizerOffload::Impl {
 
   explicit Impl(const OptimizerOffloadOptions& options)
       : host_memory(options.host_memory),
-        scratch_bytes(align_up(options.scratch_bytes, kPage)),
+        scratch_bytes(align_up(options.scratch_bytes, page_size())),
         store(std::make_unique<Store>(options.store)),
         granule(store->granule()),
         wanted_tile_bytes(options.tile_bytes),
@@ -46,15 +46,6 @@ class OptimizerOffload::Impl {
         lanes(std::make_unique<TileLanes>(*store, *pool, plan.lanes)),
         notes(store->notes()),
         engine(store->engine()) {}
-
-  void check_process() const {
-    if (process_id() != owner) {
-      throw StateError("this optimizer was created in process " +
-                       std::to_string(owner) +
-                       " and cannot be used in a forked child; create one "
-                       "in the child");
-    }
-  }
 
   /// Takes the lock of the calls. Hold it while the object is used.
   /// Errors: StateError (forked, closed).
@@ -72,8 +63,8 @@ class OptimizerOffload::Impl {
     MutexLock lock_;
   };
 
-  Mutex& own_calls() {
-    check_process();  // First: nobody unlocks a mutex held at the fork.
+  Mutex& own_calls() RETURNS_MUTEX(calls) {
+    owner.check();  // First: nobody unlocks a mutex held at the fork.
     return calls;
   }
 
@@ -128,7 +119,7 @@ class OptimizerOffload::Impl {
       REQUIRES(calls);
   OptimizerOffloadStats snapshot() REQUIRES(calls);
 
-  const pid_t owner = process_id();
+  const OwnerProcess owner{"optimizer"};
   const std::uint64_t host_memory;
   const std::uint64_t scratch_bytes;
   Mutex calls;  // Held by each.

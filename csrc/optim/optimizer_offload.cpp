@@ -36,6 +36,24 @@
 
 namespace torch_ext {
 
+std::exception_ptr with_remedy(const std::exception_ptr& error) {
+  const std::string remedy =
+      "the optimizer state may be half updated: load it anew";
+  try {
+    std::rethrow_exception(error);
+  } catch (const IoError& e) {
+    IoFailure failure = e.failure();
+    if (!failure.detail.empty()) failure.detail += "; ";
+    failure.detail += remedy;
+    return std::make_exception_ptr(IoError(std::move(failure)));
+  } catch (const std::exception& e) {
+    return std::make_exception_ptr(
+        StateError(std::string(e.what()) + "; " + remedy));
+  } catch (...) {
+    return error;
+  }
+}
+
 // Gives space to those of the parameters that have none: to all of them or to
 // none.
 void OptimizerOffload::Impl::place(std::span<const std::size_t> numbers) {
@@ -246,16 +264,7 @@ OptimizerOffload::OptimizerOffload(const OptimizerOffloadOptions& options)
     : impl_(std::make_unique<Impl>(options)) {}
 
 OptimizerOffload::~OptimizerOffload() {
-  if (impl_->owner != process_id()) {
-    // Threads, buffers and requests belong to the parent.
-    static_cast<void>(impl_.release());
-    return;
-  }
-  try {
-    close();
-  } catch (...) {
-    // A destructor has nobody to tell. close() has.
-  }
+  impl_->owner.end(impl_, [this] { close(); });
 }
 
 std::size_t OptimizerOffload::add_parameter(std::uint64_t elements,
@@ -427,7 +436,7 @@ std::uint64_t OptimizerOffload::step_of(std::size_t parameter) const {
 }
 
 std::span<std::byte> OptimizerOffload::scratch() {
-  impl_->check_process();
+  impl_->owner.check();
   BufferPool* const pool = impl_->scratch_pool();
   return pool != nullptr ? pool->memory() : std::span<std::byte>();
 }

@@ -165,9 +165,9 @@ inline std::uint64_t budget_for_all(
     std::uint64_t state_bytes, std::uint64_t granule, std::uint64_t tile_bytes,
     const std::function<std::uint64_t(std::uint64_t)>& scratch_for,
     const std::function<std::size_t(std::uint64_t)>& tiles_for) {
-  constexpr std::uint64_t kPage = 4096;
+  const std::uint64_t page = page_size();
   const auto holds = [&](std::uint64_t budget) {
-    const std::uint64_t scratch = align_up(scratch_for(budget), kPage);
+    const std::uint64_t scratch = align_up(scratch_for(budget), page);
     TilePlan plan;
     try {
       plan = plan_tiles(budget, scratch, granule, tile_bytes);
@@ -176,11 +176,11 @@ inline std::uint64_t budget_for_all(
     }
     return tiles_for(plan.tile_bytes) < plan.buffers;
   };
-  std::uint64_t enough = align_up(state_bytes + 1, kPage);
+  std::uint64_t enough = align_up(state_bytes + 1, page);
   while (!holds(enough)) enough *= 2;
   std::uint64_t less = enough / 2;
-  while (enough - less > std::max(kPage, enough / 1024)) {
-    const std::uint64_t middle = align_down(less + (enough - less) / 2, kPage);
+  while (enough - less > std::max(page, enough / 1024)) {
+    const std::uint64_t middle = align_down(less + (enough - less) / 2, page);
     (holds(middle) ? enough : less) = middle;
   }
   return enough;

@@ -98,16 +98,7 @@ FileSwapper::FileSwapper(const FileSwapperOptions& options)
     : impl_(std::make_unique<Impl>(options)) {}
 
 FileSwapper::~FileSwapper() {
-  if (!impl_->core.in_own_process()) {
-    // Threads, buffers and requests belong to the parent.
-    static_cast<void>(impl_.release());
-    return;
-  }
-  try {
-    close();
-  } catch (...) {
-    // A destructor has nobody to tell. close() has.
-  }
+  impl_->core.owner().end(impl_, [this] { close(); });
 }
 
 SwapTicket FileSwapper::write(const std::filesystem::path& path,
@@ -128,7 +119,7 @@ SwapTicket FileSwapper::read(const std::filesystem::path& path,
 }
 
 void FileSwapper::drop_deleted() {
-  impl_->core.check_process();
+  impl_->core.owner().check();
   std::shared_ptr<FileCache> files;
   {
     const MutexLock lock(impl_->mutex);
@@ -138,7 +129,7 @@ void FileSwapper::drop_deleted() {
 }
 
 FileSwapperStats FileSwapper::stats() const {
-  impl_->core.check_process();
+  impl_->core.owner().check();
   const MutexLock lock(impl_->mutex);
   const SwapCore::Counts counts = impl_->core.counts();
   return {.bytes_read = counts.bytes_in,

@@ -6,7 +6,6 @@
 
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/error.h"
-#include "torch_ext/base/process.h"
 #include "torch_ext/base/size.h"
 
 namespace torch_ext {
@@ -39,28 +38,14 @@ std::unique_ptr<BufferPool> make_pool(const char* what, const AioConfig& aio,
 
 }  // namespace
 
-void check_process(pid_t owner, const char* what) {
-  if (process_id() == owner) return;
-  throw StateError(std::string("this ") + what + " was created in process " +
-                   std::to_string(owner) +
-                   " and cannot be used in a forked child; create one in the "
-                   "child");
-}
-
 SwapCore::SwapCore(const char* what, const AioConfig& aio,
                    std::uint64_t host_memory)
     : what_(what),
-      owner_(process_id()),
+      owner_(what),
       pool_(make_pool(what, aio, host_memory)),
       thread_(std::make_unique<TransferThread>(
           *pool_, [this](const OperationPtr& operation) { ended(operation); },
           [this](std::string note) { add_note(std::move(note)); })) {}
-
-void SwapCore::check_process() const {
-  torch_ext::check_process(owner_, what_);
-}
-
-bool SwapCore::in_own_process() const { return owner_ == process_id(); }
 
 void SwapCore::check_open() const {
   if (closed_) throw StateError(std::string("this ") + what_ + " is closed");
@@ -77,7 +62,6 @@ OperationPtr SwapCore::make_operation(
   operation->bytes = std::move(bytes);
   operation->target = std::move(target);
   operation->retired = retired_;
-  operation->owner = owner_;
   operation->caller = this_caller();
   operation->start = operation->bytes.device->record(Device::Stream::kCurrent);
   return operation;
@@ -112,7 +96,7 @@ void SwapCore::add_note(std::string note) {
 }
 
 std::vector<std::string> SwapCore::notes() const {
-  check_process();
+  owner_.check();
   const MutexLock lock(mutex_);
   return notes_;
 }
@@ -131,8 +115,7 @@ SwapCore::Counts SwapCore::counts_locked() const {
 }
 
 std::exception_ptr SwapCore::close(const std::function<void()>& release) {
-  check_process();
-  const MutexLock lock(calls_);
+  const MutexLock lock(own_calls());
   if (closed_) return nullptr;
   closed_ = true;
   thread_.reset();

@@ -1,7 +1,5 @@
 #pragma once
 
-#include <sys/types.h>
-
 #include <cstdint>
 #include <exception>
 #include <functional>
@@ -10,6 +8,7 @@
 #include <vector>
 
 #include "base/mutex.h"
+#include "base/owner_process.h"
 #include "swap_operation.h"
 #include "torch_ext/config/aio_config.h"
 #include "torch_ext/memory/buffer_pool.h"
@@ -40,10 +39,7 @@ class SwapCore {
   SwapCore(const SwapCore&) = delete;
   SwapCore& operator=(const SwapCore&) = delete;
 
-  /// Called before any lock is taken: in a forked child, the lock's holder may
-  /// not exist. Errors: StateError.
-  void check_process() const;
-  bool in_own_process() const;
+  const OwnerProcess& owner() const { return owner_; }
   /// The lock of the calls. Their order is the order of the operations.
   Mutex& calls() RETURNS_MUTEX(calls_) { return calls_; }
   /// Takes calls(). It calls `before` if it has to wait for that.
@@ -79,8 +75,8 @@ class SwapCore {
   std::exception_ptr close(const std::function<void()>& release);
 
  private:
-  Mutex& own_calls() {
-    check_process();
+  Mutex& own_calls() RETURNS_MUTEX(calls_) {
+    owner_.check();
     return calls_;
   }
   void check_open() const REQUIRES(calls_);
@@ -88,7 +84,7 @@ class SwapCore {
   void ended(const OperationPtr& operation);
 
   const char* const what_;
-  const pid_t owner_;
+  const OwnerProcess owner_;
   UnseenErrors unseen_;
   std::shared_ptr<RetireList> retired_ = std::make_shared<RetireList>();
   Mutex calls_;
@@ -99,8 +95,5 @@ class SwapCore {
   std::unique_ptr<BufferPool> pool_ GUARDED_BY(mutex_);
   std::unique_ptr<TransferThread> thread_ GUARDED_BY(calls_);
 };
-
-/// Errors: StateError unless the calling process is `owner`.
-void check_process(pid_t owner, const char* what);
 
 }  // namespace torch_ext

@@ -1,7 +1,5 @@
 #pragma once
 
-#include <sys/types.h>
-
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -12,6 +10,7 @@
 #include <vector>
 
 #include "base/mutex.h"
+#include "base/owner_process.h"
 #include "io/fair_queue.h"
 #include "torch_ext/io/io_engine.h"
 #include "torch_ext/io/io_queue.h"
@@ -64,7 +63,7 @@ class SwapOperation : public FairQueue<SwapOperation>::Link {
   EventPtr start;  ///< The copy stream must wait for it; null once it does.
   std::shared_ptr<SwapTarget> target;
   std::shared_ptr<RetireList> retired;
-  pid_t owner = 0;
+  const OwnerProcess owner{"ticket"};
   IoPriority priority = IoPriority::kNow;
   std::uint64_t caller = 0;  ///< this_caller() of the call.
 

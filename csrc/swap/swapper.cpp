@@ -52,14 +52,14 @@ SwapTicket::SwapTicket(std::shared_ptr<SwapOperation> operation)
     : operation_(std::move(operation)) {}
 
 void SwapTicket::wait_source(Timeout timeout) const {
-  check_process(operation_->owner, "ticket");
+  operation_->owner.check();
   if (!operation_->out()) return;
   wait_for_ticket(*operation_, operation_->staged.ticket(), timeout);
   join_current_stream(*operation_);
 }
 
 void SwapTicket::wait(Timeout timeout) const {
-  check_process(operation_->owner, "ticket");
+  operation_->owner.check();
   if (operation_->out()) {
     wait_for_ticket(*operation_, operation_->ended.ticket(), timeout);
     return;
@@ -70,14 +70,14 @@ void SwapTicket::wait(Timeout timeout) const {
 }
 
 bool SwapTicket::wait_for(std::chrono::nanoseconds timeout) const {
-  check_process(operation_->owner, "ticket");
+  operation_->owner.check();
   const TicketSource& what =
       operation_->out() ? operation_->ended : operation_->staged;
   return what.ticket().wait_for(timeout);
 }
 
 bool SwapTicket::wait_source_for(std::chrono::nanoseconds timeout) const {
-  check_process(operation_->owner, "ticket");
+  operation_->owner.check();
   return !operation_->out() || operation_->ended.ticket().done() ||
          operation_->staged.ticket().wait_for(timeout);
 }
@@ -87,7 +87,7 @@ TimeoutError SwapTicket::timed_out(std::chrono::nanoseconds timeout) const {
 }
 
 bool SwapTicket::done() const {
-  check_process(operation_->owner, "ticket");
+  operation_->owner.check();
   return operation_->ended.ticket().done();
 }
 
@@ -140,16 +140,7 @@ Swapper::Swapper(const SwapperOptions& options)
     : impl_(std::make_unique<Impl>(options)) {}
 
 Swapper::~Swapper() {
-  if (!impl_->core.in_own_process()) {
-    // Threads, buffers and requests belong to the parent.
-    static_cast<void>(impl_.release());
-    return;
-  }
-  try {
-    close();
-  } catch (...) {
-    // A destructor has nobody to tell. close() has.
-  }
+  impl_->core.owner().end(impl_, [this] { close(); });
 }
 
 SwapTicket Swapper::swap_out(const std::string& key, DeviceBytes source,
@@ -221,7 +212,7 @@ std::vector<std::string> Swapper::keys() {
 }
 
 SwapperStats Swapper::stats() const {
-  impl_->core.check_process();
+  impl_->core.owner().check();
   const MutexLock lock(impl_->mutex);
   const SwapCore::Counts counts = impl_->core.counts();
   return {.bytes_out = counts.bytes_out,

@@ -38,7 +38,7 @@ class Buffer {
 /// Threads: any.
 class BufferPool {
  public:
-  /// `buffer_size` must be a multiple of 4096 (the page size).
+  /// `buffer_size` must be a multiple of page_size().
   /// Errors: std::invalid_argument; IoError ("mmap") when memory is refused.
   BufferPool(std::size_t buffer_size, std::size_t count);
   BufferPool(const BufferPool&) = delete;

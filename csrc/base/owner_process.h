@@ -1,0 +1,44 @@
+#pragma once
+
+#include <sys/types.h>
+
+#include <memory>
+
+#include "torch_ext/base/process.h"
+
+namespace torch_ext {
+
+/// The process that made an object. A child that was forked from it has a copy
+/// of the object, but not its threads.
+class OwnerProcess {
+ public:
+  /// `what`: the object in messages.
+  explicit OwnerProcess(const char* what) : what_(what) {}
+
+  /// Before any lock is taken: its holder may not exist in a forked child.
+  /// Errors: StateError in another process.
+  void check() const;
+
+  /// Ends an object that has an `impl`: by `close`, whose errors nobody hears.
+  /// In another process the threads, buffers and requests are the parent's, and
+  /// `impl` is left as it is.
+  template <typename Impl, typename Close>
+  void end(std::unique_ptr<Impl>& impl, Close close) const noexcept {
+    if (!is_this()) {
+      static_cast<void>(impl.release());
+      return;
+    }
+    try {
+      close();
+    } catch (...) {
+    }
+  }
+
+ private:
+  bool is_this() const noexcept { return process_id() == id_; }
+
+  const char* what_;
+  pid_t id_ = process_id();
+};
+
+}  // namespace torch_ext
