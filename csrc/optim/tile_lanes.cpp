@@ -327,12 +327,13 @@ void TileLanes::start_read(Tile& tile) {
   tile.state = Tile::State::kReading;
   tile.start = now();
   try {
-    store_.read(
-        tile.extent, 0, tile.buffer.bytes().first(tile.extent->padded_size()),
-        [this, &tile](std::exception_ptr error) {
-          read_ended(tile, std::move(error));
-        },
-        IoPriority::kPrefetch);
+    store_.read({.extent = tile.extent,
+                 .bytes = tile.buffer.bytes().first(tile.extent->padded_size()),
+                 .done =
+                     [this, &tile](std::exception_ptr error) {
+                       read_ended(tile, std::move(error));
+                     },
+                 .priority = IoPriority::kPrefetch});
     reading_.start(tile.start);
     ++in_flight_;
   } catch (...) {
@@ -346,11 +347,13 @@ void TileLanes::start_write(Tile& tile) {
   tile.start = now();
   try {
     store_.write(
-        tile.extent, 0, tile.buffer.bytes().first(tile.extent->padded_size()),
-        [this, &tile](std::exception_ptr error) {
-          write_ended(tile, std::move(error));
-        },
-        IoPriority::kWriteBack);
+        {.extent = tile.extent,
+         .bytes = tile.buffer.bytes().first(tile.extent->padded_size()),
+         .done =
+             [this, &tile](std::exception_ptr error) {
+               write_ended(tile, std::move(error));
+             },
+         .priority = IoPriority::kWriteBack});
     writing_.start(tile.start);
     ++in_flight_;
   } catch (...) {

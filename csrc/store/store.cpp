@@ -115,24 +115,15 @@ struct Store::Impl {
   std::uint64_t bytes_on(std::size_t drive, const Extent& extent) const;
   std::span<std::uint64_t> checksums_of(Extent& extent, std::uint64_t offset,
                                         std::uint64_t length) const;
-  void check(const Extent* extent, std::uint64_t offset,
-             std::span<const std::byte> bytes) const;
+  void check(const Request& request) const;
 
-  /// Bytes of an extent that lie side by side on one drive.
-  struct Run {
-    std::size_t drive;
-    std::uint64_t offset;  ///< In the drive's file.
-    std::span<std::byte> bytes;
-    std::span<std::uint64_t> checksums;
+  /// What one drive has to do for a request. The bytes lie side by side there.
+  struct Part {
+    IoQueue* queue;
+    IoOperation operation;
   };
-  std::vector<Run> runs_of(Extent& extent, std::uint64_t offset,
-                           std::span<std::byte> bytes) const;
-  /// Prepares an operation in the queue of the run's drive.
-  IoQueue::Prepared prepare(IoRequest::Op op, const Run& run, Done done,
-                            IoPriority priority, std::uint64_t caller);
-  Ticket submit(IoRequest::Op op, std::shared_ptr<Extent> extent,
-                std::uint64_t offset, std::span<std::byte> bytes, Done done,
-                IoPriority priority, std::uint64_t caller);
+  std::vector<Part> parts_of(IoRequest::Op op, const Request& request) const;
+  Ticket submit(IoRequest::Op op, Request request);
   void ended(IoRequest::Op op, Extent& extent, std::uint64_t length,
              const std::exception_ptr& error);
 
@@ -208,8 +199,8 @@ std::uint64_t Store::Impl::bytes_on(std::size_t drive,
          (stripes.drive_of(last - 1) == drive ? missing : 0);
 }
 
-void Store::Impl::check(const Extent* extent, std::uint64_t offset,
-                        std::span<const std::byte> bytes) const {
+void Store::Impl::check(const Request& request) const {
+  const auto& [extent, offset, bytes, done, priority, caller] = request;
   if (extent == nullptr || extent->store_.get() != this) {
     throw std::invalid_argument("store: the extent is not of this store");
   }
@@ -239,11 +230,14 @@ std::span<std::uint64_t> Store::Impl::checksums_of(Extent& extent,
   return std::span(extent.checksums_).subspan(first, last - first);
 }
 
-std::vector<Store::Impl::Run> Store::Impl::runs_of(
-    Extent& extent, std::uint64_t offset, std::span<std::byte> bytes) const {
-  std::vector<Run> runs;
-  std::uint64_t slot = extent.first_slot_ + offset / config.block_size;
-  for (std::size_t begin = 0; begin < bytes.size();) {
+std::vector<Store::Impl::Part> Store::Impl::parts_of(
+    IoRequest::Op op, const Request& request) const {
+  Extent& extent = *request.extent;
+  const std::span<std::byte> bytes = request.bytes;
+  std::vector<Part> parts;
+  std::uint64_t slot = extent.first_slot_ + request.offset / config.block_size;
+  std::size_t begin = 0;
+  do {
     const std::size_t drive = stripes.drive_of(slot);
     const std::uint64_t before =
         stripes.count(drive, extent.first_slot_, slot) * config.block_size;
@@ -252,62 +246,49 @@ std::vector<Store::Impl::Run> Store::Impl::runs_of(
       end += std::min<std::size_t>(config.block_size, bytes.size() - end);
       ++slot;
     } while (end < bytes.size() && stripes.drive_of(slot) == drive);
-    runs.push_back({drive, extent.offsets_[drive] + before,
-                    bytes.subspan(begin, end - begin),
-                    checksums_of(extent, offset + begin, end - begin)});
+    IoOperation part{
+        .op = op,
+        .file = drives[drive]->file,
+        // No bytes need no space.
+        .offset = bytes.empty() ? 0 : extent.offsets_[drive] + before,
+        .bytes = bytes.subspan(begin, end - begin),
+        .checksums = checksums_of(extent, request.offset + begin, end - begin),
+        .priority = request.priority,
+        .caller = request.caller};
+    parts.push_back({drives[drive]->queue, std::move(part)});
     begin = end;
-  }
-  return runs;
+  } while (begin < bytes.size());
+  return parts;
 }
 
-IoQueue::Prepared Store::Impl::prepare(IoRequest::Op op, const Run& run,
-                                       Done done, IoPriority priority,
-                                       std::uint64_t caller) {
-  IoOperation operation;
-  operation.op = op;
-  operation.file = drives[run.drive]->file;
-  operation.offset = run.offset;
-  operation.bytes = run.bytes;
-  operation.checksums = run.checksums;
-  operation.priority = priority;
-  operation.caller = caller;
-  operation.on_done = std::move(done);
-  return drives[run.drive]->queue->prepare(std::move(operation));
-}
-
-Ticket Store::Impl::submit(IoRequest::Op op, std::shared_ptr<Extent> extent,
-                           std::uint64_t offset, std::span<std::byte> bytes,
-                           Done done, IoPriority priority,
-                           std::uint64_t caller) {
-  check(extent.get(), offset, bytes);
-  Extent& target = *extent;
-  Done last = [this, op, length = bytes.size(), extent = std::move(extent),
-               done = std::move(done)](std::exception_ptr error) mutable {
+Ticket Store::Impl::submit(IoRequest::Op op, Request request) {
+  check(request);
+  std::vector<Part> parts = parts_of(op, request);
+  Done last = [this, op, length = request.bytes.size(),
+               extent = std::move(request.extent),
+               done =
+                   std::move(request.done)](std::exception_ptr error) mutable {
     ended(op, *extent, length, error);
     // Whoever hears of the end may count on the space being free.
     extent.reset();
     if (done) done(error);
   };
-  if (drives.size() == 1 || bytes.empty()) {
-    const Run run{0, bytes.empty() ? 0 : target.offsets_[0] + offset, bytes,
-                  checksums_of(target, offset, bytes.size())};
-    return drives[0]->queue->start(
-        prepare(op, run, std::move(last), priority, caller));
+  if (parts.size() == 1) {
+    parts[0].operation.on_done = std::move(last);
+    return parts[0].queue->submit(std::move(parts[0].operation));
   }
-  const std::vector<Run> runs = runs_of(target, offset, bytes);
-  const auto join = std::make_shared<Join>(runs.size(), std::move(last));
+  const auto join = std::make_shared<Join>(parts.size(), std::move(last));
   Ticket ticket = join->ticket();
   // All are started or none. If only some were started, this thread would have
   // to report the end, and it may hold a lock that `done` needs.
   std::vector<IoQueue::Prepared> prepared;
-  prepared.reserve(runs.size());
-  for (const Run& run : runs) {
-    prepared.push_back(prepare(
-        op, run, [join](std::exception_ptr error) { join->end(error); },
-        priority, caller));
+  prepared.reserve(parts.size());
+  for (auto& [queue, operation] : parts) {
+    operation.on_done = [join](std::exception_ptr error) { join->end(error); };
+    prepared.push_back(queue->prepare(std::move(operation)));
   }
-  for (std::size_t i = 0; i < runs.size(); ++i) {
-    drives[runs[i].drive]->queue->start(std::move(prepared[i]));
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    parts[i].queue->start(std::move(prepared[i]));
   }
   return ticket;
 }
@@ -407,21 +388,12 @@ Extent::~Extent() {
   }
 }
 
-Ticket Store::write(std::shared_ptr<Extent> extent, std::uint64_t offset,
-                    std::span<const std::byte> bytes, Done done,
-                    IoPriority priority, std::uint64_t caller) {
-  // The queue does not write through the pointer of a write.
-  std::span<std::byte> writable{const_cast<std::byte*>(bytes.data()),
-                                bytes.size()};
-  return impl_->submit(IoRequest::Op::kWrite, std::move(extent), offset,
-                       writable, std::move(done), priority, caller);
+Ticket Store::write(Request request) {
+  return impl_->submit(IoRequest::Op::kWrite, std::move(request));
 }
 
-Ticket Store::read(std::shared_ptr<Extent> extent, std::uint64_t offset,
-                   std::span<std::byte> bytes, Done done, IoPriority priority,
-                   std::uint64_t caller) {
-  return impl_->submit(IoRequest::Op::kRead, std::move(extent), offset, bytes,
-                       std::move(done), priority, caller);
+Ticket Store::read(Request request) {
+  return impl_->submit(IoRequest::Op::kRead, std::move(request));
 }
 
 const AioConfig& Store::config() const noexcept { return impl_->config; }

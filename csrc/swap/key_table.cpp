@@ -83,13 +83,11 @@ ChunkShape StoredValue::chunk(const std::byte* data, std::uint64_t,
 
 void StoredValue::start(const SwapOperation& operation, std::uint64_t offset,
                         std::span<std::byte> bytes, Done done) {
-  if (operation.out()) {
-    store_.write(extent_, offset, bytes, std::move(done), operation.priority,
-                 operation.caller);
-  } else {
-    store_.read(extent_, offset, bytes, std::move(done), operation.priority,
-                operation.caller);
-  }
+  Store::Request request{
+      extent_,         offset, bytes, std::move(done), operation.priority,
+      operation.caller};
+  operation.out() ? store_.write(std::move(request))
+                  : store_.read(std::move(request));
 }
 
 void KeyTable::add(const std::string& key,

@@ -7,6 +7,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "torch_ext/config/aio_config.h"
@@ -85,23 +86,41 @@ class Store {
   /// there is no fallocate.
   void check_room(std::uint64_t bytes) const;
 
-  /// Writes `bytes` at `offset` of the extent. `offset` is a multiple of
-  /// block_size; so is the length, unless it reaches to the end of
-  /// padded_size(). The address is a multiple of memory_alignment(). `bytes` is
-  /// borrowed until `done` has been called, on an I/O thread. `done` must not
-  /// block or throw. `caller`: as in IoOperation. Errors: std::invalid_argument
-  /// and std::bad_alloc from this call; then nothing has begun and `done` is
-  /// not called. Other errors come through `done` and the ticket.
+  /// What is to move to or from an extent.
+  struct Request {
+    std::shared_ptr<Extent> extent;
+    /// A multiple of block_size; so is the length, unless it reaches to the end
+    /// of padded_size().
+    std::uint64_t offset = 0;
+    /// The address is a multiple of memory_alignment(). Borrowed until `done`
+    /// has been called. A write does not change them.
+    std::span<std::byte> bytes = {};
+    /// Called on an I/O thread. It must not block or throw.
+    Done done = {};
+    IoPriority priority = IoPriority::kNow;  ///< As in IoOperation.
+    std::uint64_t caller = 0;                ///< Likewise.
+  };
+
+  /// Writes to an extent. Errors: std::invalid_argument and std::bad_alloc from
+  /// this call; then nothing has begun and `done` is not called. Other errors
+  /// come through `done` and the ticket.
+  Ticket write(Request request);
+  /// The same, for short.
   Ticket write(std::shared_ptr<Extent> extent, std::uint64_t offset,
-               std::span<const std::byte> bytes, Done done = {},
-               IoPriority priority = IoPriority::kNow,
-               std::uint64_t caller = 0);
+               std::span<const std::byte> bytes, Done done = {}) {
+    auto* const data = const_cast<std::byte*>(bytes.data());
+    return write(
+        {std::move(extent), offset, {data, bytes.size()}, std::move(done)});
+  }
 
   /// Reads what was written there, with the same rules. Bytes that do not match
   /// the checksum that write() kept are an EIO.
+  Ticket read(Request request);
+  /// The same, for short.
   Ticket read(std::shared_ptr<Extent> extent, std::uint64_t offset,
-              std::span<std::byte> bytes, Done done = {},
-              IoPriority priority = IoPriority::kNow, std::uint64_t caller = 0);
+              std::span<std::byte> bytes, Done done = {}) {
+    return read({std::move(extent), offset, bytes, std::move(done)});
+  }
 
   const AioConfig& config() const noexcept;
   /// Bytes to which extents are padded: a multiple of 4096.
