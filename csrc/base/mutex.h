@@ -5,8 +5,9 @@
 #include <mutex>
 #include <utility>
 
-// What a mutex protects and which functions want it held, as clang's analysis
-// reads it; tools/lint.sh has it checked. Nothing to other compilers.
+// These say what a mutex protects, and which functions want it held. clang's
+// analysis reads them, and tools/lint.sh runs it. They mean nothing to other
+// compilers.
 #ifdef __clang__
 #define TORCH_EXT_THREADS(attribute) __attribute__((attribute))
 #else
@@ -23,7 +24,7 @@
 
 namespace torch_ext {
 
-/// std::mutex, which has no such attributes.
+/// A std::mutex with these attributes, which libstdc++'s lacks.
 class TORCH_EXT_THREADS(capability("mutex")) Mutex {
  private:
   friend class MutexLock;
@@ -34,7 +35,7 @@ class TORCH_EXT_THREADS(capability("mutex")) Mutex {
 class SCOPED_LOCK MutexLock {
  public:
   explicit MutexLock(Mutex& mutex) ACQUIRE(mutex) : lock_(mutex.mutex_) {}
-  /// Calls `before` if it has to wait.
+  /// Takes the mutex. Calls `before` first if it has to wait.
   template <typename Before>
   MutexLock(Mutex& mutex, Before before) ACQUIRE(mutex)
       : lock_(mutex.mutex_, std::try_to_lock) {
@@ -52,8 +53,8 @@ class SCOPED_LOCK MutexLock {
   std::unique_lock<std::mutex> lock_;
 };
 
-/// std::condition_variable. What it waits for is a function with
-/// REQUIRES(mutex).
+/// A std::condition_variable for a MutexLock. `done`, which tells whether to go
+/// on, is a function with REQUIRES(mutex).
 class CondVar {
  public:
   void wait(MutexLock& lock) { changed_.wait(lock.lock_); }
@@ -64,7 +65,7 @@ class CondVar {
   void wait_for(MutexLock& lock, std::chrono::nanoseconds time) {
     changed_.wait_for(lock.lock_, time);
   }
-  /// False if the time was over first.
+  /// Returns false if the time was over first.
   template <typename Done>
   bool wait_for(MutexLock& lock, std::chrono::nanoseconds time, Done done) {
     return changed_.wait_for(lock.lock_, time, std::move(done));

@@ -12,16 +12,16 @@ namespace torch_ext {
 /// of the object, but not its threads.
 class OwnerProcess {
  public:
-  /// `what`: the object in messages.
+  /// `what` names the object in messages.
   explicit OwnerProcess(const char* what) : what_(what) {}
 
-  /// Before any lock is taken: its holder may not exist in a forked child.
-  /// Errors: StateError in another process.
+  /// Called before any lock is taken: in a forked child, the lock's holder may
+  /// not exist. Errors: StateError in another process.
   void check() const;
 
-  /// Ends an object that has an `impl`: by `close`, whose errors nobody hears.
-  /// In another process the threads, buffers and requests are the parent's, and
-  /// `impl` is left as it is.
+  /// Ends an object that has an `impl`, by `close`. Nobody hears of errors of
+  /// `close`. In another process, threads, buffers and requests belong to the
+  /// parent, so `impl` is left as it is.
   template <typename Impl, typename Close>
   void end(std::unique_ptr<Impl>& impl, Close close) const noexcept {
     if (!is_this()) {

@@ -15,7 +15,7 @@ namespace torch_ext {
 /// "no room now". Its owner tries again later, for a limited time.
 constexpr int kMaxInterruptions = 100;
 
-/// Moves as many completions as `out` has room for; returns how many.
+/// Moves as many completions as `out` has room for. Returns how many.
 inline std::size_t take_first(std::vector<IoCompletion>& from,
                               std::span<IoCompletion> out) {
   const std::size_t count = std::min(out.size(), from.size());

@@ -58,7 +58,7 @@ class IoBacklog {
   void close();
 
  private:
-  /// Workers that wait for take().
+  /// The workers that wait in take().
   class Sleepers final : public Wakeable {
    public:
     void wake() noexcept override { changed.notify_one(); }
@@ -67,8 +67,8 @@ class IoBacklog {
   };
 
   void remove(RunningOperation* operation) REQUIRES(mutex_);
-  /// Null if nobody waits. It is woken without the lock, since it would wait
-  /// for that at once.
+  /// The worker to wake, or null if nobody waits. Wake it without the lock,
+  /// since it would wait for the lock at once.
   Wakeable* next_to_wake() REQUIRES(mutex_);
 
   IoCounters counters_;  ///< For what ends without a worker.

@@ -103,7 +103,7 @@ class OptimizerOffload::Impl {
   void release(std::size_t number) REQUIRES(calls);
   void finish_open_step() REQUIRES(calls);
   void give_up_open_step() REQUIRES(calls);
-  /// On the updater's thread too, without `calls`.
+  /// Called on the updater's thread too, which does not hold `calls`.
   void show(const Tile& tile, bool fresh,
             UpdateKernel& kernel) UNCHECKED_THREADS;
   BufferPool* scratch_pool();
@@ -128,8 +128,8 @@ class OptimizerOffload::Impl {
   const std::uint64_t wanted_tile_bytes;  ///< 0: by a rule.
   const TilePlan plan;
   std::unique_ptr<BufferPool> pool GUARDED_BY(calls);
-  /// While a step is open the updater reads it with the mutex below, and a call
-  /// that changes it holds both.
+  /// While a step is open, the updater reads them with the mutex below. A call
+  /// that changes them holds both.
   std::vector<Parameter> parameters GUARDED_BY(calls);
   Mutex parameters_mutex;
   std::unique_ptr<BufferPool> scratch GUARDED_BY(parameters_mutex);

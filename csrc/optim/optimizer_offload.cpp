@@ -220,7 +220,7 @@ void OptimizerOffload::Impl::pin(BufferPool& memory,
   notes.push_back(why_not);
 }
 
-/// Null where kernels want none.
+/// The scratch of the kernels. Null if they want none.
 BufferPool* OptimizerOffload::Impl::scratch_pool() {
   const MutexLock lock(parameters_mutex);
   if (scratch == nullptr && scratch_bytes > 0) {

@@ -237,7 +237,7 @@ Tile* TileLanes::ready_tile() {
   return nullptr;
 }
 
-// Its visit has failed.
+// Ends the visit of a tile that has failed.
 void TileLanes::give_up(Tile& tile, std::exception_ptr error) {
   fail(std::move(error), round_.write);
   if (tile.in_memory && !round_.write) {

@@ -20,7 +20,8 @@ class Updater {
     thread_.join();
   }
 
-  /// An empty one ends the thread. REQUIRES: The last one has ended.
+  /// Starts a job. An empty one ends the thread. REQUIRES: the last job has
+  /// ended.
   void start(Job job) {
     const MutexLock lock(mutex_);
     job_ = std::move(job);

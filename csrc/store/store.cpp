@@ -5,18 +5,20 @@
 // the blocks of an extent go to the drives in turn, and in each drive's file
 // they lie side by side: an extent has one offset for each drive.
 //
-// A read or write walks through the slots of its bytes, and makes a run of
-// neighbours on the same drive. Each run is one operation in the queue of its
-// drive. With several runs, Join counts their ends and reports the first error.
-// With one drive there is one run, and no Join. All operations are prepared
-// before the first is started, so that all start or none.
+// A read or write walks through the slots of its bytes, and cuts them into
+// parts that lie side by side on one drive. Each part is one operation in the
+// queue of its drive. With several parts, Join counts their ends and reports
+// the first error. With one drive there is one part, and no Join. All
+// operations are prepared before the first is started, so that all start or
+// none.
 //
 // Each block has a checksum in the extent. The I/O threads write it when they
 // write the block, and compare it when they read the block.
 //
-// Drives on the same block device share a queue. A drive's file grows by at
-// least 16 MiB at a time, with its space reserved. Freed space goes back to the
-// drive's SpaceMap; space whose write failed with EIO is never used again.
+// Drives on the same block device share a queue. A drive's file grows in steps
+// of 16 MiB where there is room, with its space reserved. Freed space goes back
+// to the drive's SpaceMap. Space whose write failed with EIO is never used
+// again.
 
 #include "torch_ext/store/store.h"
 
@@ -249,7 +251,7 @@ std::vector<Store::Impl::Part> Store::Impl::parts_of(
     IoOperation part{
         .op = op,
         .file = drives[drive]->file,
-        // No bytes need no space.
+        // Without bytes there may be no space.
         .offset = bytes.empty() ? 0 : extent.offsets_[drive] + before,
         .bytes = bytes.subspan(begin, end - begin),
         .checksums = checksums_of(extent, request.offset + begin, end - begin),

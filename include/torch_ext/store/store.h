@@ -37,7 +37,7 @@ struct StoreOptions {
 /// Counters since the store was made.
 struct StoreStats {
   std::uint64_t bytes_read = 0;     ///< Padded; of operations that ended well.
-  std::uint64_t bytes_written = 0;  ///< Likewise.
+  std::uint64_t bytes_written = 0;  ///< As in IoOperation.
   std::uint64_t read_ops = 0;
   std::uint64_t write_ops = 0;
   std::uint64_t allocated = 0;  ///< Bytes in living extents, padded.
@@ -86,26 +86,26 @@ class Store {
   /// there is no fallocate.
   void check_room(std::uint64_t bytes) const;
 
-  /// What is to move to or from an extent.
+  /// What shall move to or from an extent.
   struct Request {
     std::shared_ptr<Extent> extent;
     /// A multiple of block_size; so is the length, unless it reaches to the end
     /// of padded_size().
     std::uint64_t offset = 0;
-    /// The address is a multiple of memory_alignment(). Borrowed until `done`
-    /// has been called. A write does not change them.
+    /// The address is a multiple of memory_alignment(). The bytes are borrowed
+    /// until `done` has been called. A write does not change them.
     std::span<std::byte> bytes = {};
     /// Called on an I/O thread. It must not block or throw.
     Done done = {};
     IoPriority priority = IoPriority::kNow;  ///< As in IoOperation.
-    std::uint64_t caller = 0;                ///< Likewise.
+    std::uint64_t caller = 0;                ///< As in IoOperation.
   };
 
   /// Writes to an extent. Errors: std::invalid_argument and std::bad_alloc from
   /// this call; then nothing has begun and `done` is not called. Other errors
   /// come through `done` and the ticket.
   Ticket write(Request request);
-  /// The same, for short.
+  /// The same, with default priority and caller.
   Ticket write(std::shared_ptr<Extent> extent, std::uint64_t offset,
                std::span<const std::byte> bytes, Done done = {}) {
     auto* const data = const_cast<std::byte*>(bytes.data());
@@ -116,7 +116,7 @@ class Store {
   /// Reads what was written there, with the same rules. Bytes that do not match
   /// the checksum that write() kept are an EIO.
   Ticket read(Request request);
-  /// The same, for short.
+  /// The same, with default priority and caller.
   Ticket read(std::shared_ptr<Extent> extent, std::uint64_t offset,
               std::span<std::byte> bytes, Done done = {}) {
     return read({std::move(extent), offset, bytes, std::move(done)});
