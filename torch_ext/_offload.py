@@ -63,6 +63,7 @@ class OffloadedBase(torch.optim.Optimizer):
 
         State belongs to its parameter: taking the parameter out of all groups leaves it.
         """
+        self._state.follow()
         return self._state
 
     @state.setter
@@ -196,6 +197,13 @@ class OffloadedBase(torch.optim.Optimizer):
             if error is None:
                 raise
             _logger.exception("closing an %s after another error", type(self).__name__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As torch.optim's, which assigns what it is given."""
+        rest = {name: value for name, value in state.items() if name != "state"}
+        super().__setstate__(rest)
+        if "state" in state:
+            self.state = state["state"]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import ItemsView, Iterable, Iterator, Mapping, MutableMapping, ValuesView
 from typing import Any, Protocol
 
@@ -27,8 +27,10 @@ from torch import Tensor
 
 from torch_ext._native import _C
 
-#: How many references a dict has that only an entry holds: the entry's, and the call's.
+#: How many references a thing has that only an entry holds: the entry's, and the call's.
 _OWN_REFERENCES = 2
+#: Dicts whose owner may put something into them after he has assigned them.
+_FILLED = (dict, defaultdict, OrderedDict)
 
 
 class Owner(Protocol):
@@ -90,7 +92,8 @@ class _Handle:
 
     @property
     def released(self) -> bool:
-        return _is_released(self.alias)
+        is_held = self._is_read and sys.getrefcount(self.alias) > _OWN_REFERENCES
+        return not is_held and _is_released(self.alias)
 
 
 def _is_released(tensor: Tensor) -> bool:
@@ -188,6 +191,18 @@ class ParameterState(_Plain, MutableMapping, dict):  # type: ignore[misc]
         home = None if self._home is None else self._home()
         return None if home is None else home._owner()
 
+    def _follow(self) -> None:
+        """Takes what was put into a dict, or taken out, after it was assigned."""
+        if self._source is None:
+            return
+        mapping, seen = self._source
+        self._source = (mapping, dict(mapping))
+        for name in (seen.keys() - mapping.keys()) & self.keys():
+            del self[name]
+        for name, value in mapping.items():
+            if name not in seen or seen[name] is not value:
+                self[name] = value
+
     def _touch(self) -> OptimizerState:
         home = self._home()
         home._active[id(self)] = self
@@ -240,8 +255,9 @@ class ParameterState(_Plain, MutableMapping, dict):  # type: ignore[misc]
         if name not in self._handles:
             owner._check_between_steps(f"state[...][{name!r}]")
             self._touch()
-            self._handles[name] = _Handle(owner._read_state(self._parameter, name), True)
-        return owner._like(self._parameter, self._handles[name].alias.detach())
+            read = owner._read_state(self._parameter, name)
+            self._handles[name] = _Handle(owner._like(self._parameter, read), True)
+        return self._handles[name].alias
 
     def __setitem__(self, name: str, value: Any) -> None:
         owner = self._owner()
@@ -255,12 +271,33 @@ class ParameterState(_Plain, MutableMapping, dict):  # type: ignore[misc]
         self._values[name] = value
 
     def _is_as_it_is(self, name: str, value: Any, shown: dict[str, Any]) -> bool:
-        """Whether the value is what a loop over items has found."""
+        """Whether the value is what a loop over items has found.
+
+        Raises:
+            ValueError: The tensors of another step were looked for in such a loop.
+        """
         if value is None:
+            if shown.get(name, 0) is None and self._has_other_numbers(shown):
+                raise self._no_tensor(name)
             return isinstance(self._values.get(name, shown.get(name, 0)), Tensor | None)
         if name in self._values:
-            return False
+            return value is self._values[name]
         return shown.get(name) is not None and _same_number(value, shown[name])
+
+    def _has_other_numbers(self, shown: dict[str, Any]) -> bool:
+        return any(
+            not _same_number(self._values.get(name, number), number)
+            for name, number in shown.items()
+            if number is not None
+        )
+
+    def _no_tensor(self, name: str) -> ValueError:
+        owner = self._owner()
+        label = "a parameter" if owner is None else owner._label_of(self._parameter)
+        return ValueError(
+            f"the state of {label} is assigned other numbers, and None for {name!r}, as a "
+            f"loop over items() shows each tensor: read it by its name, state[p][{name!r}]"
+        )
 
     def __delitem__(self, name: str) -> None:
         owner, shown = self._owner(), self._shown()
@@ -287,11 +324,11 @@ class ParameterState(_Plain, MutableMapping, dict):  # type: ignore[misc]
             self._values = dict(mapping)
             return
         shown, own = owner._state_of(self._parameter) or {}, self._own()
-        values = {
-            name: value
-            for name, value in mapping.items()
-            if not (name in own and self._is_as_it_is(name, value, shown))
-        }
+        values = self._changed_by(mapping)
+        if any(shown.get(name) is not None for name in values):
+            for name in mapping.keys() & own:
+                if mapping[name] is None and shown.get(name, 0) is None:
+                    raise self._no_tensor(name)
         gone = shown.keys() - mapping.keys()
         if gone or values.keys() & own:
             owner._check_between_steps("changing state")
@@ -306,8 +343,23 @@ class ParameterState(_Plain, MutableMapping, dict):  # type: ignore[misc]
         watched = mapping.keys() - values.keys() if shown else ()
         self._handles = {n: h for n, h in self._handles.items() if n in watched}
         self._source = None
-        if type(mapping) is dict:
-            self._source = (mapping, _identities(mapping))
+        if type(mapping) in _FILLED:
+            self._source = (mapping, dict(mapping))
+
+    def _changed_by(self, mapping: Mapping[str, Any]) -> dict[str, Any]:
+        """What of it is not as it is."""
+        owner = self._owner()
+        shown, own = owner._state_of(self._parameter) or {}, self._own()
+        return {
+            name: value
+            for name, value in mapping.items()
+            if not (name in own and self._is_as_it_is(name, value, shown))
+        }
+
+    def _let_source_go(self) -> None:
+        """If nobody else has it: nothing can be put into it then."""
+        if self._source is not None and sys.getrefcount(self._source[0]) <= _OWN_REFERENCES:
+            self._source = None
 
     # What waits to be written --------------------------------------------------------
 
@@ -320,12 +372,11 @@ class ParameterState(_Plain, MutableMapping, dict):  # type: ignore[misc]
         Raises:
             ValueError: A part of the state was deleted.
         """
-        if self._source is not None and self._source[1] != _identities(self._source[0]):
-            self._replace(self._source[0])  # It was filled after it was assigned.
-        self._source = None
+        self._follow()
+        self._let_source_go()
         for name, handle in list(self._handles.items()):
             if handle.changed:
-                self._values[name] = self._handles.pop(name).alias
+                self._values[name] = self._handles.pop(name).alias.detach()
             elif handle.released:
                 del self._handles[name]
         if lacks := self._gone - self._values.keys():
@@ -344,15 +395,15 @@ class ParameterState(_Plain, MutableMapping, dict):  # type: ignore[misc]
 
     def _settle(self, owner: Owner) -> None:
         """Writes what nobody else holds any more. It would take memory until the step."""
-        if self._source is not None and sys.getrefcount(self._source[0]) > _OWN_REFERENCES:
+        self._follow()
+        self._let_source_go()
+        if self._source is not None:
             return
         for name, handle in list(self._handles.items()):
             if handle.released:
                 if handle.changed:
-                    self._values[name] = handle.alias
+                    self._values[name] = handle.alias.detach()
                 del self._handles[name]
-        if self._source is not None:
-            self._source = None
         pending = self._pending(owner._own_names(self._parameter))
         tensors = [value for value in pending.values() if isinstance(value, Tensor)]
         if tensors and not self._gone - self._values.keys() and all(map(_is_released, tensors)):
@@ -394,6 +445,8 @@ class OptimizerState(_Plain, MutableMapping, defaultdict):  # type: ignore[misc]
         state._others = {}  # By other keys.
         state._active = {}  # Entries with something to write or to watch.
         state._stale = []  # Handles from before a step, with parameter and name.
+        state._source = None  # A dict that was assigned, and what was in it.
+        state._writes = False
         return state
 
     def _owner(self) -> Owner | None:
@@ -426,7 +479,9 @@ class OptimizerState(_Plain, MutableMapping, defaultdict):  # type: ignore[misc]
             return self._others.setdefault(key, {})
         if key not in self._entries:
             self._entries[key] = ParameterState._of(self, key)
-        return self._entries[key]
+        entry = self._entries[key]
+        entry._follow()
+        return entry
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if not isinstance(key, Tensor):
@@ -446,7 +501,32 @@ class OptimizerState(_Plain, MutableMapping, defaultdict):  # type: ignore[misc]
                 self._entries[key] = value
                 return
             value = value.copy()  # One parameter's state is assigned to another.
+        entry = self[key]
+        changed = entry._changed_by(value).keys() & entry._own()
+        if changed or entry._shown().keys() - value.keys():
+            del entry
+            self._hand_over(key)
         self[key]._replace(value)
+
+    def _hand_over(self, key: Tensor) -> None:
+        """Who has an entry that is replaced goes on with what it is now."""
+        old = self._entries[key]
+        self._entries[key] = new = ParameterState._of(self, key)
+        new._values, new._gone = dict(old._values), set(old._gone)
+        new._handles, new._source = dict(old._handles), old._source
+        if (active := self._active.pop(id(old), None)) is not None:
+            self._active[id(new)] = new
+        entry = weakref.ref(old)
+        del old, active
+        if (held := entry()) is not None:
+            try:
+                values = held.copy()
+            except BaseException:
+                self._active.pop(id(new), None)
+                self._entries[key] = self._active[id(held)] = held
+                raise
+            self._active.pop(id(held), None)
+            held._detach(values)
 
     def __delitem__(self, key: Any) -> None:
         if not isinstance(key, Tensor):
@@ -475,14 +555,33 @@ class OptimizerState(_Plain, MutableMapping, defaultdict):  # type: ignore[misc]
         self._drop([key for key in self if isinstance(key, Tensor)])
         self._others.clear()
         self._stale.clear()
+        self._source = None
 
     def _become(self, mapping: Mapping[Any, Any]) -> None:
         """Takes a mapping that is assigned to ``optimizer.state``."""
+        self._source = None
         given = {key: mapping[key] for key in mapping}
         self._drop([key for key in self if isinstance(key, Tensor) and key not in given])
         self._others.clear()
         for key, value in given.items():
             self[key] = value
+        if type(mapping) in _FILLED:
+            self._source = (mapping, given)
+
+    def follow(self) -> None:
+        """Takes what was put into a dict, or taken out, after it was assigned."""
+        if self._source is None:
+            return
+        mapping, seen = self._source
+        self._source = (mapping, dict(mapping))
+        for key in (seen.keys() - mapping.keys()) & self.keys():
+            del self[key]
+        for key, value in mapping.items():
+            if key not in seen or seen[key] is not value:
+                self[key] = value
+        del mapping
+        if sys.getrefcount(self._source[0]) <= _OWN_REFERENCES:
+            self._source = None
 
     def _drop(self, parameters: list[Tensor]) -> None:
         owner = self._owner()
@@ -515,8 +614,17 @@ class OptimizerState(_Plain, MutableMapping, defaultdict):  # type: ignore[misc]
 
     def _sweep(self, current: ParameterState) -> None:
         owner = self._owner()
-        if owner is None or len(self._active) < 2 or not owner._is_between_steps():
+        if owner is None or self._writes or len(self._active) < 2:
             return
+        if not owner._is_between_steps():
+            return
+        self._writes = True
+        try:
+            self._settle_all(owner, current)
+        finally:
+            self._writes = False
+
+    def _settle_all(self, owner: Owner, current: ParameterState) -> None:
         for key, entry in list(self._active.items()):
             if entry is current or not owner._takes_part(entry._parameter):
                 continue
@@ -539,14 +647,22 @@ class OptimizerState(_Plain, MutableMapping, defaultdict):  # type: ignore[misc]
         if owner is None:
             return
         self._check_stale()
+        self.follow()
+        self._writes = True
+        try:
+            self._write_all(owner)
+        finally:
+            self._writes = False
+
+    def _write_all(self, owner: Owner) -> None:
         changes = []
         for key, entry in list(self._active.items()):
             if not owner._takes_part(entry._parameter):
                 continue
             if pending := entry._collect(owner):
                 changes.append((entry, pending))
-            elif not entry._handles:
-                del self._active[key]
+            elif not entry._handles and entry._source is None:
+                self._active.pop(key, None)
         if not changes:
             return
         owner._change_states([(entry._parameter, pending) for entry, pending in changes])
@@ -595,7 +711,7 @@ class OptimizerState(_Plain, MutableMapping, defaultdict):  # type: ignore[misc]
         """Called after a load. Keeps only the keys of others that were loaded."""
         for entry in list(self._entries.values()):
             entry._detach({})
-        self._entries, self._active, self._stale = {}, {}, []
+        self._entries, self._active, self._stale, self._source = {}, {}, [], None
         self._others = dict(others)
         for parameter, values in foreign.items():
             self[parameter]._values.update(values)
@@ -618,7 +734,3 @@ def _share_memory(one: Tensor, other: Tensor) -> bool:
     if one.layout != torch.strided or other.layout != torch.strided:
         return False
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-
-
-def _identities(mapping: Mapping[Any, Any]) -> dict[Any, int]:
-    return {key: id(value) for key, value in mapping.items()}

@@ -230,6 +230,45 @@ def _filled_after_it_was_assigned(o, params):
     filled["exp_avg_sq"] = torch.full_like(params[1], 0.01)
 
 
+def _filled_in_turn(o, params):
+    for p in params:
+        filled = {}
+        o.state[p] = filled
+        filled["step"] = torch.tensor(7.0)
+        filled["exp_avg"] = torch.ones_like(p)
+        filled["exp_avg_sq"] = torch.full_like(p, 0.01)
+
+
+def _replaced_in_what_was_assigned(o, params):
+    entries = {p: copy.deepcopy(o.state[p]) for p in params}
+    o.state.update(entries)
+    for p in params:
+        for value in (1.0, 0.5):  # The second may be where the first was.
+            entries[p]["exp_avg"] = torch.full_like(p, value)
+    entries[params[1]]["exp_avg_sq"].mul_(2)
+
+
+def _filled_as_a_whole(o, params):
+    entries = o.state = defaultdict(dict, {params[0]: copy.deepcopy(o.state[params[0]])})
+    for p in params[1:]:
+        entries[p].update(step=torch.tensor(2.0), exp_avg=torch.ones_like(p))
+        entries[p]["exp_avg_sq"] = torch.full_like(p, 0.01)
+    entries[params[0]]["step"] = torch.tensor(1.0)
+
+
+def _given_other_memory(o, params):
+    for p in params:
+        read = o.state[p]["exp_avg"]
+        assert read is o.state[p]["exp_avg"]
+        read.data = torch.full_like(p, 0.125)
+        o.state[p]["exp_avg_sq"].data = torch.full_like(p, 0.01)
+
+
+def _set_by_setstate(o, params):
+    entries = {p: copy.deepcopy(o.state[p]) for p in params[1:]}
+    o.__setstate__({"state": defaultdict(dict, entries)})
+
+
 CHANGES = [
     _assign_zeros,
     _assign_others,
@@ -242,6 +281,11 @@ CHANGES = [
     _after_it_was_assigned,
     _whole_entries,
     _filled_after_it_was_assigned,
+    _filled_in_turn,
+    _replaced_in_what_was_assigned,
+    _filled_as_a_whole,
+    _given_other_memory,
+    _set_by_setstate,
 ]
 
 
@@ -385,6 +429,73 @@ def test_who_assigns_what_is_there_changes_nothing(both, kind, nothing, monkeypa
     monkeypatch.undo()
     pair.steps(2, first=3)
     assert pair.differences() == []
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "update", "Adam"])
+def test_who_holds_an_entry_that_is_replaced_goes_on_with_it(both, kind):
+    pair = both(kind, lr=1e-2, sizes=[5000, 5000, 30])
+    pair.steps(3)
+
+    def put_aside(o, params):
+        entry = o.state[params[2]]
+        before = entry["exp_avg"].clone()
+        o.state[params[2]] = {}
+        kept.append(entry)
+        assert torch.equal(entry["exp_avg"], before)
+
+    def exchange(o, params):
+        one, other = params[:2]
+        o.state[one], o.state[other] = o.state[other], o.state[one]
+
+    def put_back(o, params):
+        o.state[params[2]] = kept.pop(0)
+
+    kept = []
+    for action in (put_aside, exchange, put_back, exchange):
+        pair.do(action)
+        assert pair.differences() == []
+        pair.steps(2, first=3)
+        assert pair.differences() == []
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "update", "Adam"])
+def test_a_dict_that_was_assigned_counts_also_after_a_step(both, kind):
+    pair = both(kind, lr=1e-2)
+    pair.steps(2)
+    entries = {}
+
+    def assign(o, params):
+        for p in params:
+            entries[p] = o.state[p] = copy.deepcopy(dict(o.state[p]))
+
+    def change(o, params):
+        entries[params[0]]["exp_avg"] = torch.full_like(params[0], 0.5)
+        entries[params[1]].clear()
+
+    for action in (assign, change):
+        pair.do(action)
+        pair.steps(2, first=2)
+    assert pair.differences() == []
+
+
+@pytest.mark.parametrize(
+    "put_back",
+    [
+        lambda state, p, saved: state[p].update(saved),
+        lambda state, p, saved: state.update({p: saved}),
+        lambda state, p, saved: [state[p].__setitem__(*item) for item in saved.items()],
+    ],
+)
+@pytest.mark.parametrize("kind", ["AdamW", "Adam"])
+def test_what_a_loop_showed_before_a_step_is_no_state_to_go_back_to(both, kind, put_back):
+    pair = both(kind, lr=1e-2)
+    pair.steps(2)
+    p = pair.ours[1]
+    saved = dict(pair.a.state[p].items())
+    pair.steps(1, first=2)
+    place = r"the state of param_groups\[0\]\['params'\]\[1\]"
+    with pytest.raises(ValueError, match=f"^{place} is assigned other numbers, and None for"):
+        put_back(pair.a.state, p, saved)
 
 
 KEEP = torch.arange(300) % 3 != 0
