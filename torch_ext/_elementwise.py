@@ -60,7 +60,7 @@ class Piece:
     ``attributes`` are those that somebody has set on the parameter.
     """
 
-    __slots__ = ("gradient", "parameter", "state", "values")
+    __slots__ = ("_attributes", "gradient", "parameter", "state", "values")
 
     def __init__(
         self,
@@ -73,20 +73,33 @@ class Piece:
         self.gradient = gradient
         self.parameter = values.detach().requires_grad_()
         self.parameter.grad = gradient
-        if attributes:
-            self.parameter.__dict__.update(attributes)
+        self._attributes = dict(attributes or {})
+        self.parameter.__dict__.update(self._attributes)
         #: None before the first step.
         self.state = state
 
     def finish(self, state: State) -> None:
         self.state = state
-        if self.parameter.data_ptr() != self.values.data_ptr():
-            self.values.copy_(self.parameter)  # The class gave it other memory: p.data = ...
+        now, before = self.parameter.__dict__, self._attributes
+        for name in {**now, **before}:
+            if name not in now or name not in before or now[name] is not before[name]:
+                raise PieceError(f"it changes p.{name} of its parameters. {CARRIED}")
         gradient = self.parameter.grad
+        if (gradient is None) != (self.gradient is None):
+            raise PieceError("it takes gradients away, or gives some: p.grad = ...")
+        # They may have been given other memory: p.data = ... That may be each other's, or
+        # a state's, as of a class that swaps averages with values.
+        moved = []
+        if self.parameter.data_ptr() != self.values.data_ptr():
+            moved.append((self.values, self.parameter.detach()))
         if gradient is not self.gradient:
-            if gradient is None or self.gradient is None:
-                raise PieceError("it takes gradients away, or gives some: p.grad = ...")
-            self.gradient.copy_(gradient)
+            moved.append((self.gradient, gradient))
+        several = len(moved) > 1
+        for there, values in [(there, v.clone() if several else v) for there, v in moved]:
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.data_ptr() == there.data_ptr():
+                    state[name] = value.clone()
+            there.copy_(values)
 
 
 class PieceOptimizer:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch_ext._elementwise import Kept, Piece, PieceError, PieceOptimizer, State
 from torch_ext._native import _C
 from torch_ext._undisturbed import one_thread
-from torch_ext._values import copied, differing
+from torch_ext._values import copied, differing, same
 from torch_ext.config import AioConfig
 
 #: The name of the float32 master of a 16-bit parameter in a state_dict().
@@ -106,7 +106,9 @@ class _Work:
     kept: Kept
     group: int = 0
     gradient: Any = None
-    #: The gradient to write to, if the class does that and pieces are no views of it.
+    #: Whether pieces are copies of the gradient's elements.
+    gradient_is_copied: bool = False
+    #: The gradient to write to, if the class does that and pieces are copies.
     written_gradient: Tensor | None = None
     sources: dict[str, Any] = field(default_factory=dict)
     scalars: State | None = None
@@ -248,7 +250,9 @@ class PieceEngine:
                     torch.autograd.graph.increment_version(parameter)
                 if gradient is not None:
                     work.gradient = _C.OrderedReader(gradient, parameter)
-                    work.written_gradient = _not_in_place(gradient, parameter, group.kept)
+                    work.gradient_is_copied = _is_copied(gradient, parameter)
+                    if work.gradient_is_copied and group.kept.writes_gradients:
+                        work.written_gradient = gradient
         try:
             with one_thread():
                 self._optimizer.begin()
@@ -494,7 +498,7 @@ class PieceEngine:
 class _TilePiece:
     """Elements of a parameter whose state is in a tile."""
 
-    __slots__ = ("count", "fields", "first", "gradient", "here", "work")
+    __slots__ = ("count", "fields", "first", "gradient", "here", "version", "work")
 
     def __init__(self, work: _Work, first: int, count: int, fields: list[Tensor]) -> None:
         self.work = work
@@ -503,6 +507,7 @@ class _TilePiece:
         self.fields = fields
         self.here: Tensor | None = None
         self.gradient: Tensor | None = None
+        self.version = 0
 
     def joins(self, other: _TilePiece) -> bool:
         """Whether one call may update this piece and the other."""
@@ -514,6 +519,7 @@ class _TilePiece:
         work = self.work
         if work.gradient is not None:
             self.gradient = work.gradient.read(self.first, self.count).float()
+            self.version = self.gradient._version
         own = work.slot.scalars
         state = None
         if own is not None:
@@ -543,6 +549,7 @@ class _TilePiece:
             raise RuntimeError(
                 f"{name} keeps {list(state)} but {list(work.kept.names)} in the trial"
             )
+        moved = []
         for key, values in zip(work.kept.fields, self.fields, strict=False):
             if state[key].dtype != values.dtype:
                 raise RuntimeError(
@@ -550,10 +557,17 @@ class _TilePiece:
                     f"of dtype {values.dtype}"
                 )
             if state[key].data_ptr() != values.data_ptr():
-                values.copy_(state[key])
-        work.scalars = {k: v for k, v in state.items() if k not in work.kept.fields}
+                moved.append((values, state[key]))
+        # A class may have swapped them: each is read before any is written.
+        places = {values.data_ptr() for values, _ in moved} if len(moved) > 1 else ()
+        read = [made.clone() if made.data_ptr() in places else made for _, made in moved]
+        for (values, _), made in zip(moved, read, strict=True):
+            values.copy_(made)
+        self._store_numbers({k: v for k, v in state.items() if k not in work.kept.fields})
         if work.written_gradient is not None:
             _write(work.written_gradient, work.parameter, self.first, self.gradient)
+        elif work.gradient_is_copied and self.gradient._version != self.version:
+            raise PieceError("it writes to gradients, which it did not in the trial")
         here = self.here
         if here.dtype == torch.bfloat16:
             _C.split_master(piece.values, here, self.fields[-1])
@@ -565,6 +579,18 @@ class _TilePiece:
             first = there.storage_offset() + self.first
             with torch.inference_mode(there.is_inference()):
                 there.as_strided((self.count,), (1,), first).copy_(here)
+
+    def _store_numbers(self, numbers: State) -> None:
+        """All pieces of a parameter must have the same."""
+        before = self.work.scalars
+        for name in numbers if before is not None else ():
+            if _agree(numbers[name], before[name]):
+                continue
+            raise PieceError(
+                f"it has written something else to the state {name!r} with other pieces of a "
+                f"parameter, which it did not in the trial"
+            )
+        self.work.scalars = numbers
 
     def shown(self) -> dict[str, Tensor]:
         """Returns what a state_dict() has of the piece, by name."""
@@ -612,13 +638,19 @@ def _kind_of(parameter: Tensor) -> tuple[Any, ...]:
     return parameter.dtype, sizes, strides if parameter.numel() else []
 
 
-def _not_in_place(gradient: Tensor, parameter: Tensor, kept: Kept) -> Tensor | None:
-    """Returns the gradient, if the class writes to gradients and pieces are no views of it."""
-    if not kept.writes_gradients:
-        return None
+def _agree(one: Any, other: Any) -> bool:
+    """As ``same``, which takes long: this runs for each piece."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        equal = one.dtype == other.dtype and torch.equal(one, other)
+    else:
+        equal = type(one) is type(other) and one == other
+    return equal or same(one, other)
+
+
+def _is_copied(gradient: Tensor, parameter: Tensor) -> bool:
+    """Returns whether pieces of a gradient cannot be views of it."""
     same_order = _kind_of(gradient)[2] == _kind_of(parameter)[2]
-    plain = gradient.is_cpu and gradient.dtype == torch.float32 and same_order
-    return None if plain else gradient
+    return not (gradient.is_cpu and gradient.dtype == torch.float32 and same_order)
 
 
 def _write(tensor: Tensor, like: Tensor, first: int, values: Tensor) -> None:

@@ -184,7 +184,10 @@ class _Parameter:
         made = []
         for i, (first, n) in enumerate(self.cuts):
             gradient = None if self.gradient is None else self.gradient.narrow(0, first, n)
-            state = copied(self.states[i]) if self.states else None
+            state = None
+            if self.states:
+                # Each by itself, as the engine keeps them.
+                state = {name: copied(value) for name, value in self.states[i].items()}
             made.append(Piece(self.values.narrow(0, first, n), gradient, state))
         return made
 

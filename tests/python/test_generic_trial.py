@@ -154,6 +154,19 @@ class ScheduleFree(Momentum):
                     z.sub_(p.grad, alpha=group["lr"])
 
 
+class ExchangesState(Momentum):
+    """Its tensors change places, with each other, the parameter and the gradient."""
+
+    def rate(self, group, i, p):
+        state = self.state[p]
+        if "first" not in state:
+            state.update(first=p.clone(), second=torch.zeros_like(p), last=p.clone())
+        state["first"], state["average"] = state["average"], state["first"]
+        p.data, state["last"] = state["last"].lerp_(p, 0.9), p.data
+        state["second"], p.grad = p.grad, state["second"]
+        return group["lr"] * state["first"].abs()
+
+
 def two_groups():
     return [
         {"params": parameters(*SIZES)},
@@ -166,6 +179,7 @@ def two_groups():
     [
         *(CountsInGroup, MadeByConstructor, CountsInTensor, CountsInPlace, Forgets),
         *(CountsWithGradientOnly, WritesItsRate, AddsDecayToGradients, RebindsGradients),
+        ExchangesState,
     ],
     ids=lambda cls: cls.__name__,
 )
@@ -293,6 +307,20 @@ class InStateOfZero(Momentum):
         self.state[0] = 1
 
 
+class InParameter(Momentum):
+    def rate(self, group, i, p):
+        p.k = getattr(p, "k", 0) + 1
+        return group["lr"] * (1 if p.k < 100 else 2)
+
+
+class HasOneStateTwice(Momentum):
+    """What is written to one counts for the other, which pieces do not keep so."""
+
+    def rate(self, group, i, p):
+        self.state[p].setdefault("same", self.state[p]["average"])
+        return group["lr"] * self.state[p]["same"].abs()
+
+
 class DrawsFromTorch(Momentum):
     def rate(self, group, i, p):
         return torch.rand(p.shape) * group["lr"]
@@ -382,6 +410,8 @@ REFUSED = {
     InDefaults: "changes self.defaults in its steps",
     InState: "keeps state under 'global', which is no parameter",
     InStateOfZero: "keeps state under 0, which is no parameter",
+    InParameter: r"changes p\.k of its parameters",
+    HasOneStateTwice: "did not agree bit for bit",
     DrawsFromTorch: "draws numbers from torch's generator",
     DrawsFromPython: "draws numbers from Python's generator",
     InClosure: "is not elementwise",
@@ -482,20 +512,44 @@ class LateInState(Late):
         self.state["global"] = {"norm": p.grad.norm()}
 
 
+class LateInNumber(Late):
+    def rate(self, group, i, p):
+        self.state[p].setdefault("norm", 0.0)
+        return super().rate(group, i, p)
+
+    def late(self, group, p):
+        self.state[p]["norm"] = float(p.norm())
+
+
+class LateInGradient(Late):
+    def late(self, group, p):
+        p.grad.mul_(0.5)
+
+
+class LateInParameter(Late):
+    def late(self, group, p):
+        p.k = 1
+
+
 @pytest.mark.parametrize(
     ("cls", "text"),
     [
+        (LateInNumber, "written something else to the state 'norm'"),
+        (LateInGradient, "writes to gradients"),
+        (LateInParameter, r"changes p\.k of its parameters"),
         (LateInGroup, r"written something else to group\['norm'\]"),
         (LateInAttribute, "changed self.k"),
         (LateInState, "state under 'global'"),
     ],
 )
 def test_what_shows_after_the_trial_only_is_an_error_of_the_step(nvme_dir, cls, text):
-    ours = parameters(9000, 10)
+    ours = parameters((90, 100), 10)
     optimizer = OffloadedOptimizer(cls, ours, nvme_path=nvme_dir, host_memory=SMALL)
-    for seed in range(14):
+    for seed in range(15):
         set_gradients(ours, seed=seed)
-        optimizer.step()
+        ours[0].grad = ours[0].grad.t().contiguous().t()
+        if seed < 14:
+            optimizer.step()
     with pytest.raises(RuntimeError, match=text):
         optimizer.step()
     assert optimizer.param_groups[0]["step"] == 14
