@@ -238,6 +238,7 @@ class OffloadedAdamW(OffloadedBase):
         self._numbers: dict[Tensor, int] = {}
         self._used: dict[Tensor, tuple[Any, ...]] = {}
         self._versions: dict[Tensor, int] = {}
+        self._complained = False  # In the last step.
         self._own(
             _C.AdamWEngine(
                 directories_of(nvme_path, "nvme_path"),
@@ -549,6 +550,14 @@ class OffloadedAdamW(OffloadedBase):
 
         Returns the parameters that took part, and what the caller has done that is not allowed.
         """
+        for p in self._parameters():
+            if self._complained:
+                break  # It may be the same step once more.
+            if isinstance(p.grad, TakenGradient) and p not in self._taken():
+                raise RuntimeError(
+                    f"{self._label_of(p)} has had its gradient taken by an earlier step, "
+                    f"which would not be counted again: call zero_grad() after each step"
+                )
         for p in chain.from_iterable(parameters for _, parameters in trained):
             if p in self._taken():
                 raise RuntimeError(
@@ -558,6 +567,7 @@ class OffloadedAdamW(OffloadedBase):
                 )
             self._take(p)
         parameters, complaint = list(self._taken()), self._complaint()
+        self._complained = bool(complaint)
         try:
             self._engine.finish()
         finally:

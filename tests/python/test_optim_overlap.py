@@ -287,6 +287,18 @@ def test_a_second_backward_before_step_raises_even_if_gradients_were_zeroed(nvme
         loss_of(model, 5).backward()
 
 
+def test_a_step_with_gradients_that_an_earlier_one_has_taken_raises(nvme_dir):
+    model = make_model()
+    optimizer = updating(model, nvme_dir)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"params'\]\[0\] has had its gradient taken"):
+        optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert optimizer.stats()["steps"] == 2
+
+
 def test_changed_options_between_backward_and_step_raise(nvme_dir):
     model = make_model()
     optimizer = updating(model, nvme_dir)
