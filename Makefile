@@ -4,7 +4,7 @@ PY := .venv/bin/python
 ARGS ?=
 DEMO_ARGS ?=
 VERSION ?=
-JOBS ?= 1
+JOBS ?=
 
 .PHONY: help demo demo-large test test-faults test-deepspeed test-loops test-mutants optimizers-table test-torch bench docs deps lint tidy format clean
 
@@ -19,7 +19,7 @@ demo-large: ## Train a model whose state is twice the memory it may have (minute
 	@tools/setup.sh package
 	@$(PY) examples/demo_large.py $(DEMO_ARGS) $(ARGS)
 
-test: ## GoogleTest and pytest (ARGS go to pytest; JOBS=2: side by side)
+test: ## GoogleTest and pytest (ARGS go to pytest; JOBS=1: one after the other)
 	@tools/setup.sh tests
 	@JOBS=$(JOBS) tools/test.sh $(ARGS)
 

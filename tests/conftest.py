@@ -1,29 +1,38 @@
-"""Shares the tests out where pytest-xdist runs them side by side."""
+"""Orders the tests, and so what the processes of pytest-xdist begin with."""
 
 from __future__ import annotations
 
 import pytest
 
-# Builds wheels for minutes: begins first, so that the others go on beside it.
-_LONG = ("tests/python/test_packaging.py",)
+# Minutes each: they begin first, so that the other processes have the rest beside them.
+_LONG = (
+    "tests/python/test_packaging.py",
+    "tests/repo/test_benchmarks.py",
+    "tests/fault/test_deepspeed_comparison.py",
+)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Gives each file to one process, for its fixtures. The simulated device has one process
-    too.
+    """Puts the files of the simulated device first, then those that take minutes.
 
-    Autograd makes threads for the devices that are known at the first backward of a process.
-    The
-    simulated one has to be known by then, so its tests come first.
+    Autograd makes its threads for the devices there are at the first backward of a
+    process: the simulated one has to be known by then. A process takes whole files,
+    in this order.
     """
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        simulated = "sim_machine" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("sim" if simulated else file))
-    items.sort(key=_place)
+    simulated = {_file(item) for item in items if _is_simulated(item)}
+
+    def place(item: pytest.Item) -> tuple[int, bool]:
+        file = _file(item)
+        group = 0 if file in simulated else 1 if file in _LONG else 2
+        return group, group == 0 and not _is_simulated(item)
+
+    items.sort(key=place)
 
 
-def _place(item: pytest.Item) -> int:
-    (group,) = item.get_closest_marker("xdist_group").args
-    return 0 if group == "sim" else 1 if group in _LONG else 2
+def _file(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[0]
+
+
+def _is_simulated(item: pytest.Item) -> bool:
+    return "sim_machine" in getattr(item, "fixturenames", ())

@@ -39,9 +39,6 @@ def _gpu_refusal() -> str | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # Autograd makes its threads for the devices there are at the first backward
-    # of a process: the simulated ones have to be known by then.
-    items.sort(key=lambda item: "sim_machine" not in getattr(item, "fixturenames", ()))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and (reason := _gpu_refusal()):
         for item in marked:
