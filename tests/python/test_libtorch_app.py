@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiler_cache import compiler_cache
 
 import torch_ext
 
@@ -21,13 +22,14 @@ def program(tmp_path_factory):
     build = tmp_path_factory.mktemp("libtorch_app")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     cmake = shutil.which("cmake", path=path)
+    env = os.environ | compiler_cache(build)
     for command in [
         [cmake, "-S", APP, "-B", build, "-DCMAKE_BUILD_TYPE=Debug",
          f"-DCMAKE_PREFIX_PATH={torch_ext.cmake_prefix_path}",
          f"-DTORCH_ROOT={Path(torch.__file__).parent}"],
         [cmake, "--build", build],
     ]:  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return build / "libtorch_app"
 

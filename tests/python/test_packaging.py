@@ -15,8 +15,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from compiler_cache import compiler_cache
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests/repo"))
+import tree  # noqa: E402
+
+# A wheel is built beside other tests; less than pytest's limit for what no signal ends.
+pytestmark = pytest.mark.timeout(580)
 
 # Trains with the state on disk and compares with torch, bit by bit.
 TRAIN = """
@@ -54,13 +60,15 @@ def run(*command, cwd, **env):
     return done.stdout.strip()
 
 
-def build_wheel(source, folder, build, cmake_args=""):
+def build_wheel(source, folder, cmake_args=""):
+    """In a build folder that lies as the checkout's does: the compiler says the same."""
     run(
         *[sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation"],
         *["--no-deps", "--wheel-dir", folder, source],
         cwd=folder.parent,
-        TORCH_EXT_BUILD_DIR=str(build),
+        TORCH_EXT_BUILD_DIR=str(source / "build/wheel"),
         CMAKE_ARGS=cmake_args,
+        **compiler_cache(source),
     )
     (wheel,) = folder.glob("*.whl")
     return wheel
@@ -90,9 +98,21 @@ def room(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def cache(room):
+    """For what is compiled with an installed wheel."""
+    return compiler_cache(room)
+
+
+@pytest.fixture(scope="module")
 def sdist(room):
+    # Packs a copy: setuptools lays the files out again in the tree that it packs, and
+    # tests beside this one read the tree.
+    copy = room / "checkout"
+    for name in tree.files():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copy / name)
     make = f"from setuptools import build_meta; build_meta.build_sdist({str(room)!r})"
-    run(sys.executable, "-c", make, cwd=ROOT)
+    run(sys.executable, "-c", make, cwd=copy)
     (archive,) = room.glob("*.tar.gz")
     return archive
 
@@ -107,15 +127,13 @@ def source(sdist, room):
 
 @pytest.fixture(scope="module")
 def wheel(source, room):
-    return build_wheel(source, room / "wheel", room / "build")
+    return build_wheel(source, room / "wheel")
 
 
 @pytest.fixture(scope="module")
 def torchless_wheel(wheel, source, room):
     """What is built where there is no torch; shares the core of the other."""
-    return build_wheel(
-        source, room / "torchless", room / "build", cmake_args="-DTORCH_EXT_PYTHON=OFF"
-    )
+    return build_wheel(source, room / "torchless", "-DTORCH_EXT_PYTHON=OFF")
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +191,7 @@ def test_wheel_trains_outside_the_source_tree(installed, room):
 
 
 @pytest.mark.slow
-def test_wheel_serves_the_example_of_a_libtorch_program(installed, source, room):
+def test_wheel_serves_the_example_of_a_libtorch_program(installed, source, room, cache):
     """From the sources of the sdist, with nothing of the checkout."""
     app = shutil.copytree(source / "examples/libtorch_app", room / "app")
     prefix = run(
@@ -189,10 +207,11 @@ def test_wheel_serves_the_example_of_a_libtorch_program(installed, source, room)
         *["cmake", "-S", app, "-B", build, "-DCMAKE_BUILD_TYPE=Debug"],
         *[f"-DCMAKE_PREFIX_PATH={prefix}", f"-DTORCH_ROOT={torch_root}"],
         cwd=room,
+        **cache,
     )
     cache = (build / "CMakeCache.txt").read_text()
     assert f"torch_ext_DIR:PATH={prefix}/torch_ext" in cache
-    run("cmake", "--build", build, cwd=room)
+    run("cmake", "--build", build, cwd=room, **cache)
     nvme = room / "app_nvme"
     nvme.mkdir()
     shown = run(build / "libtorch_app", nvme, cwd=room)
@@ -202,13 +221,16 @@ def test_wheel_serves_the_example_of_a_libtorch_program(installed, source, room)
 
 
 @pytest.mark.slow
-def test_wheel_made_without_torch_builds_the_module_on_first_import(installed_torchless, room):
+def test_wheel_made_without_torch_builds_the_module_on_first_import(
+    installed_torchless, room, cache
+):
     assert not list(installed_torchless.package.glob("_C.*.so"))
     code = TRAIN.format(root=str(ROOT), nvme=str(room))
     module = run(
         *[installed_torchless.python, "-c", code],
         cwd=room,
         TORCH_EXTENSIONS_DIR=str(room / "jit"),
+        **cache,
     )
     assert (room / "jit") in Path(module).parents
 
