@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes a clean Debian or Ubuntu machine ready, and does next to nothing when
 # it is: system packages, .venv with torch, the build.
-#   tools/setup.sh packages   the system packages alone
+#   tools/setup.sh packages   the system packages alone, and ccache
 #   tools/setup.sh python     and .venv
 #   tools/setup.sh package    and the Python package, built in place
 #   tools/setup.sh tests      and the C++ tests
@@ -47,6 +47,7 @@ missing_packages() {
   if [ -z "${skip_optional:-}" ]; then
     has_header libaio.h || echo libaio-dev
     has_header liburing.h || echo liburing-dev
+    [ "$goal" != packages ] || command -v ccache >/dev/null || echo ccache
   fi
   [ "$goal" = package ] || has_header gtest/gtest.h || echo libgtest-dev
   [ "$goal" != benchmarks ] || has_header benchmark/benchmark.h || echo libbenchmark-dev
@@ -75,7 +76,7 @@ setup_packages() {
   mapfile -t hard < <(missing_packages hard | xargs -r -n1)
   [ ${#hard[@]} -eq 0 ] || fail "missing and cannot be installed from here. Type: sudo apt-get install ${missing[*]}"
   # Without libaio the library makes the system calls itself; without liburing
-  # it has no io_uring engine.
+  # it has no io_uring engine; without ccache all is built again.
   skip_optional=1
   mapfile -t missing < <(missing_packages | xargs -r -n1)
   [ ${#missing[@]} -eq 0 ] || tools/deps.sh "${missing[@]}"

@@ -36,11 +36,8 @@ namespace {
 namespace fs = std::filesystem;
 using test::AlignedBuffer;
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr long kMemory = 256L << 20;  // Freed memory is kept for a while.
-#else
-constexpr long kMemory = 2L << 20;
-#endif
+// A sanitizer keeps freed memory for a while.
+constexpr long kMemory = test::kSanitized ? 256L << 20 : 2L << 20;
 
 int operations() { return test::all_faults() ? 100'000 : 10'000; }
 

@@ -72,15 +72,9 @@ const std::vector<Call>& calls() {
 
 /// The short form makes one job of so many. A process with a sanitizer takes
 /// long to fork.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr std::size_t kShare = 151;
-constexpr std::size_t kFewest = 5;
-constexpr bool kForksFromThreads = false;
-#else
-constexpr std::size_t kShare = 13;
-constexpr std::size_t kFewest = 200;
-constexpr bool kForksFromThreads = true;
-#endif
+constexpr std::size_t kShare = test::kSanitized ? 151 : 13;
+constexpr std::size_t kFewest = test::kSanitized ? 5 : 200;
+constexpr bool kForksFromThreads = !test::kSanitized;
 
 struct Trial {
   const Workload& workload;

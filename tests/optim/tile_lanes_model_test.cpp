@@ -463,6 +463,7 @@ TEST(TileLanesFaults, NoOrderOfCallsBlocksALaneOrLosesAByte) {
                                   : std::random_device()() % 1'000'000'000;
   const std::size_t seeds = wanted != nullptr    ? 1
                             : test::all_faults() ? 20'000
+                            : test::kSanitized   ? 150
                                                  : 400;
   std::printf("[  SEEDS   ] %zu from %llu on\n", seeds,
               static_cast<unsigned long long>(first));

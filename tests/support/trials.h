@@ -15,6 +15,13 @@
 
 namespace torch_ext::test {
 
+/// A sanitizer finds no more in more of the same: the short form makes fewer.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool kSanitized = true;
+#else
+constexpr bool kSanitized = false;
+#endif
+
 /// Whether the long form was asked for: TORCH_EXT_TEST_FAULTS=all.
 inline bool all_faults() {
   const char* wanted = std::getenv("TORCH_EXT_TEST_FAULTS");

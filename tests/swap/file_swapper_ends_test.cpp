@@ -22,6 +22,7 @@
 
 #include "support/child.h"
 #include "support/file_swapper_test.h"
+#include "support/trials.h"
 #include "torch_ext/base/error.h"
 #include "torch_ext/io/file.h"
 #include "torch_ext/swap/file_swapper.h"
@@ -225,6 +226,7 @@ TEST_F(FileSwapperEndsTest, DeletedFilesCanBeLetGoOf) {
 
 TEST_F(FileSwapperEndsTest,
        FewDescriptorsAndFilesThatComeAndGoNeverEndInAHang) {
+  constexpr int kRounds = test::kSanitized ? 100 : 500;
   expect_well_in_child([this]() -> std::string {
     FileSwapper files(options());
     std::vector<std::byte> bytes(4 << 10);
@@ -245,7 +247,7 @@ TEST_F(FileSwapperEndsTest,
           return static_cast<unsigned>(random()) % below;
         };
         const auto any = [&] { return path(static_cast<int>(draw(3))); };
-        for (int round = 0; round < 500 && hung == 0; ++round) {
+        for (int round = 0; round < kRounds && hung == 0; ++round) {
           std::vector<SwapTicket> tickets;
           for (int i = 0; i < 4; ++i) {
             std::error_code ignored;
