@@ -103,6 +103,7 @@ bool try_fault(const Workload& workload, const std::string& engine,
   const auto script = std::make_shared<FaultScript>();
   const auto hit = std::make_shared<std::atomic<bool>>(false);
   const auto matters = std::make_shared<std::atomic<bool>>(false);
+  const auto synced = std::make_shared<std::atomic<bool>>(false);
   if (kind.polls > 0) {
     script->fail_polls(kind.polls, index);
   } else {
@@ -110,6 +111,7 @@ bool try_fault(const Workload& workload, const std::string& engine,
     script->set_plan([=](std::size_t i, const IoRequest& request) {
       if (kind.for_good ? i < index : i != index) return Fault();
       *hit = true;
+      if (request.op == IoRequest::Op::kSync) *synced = true;
       if (!reads_ahead || request.op != IoRequest::Op::kRead) *matters = true;
       return fault_of(kind, request);
     });
@@ -134,8 +136,11 @@ bool try_fault(const Workload& workload, const std::string& engine,
     return false;
   }
   std::string wrong = outcome.wrong;
-  const bool must_report = kind.error != 0 && !kind.survives && *matters;
-  if (wrong.empty() && kind.survives && outcome.errors > 0) {
+  // A failed sync is final, whatever the error: the kernel has dropped the
+  // pages, and the next sync would succeed without them.
+  const bool survives = kind.survives && !(*synced && kind.error != 0);
+  const bool must_report = kind.error != 0 && !survives && *matters;
+  if (wrong.empty() && survives && outcome.errors > 0) {
     wrong = "an error, though it could have been tried again";
   }
   if (wrong.empty() && must_report && outcome.errors == 0) {
