@@ -161,6 +161,7 @@ def test_wheel_has_all_that_the_readme_promises(wheel):
         "torch_ext/include/torch_ext/tensor/tensor_swapper.h",
         "torch_ext/share/cmake/torch_ext/torch_extConfig.cmake",
         "torch_ext/csrc/sources.json",
+        "torch_ext/csrc/tensor/tensor_swapper.cpp",
         "torch_ext/third_party/include/xxhash.h",
         "torch_ext/third_party/include/nlohmann/json.hpp",
     ):
@@ -209,8 +210,8 @@ def test_wheel_serves_the_example_of_a_libtorch_program(installed, source, room,
         cwd=room,
         **cache,
     )
-    cache = (build / "CMakeCache.txt").read_text()
-    assert f"torch_ext_DIR:PATH={prefix}/torch_ext" in cache
+    known = (build / "CMakeCache.txt").read_text()
+    assert f"torch_ext_DIR:PATH={prefix}/torch_ext" in known
     run("cmake", "--build", build, cwd=room, **cache)
     nvme = room / "app_nvme"
     nvme.mkdir()
@@ -417,6 +418,6 @@ def test_load_finds_ninja_beside_python_and_leaves_path_alone(monkeypatch, tmp_p
     assert os.environ["PATH"] == str(tmp_path / "empty")
 
 
-def test_source_list_is_valid_json_with_both_lists():
+def test_source_list_is_valid_json_with_all_lists():
     sources = json.loads((ROOT / "csrc/sources.json").read_text())
-    assert set(sources) == {"core", "bindings"}
+    assert set(sources) == {"core", "tensor", "bindings"}
