@@ -130,7 +130,7 @@ void OptimizerOffload::Impl::forget(std::span<const std::size_t> numbers) {
   const auto is_empty = [](const Tile& tile) { return tile.segments.empty(); };
   std::erase_if(order, [&](const Tile* tile) { return is_empty(*tile); });
   std::erase_if(tiles, [&](const auto& tile) { return is_empty(*tile); });
-  for (std::size_t i = 0; i < tiles.size(); ++i) tiles[i]->number = i;
+  lanes->renumber(tiles);
 }
 
 OptimizerOffload::Impl::Counts OptimizerOffload::Impl::counts(

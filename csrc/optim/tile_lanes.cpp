@@ -434,6 +434,11 @@ std::exception_ptr TileLanes::clear() noexcept {
   return std::exchange(lost_, false) ? error : nullptr;
 }
 
+void TileLanes::renumber(const TileList& tiles) {
+  MutexLock lock(mutex_);
+  for (std::size_t i = 0; i < tiles.size(); ++i) tiles[i]->number = i;
+}
+
 std::exception_ptr TileLanes::failure() const {
   MutexLock lock(mutex_);
   return lost_ ? failure_ : nullptr;

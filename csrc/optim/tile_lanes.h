@@ -84,6 +84,10 @@ class TileLanes {
   /// has changed, and the next round goes as if the failed one had not been.
   std::exception_ptr failure() const;
 
+  /// Counts the tiles anew. Transfers in flight note a tile's number when they
+  /// end.
+  void renumber(const TileList& tiles);
+
   struct Seconds {
     double read = 0;
     double update = 0;
