@@ -59,7 +59,7 @@ class OffloadedBase(torch.optim.Optimizer):
         call raise RuntimeError, once. A loop over items finds the numbers, keys that others
         have put there, and None for each tensor. ``del state[p]``, ``state.clear()`` and an
         empty dict in its place start anew. Keys of others stay, and are in ``state_dict()``.
-        What is assigned is checked when it is used, by ``step()`` and ``state_dict()``.
+        ``step()`` and ``state_dict()`` check an assigned value when they use it.
 
         State belongs to its parameter: taking the parameter out of all groups leaves it.
         """

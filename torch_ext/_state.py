@@ -149,7 +149,34 @@ class _Plain:
         return self[key] if found else default  # type: ignore[index]
 
 
-class ParameterState(_Plain, MutableMapping, dict):  # type: ignore[misc]
+class _Assigned:
+    """A mapping that follows the dict that was assigned to it, while somebody has that dict."""
+
+    #: The dict, and what was in it when it was last looked at.
+    _source: tuple[Mapping[Any, Any], dict[Any, Any]] | None
+
+    def _assign(self, mapping: Mapping[Any, Any]) -> None:
+        self._source = (mapping, dict(mapping)) if type(mapping) in _FILLED else None
+
+    def _follow(self) -> None:
+        """Takes what was put into the dict, or taken out, since then."""
+        if self._source is None:
+            return
+        mapping, seen = self._source
+        self._source = (mapping, dict(mapping))
+        for key in (seen.keys() - mapping.keys()) & self.keys():  # type: ignore[attr-defined]
+            del self[key]  # type: ignore[attr-defined]
+        for key, value in mapping.items():
+            if key not in seen or seen[key] is not value:
+                self[key] = value  # type: ignore[index]
+
+    def _let_source_go(self) -> None:
+        """If nobody else has it: nothing can be put into it then."""
+        if self._source is not None and sys.getrefcount(self._source[0]) <= _OWN_REFERENCES:
+            self._source = None
+
+
+class ParameterState(_Assigned, _Plain, MutableMapping, dict):  # type: ignore[misc]
     """``optimizer.state[p]``: see the module."""
 
     _home: weakref.ref[OptimizerState] | None
@@ -190,18 +217,6 @@ class ParameterState(_Plain, MutableMapping, dict):  # type: ignore[misc]
     def _owner(self) -> Owner | None:
         home = None if self._home is None else self._home()
         return None if home is None else home._owner()
-
-    def _follow(self) -> None:
-        """Takes what was put into a dict, or taken out, after it was assigned."""
-        if self._source is None:
-            return
-        mapping, seen = self._source
-        self._source = (mapping, dict(mapping))
-        for name in (seen.keys() - mapping.keys()) & self.keys():
-            del self[name]
-        for name, value in mapping.items():
-            if name not in seen or seen[name] is not value:
-                self[name] = value
 
     def _touch(self) -> OptimizerState:
         home = self._home()
@@ -342,9 +357,7 @@ class ParameterState(_Plain, MutableMapping, dict):  # type: ignore[misc]
         self._gone = set(gone)
         watched = mapping.keys() - values.keys() if shown else ()
         self._handles = {n: h for n, h in self._handles.items() if n in watched}
-        self._source = None
-        if type(mapping) in _FILLED:
-            self._source = (mapping, dict(mapping))
+        self._assign(mapping)
 
     def _changed_by(self, mapping: Mapping[str, Any]) -> dict[str, Any]:
         """What of it is not as it is."""
@@ -355,11 +368,6 @@ class ParameterState(_Plain, MutableMapping, dict):  # type: ignore[misc]
             for name, value in mapping.items()
             if not (name in own and self._is_as_it_is(name, value, shown))
         }
-
-    def _let_source_go(self) -> None:
-        """If nobody else has it: nothing can be put into it then."""
-        if self._source is not None and sys.getrefcount(self._source[0]) <= _OWN_REFERENCES:
-            self._source = None
 
     # What waits to be written --------------------------------------------------------
 
@@ -430,7 +438,7 @@ class _Values(ValuesView):
         return (value for _, value in self._mapping.items())
 
 
-class OptimizerState(_Plain, MutableMapping, defaultdict):  # type: ignore[misc]
+class OptimizerState(_Assigned, _Plain, MutableMapping, defaultdict):  # type: ignore[misc]
     """``optimizer.state``: see the module."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -445,7 +453,7 @@ class OptimizerState(_Plain, MutableMapping, defaultdict):  # type: ignore[misc]
         state._others = {}  # By other keys.
         state._active = {}  # Entries with something to write or to watch.
         state._stale = []  # Handles from before a step, with parameter and name.
-        state._source = None  # A dict that was assigned, and what was in it.
+        state._source = None
         state._writes = False
         return state
 
@@ -565,23 +573,12 @@ class OptimizerState(_Plain, MutableMapping, defaultdict):  # type: ignore[misc]
         self._others.clear()
         for key, value in given.items():
             self[key] = value
-        if type(mapping) in _FILLED:
-            self._source = (mapping, given)
+        self._assign(mapping)
 
     def follow(self) -> None:
         """Takes what was put into a dict, or taken out, after it was assigned."""
-        if self._source is None:
-            return
-        mapping, seen = self._source
-        self._source = (mapping, dict(mapping))
-        for key in (seen.keys() - mapping.keys()) & self.keys():
-            del self[key]
-        for key, value in mapping.items():
-            if key not in seen or seen[key] is not value:
-                self[key] = value
-        del mapping
-        if sys.getrefcount(self._source[0]) <= _OWN_REFERENCES:
-            self._source = None
+        self._follow()
+        self._let_source_go()
 
     def _drop(self, parameters: list[Tensor]) -> None:
         owner = self._owner()

@@ -5,8 +5,9 @@
 // xxhash is compiled in, so there is no library to find at run time, and only
 // this file pays for it.
 #define XXH_INLINE_ALL
-// What is hashed has mostly left the caches. This distance takes a quarter less
-// time than the header's 384 bytes. Anything from 1 to 2 KiB does as well.
+// The bytes to be hashed have mostly left the caches. This distance takes a
+// quarter less time than the header's 384 bytes. Anything from 1 to 2 KiB does
+// as well.
 #define XXH_PREFETCH_DIST 1536
 #include <xxhash.h>
 

@@ -169,7 +169,7 @@ TORCH_EXT_INLINE void pack_int8(const float* from, std::byte* to,
       code &= as<U32>(exponent > 0);
       I32 bad = as<I32>(magnitude) >= kInfinity;
       if (!kSigned) {
-        // What is not 0 gets no code 0, since the update divides by its root.
+        // A value above 0 never gets code 0: the update divides by its root.
         code = select((as<I32>(code) == 0) & (as<I32>(magnitude) > 0), all(1u),
                       code);
         bad |= (as<I32>(bits) < 0) & (as<I32>(magnitude) > 0);

@@ -65,7 +65,7 @@ class FileSwapper::Impl {
         bytes.size);
     const auto op = kind == SwapOperation::Kind::kOut ? IoRequest::Op::kWrite
                                                       : IoRequest::Op::kRead;
-    // What is wrong with the file is this call's error where possible. The lock
+    // This call itself reports what is wrong with the file, if it can. The lock
     // of the calls is not held, since a file system may not answer.
     range->look(op);
     // close() may hold the lock until an operation has got this very

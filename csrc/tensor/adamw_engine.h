@@ -365,8 +365,6 @@ class AdamWEngine {
   }
 
  private:
-  static constexpr std::uint64_t kPage = 4096;
-
   /// A parameter's number, and what its state was made for.
   struct Slot {
     std::optional<std::size_t> number;  ///< In the OptimizerOffload.
@@ -496,15 +494,15 @@ class AdamWEngine {
     // The most is for the gradients of a tile of 16-bit parameters in one go.
     constexpr std::uint64_t kLeast = std::uint64_t{48} << 10;
     constexpr std::uint64_t kMost = std::uint64_t{12} << 20;
-    return std::clamp(align_down(host_memory / 16, kPage), kLeast, kMost);
+    return std::clamp(align_down(host_memory / 16, page_size()), kLeast, kMost);
   }
 
   static std::uint64_t early_bytes_for(std::uint64_t host_memory,
                                        std::uint64_t wanted) {
     constexpr std::uint64_t kLeast = std::uint64_t{1} << 20;
     if (host_memory < kLeast) return 0;
-    const std::uint64_t most = align_down(host_memory / 4, kPage);
-    return wanted > most ? most : align_up(wanted, kPage);
+    const std::uint64_t most = align_down(host_memory / 4, page_size());
+    return wanted > most ? most : align_up(wanted, page_size());
   }
 
   static OptimizerOffloadOptions with_scratch(OptimizerOffloadOptions options,

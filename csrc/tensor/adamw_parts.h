@@ -46,7 +46,7 @@ inline void adopt_parameter(float* master, const c10::Half* parameter,
   }
 }
 
-/// What is kept of a parameter of this dtype, besides its moments.
+/// Returns how the master of a parameter of this dtype is kept.
 inline MasterFormat master_format(c10::ScalarType dtype) {
   return dtype == at::kFloat      ? MasterFormat::kNone
          : dtype == at::kBFloat16 ? MasterFormat::kLow16

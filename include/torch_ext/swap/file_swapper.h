@@ -77,7 +77,7 @@ class FileSwapper {
                   DeviceBytes destination);
 
   /// Closes kept files that are not in use and have been deleted, so that the
-  /// disk gets their space back.
+  /// disk gets their space back. Does nothing after close().
   void drop_deleted();
 
   FileSwapperStats stats() const;
@@ -85,8 +85,8 @@ class FileSwapper {
   std::vector<std::string> notes() const;
 
   /// Waits for all operations, then frees memory and descriptors. Later calls
-  /// of anything but stats(), notes() and close() throw StateError. Errors: the
-  /// first error that no ticket has reported; everything is closed then.
+  /// of write() and read() throw StateError. Errors: the first error that no
+  /// ticket has reported; everything is closed then.
   void close();
 
  private:

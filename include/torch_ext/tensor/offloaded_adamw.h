@@ -38,7 +38,7 @@ struct OffloadedAdamWOptions
   void set_lr(const double lr) override { this->lr(lr); }
 };
 
-/// What is done during backward. In Python this is overlap_backward.
+/// How much of a step runs during backward; Python's overlap_backward.
 enum class OverlapBackward {
   kOff,
   /// Gradients on devices are copied to the host as soon as they may be final.
