@@ -17,18 +17,6 @@ import tree
 FOLDER = tree.ROOT / "benchmarks"
 
 
-MODULES = (
-    "ranks",
-    "common",
-    "contenders",
-    "optimizer",
-    "transfers",
-    "report",
-    "picture",
-    "zero_step",
-)
-
-
 @pytest.fixture
 def disk():
     directory = tempfile.mkdtemp(
@@ -41,7 +29,6 @@ def disk():
 @pytest.fixture
 def bench(monkeypatch, disk, tmp_path):
     """Runs a benchmark in this process, which has imported torch already."""
-    monkeypatch.syspath_prepend(str(FOLDER))
 
     def run(name, *arguments):
         command = [f"{name}.py", "--quick", "--directory", disk, "--output", str(tmp_path)]
@@ -50,17 +37,14 @@ def bench(monkeypatch, disk, tmp_path):
         result = tmp_path / f"{name}.json"
         return json.loads(result.read_text()) if result.exists() else None
 
-    yield run
-    for name in ("common", "contenders", "optimizer", "transfers"):
-        sys.modules.pop(name, None)
+    with tree.imports_from("benchmarks"):
+        yield run
 
 
 @pytest.fixture
-def module(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield importlib.import_module
-    for name in MODULES:
-        sys.modules.pop(name, None)
+def module():
+    with tree.imports_from("benchmarks"):
+        yield importlib.import_module
 
 
 @pytest.fixture

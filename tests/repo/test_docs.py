@@ -2,19 +2,15 @@
 
 import importlib
 import re
-import sys
 
 import pytest
 import tree
 
 
 @pytest.fixture
-def module(monkeypatch):
-    monkeypatch.syspath_prepend(str(tree.ROOT / "tools"))
-    monkeypatch.syspath_prepend(str(tree.ROOT / "docs/site"))
-    yield importlib.import_module
-    for name in ("prose", "cpp_contracts"):
-        sys.modules.pop(name, None)
+def module():
+    with tree.imports_from("tools", "docs/site"):
+        yield importlib.import_module
 
 
 def test_pages_are_in_plain_english(module):

@@ -1,10 +1,14 @@
 """Rules about files that no compiler holds."""
 
+import importlib
 import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import tree
@@ -114,3 +118,15 @@ def test_mutants_still_fit_the_code():
             command, cwd=tree.ROOT, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, f"{patch}: {done.stderr}"
+
+
+def test_modules_of_one_name_do_not_get_in_each_others_way(monkeypatch):
+    mine = types.ModuleType("ranks")
+    monkeypatch.setitem(sys.modules, "ranks", mine)
+    path = list(sys.path)
+    with tree.imports_from("benchmarks"):
+        theirs = importlib.import_module("ranks")
+        assert Path(theirs.__file__) == tree.ROOT / "benchmarks/ranks.py"
+    assert sys.modules["ranks"] is mine
+    assert "common" not in sys.modules
+    assert sys.path == path

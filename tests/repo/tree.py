@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +17,27 @@ ROOT = Path(__file__).resolve().parents[2]
 _BUILT_FOLDERS = {".git", ".venv", ".deps", "build", "dist", "__pycache__"}
 _BUILT_FOLDERS |= {".pytest_cache", ".ruff_cache", ".hypothesis"}
 _BUILT = ("torch_ext/lib/", "torch_ext/include/", "torch_ext/share/", "torch_ext/csrc/")
+
+
+@contextmanager
+def imports_from(*folders: str) -> Iterator[None]:
+    """Imports the modules of ``folders``, relative to the root, and forgets them at the end.
+
+    Names are not unique: tests/python/ranks.py is not benchmarks/ranks.py. The tests that share
+    this process find the modules they had, whose functions and classes they may pickle.
+    """
+    paths = [str(ROOT / folder) for folder in folders]
+    names = {file.stem for path in paths for file in Path(path).glob("*.py")}
+    before = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}
+    sys.path[:0] = paths
+    try:
+        yield
+    finally:
+        for path in paths:
+            sys.path.remove(path)
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)
 
 
 @cache
