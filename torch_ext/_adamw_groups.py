@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torch_ext._local import any_nonzero, local_of, local_state
+from torch_ext._native import _C
 
 #: These say how torch computes, not what. They are this process's own, whatever is loaded.
 WAYS = ("foreach", "capturable", "differentiable", "fused")
@@ -32,16 +33,10 @@ def as_lists(params: Any) -> Any:
 def early_bytes_of(params: Any) -> int:
     """Returns the bytes that copies of gradients on accelerators take.
 
-    Each is rounded up to 64 bytes. ``params`` need not be well-formed.
+    ``params`` need not be well-formed.
     """
     if isinstance(params, Tensor):
-        if not params.requires_grad or not params.is_leaf:
-            return 0  # It is frozen, whatever it is.
-        local = local_of(params)
-        if local.is_cpu:
-            return 0
-        dtype = params.grad_dtype or torch.float32  # None allows any.
-        return -(-local.numel() * dtype.itemsize // 64) * 64
+        return _C.early_bytes(params, local_of(params))
     if isinstance(params, dict):
         return early_bytes_of(params.get("params", ()))
     if isinstance(params, Iterable) and not isinstance(params, (str, Iterator)):
@@ -107,12 +102,12 @@ def check_foreach(options: dict[str, Any]) -> None:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
 
-def hyper(group: dict[str, Any]) -> tuple[float, float, float, float, float, bool]:
+def hyper(group: dict[str, Any]) -> _C.AdamWHyper:
     """Returns the numbers of a group as the engine takes them."""
     check_group(group)
     beta1, beta2 = group["betas"]
     numbers = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
-    return (*map(float, numbers), bool(group["maximize"]))
+    return _C.AdamWHyper(*map(float, numbers), bool(group["maximize"]))
 
 
 def check_state_dict(state_dict: Any) -> None:

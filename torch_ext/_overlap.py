@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import threading
 import weakref
@@ -16,11 +15,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import _engine_run_backward
 
-from torch_ext._local import local_of
-from torch_ext._native import _C
 from torch_ext._undisturbed import undisturbed
-
-_logger = logging.getLogger("torch_ext")
 
 _MODES = (False, "prefetch", "update")
 
@@ -41,13 +36,6 @@ _READ = (
     "recomputes in backward what reads a parameter but needs no gradient for it, as "
     'weight.detach(), use overlap_backward="prefetch". If backward was interrupted, step() '
     "ends the step, and load_state_dict() or close() of the optimizer gives it up"
-)
-
-_IN_PARTS = (
-    "reentrant activation checkpointing brings gradients in parts: with "
-    'overlap_backward="update" such backward passes keep their gradients, and step() updates '
-    "the parameters. To update them during backward, pass use_reentrant=False to "
-    "torch.utils.checkpoint.checkpoint"
 )
 
 
@@ -138,20 +126,7 @@ def _guarded(kind: Any) -> Any:
 _GUARDED = {kind: _guarded(kind) for kind in (Tensor, torch.nn.Parameter)}
 
 
-def _guard(parameter: Tensor) -> None:
-    """Guards a parameter until ``_unguard``. Tensors of other classes are left as they are."""
-    guarded = _GUARDED.get(type(parameter))
-    if guarded is not None:
-        parameter.__class__ = guarded
-
-
-def _unguard(parameter: Tensor) -> None:
-    for kind, guarded in _GUARDED.items():
-        if type(parameter) is guarded:
-            parameter.__class__ = kind
-
-
-def _is_nested() -> bool:
+def is_nested() -> bool:
     """Whether the backward of a ``Function`` has begun a backward pass."""
     # The thread that calls a hook is not always the one that began the pass.
     for frame in sys._current_frames().values():
@@ -173,38 +148,23 @@ _WITHIN = {_RUN} | {  # The second came with torch 2.15.
 
 
 class Overlap:
-    """Calls ``take(parameter)`` for each gradient that is final in a backward pass.
+    """Calls ``hook(parameter)`` for each gradient that a backward pass accumulates.
 
-    With ``must``, the values of a parameter that was taken cannot be used in Python before
-    ``forget()``. There are gradients for which ``take`` is not called:
-
-    * With ``must``, those that may come in parts. Reentrant activation checkpointing begins
-      backward passes within one, which would read again what has been updated. ``step()`` takes
-      them.
-    * Those that a later hook may change, as ``DistributedDataParallel``'s hooks do. With
-      ``must``, backward raises RuntimeError.
-    * Those in page-locked memory. FSDP2's ``CPUOffloadPolicy`` copies them from a device, which
-      may last until backward ends. ``step()`` takes them.
+    csrc/tensor/backward_step.h says what becomes of it.
     """
 
-    def __init__(self, take: Callable[[Tensor], None], must: bool) -> None:
-        # Parameters hold their hooks, and may outlive the optimizer.
-        self._take = weakref.WeakMethod(take)
-        self._must = must
+    def __init__(self, hook: Callable[[Tensor], None], backward: Any) -> None:
+        self._hook = _weak(hook)
         # PyTorch calls hooks on a thread for each device.
         self._lock = threading.Lock()
         self._handles: dict[int, Any] = {}  # By id, which its parameter keeps in use.
         self._accumulating = 0
-        self.taken: set[Tensor] = set()
-        self._pass = -1  # The pass in which the last gradient came.
-        self._in_parts = False  # Gradients of this step may come in parts.
-        self._warned = False
         # Parameters may outlive the optimizer.
-        weakref.finalize(self, _let_go, self._handles, self.taken).atexit = False
+        weakref.finalize(self, _let_go, self._handles, backward).atexit = False
 
     def watch(self, parameters: Iterable[Tensor]) -> None:
         """Hooks the parameters that are trained. ``step()`` finds the gradients of others."""
-        hook = _Hook(self)
+        hook = _weak(self.on_gradient)
         for parameter in parameters:
             if parameter.requires_grad and parameter.is_leaf:
                 handle = parameter.register_post_accumulate_grad_hook(hook)
@@ -223,56 +183,27 @@ class Overlap:
             self._accumulating -= 1
 
     def stop(self) -> None:
-        _let_go(self._handles, set())
+        _remove(self._handles)
 
-    def forget(self) -> None:
-        """Called when nothing is being updated any more."""
-        _let_go({}, self.taken)
-        self._in_parts = False
+    @staticmethod
+    def mark(parameter: Tensor) -> None:
+        """Puts a mark in place of a gradient that was taken, and guards its parameter."""
+        parameter.grad = TakenGradient(parameter)
+        # Parameters of other classes are left as they are.
+        parameter.__class__ = _GUARDED.get(type(parameter), type(parameter))
 
-    @undisturbed  # The engine and these notes have to agree.
+    @staticmethod
+    def release(taken: Iterable[Tensor]) -> None:
+        """Takes the guards away."""
+        for parameter in taken:
+            if type(parameter) in _GUARDED.values():
+                parameter.__class__ = type(parameter).__base__
+
+    @undisturbed  # The engine and the marks have to agree.
     def on_gradient(self, parameter: Tensor) -> None:
-        if self._accumulating:
-            return
-        take = self._take()
-        if take is None:
-            return
-        if _C.may_change_later(parameter):
-            if not self._must:
-                return
-            raise RuntimeError(
-                "a hook, such as DistributedDataParallel's, changes gradients after backward "
-                'has accumulated them, which overlap_backward="update" would not see: take '
-                '"prefetch" or False, or FSDP2'
-            )
-        if parameter in self.taken:
-            raise RuntimeError(
-                "a second backward pass before step(), or within another, as activation "
-                "checkpointing of your own may make it: its gradient would not be counted. "
-                "All but the last go inside `with optimizer.accumulate():`; with passes "
-                'within another use overlap_backward="prefetch". If backward was '
-                "interrupted, step() ends the step with what it had taken, and zero_grad() "
-                "drops the rest"
-            )
-        if parameter.is_cpu and local_of(parameter.grad).is_pinned():
-            return
-        with self._lock:
-            if self._must and self._comes_in_parts():
-                return
-            take(parameter)
-            if self._must:
-                _guard(parameter)
-
-    def _comes_in_parts(self) -> bool:
-        now = torch._C._current_graph_task_id()
-        if now != self._pass:
-            self._pass = now
-            if _C.has_reentrant_checkpoint() or _is_nested():
-                self._in_parts = True
-                if not self._warned:
-                    self._warned = True
-                    _logger.warning(_IN_PARTS)
-        return self._in_parts
+        if not self._accumulating:
+            with self._lock:
+                self._hook(parameter)
 
 
 def _assignable_dtype(parameter: Tensor) -> torch.dtype:
@@ -282,32 +213,26 @@ def _assignable_dtype(parameter: Tensor) -> torch.dtype:
     return parameter.grad_dtype or parameter.grad.dtype
 
 
-def _let_go(handles: dict[int, Any], taken: set[Tensor]) -> None:
+def _remove(handles: dict[int, Any]) -> None:
     for handle in handles.values():
         handle.remove()
     handles.clear()
-    for parameter in taken:
-        _unguard(parameter)
-    taken.clear()
 
 
-class _Hook:
-    """A hook that keeps neither the optimizer nor what it owns alive."""
-
-    def __init__(self, overlap: Overlap) -> None:
-        self._overlap = weakref.ref(overlap)
-
-    def __call__(self, parameter: Tensor) -> None:
-        overlap = self._overlap()
-        if overlap is not None:
-            overlap.on_gradient(parameter)
+def _let_go(handles: dict[int, Any], backward: Any) -> None:
+    _remove(handles)
+    Overlap.release(backward.reset())
 
 
-def version_of(parameter: Tensor) -> int:
-    """Returns a number that grows when others than the update write to the parameter.
+def _weak(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """Makes a hook that keeps nothing alive. Parameters hold it, and may outlive the rest."""
+    known = weakref.WeakMethod(method)
 
-    On a device one cannot tell."""
-    return parameter._version if parameter.is_cpu and not parameter.is_inference() else 0
+    def hook(parameter: Tensor) -> None:
+        if (found := known()) is not None:
+            found(parameter)
+
+    return hook
 
 
 def with_gradient(group: dict[str, Any]) -> list[Tensor]:

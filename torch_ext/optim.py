@@ -48,7 +48,7 @@ from torch_ext._local import (
 from torch_ext._modes import plain_modes
 from torch_ext._native import _C
 from torch_ext._offload import OffloadedBase
-from torch_ext._overlap import Overlap, TakenGradient, overlap_of, version_of, with_gradient
+from torch_ext._overlap import Overlap, TakenGradient, is_nested, overlap_of, with_gradient
 from torch_ext._undisturbed import undisturbed
 from torch_ext.config import AioConfig, parse_size, resolve_aio_config
 
@@ -220,25 +220,13 @@ class OffloadedAdamW(OffloadedBase):
         self._max_grad_norm = max_grad_norm_of(max_grad_norm)
         #: The norm that the last step with ``max_grad_norm`` has found.
         self.grad_norm: Tensor | None = None
-        self._overlap: Overlap | None = None
-        self._takes = False  # Whether gradients are taken during backward.
+        overlap = overlap_of(overlap_backward)
+        # Whether gradients are taken during backward. The norm is known only when all are.
+        self._takes = overlap == "update" and max_grad_norm is None
         early_bytes = 0
-        if overlap_of(overlap_backward) is not False:
-            # The norm is known only when all gradients are.
-            self._takes = overlap_backward == "update" and max_grad_norm is None
-            self._overlap = Overlap(self._take if self._takes else self._prefetch, self._takes)
-        if self._overlap is not None and not self._takes:
+        if overlap and not self._takes:
             params = as_lists(params)
             early_bytes = min(early_bytes_of(params), 2**63)
-            if early_bytes == 0:
-                self._overlap = None
-        # Notes on the step that backward has begun. They are the numbers of each group, by its
-        # place, the group of each parameter, and the numbers used for parameters taken.
-        self._hypers: dict[int, tuple[Any, ...]] = {}
-        self._numbers: dict[Tensor, int] = {}
-        self._used: dict[Tensor, tuple[Any, ...]] = {}
-        self._versions: dict[Tensor, int] = {}
-        self._complained = False  # In the last step.
         self._own(
             _C.AdamWEngine(
                 directories_of(nvme_path, "nvme_path"),
@@ -253,6 +241,10 @@ class OffloadedAdamW(OffloadedBase):
                 state_dict_mode_of(state_dict_mode),
             )
         )
+        self._backward = _C.BackwardStep(self._engine, self._takes)
+        self._overlap: Overlap | None = None
+        if self._takes or early_bytes:
+            self._overlap = Overlap(self._on_gradient, self._backward)
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -277,12 +269,12 @@ class OffloadedAdamW(OffloadedBase):
         self._life.check_process()
         if self._overlap is not None:
             self._overlap.stop()
-        if self._taken():
+        if self._backward.is_open():
             _logger.warning(
                 "an OffloadedAdamW is closed between backward() and step(): some parameters "
                 "are updated, others not"
             )
-            self._forget_taken()
+            self._release(self._backward.reset())
         super().close()
 
     close.__doc__ = OffloadedBase.close.__doc__
@@ -346,7 +338,7 @@ class OffloadedAdamW(OffloadedBase):
                 if clipped
                 else torch.zeros((), dtype=torch.float32, device="cpu")
             )
-        if self._has_no_state() and not self._taken() and asks_for_state_only(trained):
+        if self._has_no_state() and self._is_between_steps() and asks_for_state_only(trained):
             parameters = [p for _, group in trained for p in group]
             with self._naming(parameters, self._check_part):
                 self._engine.init([self._own_part(p) for p in parameters])
@@ -355,7 +347,7 @@ class OffloadedAdamW(OffloadedBase):
         else:
             parameters = [p for _, group in trained for p in group]
             groups = [
-                (*hyper(group), [(*self._own_part(p), self._own_gradient(p)) for p in own])
+                (hyper(group), [(*self._own_part(p), self._own_gradient(p)) for p in own])
                 for group, own in trained
             ]
             with self._naming(parameters, self._check_trained):
@@ -383,7 +375,7 @@ class OffloadedAdamW(OffloadedBase):
                 space. All is as before then.
             RuntimeError: As for ``step``.
         """
-        if self._taken():
+        if not self._is_between_steps():
             raise RuntimeError(
                 "state_dict() between backward() and step(), with overlap_backward="
                 '"update": the step that backward has begun is not complete. Call step() '
@@ -476,9 +468,9 @@ class OffloadedAdamW(OffloadedBase):
                 self._engine.load([(*self._own_part(p), *entry) for p, entry in entries])
         except BaseException:
             if not self._engine.in_step():
-                self._forget_taken()
+                self._release(self._backward.reset())
             raise
-        self._forget_taken()
+        self._release(self._backward.reset())
         self.param_groups = groups
         self._state.loaded(foreign, others_of(state_dict))
         self._let_go()
@@ -486,62 +478,40 @@ class OffloadedAdamW(OffloadedBase):
     def _check_trained(self, parameter: Tensor) -> None:
         self._engine.check(*self._own_part(parameter), self._own_gradient(parameter))
 
-    def _taken(self) -> set[Tensor]:
-        return set() if self._overlap is None else self._overlap.taken
-
-    def _take(self, parameter: Tensor) -> None:
-        """Hands over a parameter whose gradient is final, to be updated."""
+    def _on_gradient(self, parameter: Tensor) -> None:
+        """Takes a gradient, or starts to copy it to the host. Called by hooks."""
         self._life.check()
-        if not self._taken():
-            self._state.flush()
-            self._make_room()
-        if (number := self._group_of(parameter)) is None:
-            return  # It is not trained any more.
-        if number not in self._hypers:
-            self._hypers[number] = hyper(self.param_groups[number])
-        part, gradient = self._own_part(parameter), self._own_gradient(parameter)
-        with self._naming([parameter], self._check_trained):
-            self._engine.take((*self._hypers[number], [(*part, gradient)]))
-        if is_distributed(parameter):
-            torch.autograd.graph.increment_version(parameter)
-        self._taken().add(parameter)
-        self._used[parameter] = self._hypers[number]
-        self._versions[parameter] = version_of(parameter)
-        parameter.grad = TakenGradient(parameter)
-
-    def _prefetch(self, parameter: Tensor) -> None:
-        """Starts to copy a gradient, which may be final, to the host."""
-        self._life.check()
-        if parameter not in self._slots or parameter.is_cpu:
+        slot, gradient = self._slots.get(parameter), local_of(parameter.grad)
+        if slot is None or not self._backward.wants(slot, parameter, gradient, is_nested):
             return
-        gradient = local_of(parameter.grad)
-        self._engine.prefetch(self._slots[parameter], local_of(parameter), gradient)
+        if not self._takes:
+            self._engine.prefetch(slot, local_of(parameter), gradient)
+            return
+        self._begin()
+        if (number := self._backward.group_of(slot)) is not None:
+            self._take(parameter, number)
 
-    def _make_room(self) -> None:
-        """Gives parameters room for state before their first gradient comes.
+    def _begin(self) -> None:
+        """Begins a step that takes gradients, unless one has begun."""
+        if not self._is_between_steps():
+            return
+        self._state.flush()
+        trained = [p for p in self._parameters() if p.requires_grad]
+        with self._naming(trained, self._check_part):
+            parts = [self._own_part(p) for p in trained]
+            self._backward.begin(self._slots_of_groups(), parts)
 
-        So the first step need not keep all gradients either. The order is reversed, since
-        backward mostly goes the other way round.
-        """
-        new = [p for p in self._parameters() if p.requires_grad and not self._has_state(p)]
-        if new:
-            with self._naming(new, self._check_part):
-                self._engine.make_room([self._own_part(p) for p in reversed(new)])
+    def _take(self, parameter: Tensor, number: int) -> None:
+        """Hands over a gradient that is final, with the number of the parameter's group."""
+        slot, part = self._own_part(parameter)
+        gradient = self._own_gradient(parameter)
+        self._fix(number)
+        with self._naming([parameter], self._check_trained):
+            self._backward.take(number, slot, part, gradient, parameter)
+        Overlap.mark(parameter)
 
-    def _forget_taken(self) -> None:
-        for p in self._taken() - set(self._parameters()):  # zero_grad() does not see these.
-            if isinstance(p.grad, TakenGradient):
-                p.grad = None
-        self._hypers, self._used, self._versions = {}, {}, {}
-        if self._overlap is not None:
-            self._overlap.forget()
-
-    def _group_of(self, parameter: Tensor) -> int | None:
-        if not self._hypers or parameter not in self._numbers:
-            self._numbers = {
-                p: i for i, group in enumerate(self.param_groups) for p in group["params"]
-            }
-        return self._numbers.get(parameter)
+    def _fix(self, number: int) -> None:
+        self._backward.fix(number, lambda: hyper(self.param_groups[number]))
 
     def _finish(
         self, trained: list[tuple[dict[str, Any], list[Tensor]]]
@@ -551,52 +521,39 @@ class OffloadedAdamW(OffloadedBase):
         Returns the parameters that took part, and what the caller has done that is not allowed.
         """
         for p in self._parameters():
-            if self._complained:
-                break  # It may be the same step once more.
-            if isinstance(p.grad, TakenGradient) and p not in self._taken():
-                raise RuntimeError(
-                    f"{self._label_of(p)} has had its gradient taken by an earlier step, "
-                    f"which would not be counted again: call zero_grad() after each step"
-                )
-        for p in chain.from_iterable(parameters for _, parameters in trained):
-            if p in self._taken():
-                raise RuntimeError(
-                    f"{self._label_of(p)} has got a gradient after the one of this step was "
-                    f"taken, which would not be counted: zero_grad() drops it, step() then "
-                    f"ends the step"
-                )
-            self._take(p)
-        parameters, complaint = list(self._taken()), self._complaint()
-        self._complained = bool(complaint)
+            if p.grad is None:
+                continue
+            is_mark = isinstance(p.grad, TakenGradient)
+            if refusal := self._backward.refusal(self._slot_of(p), is_mark):
+                raise RuntimeError(f"{self._label_of(p)} {refusal}")
+        left = [(number, p) for number, (_, own) in enumerate(trained) for p in own]
+        for _, p in left:
+            with self._naming([p]):
+                self._check_trained(p)
+        if left:
+            self._begin()
+        for number in dict(left):
+            self._fix(number)
+        for number, p in left:
+            self._take(p, number)
+        taken = self._backward.taken()
+        options = [_hyper_or_none(group) for group in self.param_groups]
         try:
-            self._engine.finish()
+            complaint, about = self._backward.finish(self._slots_of_groups(), options)
         finally:
-            self._forget_taken()
-        return parameters, complaint
+            self._release(taken)
+        return taken, complaint if about is None else f"{self._label_of(about)} {complaint}"
 
-    def _complaint(self) -> str:
-        between = 'between backward() and step(). With overlap_backward="update" '
-        places = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
-        now = [_hyper_or_error(group) for group in self.param_groups]
-        for p, numbers in self._used.items():
-            if (number := places.get(p)) is None:
-                return (
-                    f"a parameter of sizes {list(p.shape)} was taken out of param_groups "
-                    f"{between}it is updated by the step that backward() has begun, and its "
-                    f"state goes on: change groups after step()"
-                )
-            if numbers != now[number]:
-                return (
-                    f"options of param_groups[{number}] were changed {between}the step has "
-                    f"used the ones that it found in backward(): change them after step()"
-                )
-        for p, version in self._versions.items():
-            if version_of(p) != version:
-                return (
-                    f"{self._label_of(p)} was changed {between}it is being updated then, and "
-                    f"what was written is lost, or not: change parameters after step()"
-                )
-        return ""
+    def _release(self, taken: list[Tensor]) -> None:
+        """Lets go of parameters that are not being updated any more."""
+        Overlap.release(taken)
+        for p in set(taken) - set(self._parameters()):  # zero_grad() does not see these.
+            if isinstance(p.grad, TakenGradient):
+                p.grad = None
+
+    def _slots_of_groups(self) -> list[list[int]]:
+        known = self._slots
+        return [[known[p] for p in g["params"] if p in known] for g in self.param_groups]
 
     def _has_no_state(self) -> bool:
         return not any(map(self._engine.has_state, self._slots.values()))
@@ -604,7 +561,7 @@ class OffloadedAdamW(OffloadedBase):
     # optimizer.state -------------------------------------------------------------------
 
     def _is_between_steps(self) -> bool:
-        return not self._taken()
+        return not self._backward.is_open()
 
     def _shown_state(self, parameter: Tensor) -> dict[str, int | None]:
         shown: dict[str, int | None] = {"step": self._engine.step_of(self._slots[parameter])}
@@ -646,7 +603,7 @@ class OffloadedAdamW(OffloadedBase):
         self._engine.change(read)
 
 
-def _hyper_or_error(group: dict[str, Any]) -> tuple[Any, ...] | None:
+def _hyper_or_none(group: dict[str, Any]) -> _C.AdamWHyper | None:
     try:
         return hyper(group)
     except (KeyError, TypeError, ValueError):

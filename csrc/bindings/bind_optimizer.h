@@ -3,6 +3,7 @@
 // Binds the engine behind OffloadedAdamW.
 // Part of the one translation unit of _C: included by module.cpp only.
 
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
@@ -21,19 +22,21 @@
 #include "errors.h"
 #include "gil.h"
 #include "tensor/adamw_engine.h"
-#include "tensor/gradient_hook.h"
+#include "tensor/adamw_hyper.h"
+#include "tensor/backward_step.h"
+#include "tensor/early_gradients.h"
 #include "tensor/plain_modes.h"
 
 namespace {
 
 using torch_ext::AdamWEngine;
+using torch_ext::AdamWHyper;
+using torch_ext::BackwardStep;
 // slot, parameter
 using SlotArgs = std::pair<std::size_t, at::Tensor>;
 // slot, parameter, gradient
 using TrainedArgs = std::tuple<std::size_t, at::Tensor, at::Tensor>;
-// lr, beta1, beta2, eps, weight_decay, maximize, trained parameters
-using GroupArgs = std::tuple<double, double, double, double, double, bool,
-                             std::vector<TrainedArgs>>;
+using GroupArgs = std::pair<AdamWHyper, std::vector<TrainedArgs>>;
 // slot, parameter, step, exp_avg, exp_avg_sq, master
 using SavedArgs =
     std::tuple<std::size_t, at::Tensor, std::uint64_t,
@@ -43,8 +46,8 @@ using SavedArgs =
 std::vector<AdamWEngine::Group> to_groups(const std::vector<GroupArgs>& from) {
   std::vector<AdamWEngine::Group> groups;
   groups.reserve(from.size());
-  for (const auto& [lr, beta1, beta2, eps, decay, maximize, trained] : from) {
-    AdamWEngine::Group group{{lr, beta1, beta2, eps, decay, maximize}, {}};
+  for (const auto& [hyper, trained] : from) {
+    AdamWEngine::Group group{hyper, {}};
     for (const auto& [slot, parameter, gradient] : trained) {
       group.trained.push_back({{slot, parameter}, gradient});
     }
@@ -146,10 +149,49 @@ void bind_modes(py::module_& m) {
       .def("__exit__", &ModesGuard::exit);
 }
 
+void bind_backward_step(py::module_& m) {
+  py::class_<BackwardStep>(m, "BackwardStep", py::module_local())
+      .def(py::init<AdamWEngine&, bool>(), py::arg("engine"), py::arg("takes"),
+           py::keep_alive<1, 2>())
+      .def("wants", &BackwardStep::wants, py::arg("slot"), py::arg("parameter"),
+           py::arg("gradient"), py::arg("is_nested"))
+      .def("is_open", &BackwardStep::is_open)
+      .def(
+          "begin",
+          [](BackwardStep& step, const BackwardStep::Slots& groups,
+             const std::vector<SlotArgs>& trained) {
+            step.begin(groups, to_parameters(trained));
+          },
+          py::arg("groups"), py::arg("trained"), release_gil())
+      .def("group_of", &BackwardStep::group_of, py::arg("slot"))
+      .def("fix", &BackwardStep::fix, py::arg("group"), py::arg("options"))
+      .def(
+          "take",
+          [](BackwardStep& step, std::size_t group, std::size_t slot,
+             const at::Tensor& part, const at::Tensor& gradient,
+             const at::Tensor& whole) {
+            step.take(group, {{slot, part}, gradient}, whole);
+          },
+          py::arg("group"), py::arg("slot"), py::arg("part"),
+          py::arg("gradient"), py::arg("whole"), release_gil())
+      .def("taken", &BackwardStep::taken)
+      .def("refusal", &BackwardStep::refusal, py::arg("slot"),
+           py::arg("is_mark"))
+      .def("finish", &BackwardStep::finish, py::arg("groups"),
+           py::arg("options"), release_gil())
+      .def("reset", &BackwardStep::reset);
+}
+
 void bind_optimizer(py::module_& m) {
   bind_modes(m);
-  m.def("may_change_later", &torch_ext::may_change_later, py::arg("parameter"));
-  m.def("has_reentrant_checkpoint", &torch_ext::has_reentrant_checkpoint);
+  py::class_<AdamWHyper>(m, "AdamWHyper", py::module_local())
+      .def(py::init<double, double, double, double, double, bool>(),
+           py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+           py::arg("weight_decay"), py::arg("maximize"));
+  m.def("early_bytes",
+        py::overload_cast<const at::Tensor&, const at::Tensor&>(
+            &torch_ext::EarlyGradients::room_for),
+        py::arg("parameter"), py::arg("part"));
   py::class_<AdamWEngine, std::unique_ptr<AdamWEngine, DeleteWithoutGil>>(
       m, "AdamWEngine", py::module_local())
       .def(py::init([](const Directories& directories, const AioConfig& aio,
@@ -193,17 +235,6 @@ void bind_optimizer(py::module_& m) {
             engine.step(to_groups(groups));
           },
           py::arg("groups"), release_gil())
-      .def(
-          "take",
-          [](AdamWEngine& engine, const GroupArgs& args) {
-            for (const auto& group : to_groups({args})) {
-              for (const auto& trained : group.trained) {
-                engine.take(group.hyper, trained);
-              }
-            }
-          },
-          py::arg("group"), release_gil())
-      .def("finish", &AdamWEngine::finish, release_gil())
       .def("in_step", &AdamWEngine::in_step)
       .def(
           "prefetch",
@@ -217,12 +248,6 @@ void bind_optimizer(py::module_& m) {
           "init",
           [](AdamWEngine& engine, const std::vector<SlotArgs>& parameters) {
             engine.init(to_parameters(parameters));
-          },
-          py::arg("parameters"), release_gil())
-      .def(
-          "make_room",
-          [](AdamWEngine& engine, const std::vector<SlotArgs>& parameters) {
-            engine.make_room(to_parameters(parameters));
           },
           py::arg("parameters"), release_gil())
       .def("save", &save, py::arg("parameters"))
@@ -279,13 +304,13 @@ void bind_optimizer(py::module_& m) {
                return engine.offload().timeline();
              }());
            })
-      .def("notes",
-           [](AdamWEngine& engine) { return engine.offload().notes(); })
+      .def("notes", [](AdamWEngine& engine) { return engine.notes(); })
       .def(
           "close", [](AdamWEngine& engine) { engine.close(); }, release_gil())
       .def_property_readonly("engine", [](AdamWEngine& engine) {
         return engine.offload().engine();
       });
+  bind_backward_step(m);
 }
 
 }  // namespace

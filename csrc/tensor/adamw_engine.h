@@ -17,7 +17,6 @@
 #include <stdexcept>
 #include <string>
 #include <system_error>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -187,17 +186,13 @@ class AdamWEngine {
   /// Takes a gradient that is final, in a step that ends with finish(). A
   /// thread of the OptimizerOffload updates the state as soon as it is in
   /// memory, and lets go of the gradient. Called once for a parameter in a
-  /// step, with the `hyper` of that moment. The first call begins the step.
-  /// Returns at once. Errors: as step(). A failed update is thrown by finish().
+  /// step, which BackwardStep sees to. The first call begins the step. Returns
+  /// at once. Errors: as step(). A failed update is thrown by finish().
   void take(const AdamWHyper& hyper, const Trained& trained) {
     const PlainModes plain;
     check(trained);
     lane_of(trained.parameter.tensor);  // For the thread that begins now.
     begin_open_step();
-    if (!open_->taken.insert(trained.parameter.slot).second) {
-      adamw::fail<StateError>(
-          "a gradient of a parameter is taken twice in a step");
-    }
     AdamWKernel::Target target = target_of(trained, open_->kept(hyper));
     if (target.lane != nullptr) {
       target.own_ready = target.lane->now();
@@ -347,6 +342,16 @@ class AdamWEngine {
 
   OptimizerOffload& offload() { return offload_; }
 
+  /// What a log should say. The list grows.
+  const std::vector<std::string>& notes() {
+    for (const std::string& each : offload_.notes()) note(each);
+    return notes_;
+  }
+  /// Adds to it, once.
+  void note(const std::string& text) {
+    if (std::ranges::count(notes_, text) == 0) notes_.push_back(text);
+  }
+
   /// As OptimizerOffload::close(). It first waits for what is queued on
   /// devices.
   void close() {
@@ -378,7 +383,6 @@ class AdamWEngine {
   struct OpenStep {
     AdamWKernel kernel;
     std::deque<AdamWHyper> hypers = {};
-    std::unordered_set<std::size_t> taken = {};  ///< Slots.
 
     /// Returns a copy at an address that stays.
     const AdamWHyper& kept(const AdamWHyper& hyper) {
@@ -597,6 +601,7 @@ class AdamWEngine {
   const std::uint64_t scratch_bytes_;
   const std::uint64_t early_wanted_;
   const std::uint64_t early_bytes_;
+  std::vector<std::string> notes_;
   std::unique_ptr<OpenStep> open_;  // Outlives offload_, whose thread uses it.
   OptimizerOffload offload_;
   EarlyGradients early_;

@@ -70,9 +70,16 @@ class EarlyGradients {
     at::Tensor gradient;
   };
 
-  /// How many bytes a copy takes of bring()'s memory.
-  static std::uint64_t room_for(std::uint64_t bytes) {
-    return align_up(bytes, 64);
+  /// How many bytes of bring()'s memory a copy of a parameter's gradient takes.
+  /// For a DTensor, `part` is this process's part. Frozen ones may be anything.
+  static std::uint64_t room_for(const at::Tensor& parameter,
+                                const at::Tensor& part) {
+    if (!parameter.requires_grad() || !parameter.is_leaf() || part.is_cpu()) {
+      return 0;
+    }
+    const c10::ScalarType dtype = parameter.grad_dtype().value_or(at::kFloat);
+    return room_for(static_cast<std::uint64_t>(part.numel()) *
+                    c10::elementSize(dtype));
   }
 
   /// Queues a copy into `memory`, which is the same in each call. It comes
@@ -147,6 +154,10 @@ class EarlyGradients {
     c10::ScalarType dtype = at::kFloat;
     at::Tensor sums;
   };
+
+  static std::uint64_t room_for(std::uint64_t bytes) {
+    return align_up(bytes, 64);
+  }
 
   static std::int64_t version_of(const at::Tensor& tensor) {
     return tensor.unsafeGetTensorImpl()->version_counter().current_version();

@@ -1,13 +1,5 @@
-// How hooks and step() work together.
-//
-// Backward's hooks and step() share `taken_`: the parameters whose gradients
-// the open step has already. With kUpdate, a hook checks a gradient and hands
-// it to the engine, which updates the parameter on a thread of its own. The
-// hook puts a meta tensor in the gradient's place. step() hands over the rest
-// and ends the step. Afterwards it says what the caller has changed meanwhile.
-//
-// With kPrefetch, a hook only queues a copy to the host. step() uses it if the
-// gradient is still the same.
+// The hooks of backward, and step(), hand gradients over as BackwardStep says.
+// A meta tensor takes the place of a gradient that was taken.
 //
 // state() shows steps and no tensors. What the caller does to it is found out
 // when the next call begins.
@@ -27,6 +19,8 @@
 #include <utility>
 
 #include "adamw_engine.h"
+#include "backward_step.h"
+#include "early_gradients.h"
 #include "gradient_hook.h"
 #include "plain_modes.h"
 
@@ -48,7 +42,8 @@ class OffloadedAdamW::Impl {
                 prefetches(offload) ? early_bytes(param_groups()) : 0,
                 offload.state_dict_mode),
         max_grad_norm_(offload.max_grad_norm),
-        takes_(takes(offload)) {
+        takes_(takes(offload)),
+        backward_(engine_, takes_) {
     if (max_grad_norm_ && !(*max_grad_norm_ > 0)) {
       throw std::invalid_argument("OffloadedAdamW: max_grad_norm is " +
                                   std::to_string(*max_grad_norm_));
@@ -69,40 +64,24 @@ class OffloadedAdamW::Impl {
     }
     const PlainModes plain;
     add_new_parameters();
-    if (taken_.empty()) take_over_state();
+    if (!backward_.is_open()) take_over_state();
     clip();
+    if (takes_) {
+      finish();
+      return loss;
+    }
     std::vector<AdamWEngine::Group> groups;
     for (const auto& group : param_groups()) {
       groups.push_back({hyper_of(group), {}});
       for (const at::Tensor& parameter : group.params()) {
-        if (!parameter.grad().defined() || is_taken(parameter)) continue;
-        groups.back().trained.push_back(
-            {entry_of(parameter), parameter.grad()});
+        if (!parameter.grad().defined()) continue;
+        groups.back().trained.push_back(checked(parameter));
       }
     }
+    engine_.step(groups);
     for (const auto& group : groups) {
-      for (const auto& trained : group.trained) {
-        naming(trained.parameter.tensor, [&] { engine_.check(trained); });
-      }
+      for (const auto& trained : group.trained) show(trained.parameter);
     }
-    if (!takes_) {
-      engine_.step(groups);
-      for (const auto& group : groups) {
-        for (const auto& trained : group.trained) show(trained.parameter);
-      }
-      return loss;
-    }
-    for (std::size_t i = 0; i < groups.size(); ++i) {
-      for (const auto& trained : groups[i].trained) {
-        take(groups[i].hyper, i, trained);
-      }
-    }
-    const std::string complaint = complaint_about(groups);
-    const auto taken = std::exchange(taken_, {});
-    in_parts_ = false;
-    engine_.finish();
-    for (const Taken& each : taken) show(each.parameter);
-    if (!complaint.empty()) throw StateError(complaint);
     return loss;
   }
 
@@ -110,7 +89,7 @@ class OffloadedAdamW::Impl {
   std::size_t& accumulating() { return accumulating_; }
 
   std::vector<ParameterState> state_dict() {
-    if (!taken_.empty()) {
+    if (backward_.is_open()) {
       throw StateError(
           "OffloadedAdamW: state_dict() between backward() and step(), with "
           "kUpdate: call step() first, which ends the step that backward "
@@ -148,11 +127,10 @@ class OffloadedAdamW::Impl {
     try {
       engine_.load(saved);
     } catch (...) {
-      if (!engine_.in_step()) taken_.clear();
+      if (!engine_.in_step()) backward_.reset();
       throw;
     }
-    taken_.clear();
-    in_parts_ = false;
+    backward_.reset();
     shown_states().clear();
     for (const auto& entry : saved) show(entry.parameter);
   }
@@ -170,7 +148,7 @@ class OffloadedAdamW::Impl {
     return engine_.plan(planned);
   }
   /// What a log should say, such as why direct I/O is not used.
-  const std::vector<std::string>& notes() { return engine_.offload().notes(); }
+  const std::vector<std::string>& notes() { return engine_.notes(); }
   /// See OptimizerOffload::close.
   void close() {
     on_gradient_.reset();  // Hooks do nothing from now on.
@@ -186,31 +164,18 @@ class OffloadedAdamW::Impl {
 
   struct Place {
     std::size_t slot;
-    std::optional<std::size_t> group;  ///< None: it is not trained any more.
     /// While this exists, the address is not another tensor's.
     c10::weak_intrusive_ptr<c10::TensorImpl> tensor;
   };
-  struct Taken {
-    AdamWEngine::Parameter parameter;
-    AdamWHyper hyper;
-    std::size_t group;
-    std::int64_t version;  ///< The tensor's, at that time.
-  };
-
-  static constexpr const char* kChangesLater =
-      "OffloadedAdamW: a hook, such as DistributedDataParallel's, changes "
-      "gradients after backward has accumulated them, which "
-      "OverlapBackward::kUpdate would not see: take kPrefetch or kOff";
-
   // The base class's add_param_group() is not virtual, so new parameters are
   // found here.
   void add_new_parameters() {
-    if (taken_.empty()) let_go();
-    for (std::size_t i = 0; i < param_groups().size(); ++i) {
-      for (const at::Tensor& parameter : param_groups()[i].params()) {
+    if (!backward_.is_open()) let_go();
+    for (const auto& group : param_groups()) {
+      for (const at::Tensor& parameter : group.params()) {
         const void* key = parameter.unsafeGetTensorImpl();
         if (places_.contains(key)) continue;
-        places_.emplace(key, Place{added(parameter), i,
+        places_.emplace(key, Place{added(parameter),
                                    c10::weak_intrusive_ptr<c10::TensorImpl>(
                                        parameter.getIntrusivePtr())});
         if (on_gradient_ != nullptr && parameter.is_leaf() &&
@@ -260,18 +225,23 @@ class OffloadedAdamW::Impl {
 
   std::string named(const at::Tensor& parameter,
                     const std::exception& error) const {
+    return label_of(parameter) + ": " + error.what();
+  }
+
+  std::string label_of(const at::Tensor& parameter) const {
     std::ostringstream text;
     for (std::size_t i = 0; i < param_groups().size(); ++i) {
       const std::vector<at::Tensor>& parameters = param_groups()[i].params();
       for (std::size_t j = 0; j < parameters.size(); ++j) {
         if (!parameters[j].is_same(parameter)) continue;
-        text << "parameter " << j << " of group " << i;
-        text << " (dtype " << parameter.scalar_type() << ", sizes "
-             << parameter.sizes() << "): " << error.what();
+        text << "parameter " << j << " of group " << i << " (dtype "
+             << parameter.scalar_type() << ", sizes " << parameter.sizes()
+             << ")";
         return text.str();
       }
     }
-    return error.what();
+    text << "a parameter in no group, of sizes " << parameter.sizes();
+    return text.str();
   }
 
   // Lets go of parameters that do not exist any more.
@@ -321,33 +291,18 @@ class OffloadedAdamW::Impl {
   // PyTorch calls hooks on a thread for each device.
   void on_gradient(const at::Tensor& parameter) {
     const std::lock_guard lock(gradients_mutex_);
-    if (accumulating_ > 0) return;
-    const PlainModes plain;
-    const bool changes = may_change_later(parameter);
-    if (!takes_ && changes) return;
-    if (changes) throw StateError(kChangesLater);
-    if (takes_ && is_left_to_step(parameter)) return;
-    if (takes_ && taken_.empty()) begin_taking();
     const auto place = places_.find(parameter.unsafeGetTensorImpl());
-    if (place == places_.end() || !place->second.group) return;
-    const AdamWEngine::Trained trained{entry_of(parameter), parameter.grad()};
-    if (takes_) {
-      naming(parameter, [&] { engine_.check(trained); });
-      const std::size_t group = *place->second.group;
-      take(hyper_of(param_groups()[group]), group, trained);
-    } else {
-      engine_.prefetch(trained);
+    if (accumulating_ > 0 || place == places_.end()) return;
+    const PlainModes plain;
+    const std::size_t slot = place->second.slot;
+    const auto is_nested = [] { return false; };  // One cannot tell.
+    if (!backward_.wants(slot, parameter, parameter.grad(), is_nested)) return;
+    if (!takes_) {
+      engine_.prefetch({{slot, parameter}, parameter.grad()});
+      return;
     }
-  }
-
-  /// Whether a gradient may be incomplete until backward ends.
-  bool is_left_to_step(const at::Tensor& parameter) {
-    const int pass = torch::autograd::get_current_graph_task_id();
-    if (std::exchange(pass_, pass) != pass && has_reentrant_checkpoint()) {
-      in_parts_ = true;
-    }
-    // A copy from a device to page-locked memory may still be on its way.
-    return in_parts_ || (parameter.is_cpu() && parameter.grad().is_pinned());
+    begin_taking();
+    if (const auto group = backward_.group_of(slot)) take(*group, parameter);
   }
 
   static bool takes(const OffloadOptions& offload) {
@@ -363,79 +318,104 @@ class OffloadedAdamW::Impl {
     std::uint64_t bytes = 0;
     for (const auto& group : groups) {
       for (const at::Tensor& parameter : group.params()) {
-        if (parameter.defined() && parameter.requires_grad() &&
-            !parameter.is_cpu() && parameter.is_leaf()) {
-          const c10::ScalarType dtype =
-              parameter.grad_dtype().value_or(at::kFloat);
-          bytes += EarlyGradients::room_for(
-              static_cast<std::uint64_t>(parameter.numel()) *
-              c10::elementSize(dtype));
-        }
+        if (!parameter.defined()) continue;
+        bytes += EarlyGradients::room_for(parameter, parameter);
       }
     }
     return bytes;
   }
 
-  // Begins a step during backward. Parameters may have moved to another group,
-  // or may not be trained any more. Room for state is made before the first
-  // gradient comes, so that the first step need not keep all gradients either.
-  // The order is reversed, since backward mostly goes the other way round.
+  // Begins a step that takes gradients, unless that has been done. step() finds
+  // parameters that are not known yet.
   void begin_taking() {
+    if (backward_.is_open()) return;
     take_over_state();
-    for (auto& [key, place] : places_) place.group.reset();
-    std::vector<AdamWEngine::Parameter> without_state;
-    for (std::size_t i = 0; i < param_groups().size(); ++i) {
-      for (const at::Tensor& parameter : param_groups()[i].params()) {
+    std::vector<AdamWEngine::Parameter> fresh;
+    for (const auto& group : param_groups()) {
+      for (const at::Tensor& parameter : group.params()) {
         const auto place = places_.find(parameter.unsafeGetTensorImpl());
-        if (place == places_.end()) continue;  // step() will find it.
-        place->second.group = i;
-        if (parameter.requires_grad() &&
+        if (place != places_.end() && parameter.requires_grad() &&
             !engine_.has_state(place->second.slot)) {
-          without_state.push_back({place->second.slot, parameter});
+          fresh.push_back({place->second.slot, parameter});
         }
       }
     }
-    check_each(without_state);
-    std::reverse(without_state.begin(), without_state.end());
-    if (!without_state.empty()) engine_.make_room(without_state);
+    check_each(fresh);
+    backward_.begin(slots_of_groups(), fresh);
   }
 
-  void take(const AdamWHyper& hyper, std::size_t group,
-            const AdamWEngine::Trained& trained) {
-    engine_.take(hyper, trained);
-    taken_.push_back({trained.parameter, hyper, group,
-                      version_of(trained.parameter.tensor)});
-    mark_as_taken(trained.parameter.tensor);
+  void fix(std::size_t group) {
+    backward_.fix(group, [&] { return hyper_of(param_groups()[group]); });
   }
 
-  static std::int64_t version_of(const at::Tensor& tensor) {
-    // Updates on a device count as writes too.
-    return tensor.is_cpu() && !tensor.is_inference() ? tensor._version() : 0;
+  void take(std::size_t group, const at::Tensor& parameter) {
+    fix(group);
+    backward_.take(group, checked(parameter), parameter);
+    mark_as_taken(parameter);
   }
 
-  /// Says what the caller has changed of what was taken. `groups` are as they
-  /// are now.
-  std::string complaint_about(
-      const std::vector<AdamWEngine::Group>& groups) const {
-    for (const auto& [parameter, hyper, group, version] : taken_) {
-      const char* what = nullptr;
-      if (group >= groups.size() || !(hyper == groups[group].hyper)) {
-        what = "options";
+  // Ends a step that takes gradients.
+  void finish() {
+    std::vector<std::pair<std::size_t, at::Tensor>> left;
+    for (std::size_t i = 0; i < param_groups().size(); ++i) {
+      for (const at::Tensor& parameter : param_groups()[i].params()) {
+        if (!parameter.grad().defined()) continue;
+        const bool is_mark = is_taken(parameter);
+        const std::size_t slot = entry_of(parameter).slot;
+        complain({backward_.refusal(slot, is_mark), parameter});
+        if (is_mark) continue;
+        checked(parameter);
+        left.emplace_back(i, parameter);
       }
-      if (version != version_of(parameter.tensor)) what = "a parameter";
-      const auto shown =
-          shown_states().find(parameter.tensor.unsafeGetTensorImpl());
-      if (engine_.step_of(parameter.slot) > 1 &&
+    }
+    if (!left.empty()) begin_taking();
+    for (const auto& [group, parameter] : left) fix(group);
+    for (const auto& [group, parameter] : left) take(group, parameter);
+    std::vector<std::optional<AdamWHyper>> options;
+    for (const auto& group : param_groups()) {
+      options.push_back(hyper_or_none(group));
+    }
+    const std::vector<at::Tensor> taken = backward_.taken();
+    const BackwardStep::Complaint erased = complaint_about_state(taken);
+    const auto complaint = backward_.finish(slots_of_groups(), options);
+    for (const at::Tensor& parameter : taken) show(entry_of(parameter));
+    complain(complaint);
+    complain(erased);
+  }
+
+  /// Says whose entry in state() is gone, though its state has been used.
+  BackwardStep::Complaint complaint_about_state(
+      const std::vector<at::Tensor>& taken) const {
+    for (const at::Tensor& parameter : taken) {
+      const auto shown = shown_states().find(parameter.unsafeGetTensorImpl());
+      if (engine_.step_of(entry_of(parameter).slot) > 1 &&
           (shown == shown_states().end() || shown->second == nullptr)) {
-        what = "the state of a parameter";
+        return {
+            "had its entry in state() erased between backward() and "
+            "step(). The step has used the state: erase it after step()",
+            parameter};
       }
-      if (what == nullptr) continue;
-      return std::string("OffloadedAdamW: ") + what + " of group " +
-             std::to_string(group) +
-             " changed between backward() and step(). With kUpdate the update "
-             "is made in between: change it after step()";
     }
     return {};
+  }
+
+  void complain(const BackwardStep::Complaint& complaint) const {
+    const auto& [text, about] = complaint;
+    if (text.empty()) return;
+    throw StateError("OffloadedAdamW: " +
+                     (about.defined() ? label_of(about) + " " : "") + text);
+  }
+
+  std::vector<std::vector<std::size_t>> slots_of_groups() const {
+    std::vector<std::vector<std::size_t>> slots;
+    for (const auto& group : param_groups()) {
+      slots.emplace_back();
+      for (const at::Tensor& parameter : group.params()) {
+        const auto place = places_.find(parameter.unsafeGetTensorImpl());
+        if (place != places_.end()) slots.back().push_back(place->second.slot);
+      }
+    }
+    return slots;
   }
 
   // Does what torch::nn::utils::clip_grad_norm_ does, whose header includes all
@@ -458,6 +438,13 @@ class OffloadedAdamW::Impl {
     for (const at::Tensor& gradient : gradients) {
       gradient.mul_(factor.to(gradient.device()));
     }
+  }
+
+  /// Returns a parameter and its gradient, which can be used.
+  AdamWEngine::Trained checked(const at::Tensor& parameter) const {
+    AdamWEngine::Trained trained{entry_of(parameter), parameter.grad()};
+    naming(parameter, [&] { engine_.check(trained); });
+    return trained;
   }
 
   AdamWEngine::Parameter entry_of(const at::Tensor& parameter) const {
@@ -509,19 +496,26 @@ class OffloadedAdamW::Impl {
             .maximize = options.maximize()};
   }
 
+  static std::optional<AdamWHyper> hyper_or_none(
+      const torch::optim::OptimizerParamGroup& group) {
+    try {
+      return hyper_of(group);
+    } catch (const std::exception&) {
+      return {};
+    }
+  }
+
   OffloadedAdamW& optimizer_;
   AdamWEngine engine_;
   std::unordered_map<const void*, Place> places_;
   const std::optional<double> max_grad_norm_;
   const bool takes_;  // Takes gradients during backward: kUpdate.
+  BackwardStep backward_;
   std::shared_ptr<const GradientHook::Function>
       on_gradient_;  // Set if hooks have work.
   std::mutex gradients_mutex_;
-  std::vector<Taken> taken_;
   at::Tensor grad_norm_;
   std::size_t accumulating_ = 0;
-  int pass_ = -1;          // In which the last gradient came.
-  bool in_parts_ = false;  // Whether this step's gradients may be.
 };
 
 namespace {

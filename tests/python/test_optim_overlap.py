@@ -215,33 +215,6 @@ def test_gradients_may_also_be_zeroed_in_place(nvme_dir):
     assert equal_states(optimizer.state_dict(), other.state_dict())
 
 
-def test_a_gradient_in_page_locked_memory_is_left_to_step(nvme_dir, monkeypatch):
-    """As with FSDP2's CPUOffloadPolicy, whose copies from the GPU end with backward."""
-    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self, *_: True)
-    ours, theirs = make_model(), make_model()
-    gradients = {}
-
-    def copy_later(p):
-        gradients[p] = p.grad
-        p.grad = torch.full_like(p, float("nan"))
-
-    for p in ours.parameters():
-        p.register_post_accumulate_grad_hook(copy_later)
-    optimizer = updating(ours, nvme_dir)
-    other = torch.optim.AdamW(theirs.parameters(), fused=True)
-    for step in range(3):
-        loss_of(ours, step).backward()
-        time.sleep(0.05)
-        for p in ours.parameters():
-            p.grad.copy_(gradients[p])
-        optimizer.step()
-        optimizer.zero_grad()
-        loss_of(theirs, step).backward()
-        other.step()
-        other.zero_grad()
-    assert same_parameters(ours, theirs)
-
-
 class Interrupted(BaseException):
     pass
 
@@ -311,6 +284,21 @@ def test_changed_options_between_backward_and_step_raise(nvme_dir):
     optimizer.zero_grad()
     train(model, optimizer, 1)
     assert {entry["step"] for entry in optimizer.state.values()} == {2}
+
+
+def test_a_group_keeps_the_options_that_its_first_gradient_found(nvme_dir):
+    ours, theirs = make_model(), make_model()
+    ours[4].weight.register_post_accumulate_grad_hook(
+        lambda _: optimizer.param_groups[0].update(lr=0.5)
+    )
+    optimizer = updating(ours, nvme_dir)
+    other = torch.optim.AdamW(theirs.parameters(), fused=True)
+    loss_of(ours, 4).backward()
+    with pytest.raises(RuntimeError, match=r"options of param_groups\[0\] were changed"):
+        optimizer.step()
+    loss_of(theirs, 4).backward()
+    other.step()
+    assert same_parameters(ours, theirs)
 
 
 def test_parameters_changed_between_backward_and_step_raise(nvme_dir):

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from optim_support import SMALL
+from optim_support import SMALL, equal
 from test_optim_sim import is_all, on_sim, released_by
 
 from torch_ext import OffloadedAdamW
@@ -82,6 +82,31 @@ def test_gradients_may_have_another_dtype(
         optimizer.close()
     for other in trained[1:]:
         assert all(torch.equal(p, q) for p, q in zip(trained[0], other, strict=True))
+
+
+def test_a_gradient_in_page_locked_memory_is_left_to_step(sim, nvme_dir):
+    """As with FSDP2's CPUOffloadPolicy, whose copies from the GPU end with backward."""
+    ours, theirs = make("cpu"), make("cpu")
+
+    def copy_later(p):
+        p.grad = torch.full(p.shape, float("nan")).pin_memory()
+
+    for p in ours:
+        p.register_post_accumulate_grad_hook(copy_later)
+    optimizer = OffloadedAdamW(
+        ours, nvme_path=nvme_dir, host_memory=SMALL, overlap_backward="update"
+    )
+    other = torch.optim.AdamW(theirs, fused=True)
+    for step in range(3):
+        for parameters in (ours, theirs):
+            backward(parameters, step)
+        for p, q in zip(ours, theirs, strict=True):
+            assert p.grad.is_pinned()
+            p.grad.copy_(q.grad)
+        for each in (optimizer, other):
+            each.step()
+            each.zero_grad()
+    assert equal(ours, theirs)
 
 
 def one(sim, nvme_dir):
@@ -222,7 +247,7 @@ def test_what_changes_gradients_after_backward_counts(sim, nvme_dir, change, dty
             # As many of each sign, none of them zero.
             parameters[0].grad.data.abs_().add_(0.5)[::2].neg_()
             if optimizer is b:
-                b._prefetch(device[0])
+                b._on_gradient(device[0])
             change(parameters[0])
             optimizer.step()
         assert same(cpu, device)
@@ -280,7 +305,7 @@ def test_a_copy_waits_for_the_gradient(sim, nvme_dir):
     gradient.fill_(2.0)  # Queued; the device is late.
     device[1].grad = gradient
     # Backward itself waits for this device.
-    with released_by(sim, threading.Thread(target=b._prefetch, args=(device[1],))):
+    with released_by(sim, threading.Thread(target=b._on_gradient, args=(device[1],))):
         sim.await_copies(1)
     cpu[1].grad = torch.full((3000,), 2.0)
     a.step()

@@ -390,7 +390,7 @@ def test_a_chunk_may_be_updated_by_several_threads(
         give(ours, ours, gradients)
         give(ours, device, gradients)
         if overlap == "prefetch":
-            b._prefetch(device[0])
+            b._on_gradient(device[0])
         a.step()
         b.step()
         assert equal(ours, device)

@@ -214,6 +214,7 @@ def test_a_parameter_in_no_group_keeps_its_gradient(pair):
     for params in (pair.ours, pair.theirs):
         (params[1] * 3).sum().backward()
         assert torch.equal(params[1].grad, torch.full((17,), 3.0))
+        assert params[1].sum().isfinite()  # Nor does anything keep it from being used.
     for optimizer, group in zip((pair.a, pair.b), groups, strict=True):
         optimizer.add_param_group(group)
         optimizer.step()

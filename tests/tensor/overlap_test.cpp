@@ -6,12 +6,15 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/nn/utils/clip_grad.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstddef>
 #include <functional>
 #include <memory>
 #include <optional>
 #include <stdexcept>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "support/faulty_engine.h"
@@ -107,6 +110,64 @@ TEST_F(OverlapTest, AGradientThatWasTakenCannotBeUsed) {
   optimizer.step();
   optimizer.zero_grad();
   EXPECT_FALSE(ours[0].grad().defined());
+}
+
+/// Expects a StateError that says `text`.
+template <typename Call>
+void expect_refused(const std::string& text, const Call& call) {
+  try {
+    call();
+    ADD_FAILURE() << "no StateError: " << text;
+  } catch (const StateError& error) {
+    EXPECT_NE(std::string(error.what()).find(text), std::string::npos)
+        << error.what();
+  }
+}
+
+TEST_F(OverlapTest, AGradientThatWouldNotBeCountedIsRefused) {
+  const Tensors ours = weights();
+  OffloadedAdamW optimizer(ours, OffloadedAdamWOptions(1e-2),
+                           offload(OverlapBackward::kUpdate));
+  loss_of(ours).backward();
+  optimizer.zero_grad();
+  expect_refused("a second backward pass before step()",
+                 [&] { loss_of(ours).backward(); });
+  optimizer.zero_grad();
+  ours[1].mutable_grad() = at::full({72, 72}, 1.0);
+  expect_refused(
+      "parameter 1 of group 0 (dtype Float, sizes [72, 72]) "
+      "has got a gradient after the one of this step",
+      [&] { optimizer.step(); });
+  optimizer.zero_grad();
+  optimizer.step();
+  loss_of(ours).backward();
+  optimizer.step();
+  expect_refused("has had its gradient taken by an earlier step",
+                 [&] { optimizer.step(); });
+  optimizer.zero_grad();
+  optimizer.step();
+  EXPECT_EQ(optimizer.stats().steps, 3u);
+  EXPECT_EQ(optimizer.state_dict()[1].state.step, 2u);
+}
+
+TEST_F(OverlapTest, AGroupKeepsTheOptionsThatItsFirstGradientFound) {
+  const Tensors ours = weights(), theirs = weights();
+  std::optional<OffloadedAdamW> optimizer;
+  const auto set_lr =
+      std::make_shared<const GradientHook::Function>([&](const at::Tensor&) {
+        optimizer->param_groups()[0].options().set_lr(0.5);
+      });
+  GradientHook::add(ours[2], set_lr);
+  optimizer.emplace(ours, OffloadedAdamWOptions(1e-2),
+                    offload(OverlapBackward::kUpdate));
+  OffloadedAdamW other(theirs, OffloadedAdamWOptions(1e-2),
+                       offload(OverlapBackward::kOff));
+  loss_of(ours).backward();
+  loss_of(theirs).backward();
+  expect_refused("options of param_groups[0] were changed",
+                 [&] { optimizer->step(); });
+  other.step();
+  EXPECT_TRUE(equal(ours, theirs));
 }
 
 TEST_F(OverlapTest, GradientsAreAddedUpInsideAGuard) {
@@ -208,6 +269,11 @@ TEST_F(OverlapTest, GradientsThatComeInPartsAreLeftToStep) {
       x.matmul(weight).square().sum().backward();
       optimizer.step();
     }
+    const auto is_remedy = [](const std::string& note) {
+      return note.find("use_reentrant=False") != std::string::npos;
+    };
+    EXPECT_EQ(std::ranges::count_if(optimizer.notes(), is_remedy),
+              overlap == OverlapBackward::kUpdate ? 1 : 0);
   }
   EXPECT_TRUE(equal(trained[0], trained[1]));
   EXPECT_FALSE(at::equal(trained[0][0], weights()[0]));
@@ -259,26 +325,55 @@ TEST_F(OverlapTest,
 
 TEST_F(OverlapTest, WhatChangesBetweenBackwardAndStepIsAnErrorOfTheStep) {
   using Change = std::function<void(OffloadedAdamW&, Tensors&)>;
-  const auto set_lr = [](OffloadedAdamW& optimizer, Tensors&) {
-    optimizer.param_groups()[0].options().set_lr(0.5);
+  const auto set_lr = [](double lr) {
+    return [lr](OffloadedAdamW& optimizer, Tensors&) {
+      optimizer.param_groups()[0].options().set_lr(lr);
+    };
   };
   const auto write = [](OffloadedAdamW&, Tensors& weights) {
     const c10::NoGradGuard no_grad;
     weights[2].clamp_(-0.01, 0.01);
   };
-  for (const Change& change : {Change(set_lr), Change(write)}) {
+  const auto take_out = [](OffloadedAdamW& optimizer, Tensors&) {
+    optimizer.param_groups()[0].params().pop_back();
+  };
+  const auto erase = [](OffloadedAdamW& optimizer, Tensors& weights) {
+    optimizer.state().erase(weights[1].unsafeGetTensorImpl());
+  };
+  const std::vector<std::pair<Change, std::string>> changes = {
+      {set_lr(0.5), "options of param_groups[0] were changed"},
+      {set_lr(-1.0), "options of param_groups[0] were changed"},
+      {write,
+       "parameter 2 of group 0 (dtype Float, sizes [72, 72]) was "
+       "changed between"},
+      {take_out,
+       "a parameter in no group, of sizes [72, 72] was taken out of "
+       "param_groups between"},
+      {erase,
+       "parameter 1 of group 0 (dtype Float, sizes [72, 72]) had its "
+       "entry in state() erased"}};
+  for (const auto& [change, text] : changes) {
     Tensors trained = weights();
     OffloadedAdamW optimizer(trained, OffloadedAdamWOptions(),
                              offload(OverlapBackward::kUpdate));
     loss_of(trained).backward();
+    optimizer.step();
+    optimizer.zero_grad();
+    loss_of(trained).backward();
     EXPECT_THROW(optimizer.state_dict(), StateError);
     change(optimizer, trained);
-    EXPECT_THROW(optimizer.step(), StateError);
-    EXPECT_EQ(optimizer.state_dict().size(), trained.size());
+    expect_refused(text, [&] { optimizer.step(); });
+    // The step has been made, and is not said of twice.
+    Tensors& params = optimizer.param_groups()[0].params();
+    EXPECT_EQ(optimizer.state_dict().size(), params.size());
+    optimizer.param_groups()[0].options().set_lr(1e-3);
+    params = trained;
     optimizer.zero_grad();
     loss_of(trained).backward();
     optimizer.step();
-    EXPECT_EQ(optimizer.state_dict()[0].state.step, 2u);
+    for (const auto& each : optimizer.state_dict()) {
+      EXPECT_EQ(each.state.step, 3u);
+    }
   }
 }
 

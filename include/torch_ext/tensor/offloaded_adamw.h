@@ -125,8 +125,9 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   /// the drive.
   /// Errors: IoError, also for an earlier call's writes. TypeError,
   /// std::invalid_argument and StateError come before anything has changed.
-  /// With kUpdate, StateError also comes after the step, if options or
-  /// parameters were changed since backward took their gradients.
+  /// With kUpdate, StateError also comes for a gradient that an earlier step
+  /// has taken. After the step it comes if options, groups or parameters were
+  /// changed since backward took their gradients.
   at::Tensor step(LossClosure closure = nullptr) override;
 
   /// The norm that the last step() with max_grad_norm has found. Undefined
