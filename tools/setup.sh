@@ -84,7 +84,8 @@ setup_packages() {
 
 pip_install() {
   if uses_uv; then
-    uv pip install --quiet --python .venv/bin/python "$@"
+    # As pip does: each process compiles torch again where Python may not write.
+    uv pip install --quiet --compile-bytecode --python .venv/bin/python "$@"
   else
     .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"
   fi
