@@ -47,6 +47,9 @@ LOAD_SECONDS = 600  # DeepSpeed compiles its op once, which takes a minute or tw
 GOOD = ("reported", "survived", "kept")
 WORDS = (*GOOD, "LOST", "not-tried")  # With which a child's last line begins.
 
+#: What a child runs in where nothing has to come before it; tests have one that starts soon.
+PYTHON = sys.executable
+
 
 class NotTriedError(Exception):
     """The fault cannot be made here."""
@@ -467,9 +470,7 @@ def child(who: str, name: str, place: Path, engine: str) -> int:
 @functools.cache
 def why_not_loaded(who: str) -> str:
     """Loads it in a process of its own, where nothing is broken; empty if that went well."""
-    word, text = outcome_of(
-        [sys.executable, __file__, "--child", who, "load", "."], LOAD_SECONDS
-    )
+    word, text = outcome_of([PYTHON, __file__, "--child", who, "load", "."], LOAD_SECONDS)
     if word == "HUNG":
         return (
             f"its op did not load within {LOAD_SECONDS} s; a build that was killed leaves "
@@ -517,7 +518,8 @@ def trial(who: str, name: str, directory: str, engine: str) -> tuple[str, str]:
         prefix = injection.command(place) if injection else []
         with FAULTS[name].surroundings(place) as where:
             arguments = ["--child", who, name, str(where), "--engine", engine]
-            word, text = outcome_of([*prefix, sys.executable, __file__, *arguments])
+            python = sys.executable if prefix else PYTHON
+            word, text = outcome_of([*prefix, python, __file__, *arguments])
         if injection is None or word == "not tried":
             return word, text
         times = injection.times(place)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import deepspeed_comparison as comparison
+import forked_python
 import pytest
 
 from torch_ext._native import _C
@@ -16,6 +17,11 @@ ENGINES = ["auto"]
 if os.environ.get("TORCH_EXT_TEST_FAULTS") == "all":
     ENGINES = [name for name, why_not in _C.engine_info() if not why_not]
     ENGINES = [name for name in ENGINES if name not in ("memory", "null")]
+
+
+@pytest.fixture(autouse=True)
+def _forked(monkeypatch):
+    monkeypatch.setattr(comparison, "PYTHON", forked_python.python())
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -1,18 +1,28 @@
 """Processes of one gloo group, which run what a test hands to all of them."""
 
+import multiprocessing
 import os
+import socket
+import subprocess
+import sys
 import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import forked_python
 import torch
 import torch.distributed as dist
 
-# A generous deadline: the processes import torch on a busy machine.
+# A generous deadline: the processes share a busy machine.
 SECONDS = 240
 
 
-def _serve(rank, world, rendezvous, pipe):
+def serve(rank, world, rendezvous):
+    """Runs what comes through the standard input, a socket."""
+    pipe = Connection(0)
+    # The tensors of an answer are fetched from here, by whoever has this key.
+    multiprocessing.current_process().authkey = pipe.recv_bytes()
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world
@@ -67,22 +77,25 @@ class Ranks:
             else:
                 pipe.send(None)
         for process in self._processes:
-            process.join()
+            process.wait()
         if self._processes:
             self._folder.cleanup()
         self._processes, self._pipes = [], []
 
     def _start(self):
-        context = torch.multiprocessing.get_context("spawn")
         self._folder = TemporaryDirectory(prefix="torch_ext_test.")
         rendezvous = Path(self._folder.name, "rendezvous")
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(sys.path),  # Where the functions are found.
+        }
         for rank in range(self.world):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, self.world, rendezvous, theirs), daemon=True
+            ours, theirs = socket.socketpair()
+            code = f"import ranks; ranks.serve({rank}, {self.world}, {str(rendezvous)!r})"
+            process = subprocess.Popen(
+                [forked_python.python(), "-c", code], stdin=theirs, env=environment
             )
-            process.start()
             theirs.close()
             self._processes.append(process)
-            self._pipes.append(ours)
+            self._pipes.append(Connection(ours.detach()))
+            self._pipes[-1].send_bytes(multiprocessing.current_process().authkey)

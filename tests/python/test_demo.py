@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked_python
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -18,7 +19,7 @@ SMALL = ["--layers=1", "--width=64", "--heads=2", "--batch=1", "--context=16", "
 
 def run(*arguments):
     return subprocess.run(
-        [sys.executable, str(EXAMPLES / "train_gpt.py"), *map(str, arguments)],
+        [forked_python.python(), str(EXAMPLES / "train_gpt.py"), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=600,

@@ -1,9 +1,9 @@
 """The host memory that a step of OffloadedOptimizer takes, by the process's own account."""
 
 import subprocess
-import sys
 import textwrap
 
+import forked_python
 import pytest
 
 MIB = 2**20
@@ -47,7 +47,7 @@ def test_a_step_takes_no_more_than_host_memory(nvme_dir, dtype):
     budget = 32 * MIB
     arguments = [str(nvme_dir), dtype, str(8_000_000), str(budget)]
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM), *arguments],
+        [forked_python.python(), "-c", textwrap.dedent(PROGRAM), *arguments],
         capture_output=True,
         text=True,
         check=False,

@@ -6,10 +6,10 @@ import inspect
 import os
 import pickle
 import subprocess
-import sys
 import threading
 import warnings
 
+import forked_python
 import numpy as np
 import pytest
 import torch
@@ -499,7 +499,7 @@ handle = torch_ext.aio_handle()
 handle.async_pwrite(torch.ones(10_000_000), sys.argv[1])
 """
     done = subprocess.run(
-        [sys.executable, "-c", script, str(nvme_dir / "x")],
+        [forked_python.python(), "-c", script, str(nvme_dir / "x")],
         capture_output=True,
         text=True,
         check=False,

@@ -6,13 +6,13 @@ The operations are fakes, which end when a test says so: the rules are Python's 
 import copy
 import errno
 import gc
-import os
 import subprocess
 import sys
 import textwrap
 import threading
 import weakref
 
+import forked_python
 import pytest
 import torch
 
@@ -351,7 +351,7 @@ def test_what_a_handler_raises_as_an_operation_starts_is_not_its_failure(
 def test_ctrl_c_during_wait_leaves_all_to_the_next():
     script = """
         import os, signal, sys, threading
-        sys.path.insert(0, sys.argv[1])
+        sys.path[:0] = sys.argv[1:]
         import test_handle_waits as tests
         from torch_ext import _C, aio_handle
 
@@ -392,7 +392,7 @@ def test_ctrl_c_during_wait_leaves_all_to_the_next():
         print(handle.wait(), handle.errors)
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), os.path.dirname(__file__)],
+        [forked_python.python(), "-c", textwrap.dedent(script), *sys.path],
         capture_output=True,
         text=True,
         check=False,

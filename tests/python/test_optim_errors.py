@@ -4,9 +4,9 @@ import errno
 import gc
 import os
 import subprocess
-import sys
 import textwrap
 
+import forked_python
 import pytest
 import torch
 from optim_support import SMALL, Pair, equal, parameters, set_gradients, twins
@@ -214,7 +214,7 @@ def test_a_deleted_current_directory_is_an_oserror_that_names_the_path(tmp_path,
             print("current directory" in str(error))
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
+        [forked_python.python(), "-c", textwrap.dedent(program)],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -326,7 +326,7 @@ def test_a_process_may_end_with_transfers_in_flight(nvme_dir):
         optimizer.step()
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True
+        [forked_python.python(), "-c", textwrap.dedent(program)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr

@@ -2,9 +2,9 @@
 
 import re
 import subprocess
-import sys
 import textwrap
 
+import forked_python
 import pytest
 import torch
 from generic_support import GenericPair
@@ -54,7 +54,7 @@ PROGRAM = """
 def measure(nvme_dir, dtype, elements, budgets):
     arguments = [str(nvme_dir), dtype, str(elements), *map(str, budgets)]
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM), *arguments],
+        [forked_python.python(), "-c", textwrap.dedent(PROGRAM), *arguments],
         capture_output=True,
         text=True,
         check=False,

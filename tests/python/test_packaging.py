@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked_python
 import pytest
 from compiler_cache import compiler_cache
 
@@ -330,7 +331,9 @@ def test_load_goes_on_where_a_killed_build_left_its_locks(tmp_path, monkeypatch)
     # The file by which torch up to 2.14 keeps others out.
     body = "(folder / 'lock').touch(); os.kill(os.getpid(), signal.SIGKILL)"
     killed = subprocess.run(
-        [sys.executable, "-c", LOAD.format(body=body), tmp_path], cwd=ROOT, check=False
+        [forked_python.python(), "-c", LOAD.format(body=body), tmp_path],
+        cwd=ROOT,
+        check=False,
     )
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / "lock").exists()

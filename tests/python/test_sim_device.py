@@ -5,10 +5,10 @@ Every other test on it trusts that.
 
 import os
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
+import forked_python
 import pytest
 import torch
 
@@ -334,7 +334,7 @@ sim.sleep(0.05)
         "PYTHONPATH": str(Path(sim.__file__).parent),
     }
     result = subprocess.run(
-        [sys.executable, "-c", script],
+        [forked_python.python(), "-c", script],
         env=environment,
         capture_output=True,
         text=True,

@@ -3,9 +3,9 @@
 import errno
 import os
 import subprocess
-import sys
 import threading
 
+import forked_python
 import pytest
 import torch
 
@@ -39,7 +39,7 @@ swapper = torch_ext.TensorSwapper(sys.argv[1], host_memory="8M")
 
 def run_script(nvme_dir, body, **kwargs):
     return subprocess.run(
-        [sys.executable, "-c", SCRIPT + body, str(nvme_dir)],
+        [forked_python.python(), "-c", SCRIPT + body, str(nvme_dir)],
         capture_output=True,
         text=True,
         timeout=120,

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked_python
 import pytest
 import tree
 
@@ -28,7 +29,11 @@ def disk():
 
 @pytest.fixture
 def bench(monkeypatch, disk, tmp_path):
-    """Runs a benchmark in this process, which has imported torch already."""
+    """Runs a benchmark in this process, which has imported torch already.
+
+    So have those that it starts.
+    """
+    monkeypatch.setattr(sys, "executable", forked_python.python())
 
     def run(name, *arguments):
         command = [f"{name}.py", "--quick", "--directory", disk, "--output", str(tmp_path)]

@@ -2,10 +2,10 @@
 
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+import forked_python
 import pytest
 import tree
 
@@ -30,7 +30,7 @@ def test_python_example_runs_in_an_empty_directory_and_leaves_nothing_there(page
     code = blocks(page, "python")[number]
     with tempfile.TemporaryDirectory(prefix="torch_ext_test.", dir="/var/tmp") as directory:
         done = subprocess.run(
-            [sys.executable, "-c", code],
+            [forked_python.python(), "-c", code],
             cwd=directory,
             capture_output=True,
             text=True,
