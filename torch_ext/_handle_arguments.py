@@ -38,7 +38,7 @@ def handle_config(**settings: Any) -> AioConfig:
     for name in ("single_submit", "overlap_events"):
         if _is_flag(settings[name]):
             settings[name] = bool(settings[name])
-    return _C.read_aio_section(settings)[0]
+    return _C.read_aio_config({}, settings, False)[0]
 
 
 def _is_flag(value: Any) -> bool:

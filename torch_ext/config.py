@@ -6,7 +6,7 @@ import operator
 import os
 import reprlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch_ext._native import _C
@@ -18,7 +18,8 @@ _KNOBS = ("block_size", "queue_depth", "thread_count", "single_submit", "overlap
 _OMITTED: Any = object()
 
 _Config = Mapping[str, Any] | str | os.PathLike[str]
-_Parse = Callable[[bytes], tuple[AioConfig, list[str]]]
+#: With what the user should be told.
+_Parsed = tuple[AioConfig, list[str]]
 
 
 def _as_dict(config: AioConfig) -> dict[str, int | bool]:
@@ -82,7 +83,7 @@ def get_aio_config(param_dict: _Config) -> dict[str, int | bool]:
         OSError: The file cannot be read.
         TypeError: ``param_dict`` is none of the above.
     """
-    return _as_dict(_read(param_dict, stacklevel=3))
+    return _as_dict(_warned(_read(param_dict, bare=False), stacklevel=3))
 
 
 def resolve_aio_config(config: AioConfig | _Config | None, stacklevel: int = 2) -> AioConfig:
@@ -101,18 +102,7 @@ def resolve_aio_config(config: AioConfig | _Config | None, stacklevel: int = 2) 
         return AioConfig()
     if isinstance(config, AioConfig):
         return config
-    if isinstance(config, Mapping) and "aio" not in config:
-        if any(key in config for key in _C.aio_keys()):
-            return _read_section(config, stacklevel + 1)
-        if config:
-            # These are the words of parse_aio_settings().
-            warnings.warn(
-                "the configuration has neither an aio section nor a key of one; "
-                "the defaults are used",
-                UserWarning,
-                stacklevel,
-            )
-    return _read(config, stacklevel + 1, _C.parse_aio_settings)
+    return _warned(_read(config, bare=True), stacklevel + 1)
 
 
 def parse_size(value: int | str) -> int:
@@ -134,45 +124,39 @@ def parse_size(value: int | str) -> int:
     return size
 
 
-def _read(config: _Config, stacklevel: int, parse: _Parse = _C.parse_aio_config) -> AioConfig:
+def _read(config: _Config, bare: bool) -> _Parsed:
+    """``bare``: the configuration may be a section itself."""
     if isinstance(config, Mapping):
-        read = _read_section(get_scalar_param(config, "aio", None), stacklevel + 1)
-        for key in filter(config.__contains__, _C.aio_keys()):
-            # These are the words of parse_aio_config().
-            message = f"{key} is not in the aio section and is ignored"
-            warnings.warn(message, UserWarning, stacklevel)
-        return read
+        return _read_dict(config, bare)
+    parse = _C.parse_aio_settings if bare else _C.parse_aio_config
     if isinstance(config, str) and config.lstrip("\ufeff \t\r\n").startswith("{"):
         # A lone surrogate becomes bytes that the parser refuses. It names their place.
-        text = config.encode("utf-8", "surrogatepass")
-        return _warned(parse(text), stacklevel + 1)
-    if isinstance(config, (str, os.PathLike)):
-        return _read_file(config, stacklevel + 1, parse)
-    raise TypeError(
-        f"a configuration is a dict, JSON text or the path of a JSON file, "
-        f"not {reprlib.repr(config)}"
-    )
-
-
-def _read_section(section: Any, stacklevel: int) -> AioConfig:
-    if section is None:
-        return AioConfig()
-    if not isinstance(section, Mapping):
-        raise ValueError(f"aio is {reprlib.repr(section)}; allowed: a dict or None")
-    return _warned(_C.read_aio_section(dict(section)), stacklevel + 1)
-
-
-def _read_file(path: str | os.PathLike[str], stacklevel: int, parse: _Parse) -> AioConfig:
-    with open(path, "rb") as file:
+        return parse(config.encode("utf-8", "surrogatepass"))
+    if not isinstance(config, (str, os.PathLike)):
+        raise TypeError(
+            f"a configuration is a dict, JSON text or the path of a JSON file, "
+            f"not {reprlib.repr(config)}"
+        )
+    with open(config, "rb") as file:
         text = file.read()
     try:
-        parsed = parse(text)
+        return parse(text)
     except ValueError as error:
-        raise ValueError(f"{os.fspath(path)}: {error}") from None
-    return _warned(parsed, stacklevel + 1)
+        raise ValueError(f"{os.fspath(config)}: {error}") from None
 
 
-def _warned(parsed: tuple[AioConfig, list[str]], stacklevel: int) -> AioConfig:
+def _read_dict(config: Mapping[Any, Any], bare: bool) -> _Parsed:
+    section = config.get("aio")
+    if section is not None and not isinstance(section, Mapping):
+        raise ValueError(f"aio is {reprlib.repr(section)}; allowed: a dict or None")
+    if bare and "aio" not in config and any(key in config for key in _C.aio_keys()):
+        top = dict(config)
+    else:  # Only the keys count.
+        top = dict.fromkeys(str(key) for key in config if key != "aio")
+    return _C.read_aio_config(top, dict(section or {}) if "aio" in config else None, bare)
+
+
+def _warned(parsed: _Parsed, stacklevel: int) -> AioConfig:
     config, messages = parsed
     for message in messages:
         warnings.warn(message, UserWarning, stacklevel)

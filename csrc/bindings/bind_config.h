@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -158,11 +159,16 @@ void bind_config(py::module_& m) {
     return std::vector<std::string>(keys.begin(), keys.end());
   });
   m.def(
-      "read_aio_section",
-      [](const py::dict& section) {
-        return to_tuple(torch_ext::read_aio_section(to_config_items(section)));
+      "read_aio_config",
+      [](const py::dict& top, const std::optional<py::dict>& section,
+         bool bare) {
+        const auto items = [&] {
+          return section ? to_config_items(*section) : torch_ext::ConfigItems();
+        }();
+        return to_tuple(torch_ext::read_aio_config(
+            to_config_items(top), section ? &items : nullptr, bare));
       },
-      py::arg("section"));
+      py::arg("top"), py::arg("section"), py::arg("bare"));
   bind_parser(m, "parse_aio_config", &torch_ext::parse_aio_config);
   bind_parser(m, "parse_aio_settings", &torch_ext::parse_aio_settings);
   m.def("parse_size", &torch_ext::parse_size, py::arg("text"));

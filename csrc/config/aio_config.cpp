@@ -288,9 +288,11 @@ namespace {
 // length and nesting is safe.
 class SectionReader {
  public:
-  ConfigItems take_items() { return std::move(items_); }
-  ConfigItems take_top_items() { return std::move(top_items_); }
-  bool has_section() const { return top_level_.contains("aio"); }
+  const ConfigItems& top() const { return top_items_; }
+  /// The items of "aio". Null if there is none.
+  const ConfigItems* section() const {
+    return top_level_.contains("aio") ? &items_ : nullptr;
+  }
 
   bool null() { return scalar(nullptr); }
   bool boolean(bool value) { return scalar(value); }
@@ -406,39 +408,39 @@ SectionReader read_json(std::string_view json) {
   return reader;
 }
 
-// Reads the section, and warns of a knob's key that lies beside it.
-ParsedAioConfig read_section(SectionReader& reader) {
-  ParsedAioConfig parsed = read_aio_section(reader.take_items());
-  for (const auto& [key, value] : reader.take_top_items()) {
-    if (find_knob(key) == nullptr) continue;
-    parsed.warnings.push_back(key +
-                              " is not in the aio section and is ignored");
-  }
-  return parsed;
-}
-
 }  // namespace
 
-ParsedAioConfig parse_aio_config(std::string_view json) {
-  SectionReader reader = read_json(json);
-  return read_section(reader);
-}
-
-ParsedAioConfig parse_aio_settings(std::string_view json) {
-  SectionReader reader = read_json(json);
-  if (reader.has_section()) return read_section(reader);
-  const ConfigItems items = reader.take_top_items();
+ParsedAioConfig read_aio_config(const ConfigItems& top,
+                                const ConfigItems* section, bool bare) {
   const auto known = [](const auto& item) {
     return find_knob(item.first) != nullptr;
   };
-  if (std::ranges::any_of(items, known)) return read_aio_section(items);
+  if (bare && section == nullptr && std::ranges::any_of(top, known)) {
+    return read_aio_section(top);
+  }
   ParsedAioConfig parsed;
-  if (!items.empty()) {
+  if (section != nullptr) parsed = read_aio_section(*section);
+  for (const auto& item : top) {
+    if (!known(item)) continue;
+    parsed.warnings.push_back(item.first +
+                              " is not in the aio section and is ignored");
+  }
+  if (bare && section == nullptr && !top.empty()) {
     parsed.warnings.emplace_back(
         "the configuration has neither an aio section nor a key of one; the "
         "defaults are used");
   }
   return parsed;
+}
+
+ParsedAioConfig parse_aio_config(std::string_view json) {
+  const SectionReader reader = read_json(json);
+  return read_aio_config(reader.top(), reader.section(), /*bare=*/false);
+}
+
+ParsedAioConfig parse_aio_settings(std::string_view json) {
+  const SectionReader reader = read_json(json);
+  return read_aio_config(reader.top(), reader.section(), /*bare=*/true);
 }
 
 }  // namespace torch_ext

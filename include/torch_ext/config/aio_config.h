@@ -61,17 +61,24 @@ std::span<const std::string_view> aio_keys() noexcept;
 /// disagree.
 ParsedAioConfig read_aio_section(const ConfigItems& section);
 
+/// Reads a configuration of which `top` are the items, without `aio`, and
+/// `section` those of its `aio`, or null if it has none. A key of aio_keys()
+/// beside the section is ignored, with a warning. With `bare`, the items may
+/// also be a section themselves: there is no `aio` then, but a key of
+/// aio_keys(). With `bare`, a configuration that has keys, but none of these,
+/// gives a warning. Errors: as read_aio_section().
+ParsedAioConfig read_aio_config(const ConfigItems& top,
+                                const ConfigItems* section, bool bare);
+
 /// Reads the `aio` section of a whole configuration in JSON (UTF-8, no
 /// comments). Without a section, or with null, the defaults hold. The text may
 /// have any length and nesting: only the section and the top level's scalars
-/// are kept. A key of aio_keys() beside the section is ignored, with a warning.
-/// Errors: std::invalid_argument as above, for bad JSON (with the byte's
-/// position), and for a key of the top level that is given twice.
+/// are kept. Warnings, and errors: as read_aio_config(); std::invalid_argument
+/// also for bad JSON (with the byte's position), and for a key of the top level
+/// that is given twice.
 ParsedAioConfig parse_aio_config(std::string_view json);
 
-/// As parse_aio_config(), but the object may also be a section itself: it then
-/// has a key of aio_keys() and no `aio`. An object that has keys, but none of
-/// these, gives a warning.
+/// As parse_aio_config(), but the object may also be a section itself.
 ParsedAioConfig parse_aio_settings(std::string_view json);
 
 }  // namespace torch_ext
