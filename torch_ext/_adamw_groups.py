@@ -225,10 +225,8 @@ def _placed(value: Any, parameter: Tensor) -> Any:
     return value.to(dtype=dtype, device=parameter.device)
 
 
-def read_entry(
-    label: str, parameter: Tensor, entry: Any
-) -> tuple[int, Tensor, Tensor, Tensor | None]:
-    """Returns the step, exp_avg, exp_avg_sq and master of a parameter's loaded state.
+def read_entry(label: str, parameter: Tensor, entry: Any) -> tuple[int, list[Tensor | None]]:
+    """Returns the step of a parameter's loaded state, its exp_avg, exp_avg_sq and master.
 
     If the parameter is a DTensor, they are this process's part.
 
@@ -240,7 +238,7 @@ def read_entry(
 
 def read_change(
     label: str, parameter: Tensor, entry: dict[str, Any], step: int | None
-) -> tuple[int, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[int, list[Tensor | None]]:
     """Returns the same for what was assigned to a state with ``step`` steps, or to none."""
     may_lack = {"exp_avg", "exp_avg_sq", "master_param"} - entry.keys()
     if step is None:
@@ -252,11 +250,12 @@ def read_change(
 
 def _read(
     state: str, parameter: Tensor, entry: Any, may_lack: Collection[str]
-) -> tuple[int, Any, Any, Tensor | None]:
+) -> tuple[int, list[Tensor | None]]:
     if not isinstance(entry, Mapping):
         raise TypeError(f"{state} must be a dict, not {type(entry).__name__}")
     tensors: dict[str, Tensor] = {}
-    for name in ("exp_avg", "exp_avg_sq", "master_param"):
+    names = ("exp_avg", "exp_avg_sq", "master_param")
+    for name in names:
         tensor = entry.get(name)
         if tensor is None and name in may_lack:
             continue
@@ -265,8 +264,7 @@ def _read(
         what = f"{state}: {name}"
         tensors[name] = local_state(what, tensor, parameter)
         check_saved_tensor(what, tensors[name], local_of(parameter))
-    step = _read_step(state, entry.get("step"))
-    return step, tensors.get("exp_avg"), tensors.get("exp_avg_sq"), tensors.get("master_param")
+    return _read_step(state, entry.get("step")), [tensors.get(name) for name in names]
 
 
 def check_saved_tensor(what: str, tensor: Tensor, parameter: Tensor) -> None:

@@ -1,13 +1,9 @@
-"""Checks of arguments, and other things that swapper, handle and optimizers share."""
+"""Checks of arguments that swapper, handle and optimizers share."""
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-_logger = logging.getLogger("torch_ext")
 
 
 def directory_of(value: str | os.PathLike[str], name: str) -> str | bytes:
@@ -85,9 +81,6 @@ def engine_of(value: str) -> str:
     return value.encode("utf-8", "backslashreplace").decode()
 
 
-_engines_logged: set[str] = set()
-
-
 def state_format_of(value: str) -> str:
     """Returns the argument ``state_format``. The compiled library knows the names."""
     if not isinstance(value, str):
@@ -129,52 +122,3 @@ def seed_of(value: int) -> int:
     if not 0 <= value < 2**64:
         raise ValueError(f"seed must be from 0 to 2**64 - 1, got {value}")
     return value
-
-
-def log_notes(notes: list[str]) -> None:
-    """Logs what the library notes, as warnings.
-
-    The engine that was chosen is logged once, at the level INFO if it is the first choice.
-    """
-    for note in notes:
-        if not note.startswith("I/O engine "):
-            _logger.warning("%s", note)
-        elif note not in _engines_logged:
-            _engines_logged.add(note)
-            level = logging.WARNING if " instead of " in note else logging.INFO
-            _logger.log(level, "%s", note)
-
-
-class Life:
-    """Which process an object belongs to, and whether it is closed."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._process = os.getpid()
-        self.closed = False
-
-    def check_process(self) -> None:
-        """Raises RuntimeError in a forked child."""
-        if self._process != os.getpid():
-            raise RuntimeError(
-                f"this {self._what} was created in process {self._process} and cannot be "
-                f"used in a forked child; create one in the child. There PyTorch's own "
-                f"operators wait for threads of the parent for ever: call "
-                f"torch.set_num_threads(1) first, or start it with the method 'spawn'"
-            )
-
-    def check(self) -> None:
-        """Raises RuntimeError in a forked child and once closed."""
-        self.check_process()
-        if self.closed:
-            raise RuntimeError(f"this {self._what} is closed")
-
-
-def close_quietly(closable: Any, pid: int, what: str) -> None:
-    """Closes what was dropped or is left at exit. Errors go to the log."""
-    if pid != os.getpid():
-        return
-    try:
-        closable.close()
-    except Exception:
-        _logger.exception("an error that nobody waited for, found when %s was dropped", what)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_ext._adamw_groups import labelled_parameters
-from torch_ext._checks import Life, close_quietly, log_notes
+from torch_ext._adamw_groups import check_state_dict, labelled_parameters
+from torch_ext._closable import Closable
 from torch_ext._local import check_parameter, is_distributed, local_gradient, local_of
 from torch_ext._modes import plain_modes
 from torch_ext._plan import OffloadPlan
@@ -23,32 +20,26 @@ from torch_ext._state import OptimizerState
 from torch_ext._undisturbed import undisturbed
 
 _logger = logging.getLogger("torch_ext")
-_Self = TypeVar("_Self", bound="OffloadedBase")
 
 
-class OffloadedBase(torch.optim.Optimizer):
+class OffloadedBase(Closable, torch.optim.Optimizer):
     """A ``torch.optim.Optimizer`` around an engine of ``_C``.
 
-    A subclass makes the engine and hands it to ``_own``. Then it calls ``super().__init__``,
+    A subclass makes the engine and hands it to ``_begin``. Then it calls ``super().__init__``,
     which adds the groups.
     """
 
     _engine: Any
     _slots: dict[Tensor, int]
-    _life: Life
     _state: OptimizerState
 
-    def _own(self, engine: Any) -> None:
+    _instead = ": take its state_dict()"
+
+    def _begin(self, engine: Any) -> None:
         self._slots = {}
         self._state = OptimizerState._of(self)
-        self._life = Life("optimizer")
         self._engine = engine
-        self._notes_logged = 0
-        self._log_notes()
-        # At exit, the I/O must have ended before the interpreter is taken down.
-        self._finalizer = weakref.finalize(
-            self, close_quietly, engine, os.getpid(), f"an {type(self).__name__}"
-        )
+        self._own(engine, "optimizer")
 
     @property
     def state(self) -> OptimizerState:
@@ -70,11 +61,6 @@ class OffloadedBase(torch.optim.Optimizer):
     def state(self, value: Mapping[Any, Any]) -> None:
         if value is not self._state:
             self._state._become(value)
-
-    def _log_notes(self) -> None:
-        notes = self._engine.notes()
-        log_notes(notes[self._notes_logged :])
-        self._notes_logged = len(notes)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raises ValueError or TypeError if a group's options cannot be used."""
@@ -109,6 +95,115 @@ class OffloadedBase(torch.optim.Optimizer):
             raise
         self._slots.update(slots)
         self._watch(list(slots))
+
+    @torch._disable_dynamo
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Performs a step. Returns what ``closure``, if given, returned.
+
+        When it returns, the parameters are updated. The last tiles of the state may still be on
+        their way to the drive.
+
+        ``OffloadedAdamW``: A first step with a learning rate of 0 and gradients that are all 0
+        makes the state and does not count. ``torch.distributed.checkpoint`` asks for state in
+        this way.
+
+        Raises:
+            OSError: Reading or writing failed, now or since the last call.
+            RuntimeError: A gradient is sparse, or a DTensor on another mesh or with other
+                placements than its parameter. Or a tensor of ``state`` was read, and written to
+                after the next step. Or the optimizer is closed or belongs to another process.
+            RuntimeError: The class of an ``OffloadedOptimizer`` does something that it did not
+                do in the trial, and that pieces cannot share. The state is half updated then.
+            ValueError, TypeError: A parameter, a gradient, an option or what was assigned to
+                ``state`` cannot be used. Nothing has changed then.
+            Exception: What that class raises. The state is half updated then.
+        """
+        self._life.check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step()
+        return loss
+
+    def _step(self) -> None:
+        raise NotImplementedError
+
+    @torch._disable_dynamo
+    @plain_modes()
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state as the class that runs in memory does: either loads the other's.
+
+        ``state_dict_mode`` says where its tensors are. bfloat16 and float16 parameters also
+        have ``master_param``, in float32. ``exp_avg`` and ``exp_avg_sq`` of ``OffloadedAdamW``
+        are float32 whatever the parameter is. State of a DTensor is a DTensor, with the same
+        mesh and placements.
+
+        Raises:
+            OSError: Reading failed, or there is no room for a copy: no memory (ENOMEM) or no
+                space. All is as before then.
+            RuntimeError: As for ``step``.
+        """
+        self._life.check()
+        self._check_may_save()
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self._saved()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state_dict)
+            if changed is not None:
+                state_dict = changed
+        return state_dict
+
+    def _check_may_save(self) -> None:
+        """Raises RuntimeError while a step is not complete."""
+
+    @undisturbed
+    def _saved(self) -> dict[str, Any]:
+        self._state.flush()
+        number_of = self._numbers_of_saved()
+        groups = []
+        for group in self.param_groups:
+            packed = {key: value for key, value in group.items() if key != "params"}
+            groups.append(packed | {"params": [number_of[p] for p in group["params"]]})
+        state = {number_of[p]: entry for p, entry in self._saved_states(number_of).items()}
+        return {"state": self._with_foreign(state, number_of), "param_groups": groups}
+
+    def _saved_states(self, parameters: Iterable[Tensor]) -> dict[Tensor, dict[str, Any]]:
+        """Returns the state of each of these parameters that has one."""
+        raise NotImplementedError
+
+    @torch._disable_dynamo
+    @plain_modes()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the state of this class, or of the one that runs in memory.
+
+        Tensors may have any floating dtype and any device. They are read one part after the
+        other, and the dict is not copied. Those of a DTensor parameter have its mesh and
+        placements, or are plain tensors: the local shards. A bfloat16 or float16 parameter
+        whose ``master_param`` is missing, or does not round to it, is its own master. Keys that
+        the class does not keep stay in ``state``.
+
+        Raises:
+            ValueError, TypeError: The state does not fit. Nothing has changed then. The text
+                names the parameter.
+            RuntimeError: As for ``step``.
+            OSError: Writing failed. The old state is gone.
+        """
+        self._life.check()
+        check_state_dict(state_dict)
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            if changed is not None:
+                state_dict = changed
+        check_state_dict(state_dict)
+        self._load(state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        raise NotImplementedError
 
     def stats(self) -> dict[str, int | float]:
         """Returns counters since the optimizer was made, also of a closed one.
@@ -181,35 +276,12 @@ class OffloadedBase(torch.optim.Optimizer):
         self._life.closed = True
         self._engine.close()
 
-    def __enter__(self: _Self) -> _Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            self.close()
-        except Exception:
-            # The body's own exception says more than one that followed from it.
-            if error is None:
-                raise
-            _logger.exception("closing an %s after another error", type(self).__name__)
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As torch.optim's, which assigns what it is given."""
         rest = {name: value for name, value in state.items() if name != "state"}
         super().__setstate__(rest)
         if "state" in state:
             self.state = state["state"]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(
-            f"an {type(self).__name__} belongs to its process and cannot be copied or "
-            f"pickled: take its state_dict()"
-        )
 
     def _parameters(self) -> Iterable[Tensor]:
         return chain.from_iterable(group["params"] for group in self.param_groups)

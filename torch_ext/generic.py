@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -15,7 +15,6 @@ from torch import Tensor
 from torch_ext._adamw_groups import (
     WAYS,
     check_saved_tensor,
-    check_state_dict,
     check_ways,
     foreign_of,
     labelled_parameters,
@@ -28,7 +27,7 @@ from torch_ext._local import is_distributed
 from torch_ext._modes import plain_modes
 from torch_ext._native import _C
 from torch_ext._offload import OffloadedBase
-from torch_ext._piece_engine import MASTER, Group, Loaded, PieceEngine, Trained
+from torch_ext._piece_state import MASTER, Group, Loaded, PieceState, Trained
 from torch_ext._plan import OffloadPlan
 from torch_ext._trial import Trials
 from torch_ext._undisturbed import undisturbed
@@ -95,7 +94,7 @@ class OffloadedOptimizer(OffloadedBase):
         ... )
     """
 
-    _engine: PieceEngine
+    _engine: PieceState
 
     def __init__(
         self,
@@ -116,8 +115,8 @@ class OffloadedOptimizer(OffloadedBase):
         self._trials = Trials(self._pieces)
         self._passes = 0  # The engine counts calls of train() and eval() as steps.
         self._whole = False
-        self._own(
-            PieceEngine(
+        self._begin(
+            PieceState(
                 directories_of(nvme_path, "nvme_path"),
                 resolve_aio_config(aio, stacklevel=3),
                 parse_size(host_memory),
@@ -186,32 +185,6 @@ class OffloadedOptimizer(OffloadedBase):
                     f"{_MOST_FIELDS} (one less for 16-bit parameters) that can be offloaded"
                 )
 
-    @torch._disable_dynamo
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Performs a step. Returns what ``closure``, if given, returned.
-
-        When it returns, the parameters are updated. The last tiles of the state may still be on
-        their way to the drive.
-
-        Raises:
-            OSError: Reading or writing failed, now or since the last call.
-            RuntimeError: A gradient is sparse. Or a tensor of ``state`` was read, and written
-                to after the next step. Or the optimizer is closed or belongs to another
-                process.
-            RuntimeError: The class does something that it did not do in the trial, and that
-                pieces cannot share. The state is half updated then.
-            ValueError, TypeError: A parameter, a gradient, an option or what was assigned to
-                ``state`` cannot be used. Nothing has changed then.
-            Exception: What the class raises. The state is half updated then.
-        """
-        self._life.check()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._step()
-        return loss
-
     @undisturbed
     @plain_modes()
     def _step(self) -> None:
@@ -253,38 +226,10 @@ class OffloadedOptimizer(OffloadedBase):
             self._engine.step(groups, method)
         self._state.retire(kept_of)
 
-    @torch._disable_dynamo
-    @plain_modes()
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the state as the class itself does.
-
-        ``state_dict_mode`` says where its tensors are. bfloat16 and float16 parameters also
-        have ``master_param``.
-
-        Raises:
-            OSError: Reading failed, or there is no room for a copy: no memory (ENOMEM) or no
-                space. All is as before then.
-            RuntimeError: As for ``step``.
-        """
-        self._life.check()
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        state_dict = self._saved()
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            changed = post_hook(self, state_dict)
-            if changed is not None:
-                state_dict = changed
-        return state_dict
-
-    @undisturbed
-    def _saved(self) -> dict[str, Any]:
-        self._state.flush()
-        number_of = self._numbers_of_saved()
-        groups, asked = [], []
+    def _saved_states(self, parameters: Iterable[Tensor]) -> dict[Tensor, dict[str, Any]]:
+        asked = []
         all_kept = self._trials.kept(self.param_groups)
         for group, kept in zip(self.param_groups, all_kept, strict=True):
-            packed = {key: value for key, value in group.items() if key != "params"}
-            groups.append(packed | {"params": [number_of[p] for p in group["params"]]})
             options = options_of(group)
             asked += [
                 (self._slot_of(p), p, kept, options)
@@ -293,40 +238,9 @@ class OffloadedOptimizer(OffloadedBase):
             ]
         kept_of = {p: (slot, p, kept) for slot, p, kept, _ in asked}
         with self._naming(kept_of, lambda p: self._engine.expect(*kept_of[p])):
-            states = zip(kept_of, self._engine.save(asked), strict=True)
-        shown = {number_of[p]: state for p, state in states if state is not None}
-        return {
-            "state": self._with_foreign(shown, number_of),
-            "param_groups": groups,
-        }
-
-    @torch._disable_dynamo
-    @plain_modes()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the state of this class or of the optimizer class itself.
-
-        Tensors may have any floating dtype and any device. They are read one part after the
-        other, and the dict is not copied. A bfloat16 or float16 parameter whose
-        ``master_param`` is missing, or does not round to it, is its own master. Names that the
-        class does not keep stay in ``state``.
-
-        Raises:
-            ValueError, TypeError: The state does not fit. Nothing has changed then. The text
-                names the parameter.
-            RuntimeError: As for ``step``.
-            OSError: Writing failed. The old state is gone.
-        """
-        self._life.check()
-        check_state_dict(state_dict)
-        state_dict = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = pre_hook(self, state_dict)
-            if changed is not None:
-                state_dict = changed
-        check_state_dict(state_dict)
-        self._load(state_dict)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+            states = self._engine.save(asked)
+        found = zip(kept_of, states, strict=True)
+        return {p: state for p, state in found if state is not None}
 
     @undisturbed
     def _load(self, state_dict: dict[str, Any]) -> None:
@@ -380,14 +294,14 @@ class OffloadedOptimizer(OffloadedBase):
         return stats | {"steps": stats["steps"] - self._passes}
 
     def _check_part(self, parameter: Tensor) -> None:
-        _C.check_trained(parameter)
+        _C.check_parameter("OffloadedOptimizer", parameter)
 
     # optimizer.state -------------------------------------------------------------------
 
     def _shown_state(self, parameter: Tensor) -> dict[str, Any]:
         slot = self._slots[parameter]
         shown = dict.fromkeys(self._engine.names(slot))
-        for name, value in self._engine.scalars(slot).items():
+        for name, value in self._engine.numbers(slot).items():
             shown[name] = value.item() if isinstance(value, Tensor) else value
         if parameter.dtype != torch.float32:
             shown[MASTER] = None
@@ -435,7 +349,7 @@ class OffloadedOptimizer(OffloadedBase):
             if partly and whole and not self._engine.fits(slot, parameter, kept):
                 # Rows were cut off the parameter and off its state.
                 outgrown.append(slot)
-                entry, partly = self._engine.scalars(slot) | entry, False
+                entry, partly = self._engine.numbers(slot) | entry, False
             values = _read_entry(text, parameter, kept, entry, fused, partly)
             read.append(Loaded(slot, parameter, kept, values))
         self._engine.forget(outgrown)
@@ -445,7 +359,7 @@ class OffloadedOptimizer(OffloadedBase):
 def _could_be_trained(parameter: Tensor) -> bool:
     """Whether a frozen parameter is of a kind that can be trained."""
     try:
-        _C.check_trained(parameter)
+        _C.check_parameter("OffloadedOptimizer", parameter)
     except (TypeError, ValueError):
         return False
     return not is_distributed(parameter)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import reprlib
 import warnings
-import weakref
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
 
-from torch_ext._checks import Life, engine_of, log_notes
+from torch_ext._checks import engine_of
+from torch_ext._closable import Closable
 from torch_ext._handle_arguments import (
     async_and_offset,
     check_size,
@@ -32,7 +30,7 @@ _logger = logging.getLogger("torch_ext")
 _Refusal = (OSError, ValueError)
 
 
-class aio_handle:  # noqa: N801 - DeepSpeed's name
+class aio_handle(Closable):  # noqa: N801 - DeepSpeed's name
     """Moves tensors to and from files, with the calls of DeepSpeed's aio_handle.
 
     Names, argument names, defaults and return values are DeepSpeed's, so code written for it
@@ -94,7 +92,6 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         host_memory: int | str = "256MiB",
         engine: str = "auto",
     ) -> None:
-        self._life = Life("aio_handle")
         self._config = handle_config(
             block_size=block_size,
             queue_depth=queue_depth,
@@ -110,9 +107,7 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
             engine_of(engine),
         )
         self._pending = Pending(self._files)
-        self._notes_logged = 0
-        # At exit, the I/O must have ended before the interpreter is taken down.
-        self._finalizer = weakref.finalize(self, _close_dropped, self._pending, os.getpid())
+        self._own(self._files, "aio_handle", self._pending)
 
     def get_block_size(self) -> int:
         return self._config.block_size
@@ -283,26 +278,6 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         if failures:
             self._raise_first(failures)
 
-    def __enter__(self) -> aio_handle:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            self.close()
-        except Exception:
-            # The body's own exception says more than one that followed from it.
-            if error is None:
-                raise
-            _logger.exception("closing an aio_handle after another error")
-
-    def __reduce__(self) -> Any:
-        raise TypeError("an aio_handle belongs to its process and cannot be copied or pickled")
-
     def _start_read_of_all(
         self,
         operation: Operation,
@@ -407,11 +382,6 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
             # tensors until the collector finds them.
             del error
 
-    def _log_notes(self) -> None:
-        notes = self._files.notes()
-        log_notes(notes[self._notes_logged :])
-        self._notes_logged = len(notes)
-
 
 class gds_handle(aio_handle):  # noqa: N801
     """An ``aio_handle`` under the name of DeepSpeed's GPUDirect Storage handle.
@@ -492,14 +462,3 @@ def free_cpu_locked_tensor(tensor: torch.Tensor) -> bool:
 def is_pinned(buffer: torch.Tensor) -> bool:
     """See ``aio_handle.is_pinned``."""
     return _C.is_pinned(buffer) or buffer.is_pinned()
-
-
-def _close_dropped(pending: Pending, pid: int) -> None:
-    """Closes what was dropped or is left at exit. Errors go to the log."""
-    if pid != os.getpid():
-        return
-    for error in pending.close():
-        _logger.error(
-            "an error that nobody waited for, found when an aio_handle was dropped",
-            exc_info=error,
-        )

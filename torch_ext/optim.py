@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
@@ -17,7 +17,6 @@ from torch_ext._adamw_groups import (
     asks_for_state_only,
     check_foreach,
     check_group,
-    check_state_dict,
     early_bytes_of,
     foreign_of,
     hyper,
@@ -227,7 +226,7 @@ class OffloadedAdamW(OffloadedBase):
         if overlap and not self._takes:
             params = as_lists(params)
             early_bytes = min(early_bytes_of(params), 2**63)
-        self._own(
+        self._begin(
             _C.AdamWEngine(
                 directories_of(nvme_path, "nvme_path"),
                 resolve_aio_config(aio, stacklevel=3),
@@ -299,31 +298,6 @@ class OffloadedAdamW(OffloadedBase):
                 p.grad = None if set_to_none else TakenGradient.zeros_instead(p)
         super().zero_grad(set_to_none)
 
-    @torch._disable_dynamo
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Performs a step. Returns what ``closure``, if given, returned.
-
-        When it returns, the parameters are updated. The last tiles of the state may still be on
-        their way to the drive. A first step with a learning rate of 0 and gradients that are
-        all 0 makes the state and does not count: ``torch.distributed.checkpoint`` asks for
-        state in this way.
-
-        Raises:
-            OSError: Reading or writing failed, now or since the last call.
-            RuntimeError: A gradient is sparse, or a DTensor on another mesh or with other
-                placements than its parameter. Or a tensor of ``state`` was read, and written to
-                after the next step. Or the optimizer is closed or belongs to another process.
-            ValueError, TypeError: A parameter, a gradient or what was assigned to ``state``
-                cannot be used. Nothing has changed then.
-        """
-        self._life.check()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._step()
-        return loss
-
     @undisturbed
     @plain_modes()
     def _step(self) -> None:
@@ -361,89 +335,27 @@ class OffloadedAdamW(OffloadedBase):
         if complaint:
             raise RuntimeError(complaint)
 
-    @torch._disable_dynamo
-    @plain_modes()
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the state as ``torch.optim.AdamW`` does. See the class.
-
-        ``exp_avg`` and ``exp_avg_sq`` are float32 whatever the parameter is. bfloat16 and
-        float16 parameters also have ``master_param``. State of a DTensor is a DTensor, with the
-        same mesh and placements.
-
-        Raises:
-            OSError: Reading failed, or there is no room for a copy: no memory (ENOMEM) or no
-                space. All is as before then.
-            RuntimeError: As for ``step``.
-        """
+    def _check_may_save(self) -> None:
         if not self._is_between_steps():
             raise RuntimeError(
                 "state_dict() between backward() and step(), with overlap_backward="
                 '"update": the step that backward has begun is not complete. Call step() '
                 "first, also to keep what an interrupted backward has left"
             )
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        state_dict = self._saved()
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            changed = post_hook(self, state_dict)
-            if changed is not None:
-                state_dict = changed
-        return state_dict
 
-    @undisturbed
-    def _saved(self) -> dict[str, Any]:
-        self._state.flush()
-        number_of = self._numbers_of_saved()
-        groups = []
-        for group in self.param_groups:
-            packed = {key: value for key, value in group.items() if key != "params"}
-            packed["params"] = [number_of[p] for p in group["params"]]
-            groups.append(packed)
-        by_slot = {self._slot_of(p): p for p in number_of}
-        state = {}
-        stepped = [p for p in number_of if self._has_state(p)]
+    def _saved_states(self, parameters: Iterable[Tensor]) -> dict[Tensor, dict[str, Any]]:
+        by_slot = {self._slot_of(p): p for p in parameters}
+        stepped = [p for p in by_slot.values() if self._has_state(p)]
         with self._naming(stepped, self._check_part):
             saved = self._engine.save([self._own_part(p) for p in stepped])
-        for slot, step, exp_avg, exp_avg_sq, master in saved:
+        states = {}
+        for slot, step, tensors in saved:
             parameter = by_slot[slot]
-            entry = {
-                "step": torch.tensor(float(step), dtype=torch.float32, device="cpu"),
-                "exp_avg": like_parameter(exp_avg, parameter),
-                "exp_avg_sq": like_parameter(exp_avg_sq, parameter),
-            }
-            if master is not None:
-                entry["master_param"] = like_parameter(master, parameter)
-            state[number_of[parameter]] = entry
-        return {"state": self._with_foreign(state, number_of), "param_groups": groups}
-
-    @torch._disable_dynamo
-    @plain_modes()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the state of this class or of ``torch.optim.AdamW``.
-
-        Tensors may have any floating dtype and any device. They are read one part after the
-        other, and the dict is not copied. Those of a DTensor parameter have its mesh and
-        placements, or are plain tensors: the local shards. A bfloat16 or float16 parameter
-        whose ``master_param`` is missing, or does not round to it, is its own master. Keys that
-        are not AdamW's are kept in ``state``.
-
-        Raises:
-            ValueError, TypeError: The state does not fit. Nothing has changed then. The text
-                names the parameter.
-            RuntimeError: As for ``step``.
-            OSError: Writing failed. The old state is gone.
-        """
-        self._life.check()
-        check_state_dict(state_dict)
-        state_dict = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = pre_hook(self, state_dict)
-            if changed is not None:
-                state_dict = changed
-        check_state_dict(state_dict)
-        self._load(state_dict)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+            entry = {"step": torch.tensor(float(step), dtype=torch.float32, device="cpu")}
+            for name, tensor in zip(_TENSORS, tensors, strict=False):
+                entry[name] = like_parameter(tensor, parameter)
+            states[parameter] = entry
+        return states
 
     @undisturbed
     def _load(self, state_dict: dict[str, Any]) -> None:

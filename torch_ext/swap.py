@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import weakref
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 import torch
 
-from torch_ext._checks import (
-    Directories,
-    Life,
-    close_quietly,
-    directories_of,
-    engine_of,
-    log_notes,
-)
+from torch_ext._checks import Directories, directories_of, engine_of
+from torch_ext._closable import Closable
 from torch_ext._modes import check_no_fake_mode
 from torch_ext._native import _C
 from torch_ext.config import AioConfig, parse_size, resolve_aio_config
-
-_logger = logging.getLogger("torch_ext")
 
 #: swap_out() and swap_in() return this. See TensorSwapper.
 SwapTicket = _C.SwapTicket
 
 
-class TensorSwapper:
+class TensorSwapper(Closable):
     """Moves tensors between CPU or accelerator memory and a scratch file.
 
     ``swap_out`` and ``swap_in`` return a ticket at once. Copies and I/O run behind the
@@ -85,7 +74,6 @@ class TensorSwapper:
         engine: str = "auto",
         verify: bool = True,
     ) -> None:
-        self._life = Life("swapper")
         self._swapper = _C.TensorSwapper(
             directories_of(directory, "directory"),
             resolve_aio_config(config, stacklevel=3),
@@ -93,12 +81,7 @@ class TensorSwapper:
             engine_of(engine),
             bool(verify),
         )
-        self._notes_logged = 0
-        self._log_notes()
-        # At exit, the I/O must have ended before the interpreter is taken down.
-        self._finalizer = weakref.finalize(
-            self, close_quietly, self._swapper, os.getpid(), "a TensorSwapper"
-        )
+        self._own(self._swapper, "swapper")
 
     def swap_out(self, key: str, tensor: torch.Tensor) -> SwapTicket:
         """Stores the tensor's elements under ``key``. Returns a ticket at once.
@@ -223,33 +206,6 @@ class TensorSwapper:
         self._life.closed = True
         self._log_notes()
         self._swapper.close()
-
-    def __enter__(self) -> TensorSwapper:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            self.close()
-        except Exception:
-            # The body's own exception says more than one that followed from it.
-            if error is None:
-                raise
-            _logger.exception("closing a TensorSwapper after another error")
-
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            "a TensorSwapper belongs to its process and cannot be copied or pickled"
-        )
-
-    def _log_notes(self) -> None:
-        notes = self._swapper.notes()
-        log_notes(notes[self._notes_logged :])
-        self._notes_logged = len(notes)
 
 
 def _check_arguments(key: Any, name: str = "", tensor: Any = None) -> None:

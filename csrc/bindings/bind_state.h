@@ -1,107 +1,140 @@
 #pragma once
 
-// Binds state in tiles, for an optimizer that is written in Python.
+// Binds state of parameters in tiles: what both optimizers share, and the
+// pieces for an optimizer that is written in Python.
 // Part of the one translation unit of _C: included by module.cpp only.
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <filesystem>
 #include <memory>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
-#include "bind_optimizer.h"
+#include "bind_config.h"
 #include "errors.h"
 #include "gil.h"
-#include "tensor/dense_tensor.h"
-#include "tensor/snapshot.h"
-#include "tensor/tensor_check.h"
-#include "torch_ext/base/align.h"
+#include "tensor/piece_offload.h"
+#include "tensor/state_checks.h"
+#include "tensor/tensor_offload.h"
 #include "torch_ext/base/checksum.h"
-#include "torch_ext/optim/adamw_update.h"
-#include "torch_ext/optim/optimizer_offload.h"
 
 namespace {
 
-using torch_ext::OptimizerOffload;
-using torch_ext::OrderedReader;
-using torch_ext::Snapshot;
-using torch_ext::StateFields;
-using torch_ext::StateSegment;
+using torch_ext::PieceOffload;
+using torch_ext::TensorOffload;
+// slot, parameter
+using SlotArgs = std::pair<std::size_t, at::Tensor>;
+// slot, parameter, step, tensors
+using SavedArgs = std::tuple<std::size_t, at::Tensor, std::uint64_t,
+                             std::vector<std::optional<at::Tensor>>>;
+// slot, parameter, gradient, group, whether the gradient is written to
+using TargetArgs = std::tuple<std::size_t, at::Tensor,
+                              std::optional<at::Tensor>, std::size_t, bool>;
 
-/// An OptimizerOffload and the fields of its parameters.
-class StateEngine {
- public:
-  explicit StateEngine(torch_ext::OptimizerOffloadOptions options)
-      : scratch_(options.scratch_bytes), offload_(options) {}
+std::vector<TensorOffload::Parameter> to_parameters(
+    const std::vector<SlotArgs>& from) {
+  std::vector<TensorOffload::Parameter> parameters;
+  for (const auto& [slot, tensor] : from) parameters.push_back({slot, tensor});
+  return parameters;
+}
 
-  /// Adds a parameter. `bytes` has the bytes of each field for one element.
-  std::size_t add(std::uint64_t elements,
-                  const std::vector<std::uint32_t>& bytes) {
-    if (bytes.size() > StateFields::kMax) {
-      throw std::invalid_argument("optimizer: more than " +
-                                  std::to_string(StateFields::kMax) +
-                                  " fields for an element");
+std::vector<TensorOffload::Saved> to_saved(const std::vector<SavedArgs>& from) {
+  std::vector<TensorOffload::Saved> saved;
+  for (const auto& [slot, parameter, step, tensors] : from) {
+    saved.push_back({{slot, parameter}, step, {}});
+    for (const auto& tensor : tensors) {
+      saved.back().tensors.push_back(tensor.value_or(at::Tensor()));
     }
-    StateFields fields;
-    for (std::size_t i = 0; i < bytes.size(); ++i) {
-      fields.bytes_per_cut[i] = bytes[i] * StateFields::kCut;
-    }
-    const std::size_t number = offload_.add_parameter(elements, fields);
-    if (number >= fields_.size()) fields_.resize(number + 1);
-    fields_[number] = fields;
-    return number;
   }
+  return saved;
+}
 
-  const StateFields& fields(std::size_t number) const {
-    return fields_.at(number);
+py::list to_list(const std::vector<TensorOffload::Saved>& saved) {
+  py::list list;
+  for (const auto& [parameter, step, tensors] : saved) {
+    list.append(py::make_tuple(parameter.slot, step, tensors));
   }
+  return list;
+}
 
-  /// Returns counters. Scratch is not lent: it is the part of the budget for
-  /// what Python makes.
-  torch_ext::OptimizerOffloadStats stats() const {
-    auto stats = offload_.stats();
-    if (stats.tile_visits > 0) stats.host_bytes_peak += scratch_;
-    return stats;
+py::dict to_dict(const torch_ext::OptimizerOffloadStats& stats) {
+  using namespace py::literals;  // NOLINT(google-build-using-namespace)
+  return py::dict("steps"_a = stats.steps, "bytes_read"_a = stats.bytes_read,
+                  "bytes_written"_a = stats.bytes_written,
+                  "read_seconds"_a = stats.read_seconds,
+                  "update_seconds"_a = stats.update_seconds,
+                  "write_seconds"_a = stats.write_seconds,
+                  "wait_seconds"_a = stats.wait_seconds,
+                  "elapsed_seconds"_a = stats.elapsed_seconds,
+                  "host_memory"_a = stats.host_memory,
+                  "host_bytes_peak"_a = stats.host_bytes_peak,
+                  "state_bytes"_a = stats.state_bytes,
+                  "resident_bytes"_a = stats.resident_bytes,
+                  "tile_visits"_a = stats.tile_visits,
+                  "tile_hits"_a = stats.tile_hits, "tiles"_a = stats.tiles,
+                  "tile_bytes"_a = stats.tile_bytes,
+                  "buffers"_a = stats.buffers);
+}
+
+py::dict to_dict(const torch_ext::OptimizerPlan& plan) {
+  using namespace py::literals;  // NOLINT(google-build-using-namespace)
+  return py::dict("host_memory"_a = plan.host_memory,
+                  "scratch_bytes"_a = plan.scratch_bytes,
+                  "state_bytes"_a = plan.state_bytes,
+                  "tile_bytes"_a = plan.tile_bytes, "tiles"_a = plan.tiles,
+                  "lane_buffers"_a = plan.lane_buffers,
+                  "resident_tiles"_a = plan.resident_tiles,
+                  "resident_bytes"_a = plan.resident_bytes,
+                  "step_bytes"_a = plan.step_bytes,
+                  "host_memory_for_all"_a = plan.host_memory_for_all);
+}
+
+py::list to_list(const std::vector<torch_ext::LaneEvent>& timeline) {
+  constexpr const char* kLanes[] = {"read", "update", "write"};
+  py::list list;
+  for (const torch_ext::LaneEvent& event : timeline) {
+    list.append(py::make_tuple(kLanes[static_cast<int>(event.lane)], event.tile,
+                               event.start, event.end));
   }
+  return list;
+}
 
-  OptimizerOffload& offload() { return offload_; }
+/// Returns what `call` returns, which runs without the GIL.
+template <typename Call>
+auto without_gil(Call call) {
+  const ReleasedGil released;
+  return call();
+}
 
- private:
-  const std::uint64_t scratch_;
-  OptimizerOffload offload_;
-  std::vector<StateFields> fields_;
-};
-
-/// Calls Python once for a tile, with a list of its segments: (number, first
-/// element, elements, [a tensor of bytes for each field]).
-class PythonKernel final : public torch_ext::UpdateKernel {
+/// A function of Python's that the library calls on the calling thread, which
+/// has let go of the GIL.
+class PythonFunction {
  public:
-  PythonKernel(const StateEngine& engine, py::function callback)
-      : engine_(engine), callback_(std::move(callback)) {}
+  explicit PythonFunction(py::function function)
+      : function_(std::move(function)) {}
 
-  void update(std::span<const StateSegment> segments) override {
+  /// Calls it with what `arguments()` returns, and hands the result to `take`.
+  template <typename Arguments, typename Take>
+  void operator()(const Arguments& arguments, const Take& take) {
     const AcquiredGil acquired;
     try {
-      py::list list;
-      for (const StateSegment& segment : segments) list.append(shown(segment));
       parked_at_exit([&] {
-        callback_(list);
+        py::object given = arguments();
+        py::object result = function_(given);
+        take(result);
         // This is not left to a destructor, which lets no exception through. A
         // tensor that goes releases the GIL for a while.
-        list.release().dec_ref();
+        result.release().dec_ref();
+        given.release().dec_ref();
       });
     } catch (const py::error_already_set& error) {
       error_ = error;
@@ -111,118 +144,80 @@ class PythonKernel final : public torch_ext::UpdateKernel {
     }
   }
 
-  const std::optional<py::error_already_set>& error() const { return error_; }
-
- private:
-  py::tuple shown(const StateSegment& segment) const {
-    const StateFields& fields = engine_.fields(segment.parameter);
-    py::list views;
-    for (std::size_t i = 0; i < StateFields::kMax; ++i) {
-      if (segment.fields[i] == nullptr) continue;
-      views.append(torch_ext::host_view(
-          segment.fields[i], fields.bytes(i, segment.count), at::kByte));
+  /// Returns what `call` returns, which calls this function without the GIL. An
+  /// exception of Python's comes out as it was.
+  template <typename Call>
+  auto within(const Call& call) {
+    try {
+      return without_gil(call);
+    } catch (...) {
+      if (error_) throw py::error_already_set(*error_);
+      throw;
     }
-    return py::make_tuple(segment.parameter, segment.first, segment.count,
-                          views);
   }
 
-  const StateEngine& engine_;
-  const py::function callback_;
+ private:
+  const py::function function_;
   std::optional<py::error_already_set> error_;
 };
 
-/// Runs `call` with a kernel. An exception of Python's comes out as it was.
-template <typename Call>
-void run_python(StateEngine& engine, py::function callback, Call call) {
-  PythonKernel kernel(engine, std::move(callback));
-  try {
-    const ReleasedGil released;
-    call(engine.offload(), kernel);
-  } catch (...) {
-    if (kernel.error()) throw py::error_already_set(*kernel.error());
-    throw;
+// Python gets tensors of its own over the same memory. Their Python objects are
+// gone when Python has let go of them, and not later, without the GIL.
+
+py::list to_list(const std::vector<PieceOffload::Piece>& pieces) {
+  py::list list;
+  for (const PieceOffload::Piece& piece : pieces) {
+    py::list fields;
+    for (const at::Tensor& field : piece.fields) fields.append(field.detach());
+    list.append(py::make_tuple(piece.target, piece.values.detach(),
+                               piece.gradient.defined()
+                                   ? py::cast(piece.gradient.detach())
+                                   : py::none(),
+                               fields));
   }
+  return list;
 }
 
-void check_trained(const at::Tensor& tensor) {
-  torch_ext::check_has_plain_memory(tensor, "OffloadedOptimizer");
-  const c10::ScalarType dtype = tensor.scalar_type();
-  std::ostringstream text;
-  if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) {
-    text << "OffloadedOptimizer: a parameter of dtype " << dtype
-         << " is not supported, only float32, bfloat16 and float16";
-    throw torch_ext::TypeError(text.str());
+void step(PieceOffload& offload, const std::vector<TargetArgs>& from,
+          py::function update) {
+  std::vector<PieceOffload::Target> targets;
+  for (const auto& [slot, parameter, gradient, group, writes] : from) {
+    targets.push_back(
+        {{slot, parameter}, gradient.value_or(at::Tensor()), group, writes});
   }
-  if (tensor.is_neg() || !tensor.is_non_overlapping_and_dense()) {
-    text << "OffloadedOptimizer: a parameter with sizes " << tensor.sizes()
-         << " and strides " << tensor.strides()
-         << " is not dense: its elements overlap or have gaps";
-    throw std::invalid_argument(text.str());
-  }
+  PythonFunction function(std::move(update));
+  function.within([&] {
+    offload.step(targets, [&](std::vector<PieceOffload::Piece>& pieces) {
+      function([&] { return to_list(pieces); }, [](const py::object&) {});
+    });
+  });
 }
 
-void check_gradient(const at::Tensor& gradient, const at::Tensor& parameter) {
-  if (gradient.layout() != c10::Layout::Strided) {
-    throw torch_ext::StateError(
-        "OffloadedOptimizer: sparse gradients are not supported");
+/// `first_state((slot, values))` returns tensors.
+py::list save(TensorOffload& offload, const std::vector<SlotArgs>& parameters,
+              const std::optional<py::function>& first_state) {
+  if (!first_state) {
+    return to_list(
+        without_gil([&] { return offload.save(to_parameters(parameters)); }));
   }
-  torch_ext::check_has_plain_memory(gradient, "OffloadedOptimizer: gradient");
-  std::ostringstream text;
-  if (!c10::isFloatingType(gradient.scalar_type())) {
-    text << "OffloadedOptimizer: a gradient of dtype " << gradient.scalar_type()
-         << " is not supported";
-    throw torch_ext::TypeError(text.str());
-  }
-  if (gradient.sizes() != parameter.sizes()) {
-    text << "OffloadedOptimizer: gradient has sizes " << gradient.sizes()
-         << ", its parameter " << parameter.sizes();
-    throw std::invalid_argument(text.str());
-  }
-}
-
-/// Returns elements in host memory, in the order of the reader and in the
-/// source's dtype. They are a view of the source's memory where that is
-/// possible.
-at::Tensor read_piece(const OrderedReader& reader, std::uint64_t first,
-                      std::uint64_t count) {
-  const at::Tensor& source = reader.source();
-  const auto options = torch_ext::host_options(source.scalar_type());
-  const auto size = static_cast<std::int64_t>(count);
-  if (reader.direct()) {
-    // This is no view of autograd's. Such a view would be an inference tensor
-    // if the source is one, and nobody could train it.
-    return at::from_blob(
-        reader.pointer(first), {size},
-        [storage = source.storage()](void*) mutable { storage = {}; }, options);
-  }
-  const at::Tensor piece = at::empty({size}, options);
-  reader.copy_to(static_cast<std::byte*>(piece.mutable_data_ptr()), first,
-                 count);
-  return piece;
-}
-
-// The tensors of these two are 1-D, contiguous and of one length.
-
-at::Tensor join_piece(const at::Tensor& parameter, const at::Tensor& low) {
-  at::Tensor master =
-      at::empty(parameter.sizes(), torch_ext::host_options(at::kFloat));
-  torch_ext::join_master(
-      static_cast<const std::uint16_t*>(parameter.const_data_ptr()),
-      static_cast<const std::uint16_t*>(low.const_data_ptr()),
-      master.mutable_data_ptr<float>(),
-      static_cast<std::size_t>(parameter.numel()));
-  return master;
-}
-
-void split_piece(const at::Tensor& master,
-                 const std::optional<at::Tensor>& parameter,
-                 const at::Tensor& low) {
-  torch_ext::split_master(
-      master.const_data_ptr<float>(),
-      parameter ? static_cast<std::uint16_t*>(parameter->mutable_data_ptr())
-                : nullptr,
-      static_cast<std::uint16_t*>(low.mutable_data_ptr()),
-      static_cast<std::size_t>(master.numel()));
+  PythonFunction function(*first_state);
+  return to_list(function.within([&] {
+    return offload.save(
+        to_parameters(parameters),
+        [&](const TensorOffload::Parameter& parameter,
+            const at::Tensor& values) {
+          std::vector<at::Tensor> made;
+          function(
+              [&] { return py::make_tuple(parameter.slot, values.detach()); },
+              [&](const py::object& result) {
+                for (const auto& tensor :
+                     result.cast<std::vector<at::Tensor>>()) {
+                  made.push_back(tensor.detach().contiguous());
+                }
+              });
+          return made;
+        });
+  }));
 }
 
 /// How many tensors use a tensor's memory, itself included.
@@ -243,163 +238,123 @@ std::uint64_t checksum_of(const at::Tensor& tensor) {
       {static_cast<const std::byte*>(dense.const_data_ptr()), dense.nbytes()});
 }
 
-void bind_pieces(py::module_& m) {
-  m.def("users_of", &users_of, py::arg("tensor"));
-  m.def("checksum_of", &checksum_of, py::arg("tensor"), release_gil());
-  py::class_<OrderedReader>(m, "OrderedReader", py::module_local())
-      .def(py::init([](const at::Tensor& source, const at::Tensor& like) {
-             return OrderedReader(source, like.strides());
-           }),
-           py::arg("source"), py::arg("like"), release_gil())
-      .def("read", &read_piece, py::arg("first"), py::arg("count"),
-           release_gil());
-  py::class_<Snapshot>(m, "Snapshot", py::module_local())
-      .def(py::init([](const std::string& mode,
-                       std::filesystem::path directory) {
-             return std::make_unique<Snapshot>(
-                 torch_ext::parse_state_dict_mode(mode), std::move(directory));
-           }),
-           py::arg("mode"), py::arg("directory"))
+void bind_tensor_offload(py::module_& m) {
+  py::class_<TensorOffload, std::unique_ptr<TensorOffload, DeleteWithoutGil>>(
+      m, "TensorOffload", py::module_local())
+      .def("add", &TensorOffload::add, py::arg("parameter"), py::arg("trained"),
+           py::arg("first") = 0, release_gil())
+      .def("remove", &TensorOffload::remove, py::arg("slot"), release_gil())
       .def(
-          "add",
-          [](Snapshot& snapshot, const at::Tensor& like,
-             const at::Tensor& of_dtype) {
-            return snapshot.add(like, of_dtype.scalar_type());
+          "check",
+          [](TensorOffload& offload, std::size_t slot,
+             const at::Tensor& parameter,
+             const std::optional<at::Tensor>& gradient) {
+            if (!gradient) return offload.check({slot, parameter});
+            offload.check({slot, parameter}, *gradient);
           },
-          py::arg("like"), py::arg("of_dtype"))
-      .def("open", &Snapshot::open, release_gil())
-      .def(
-          "write",
-          [](Snapshot& snapshot, std::size_t tensor, std::uint64_t first,
-             const at::Tensor& piece) {
-            snapshot.write(
-                tensor, first,
-                {static_cast<const std::byte*>(piece.const_data_ptr()),
-                 piece.nbytes()});
-          },
-          py::arg("tensor"), py::arg("first"), py::arg("piece"), release_gil())
-      .def("finish", &Snapshot::finish, release_gil());
-  m.def("check_trained", &check_trained, py::arg("parameter"));
-  m.def("check_gradient", &check_gradient, py::arg("gradient"),
-        py::arg("parameter"));
-  m.def("join_master", &join_piece, py::arg("parameter"), py::arg("low"),
-        release_gil());
-  m.def("split_master", &split_piece, py::arg("master"), py::arg("parameter"),
-        py::arg("low"), release_gil());
-}
-
-void bind_state_engine(py::module_& m) {
-  using Numbers = std::vector<std::size_t>;
-  py::class_<StateEngine, std::unique_ptr<StateEngine, DeleteWithoutGil>>(
-      m, "StateEngine", py::module_local())
-      .def(py::init([](const Directories& directories, const AioConfig& aio,
-                       std::uint64_t host_memory, std::uint64_t scratch,
-                       std::string engine, bool verify) {
-             const ReleasedGil released;
-             return std::unique_ptr<StateEngine, DeleteWithoutGil>(
-                 new StateEngine({.store = {.directory = to_list(directories),
-                                            .aio = aio,
-                                            .engine = std::move(engine),
-                                            .verify = verify},
-                                  .host_memory = host_memory,
-                                  .scratch_bytes = scratch}));
-           }),
-           py::arg("directories"), py::arg("aio"), py::arg("host_memory"),
-           py::arg("scratch"), py::arg("engine"), py::arg("verify"))
-      .def("add", &StateEngine::add, py::arg("elements"), py::arg("bytes"),
+          py::arg("slot"), py::arg("parameter"),
+          py::arg("gradient") = py::none(), release_gil())
+      .def("has_state", &TensorOffload::has_state, py::arg("slot"),
            release_gil())
+      .def("step_of", &TensorOffload::step_of, py::arg("slot"), release_gil())
       .def(
-          "step",
-          [](StateEngine& engine, const Numbers& numbers, py::function update) {
-            run_python(engine, std::move(update),
-                       [&](OptimizerOffload& offload, PythonKernel& kernel) {
-                         offload.step(numbers, kernel);
-                       });
+          "fits",
+          [](TensorOffload& offload, std::size_t slot,
+             const at::Tensor& parameter) {
+            return offload.fits({slot, parameter});
           },
-          py::arg("numbers"), py::arg("update"))
+          py::arg("slot"), py::arg("parameter"), release_gil())
+      .def("save", &save, py::arg("parameters"),
+           py::arg("first_state") = py::none())
+      .def(
+          "load",
+          [](TensorOffload& offload, const std::vector<SavedArgs>& states) {
+            offload.load(to_saved(states));
+          },
+          py::arg("states"), release_gil())
       .def(
           "read",
-          [](StateEngine& engine, const Numbers& numbers, py::function show) {
-            run_python(engine, std::move(show),
-                       [&](OptimizerOffload& offload, PythonKernel& kernel) {
-                         offload.read_state(numbers, kernel);
-                       });
+          [](TensorOffload& offload, std::size_t slot,
+             const at::Tensor& parameter, std::size_t tensor) {
+            return offload.read({slot, parameter}, tensor);
           },
-          py::arg("numbers"), py::arg("show"))
+          py::arg("slot"), py::arg("parameter"), py::arg("tensor"),
+          release_gil())
       .def(
           "change",
-          [](StateEngine& engine, const Numbers& numbers, py::function fill) {
-            std::vector<OptimizerOffload::ParameterStep> steps;
-            for (const std::size_t number : numbers) {
-              steps.push_back({.parameter = number, .step = 0});
-            }
-            run_python(engine, std::move(fill),
-                       [&](OptimizerOffload& offload, PythonKernel& kernel) {
-                         offload.change_state(steps, kernel);
-                       });
+          [](TensorOffload& offload, const std::vector<SavedArgs>& states) {
+            offload.change(to_saved(states));
           },
-          py::arg("numbers"), py::arg("fill"))
-      .def(
-          "forget",
-          [](StateEngine& engine, const Numbers& numbers) {
-            engine.offload().forget_state(numbers);
-          },
-          py::arg("numbers"), release_gil())
-      .def(
-          "remove",
-          [](StateEngine& engine, std::size_t number) {
-            engine.offload().remove_parameter(number);
-          },
-          py::arg("number"), release_gil())
-      .def(
-          "write",
-          [](StateEngine& engine, const Numbers& numbers, py::function fill) {
-            std::vector<OptimizerOffload::ParameterStep> steps;
-            for (const std::size_t number : numbers) {
-              steps.push_back({.parameter = number, .step = 0});
-            }
-            run_python(engine, std::move(fill),
-                       [&](OptimizerOffload& offload, PythonKernel& kernel) {
-                         offload.write_state(steps, kernel);
-                       });
-          },
-          py::arg("numbers"), py::arg("fill"))
+          py::arg("states"), release_gil())
+      .def("forget", &TensorOffload::forget, py::arg("slots"), release_gil())
       .def("stats",
-           [](StateEngine& engine) {
-             return to_dict([&] {
-               const ReleasedGil released;
-               return engine.stats();
-             }());
+           [](TensorOffload& offload) {
+             return to_dict(without_gil([&] { return offload.stats(); }));
            })
       .def(
           "plan",
-          [](StateEngine& engine, const Numbers& numbers) {
-            return to_dict([&] {
-              const ReleasedGil released;
-              return engine.offload().plan(numbers);
-            }());
+          [](TensorOffload& offload, const std::vector<SlotArgs>& parameters) {
+            return to_dict(without_gil(
+                [&] { return offload.plan(to_parameters(parameters)); }));
           },
-          py::arg("numbers"))
+          py::arg("parameters"))
       .def("timeline",
-           [](StateEngine& engine) {
-             return to_list([&] {
-               const ReleasedGil released;
-               return engine.offload().timeline();
-             }());
+           [](TensorOffload& offload) {
+             return to_list(
+                 without_gil([&] { return offload.offload().timeline(); }));
            })
-      .def("notes",
-           [](StateEngine& engine) { return engine.offload().notes(); })
-      .def(
-          "close", [](StateEngine& engine) { engine.offload().close(); },
-          release_gil())
-      .def_property_readonly("engine", [](StateEngine& engine) {
-        return engine.offload().engine();
+      .def("notes", [](TensorOffload& offload) { return offload.notes(); })
+      .def("close", &TensorOffload::close, release_gil())
+      .def_property_readonly("engine", [](TensorOffload& offload) {
+        return offload.offload().engine();
       });
 }
 
+void bind_piece_offload(py::module_& m) {
+  // name, dtype
+  using FieldArgs = std::vector<std::pair<std::string, c10::ScalarType>>;
+  py::class_<PieceOffload, TensorOffload,
+             std::unique_ptr<PieceOffload, DeleteWithoutGil>>(
+      m, "PieceOffload", py::module_local())
+      .def(py::init([](const Directories& directories, const AioConfig& aio,
+                       std::uint64_t host_memory, std::string engine,
+                       bool verify, const std::string& state_dict_mode) {
+             const ReleasedGil released;
+             return std::unique_ptr<PieceOffload, DeleteWithoutGil>(
+                 new PieceOffload(
+                     {.store = {.directory = to_list(directories),
+                                .aio = aio,
+                                .engine = std::move(engine),
+                                .verify = verify},
+                      .host_memory = host_memory},
+                     torch_ext::parse_state_dict_mode(state_dict_mode)));
+           }),
+           py::arg("directories"), py::arg("aio"), py::arg("host_memory"),
+           py::arg("engine"), py::arg("verify"), py::arg("state_dict_mode"))
+      .def(
+          "describe",
+          [](PieceOffload& offload, std::size_t slot, const FieldArgs& from) {
+            PieceOffload::Fields fields;
+            for (const auto& [name, dtype] : from) {
+              fields.push_back({name, dtype});
+            }
+            offload.describe(slot, std::move(fields));
+          },
+          py::arg("slot"), py::arg("fields"))
+      .def("step", &step, py::arg("targets"), py::arg("update"));
+}
+
 void bind_state(py::module_& m) {
-  bind_pieces(m);
-  bind_state_engine(m);
+  m.def("users_of", &users_of, py::arg("tensor"));
+  m.def("checksum_of", &checksum_of, py::arg("tensor"), release_gil());
+  m.def(
+      "check_parameter",
+      [](const std::string& optimizer, const at::Tensor& parameter) {
+        torch_ext::check_parameter(optimizer, parameter);
+      },
+      py::arg("optimizer"), py::arg("parameter"));
+  bind_tensor_offload(m);
+  bind_piece_offload(m);
 }
 
 }  // namespace

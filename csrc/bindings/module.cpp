@@ -19,6 +19,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_info(m);
   bind_swap(m);
   bind_files(m);
-  bind_optimizer(m);
   bind_state(m);
+  bind_optimizer(m);
 }

@@ -64,14 +64,14 @@ void OptimizerOffload::Impl::finish_open_step() {
   }
   order = std::move(next);
   if (newcomers.empty()) return;
+  const bool alone = order.empty();
   activate(newcomers);
   place(newcomers);
   for (const std::size_t number : newcomers) {
     ++parameters[number].step;
     parameters[number].has_state = true;
   }
-  // If these are all parameters, the next step will be the same round.
-  const bool alone = newcomers.size() + unused.size() == parameters.size();
+  // If these are all that have state, the next step will be the same round.
   TileLanes::Round round;
   round.repeat = alone;
   try {

@@ -267,9 +267,9 @@ OptimizerOffload::~OptimizerOffload() {
   impl_->owner.end(impl_, [this] { close(); });
 }
 
-std::size_t OptimizerOffload::add_parameter(std::uint64_t elements,
-                                            const StateFields& fields) {
-  const Impl::Call call(*impl_);
+namespace {
+
+void check_parameter(std::uint64_t elements, const StateFields& fields) {
   constexpr std::uint64_t kMost = std::uint64_t{1} << 48;
   std::uint64_t bytes = 0;
   for (const std::uint32_t field : fields.bytes_per_cut) bytes += field;
@@ -279,6 +279,14 @@ std::size_t OptimizerOffload::add_parameter(std::uint64_t elements,
                                 std::to_string(bytes) + " bytes for " +
                                 std::to_string(StateFields::kCut));
   }
+}
+
+}  // namespace
+
+std::size_t OptimizerOffload::add_parameter(std::uint64_t elements,
+                                            const StateFields& fields) {
+  const Impl::Call call(*impl_);
+  check_parameter(elements, fields);
   const MutexLock parameters_lock(impl_->parameters_mutex);
   Impl::Parameter parameter{.elements = elements, .fields = fields};
   if (!impl_->unused.empty()) {
@@ -289,6 +297,21 @@ std::size_t OptimizerOffload::add_parameter(std::uint64_t elements,
   }
   impl_->parameters.push_back(std::move(parameter));
   return impl_->parameters.size() - 1;
+}
+
+void OptimizerOffload::redefine_parameter(std::size_t parameter,
+                                          std::uint64_t elements,
+                                          const StateFields& fields) {
+  check_parameter(elements, fields);
+  const Impl::Call call(*impl_);
+  Impl::Parameter& p = impl_->parameter(parameter);
+  if (p.placed || p.has_state || p.active) {
+    impl_->refuse_in_step();
+    impl_->forget({&parameter, 1});
+  }
+  const MutexLock parameters_lock(impl_->parameters_mutex);
+  p.elements = elements;
+  p.fields = fields;
 }
 
 void OptimizerOffload::remove_parameter(std::size_t parameter) {

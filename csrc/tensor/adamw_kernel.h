@@ -10,7 +10,6 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <span>
@@ -51,8 +50,7 @@ class AdamWKernel final : public UpdateKernel {
     at::Tensor parameter;
     OrderedReader gradient;
     const AdamWHyper* hyper = nullptr;
-    std::uint32_t ordinal = 0;  ///< These two are for RoundingNoise.
-    std::uint64_t first = 0;
+    std::uint64_t first = 0;  ///< For RoundingNoise.
     /// The lane of the device that both are on. Null for the CPU.
     DeviceLane* lane = nullptr;
     /// After this event, gradient and parameter are what they shall be. It
@@ -65,7 +63,6 @@ class AdamWKernel final : public UpdateKernel {
     /// queued there before. Null if it has not been copied yet.
     std::byte* on_host = nullptr;
   };
-  using MakeScratch = std::function<std::span<std::byte>()>;
 
   /// Scratch, which the lanes use too, is asked for when it is first needed.
   /// UpdateOn::kDevice needs kExact.
@@ -399,8 +396,10 @@ class AdamWKernel final : public UpdateKernel {
     } else {
       run.master = adopted(part, here);
     }
-    update_adamw(format_, run, coefficients(*part.target.hyper, segment.step),
-                 {seed_, segment.step, part.target.ordinal, part.target.first});
+    update_adamw(
+        format_, run, coefficients(*part.target.hyper, segment.step),
+        {seed_, segment.step, static_cast<std::uint32_t>(segment.parameter),
+         part.target.first});
     if (kind == MasterFormat::kFloat) {
       convert(here.mutable_data_ptr(), at::kHalf, run.master, at::kFloat,
               run.count);

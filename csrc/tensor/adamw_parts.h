@@ -18,6 +18,7 @@
 #include "adamw_hyper.h"
 #include "dense_tensor.h"
 #include "one_thread.h"
+#include "state_layout.h"
 #include "torch_ext/base/process.h"
 #include "torch_ext/optim/adamw_update.h"
 #include "torch_ext/optim/state_format.h"
@@ -44,13 +45,6 @@ inline void adopt_parameter(float* master, const c10::Half* parameter,
     }
     done += piece;
   }
-}
-
-/// Returns how the master of a parameter of this dtype is kept.
-inline MasterFormat master_format(c10::ScalarType dtype) {
-  return dtype == at::kFloat      ? MasterFormat::kNone
-         : dtype == at::kBFloat16 ? MasterFormat::kLow16
-                                  : MasterFormat::kFloat;
 }
 
 /// Where a moment of a segment begins, at element `done` of the segment, a

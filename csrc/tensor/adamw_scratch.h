@@ -3,6 +3,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <utility>
 
@@ -10,6 +11,9 @@
 #include "torch_ext/optim/state_format.h"
 
 namespace torch_ext {
+
+/// Gives host memory for a call of a kernel. It is asked for in each call.
+using MakeScratch = std::function<std::span<std::byte>()>;
 
 /// Host memory for one chunk of elements on their way, or for two.
 class AdamWScratch {

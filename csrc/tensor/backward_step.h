@@ -13,10 +13,10 @@
 #include <utility>
 #include <vector>
 
-#include "adamw_checks.h"
 #include "adamw_engine.h"
 #include "adamw_hyper.h"
 #include "gradient_hook.h"
+#include "state_checks.h"
 #include "torch_ext/base/error.h"
 
 namespace torch_ext {
@@ -62,14 +62,16 @@ class BackwardStep {
              const std::function<bool()>& is_nested) {
     if (may_change_later(parameter)) {
       if (!takes_) return false;
-      adamw::fail<StateError>(
+      fail<StateError>(
+          engine_.name(),
           "a hook, such as DistributedDataParallel's, changes gradients after "
           "backward has accumulated them, which overlap_backward=\"update\" "
           "would not see: take \"prefetch\", or no overlap, or FSDP2");
     }
     if (!takes_) return true;
     if (taken_.contains(slot)) {
-      adamw::fail<StateError>(
+      fail<StateError>(
+          engine_.name(),
           "a second backward pass before step(), or within another, as "
           "activation checkpointing of your own may make it: its gradient "
           "would not be counted. All but the last go inside `with "

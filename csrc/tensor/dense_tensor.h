@@ -140,35 +140,66 @@ class OrderedReader {
     }
   }
 
-  /// As copy_to(), but converts to float. `raw` is host memory for some
+  /// As copy_to(), but converts to `dtype`. `raw` is host memory for some
   /// elements of the source, for the time of the call.
-  void copy_as_float(float* out, std::span<std::byte> raw, std::uint64_t first,
-                     std::uint64_t count) const {
-    const c10::ScalarType dtype = source_.scalar_type();
-    if (dtype == at::kFloat) {
-      copy_to(reinterpret_cast<std::byte*>(out), first, count);
+  void copy_as(void* to, c10::ScalarType dtype, std::span<std::byte> raw,
+               std::uint64_t first, std::uint64_t count) const {
+    const c10::ScalarType own = source_.scalar_type();
+    auto* out = static_cast<std::byte*>(to);
+    if (own == dtype) {
+      copy_to(out, first, count);
     } else if (direct()) {
-      convert(out, at::kFloat, pointer(first), dtype, count);
+      convert(out, dtype, pointer(first), own, count);
     } else {
       while (count > 0) {
         const std::uint64_t piece =
             std::min<std::uint64_t>(count, raw.size() / item_size());
         copy_to(raw.data(), first, piece);
-        convert(out, at::kFloat, raw.data(), dtype, piece);
-        out += piece;
+        convert(out, dtype, raw.data(), own, piece);
+        out += piece * c10::elementSize(dtype);
         first += piece;
         count -= piece;
       }
     }
   }
 
+  void copy_as_float(float* out, std::span<std::byte> raw, std::uint64_t first,
+                     std::uint64_t count) const {
+    copy_as(out, at::kFloat, raw, first, count);
+  }
+
+  /// Writes elements to the source, which has its memory still. `from` has the
+  /// source's dtype, and is in host memory.
+  void write(const std::byte* from, std::uint64_t first,
+             std::uint64_t count) const {
+    if (in_order_) {
+      storage_view(source_, first, count)
+          .copy_(host_view(const_cast<std::byte*>(from), count,
+                           source_.scalar_type()));
+      return;
+    }
+    visit(first, count, [&, item = item_size()](std::byte* element) {
+      std::memcpy(element, from, item);
+      from += item;
+    });
+  }
+
  private:
   std::size_t item_size() const { return source_.dtype().itemsize(); }
 
-  // Counts through the indexes like an odometer, the last dimension fastest.
   void gather(std::byte* out, std::uint64_t first, std::uint64_t count) const {
-    const std::size_t item = item_size();
-    const auto* base = static_cast<const std::byte*>(source_.const_data_ptr());
+    visit(first, count, [&, item = item_size()](const std::byte* element) {
+      std::memcpy(out, element, item);
+      out += item;
+    });
+  }
+
+  // Counts through the indexes like an odometer, the last dimension fastest.
+  template <typename Visit>
+  void visit(std::uint64_t first, std::uint64_t count,
+             const Visit& element) const {
+    const auto item = static_cast<std::int64_t>(item_size());
+    auto* base = static_cast<std::byte*>(pointer(0));
     std::vector<std::int64_t> index(sizes_.size());
     auto rest = static_cast<std::int64_t>(first);
     std::int64_t at = 0;
@@ -176,8 +207,8 @@ class OrderedReader {
       index[d] = rest % sizes_[d];
       at += index[d] * strides_[d];
     }
-    for (std::uint64_t i = 0; i < count; ++i, out += item) {
-      std::memcpy(out, base + at * static_cast<std::int64_t>(item), item);
+    for (std::uint64_t i = 0; i < count; ++i) {
+      element(base + at * item);
       for (std::size_t d = sizes_.size(); d-- > 0;) {
         at += strides_[d];
         if (++index[d] < sizes_[d]) break;

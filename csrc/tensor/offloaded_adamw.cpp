@@ -103,7 +103,12 @@ class OffloadedAdamW::Impl {
     for (auto& saved : engine_.save(all)) {
       std::size_t i = 0;
       while (all[i].slot != saved.parameter.slot) ++i;
-      states.push_back({i, std::move(saved.state)});
+      saved.tensors.resize(3);
+      states.push_back({i,
+                        {.step = saved.step,
+                         .exp_avg = std::move(saved.tensors[0]),
+                         .exp_avg_sq = std::move(saved.tensors[1]),
+                         .master = std::move(saved.tensors[2])}});
     }
     return states;
   }
@@ -119,10 +124,11 @@ class OffloadedAdamW::Impl {
             std::to_string(state.parameter) + " of " +
             std::to_string(all.size()));
       }
-      saved.push_back({all[state.parameter], state.state});
-      naming(saved.back().parameter.tensor, [&] {
-        adamw::check_saved(saved.back().parameter.tensor, state.state);
-      });
+      const auto& [step, exp_avg, exp_avg_sq, master] = state.state;
+      saved.push_back(
+          {all[state.parameter], step, {exp_avg, exp_avg_sq, master}});
+      naming(saved.back().parameter.tensor,
+             [&] { engine_.check_loaded(saved.back()); });
     }
     try {
       engine_.load(saved);
@@ -277,11 +283,7 @@ class OffloadedAdamW::Impl {
       }
       const auto tensor = place.tensor.lock();
       if (shown->step != engine_.step_of(place.slot) && tensor) {
-        changed.push_back({{place.slot, at::Tensor(tensor)},
-                           {.step = shown->step,
-                            .exp_avg = {},
-                            .exp_avg_sq = {},
-                            .master = {}}});
+        changed.push_back({{place.slot, at::Tensor(tensor)}, shown->step, {}});
       }
     }
     if (!erased.empty()) engine_.forget(erased);
@@ -443,7 +445,8 @@ class OffloadedAdamW::Impl {
   /// Returns a parameter and its gradient, which can be used.
   AdamWEngine::Trained checked(const at::Tensor& parameter) const {
     AdamWEngine::Trained trained{entry_of(parameter), parameter.grad()};
-    naming(parameter, [&] { engine_.check(trained); });
+    naming(parameter,
+           [&] { engine_.check(trained.parameter, trained.gradient); });
     return trained;
   }
 

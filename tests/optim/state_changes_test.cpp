@@ -175,6 +175,50 @@ TEST_F(StateChangesTest, ARemovedParametersNumberAndSpaceAreUsedAgain) {
   EXPECT_TRUE(adamw.equal());
 }
 
+TEST_F(StateChangesTest, ARedefinedParameterBeginsAnew) {
+  OptimizerOffload offload(options(4));
+  ScalarAdamW adamw(offload);
+  adamw.add(3 * kPerTile);
+  const std::size_t other = offload.add_parameter(5, StateFields::floats(1));
+  adamw.step({0});
+  offload.add_state(std::vector<std::size_t>{other});
+  EXPECT_THROW(offload.redefine_parameter(other, 7, StateFields()),
+               std::invalid_argument);
+  EXPECT_TRUE(offload.has_state(other));
+  offload.redefine_parameter(other, 2 * kPerTile, StateFields::floats(3));
+  EXPECT_FALSE(offload.has_state(other));
+  std::uint64_t elements = 0;
+  FunctionKernel count([&](const StateSegment& segment) {
+    EXPECT_NE(segment.fields[2], nullptr);
+    EXPECT_EQ(segment.step, 1u);
+    elements += segment.count;
+  });
+  offload.step(std::vector<std::size_t>{other}, count);
+  EXPECT_EQ(elements, 2 * kPerTile);
+  adamw.step({0});
+  EXPECT_TRUE(adamw.equal());
+}
+
+TEST_F(StateChangesTest, WhatTakesNoPartInAnOpenStepCanBeRedefined) {
+  OptimizerOffload offload(options(4));
+  ScalarAdamW adamw(offload);
+  adamw.add(3 * kPerTile);
+  adamw.step_all();
+  const std::size_t with_room =
+      offload.add_parameter(5, StateFields::floats(1));
+  const std::size_t other = offload.add_parameter(5, StateFields::floats(1));
+  offload.make_room(std::vector<std::size_t>{with_room});
+  const StateFields fields = StateFields::floats(2);
+  adamw.prepare(0);
+  offload.begin_step(adamw);
+  EXPECT_THROW(offload.redefine_parameter(0, 9, fields), StateError);
+  EXPECT_THROW(offload.redefine_parameter(with_room, 9, fields), StateError);
+  offload.redefine_parameter(other, 9, fields);
+  offload.release(0);
+  offload.end_step();
+  EXPECT_TRUE(adamw.equal());
+}
+
 TEST_F(StateChangesTest, RoomIsNoState) {
   OptimizerOffload offload(options(4));
   ScalarAdamW adamw(offload);

@@ -29,11 +29,14 @@ _PREPARE = {
     """,
     # It holds the GIL again, inside the library.
     "a callback": """
-        engine = _C.StateEngine([(directory, 1)], _C.AioConfig(), 1 << 20, 0, "auto", True)
-        number = engine.add(1000, [4])
+        weight = torch.ones(1000)
+        args = [(directory, 1)], _C.AioConfig(), 1 << 20, "auto", True, "tensors"
+        offload = _C.PieceOffload(*args)
+        slot = offload.add(weight, True)
+        offload.describe(slot, [("average", torch.float32)])
 
         def call():
-            engine.step([number], lambda segments: time.sleep(0.0001))
+            offload.step([(slot, weight, None, 0, False)], lambda pieces: time.sleep(0.0001))
     """,
 }
 

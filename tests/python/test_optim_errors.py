@@ -12,7 +12,7 @@ import torch
 from optim_support import SMALL, Pair, equal, parameters, set_gradients, twins
 
 from torch_ext import OffloadedAdamW
-from torch_ext._checks import close_quietly
+from torch_ext._closable import close_quietly
 
 
 class Subclass(torch.Tensor):

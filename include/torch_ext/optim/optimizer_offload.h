@@ -113,6 +113,12 @@ class OptimizerOffload {
   /// before the parameter's first step. Errors: std::invalid_argument.
   std::size_t add_parameter(std::uint64_t elements, const StateFields& fields);
 
+  /// Gives a parameter other elements and fields. Its state and space are gone,
+  /// as after forget_state(). In a step, it must have neither, and no part in
+  /// the step. Errors: as add_parameter() and forget_state().
+  void redefine_parameter(std::size_t parameter, std::uint64_t elements,
+                          const StateFields& fields);
+
   /// As forget_state(). The number may then be returned by add_parameter().
   void remove_parameter(std::size_t parameter);
 
