@@ -26,7 +26,7 @@
 #include <vector>
 
 #include "torch_ext/device/device.h"
-#include "torch_ext/swap/file_swapper.h"
+#include "torch_ext/swap/file_transfer.h"
 #include "torch_ext/swap/swapper.h"
 
 namespace {
@@ -89,7 +89,7 @@ class Keys final : public Operations {
 
 class Ranges final : public Operations {
  public:
-  Ranges(const torch_ext::FileSwapperOptions& options,
+  Ranges(const torch_ext::FileTransferOptions& options,
          std::filesystem::path path)
       : swapper_(options), path_(std::move(path)) {}
   SwapTicket write(std::size_t i, DeviceBytes bytes) override {
@@ -102,7 +102,7 @@ class Ranges final : public Operations {
   }
 
  private:
-  torch_ext::FileSwapper swapper_;
+  torch_ext::FileTransfer swapper_;
   std::filesystem::path path_;
 };
 
@@ -113,8 +113,8 @@ std::unique_ptr<Operations> make(const std::vector<std::string>& arguments,
                                  .thread_count = std::stoi(arguments[7])};
   const std::string& kind = arguments[1];
   if (kind == "file") {
-    const torch_ext::FileSwapperOptions options{.aio = aio,
-                                                .engine = arguments[8]};
+    const torch_ext::FileTransferOptions options{.aio = aio,
+                                                 .engine = arguments[8]};
     return std::make_unique<Ranges>(
         options, std::filesystem::path(arguments[2]) / "ranges");
   }

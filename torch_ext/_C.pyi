@@ -76,7 +76,7 @@ class TensorSwapper:
     def stats(self) -> dict[str, int]: ...
     def close(self) -> None: ...
 
-class TensorFileSwapper:
+class TensorFileTransfer:
     def __init__(self, aio: AioConfig, host_memory: int, engine: str) -> None: ...
     def write(
         self,
@@ -135,7 +135,7 @@ class AdamWHyper:
     ) -> None: ...
 
 class BackwardStep:
-    def __init__(self, engine: AdamWEngine, takes: bool) -> None: ...
+    def __init__(self, offload: AdamWOffload, takes: bool) -> None: ...
     def wants(
         self,
         slot: int,
@@ -202,7 +202,7 @@ class PieceOffload(TensorOffload):
     def describe(self, slot: int, fields: list[tuple[str, torch.dtype]]) -> None: ...
     def step(self, targets: list[_Target], update: Callable[[list[_Piece]], None]) -> None: ...
 
-class AdamWEngine(TensorOffload):
+class AdamWOffload(TensorOffload):
     def __init__(
         self,
         directories: list[tuple[str | bytes | os.PathLike[str], int]],

@@ -19,10 +19,9 @@ if TYPE_CHECKING:
         get_scalar_param,
         parse_size,
     )
-    from torch_ext.generic import OffloadedOptimizer
     from torch_ext.handle import aio_handle, gds_handle
     from torch_ext.jit import load
-    from torch_ext.optim import OffloadedAdamW
+    from torch_ext.optim import OffloadedAdamW, OffloadedOptimizer
     from torch_ext.swap import SwapTicket, TensorSwapper
 
 __version__ = "0.1.0"
@@ -35,7 +34,7 @@ _MODULE_OF = {
     "AIO_DEFAULT_DICT": "config",
     "AioConfig": "config",
     "OffloadedAdamW": "optim",
-    "OffloadedOptimizer": "generic",
+    "OffloadedOptimizer": "optim",
     "SwapTicket": "swap",
     "TensorSwapper": "swap",
     "aio_handle": "handle",

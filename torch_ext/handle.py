@@ -19,9 +19,9 @@ from torch_ext._handle_arguments import (
     checked_target,
     handle_config,
 )
+from torch_ext._handle_operations import Operation, Pending, without_frames
 from torch_ext._native import _C
-from torch_ext._operations import Operation, Pending, without_frames
-from torch_ext._undisturbed import undisturbed
+from torch_ext._quiet import undisturbed
 from torch_ext.config import parse_size
 
 _logger = logging.getLogger("torch_ext")
@@ -101,7 +101,7 @@ class aio_handle(Closable):  # noqa: N801 - DeepSpeed's name
         )
         self._strict = bool(strict)
         self.errors = []
-        self._files = _C.TensorFileSwapper(
+        self._files = _C.TensorFileTransfer(
             self._config,
             parse_size(host_memory),
             engine_of(engine),

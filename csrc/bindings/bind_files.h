@@ -21,13 +21,13 @@
 #include "errors.h"
 #include "gil.h"
 #include "torch_ext/memory/pinned_memory.h"
-#include "torch_ext/tensor/tensor_file_swapper.h"
+#include "torch_ext/tensor/tensor_file_transfer.h"
 
 namespace {
 
-using torch_ext::TensorFileSwapper;
+using torch_ext::TensorFileTransfer;
 
-py::dict to_dict(const torch_ext::FileSwapperStats& stats) {
+py::dict to_dict(const torch_ext::FileTransferStats& stats) {
   using namespace py::literals;  // NOLINT(google-build-using-namespace)
   return py::dict(
       "bytes_read"_a = stats.bytes_read,
@@ -50,22 +50,22 @@ void add_ticket(py::list& tickets, Start start) {
   tickets.append(std::move(*ticket));
 }
 
-void bind_file_swapper(py::module_& m) {
-  py::class_<TensorFileSwapper,
-             std::unique_ptr<TensorFileSwapper, DeleteWithoutGil>>(
-      m, "TensorFileSwapper", py::module_local())
+void bind_file_transfer(py::module_& m) {
+  py::class_<TensorFileTransfer,
+             std::unique_ptr<TensorFileTransfer, DeleteWithoutGil>>(
+      m, "TensorFileTransfer", py::module_local())
       .def(py::init([](const AioConfig& aio, std::uint64_t host_memory,
                        std::string engine) {
              const ReleasedGil released;
-             return std::unique_ptr<TensorFileSwapper, DeleteWithoutGil>(
-                 new TensorFileSwapper({.aio = aio,
-                                        .engine = std::move(engine),
-                                        .host_memory = host_memory}));
+             return std::unique_ptr<TensorFileTransfer, DeleteWithoutGil>(
+                 new TensorFileTransfer({.aio = aio,
+                                         .engine = std::move(engine),
+                                         .host_memory = host_memory}));
            }),
            py::arg("aio"), py::arg("host_memory"), py::arg("engine"))
       .def(
           "write",
-          [](TensorFileSwapper& self, const std::filesystem::path& path,
+          [](TensorFileTransfer& self, const std::filesystem::path& path,
              std::uint64_t offset, const at::Tensor& tensor, py::list tickets) {
             add_ticket(tickets,
                        [&] { return self.write(path, offset, tensor); });
@@ -74,7 +74,7 @@ void bind_file_swapper(py::module_& m) {
           py::arg("tickets"))
       .def(
           "write_fd",
-          [](TensorFileSwapper& self, int fd, std::uint64_t offset,
+          [](TensorFileTransfer& self, int fd, std::uint64_t offset,
              const at::Tensor& tensor, py::list tickets) {
             add_ticket(tickets, [&] { return self.write(fd, offset, tensor); });
           },
@@ -82,23 +82,23 @@ void bind_file_swapper(py::module_& m) {
           py::arg("tickets"))
       .def(
           "read",
-          [](TensorFileSwapper& self, const std::filesystem::path& path,
+          [](TensorFileTransfer& self, const std::filesystem::path& path,
              std::uint64_t offset, const at::Tensor& tensor, py::list tickets) {
             add_ticket(tickets,
                        [&] { return self.read(path, offset, tensor); });
           },
           py::arg("path"), py::arg("offset"), py::arg("tensor"),
           py::arg("tickets"))
-      .def("drop_deleted", &TensorFileSwapper::drop_deleted, release_gil())
-      .def("notes", &TensorFileSwapper::notes, release_gil())
+      .def("drop_deleted", &TensorFileTransfer::drop_deleted, release_gil())
+      .def("notes", &TensorFileTransfer::notes, release_gil())
       .def("stats",
-           [](const TensorFileSwapper& swapper) {
+           [](const TensorFileTransfer& swapper) {
              return to_dict([&] {
                const ReleasedGil released;
                return swapper.stats();
              }());
            })
-      .def("close", &TensorFileSwapper::close, release_gil());
+      .def("close", &TensorFileTransfer::close, release_gil());
 }
 
 void bind_pinned_memory(py::module_& m) {
@@ -125,7 +125,7 @@ void bind_pinned_memory(py::module_& m) {
 }
 
 void bind_files(py::module_& m) {
-  bind_file_swapper(m);
+  bind_file_transfer(m);
   bind_pinned_memory(m);
 }
 

@@ -1,6 +1,6 @@
 #pragma once
 
-// Binds the engine behind OffloadedAdamW.
+// Binds the offload behind OffloadedAdamW.
 // Part of the one translation unit of _C: included by module.cpp only.
 
 #include <pybind11/functional.h>
@@ -21,26 +21,26 @@
 #include "bind_state.h"
 #include "errors.h"
 #include "gil.h"
-#include "tensor/adamw_engine.h"
 #include "tensor/adamw_hyper.h"
+#include "tensor/adamw_offload.h"
 #include "tensor/backward_step.h"
-#include "tensor/early_gradients.h"
+#include "tensor/gradient_prefetch.h"
 #include "tensor/plain_modes.h"
 
 namespace {
 
-using torch_ext::AdamWEngine;
 using torch_ext::AdamWHyper;
+using torch_ext::AdamWOffload;
 using torch_ext::BackwardStep;
 // slot, parameter, gradient
 using TrainedArgs = std::tuple<std::size_t, at::Tensor, at::Tensor>;
 using GroupArgs = std::pair<AdamWHyper, std::vector<TrainedArgs>>;
 
-std::vector<AdamWEngine::Group> to_groups(const std::vector<GroupArgs>& from) {
-  std::vector<AdamWEngine::Group> groups;
+std::vector<AdamWOffload::Group> to_groups(const std::vector<GroupArgs>& from) {
+  std::vector<AdamWOffload::Group> groups;
   groups.reserve(from.size());
   for (const auto& [hyper, trained] : from) {
-    AdamWEngine::Group group{hyper, {}};
+    AdamWOffload::Group group{hyper, {}};
     for (const auto& [slot, parameter, gradient] : trained) {
       group.trained.push_back({{slot, parameter}, gradient});
     }
@@ -68,8 +68,8 @@ void bind_modes(py::module_& m) {
 
 void bind_backward_step(py::module_& m) {
   py::class_<BackwardStep>(m, "BackwardStep", py::module_local())
-      .def(py::init<AdamWEngine&, bool>(), py::arg("engine"), py::arg("takes"),
-           py::keep_alive<1, 2>())
+      .def(py::init<AdamWOffload&, bool>(), py::arg("offload"),
+           py::arg("takes"), py::keep_alive<1, 2>())
       .def("wants", &BackwardStep::wants, py::arg("slot"), py::arg("parameter"),
            py::arg("gradient"), py::arg("is_nested"))
       .def("is_open", &BackwardStep::is_open)
@@ -107,11 +107,11 @@ void bind_optimizer(py::module_& m) {
            py::arg("weight_decay"), py::arg("maximize"));
   m.def("early_bytes",
         py::overload_cast<const at::Tensor&, const at::Tensor&>(
-            &torch_ext::EarlyGradients::room_for),
+            &torch_ext::GradientPrefetch::room_for),
         py::arg("parameter"), py::arg("part"));
-  py::class_<AdamWEngine, TensorOffload,
-             std::unique_ptr<AdamWEngine, DeleteWithoutGil>>(m, "AdamWEngine",
-                                                             py::module_local())
+  py::class_<AdamWOffload, TensorOffload,
+             std::unique_ptr<AdamWOffload, DeleteWithoutGil>>(
+      m, "AdamWOffload", py::module_local())
       .def(py::init([](const Directories& directories, const AioConfig& aio,
                        std::uint64_t host_memory, std::string engine,
                        bool verify, const std::string& state_format,
@@ -119,8 +119,8 @@ void bind_optimizer(py::module_& m) {
                        std::uint64_t early_bytes,
                        const std::string& state_dict_mode) {
              const ReleasedGil released;
-             return std::unique_ptr<AdamWEngine, DeleteWithoutGil>(
-                 new AdamWEngine(
+             return std::unique_ptr<AdamWOffload, DeleteWithoutGil>(
+                 new AdamWOffload(
                      {.store = {.directory = to_list(directories),
                                 .aio = aio,
                                 .engine = std::move(engine),
@@ -136,23 +136,23 @@ void bind_optimizer(py::module_& m) {
            py::arg("state_dict_mode"))
       .def(
           "step",
-          [](AdamWEngine& engine, const std::vector<GroupArgs>& groups) {
-            engine.step(to_groups(groups));
+          [](AdamWOffload& offload, const std::vector<GroupArgs>& groups) {
+            offload.step(to_groups(groups));
           },
           py::arg("groups"), release_gil())
-      .def("in_step", &AdamWEngine::in_step)
+      .def("in_step", &AdamWOffload::in_step)
       .def(
           "prefetch",
-          [](AdamWEngine& engine, std::size_t slot, const at::Tensor& parameter,
-             const at::Tensor& gradient) {
-            engine.prefetch({{slot, parameter}, gradient});
+          [](AdamWOffload& offload, std::size_t slot,
+             const at::Tensor& parameter, const at::Tensor& gradient) {
+            offload.prefetch({{slot, parameter}, gradient});
           },
           py::arg("slot"), py::arg("parameter"), py::arg("gradient"),
           release_gil())
       .def(
           "init",
-          [](AdamWEngine& engine, const std::vector<SlotArgs>& parameters) {
-            engine.init(to_parameters(parameters));
+          [](AdamWOffload& offload, const std::vector<SlotArgs>& parameters) {
+            offload.init(to_parameters(parameters));
           },
           py::arg("parameters"), release_gil());
   bind_backward_step(m);

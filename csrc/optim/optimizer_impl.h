@@ -34,7 +34,7 @@ class OptimizerOffload::Impl {
     std::vector<Tile*> tiles = {};
   };
 
-  explicit Impl(const OptimizerOffloadOptions& options)
+  explicit Impl(const TileOptions& options)
       : host_memory(options.host_memory),
         scratch_bytes(align_up(options.scratch_bytes, page_size())),
         store(std::make_unique<Store>(options.store)),

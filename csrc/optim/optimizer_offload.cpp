@@ -260,7 +260,7 @@ OptimizerOffloadStats OptimizerOffload::Impl::snapshot() {
   return now;
 }
 
-OptimizerOffload::OptimizerOffload(const OptimizerOffloadOptions& options)
+OptimizerOffload::OptimizerOffload(const TileOptions& options)
     : impl_(std::make_unique<Impl>(options)) {}
 
 OptimizerOffload::~OptimizerOffload() {

@@ -16,7 +16,7 @@
 
 namespace torch_ext {
 
-/// The I/O queues of one FileSwapper. Each block device has one for files with
+/// The I/O queues of one FileTransfer. Each block device has one for files with
 /// direct I/O, and one for files without, since different engines suit them.
 /// Threads: any.
 class FileQueues {

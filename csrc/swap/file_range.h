@@ -19,7 +19,7 @@
 
 namespace torch_ext {
 
-/// What the ranges of one FileSwapper share. It outlives them.
+/// What the ranges of one FileTransfer share. It outlives them.
 struct SharedFiles {
   FileCache& cache;
   FileQueues& queues;

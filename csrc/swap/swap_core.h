@@ -17,7 +17,7 @@
 
 namespace torch_ext {
 
-/// The part that Swapper and FileSwapper share: buffers, a transfer thread,
+/// The part that Swapper and FileTransfer share: buffers, a transfer thread,
 /// counters, notes for the log, and the rules about processes and closing.
 /// Threads: any.
 class SwapCore {

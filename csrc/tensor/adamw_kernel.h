@@ -18,11 +18,12 @@
 #include <vector>
 
 #include "adamw_hyper.h"
-#include "adamw_parts.h"
 #include "adamw_scratch.h"
+#include "copy_stream.h"
 #include "dense_tensor.h"
-#include "device_lane.h"
 #include "fused_on_device.h"
+#include "masters.h"
+#include "parallel.h"
 #include "torch_ext/optim/adamw_update.h"
 #include "torch_ext/optim/state_format.h"
 #include "torch_ext/optim/update_kernel.h"
@@ -41,7 +42,7 @@ namespace torch_ext {
 /// their device instead.
 ///
 /// update() does not look at the thread's current streams. What it queues on a
-/// device comes after Target::ready and before the lane's leave().
+/// device comes after Target::ready and before the stream's leave().
 class AdamWKernel final : public UpdateKernel {
  public:
   /// A parameter that the step updates. It is dense, in float, bfloat16 or
@@ -51,27 +52,27 @@ class AdamWKernel final : public UpdateKernel {
     OrderedReader gradient;
     const AdamWHyper* hyper = nullptr;
     std::uint64_t first = 0;  ///< For RoundingNoise.
-    /// The lane of the device that both are on. Null for the CPU.
-    DeviceLane* lane = nullptr;
+    /// The stream of the device that both are on. Null for the CPU.
+    CopyStream* stream = nullptr;
     /// After this event, gradient and parameter are what they shall be. It
     /// lives as long as the target.
     const c10::Event* ready = nullptr;
-    /// Owns `ready`, if that is not the lane's.
+    /// Owns `ready`, if that is not the stream's.
     std::shared_ptr<const c10::Event> own_ready = {};
     std::uint64_t left = 0;  ///< Elements not updated yet.
-    /// Where the gradient is on the host, once the lane has done what was
+    /// Where the gradient is on the host, once the stream has done what was
     /// queued there before. Null if it has not been copied yet.
     std::byte* on_host = nullptr;
   };
 
-  /// Scratch, which the lanes use too, is asked for when it is first needed.
+  /// Scratch, which the streams use too, is asked for when it is first needed.
   /// UpdateOn::kDevice needs kExact.
   AdamWKernel(StateFormat format, std::uint64_t seed, MakeScratch make_scratch,
-              DeviceLanes& lanes, UpdateOn update_on = UpdateOn::kCpu)
+              CopyStreams& streams, UpdateOn update_on = UpdateOn::kCpu)
       : format_(format),
         seed_(seed),
         make_scratch_(std::move(make_scratch)),
-        lanes_(lanes),
+        streams_(streams),
         update_on_(update_on) {}
 
   /// Adds a target. Called on any thread, also while others are updated. The
@@ -86,14 +87,14 @@ class AdamWKernel final : public UpdateKernel {
   /// as PyTorch has for the thread that made the kernel. Called on any thread.
   void use_threads(std::size_t threads) { threads_ = threads; }
 
-  void enter_thread() override { lanes_.enter_thread(); }
+  void enter_thread() override { streams_.enter_thread(); }
 
   void update(std::span<const StateSegment> segments) override {
     const c10::NoGradGuard no_grad;
     on_device_.clear();
     for (const StateSegment& segment : segments) {
       const Target& target = target_of(segment);
-      if (target.lane != nullptr) {
+      if (target.stream != nullptr) {
         on_device_.push_back({&segment, &target});
         continue;
       }
@@ -150,7 +151,7 @@ class AdamWKernel final : public UpdateKernel {
   }
 
   void update_by_chunks(const StateSegment& segment, const Target& target) {
-    lanes_.make_way_for(nullptr);
+    streams_.make_way_for(nullptr);
     const AdamWScratch scratch(make_scratch_());
     const std::uint64_t chunk =
         needs_scratch(target) ? scratch.chunk() : segment.count;
@@ -214,23 +215,23 @@ class AdamWKernel final : public UpdateKernel {
   void update_those_on_devices() {
     std::span<const OnDevice> rest = on_device_;
     while (!rest.empty()) {
-      DeviceLane& lane = *rest[0].target->lane;
+      CopyStream& stream = *rest[0].target->stream;
       std::size_t same = 0;
-      while (same < rest.size() && rest[same].target->lane == &lane) {
-        lane.after(*rest[same++].target->ready);
+      while (same < rest.size() && rest[same].target->stream == &stream) {
+        stream.after(*rest[same++].target->ready);
       }
-      lanes_.make_way_for(&lane);
+      streams_.make_way_for(&stream);
       if (update_on_ == UpdateOn::kCpu) {
-        update_here(lane, rest.first(same));
+        update_here(stream, rest.first(same));
       } else {
-        update_there(lane, rest.first(same));
+        update_there(stream, rest.first(same));
       }
       rest = rest.subspan(same);
     }
   }
 
-  void update_here(DeviceLane& lane, std::span<const OnDevice> parameters) {
-    const AdamWScratch scratch(make_scratch_(), DeviceLane::kSlots);
+  void update_here(CopyStream& stream, std::span<const OnDevice> parameters) {
+    const AdamWScratch scratch(make_scratch_(), CopyStream::kSlots);
     const std::uint64_t most = std::min(scratch.chunk(), kMostOnTheWay);
     std::vector<Part> chunks;
     for (const auto& [segment, target] : parameters) {
@@ -240,21 +241,21 @@ class AdamWKernel final : public UpdateKernel {
       }
     }
     for (std::size_t i = 0; i < chunks.size(); ++i) {
-      if (i == 0) bring(lane, chunks[0], 0);
+      if (i == 0) bring(stream, chunks[0], 0);
       // The next chunk's copies are made while this one is updated.
       if (i + 1 < chunks.size()) {
-        bring(lane, chunks[i + 1], (i + 1) % DeviceLane::kSlots);
+        bring(stream, chunks[i + 1], (i + 1) % CopyStream::kSlots);
       }
-      update_brought(lane, chunks[i], i % DeviceLane::kSlots);
+      update_brought(stream, chunks[i], i % CopyStream::kSlots);
     }
   }
 
   /// Queues the copies of a chunk to the host. Copies to and from a slot are
   /// made in the order in which they are queued.
-  void bring(DeviceLane& lane, const Part& chunk, std::size_t slot) const {
+  void bring(CopyStream& stream, const Part& chunk, std::size_t slot) const {
     const at::Tensor& parameter = chunk.target.parameter;
     const AdamWScratch& scratch = chunk.scratch;
-    lane.queue([&] {
+    stream.queue([&] {
       if (chunk.target.on_host == nullptr) {
         // It is copied as it is. A kernel that casts it would wait for a place
         // between those of backward.
@@ -267,12 +268,12 @@ class AdamWKernel final : public UpdateKernel {
                 parameter.scalar_type())
           .copy_(chunk.of(parameter), /*non_blocking=*/true);
     });
-    lane.mark(slot);
+    stream.mark(slot);
   }
 
-  void update_brought(DeviceLane& lane, const Part& chunk, std::size_t slot) {
+  void update_brought(CopyStream& stream, const Part& chunk, std::size_t slot) {
     const at::Tensor& parameter = chunk.target.parameter;
-    lane.await(slot);
+    stream.await(slot);
     update_in_parts(chunk, [&](const Part& part, AdamWRun& run) {
       // Elements may be smaller than those of the scratch.
       const std::uint64_t before = part.done - chunk.done;
@@ -283,7 +284,8 @@ class AdamWKernel final : public UpdateKernel {
     });
     const at::Tensor here = host_view(chunk.scratch.staging(slot).data(),
                                       chunk.count, parameter.scalar_type());
-    lane.queue([&] { chunk.of(parameter).copy_(here, /*non_blocking=*/true); });
+    stream.queue(
+        [&] { chunk.of(parameter).copy_(here, /*non_blocking=*/true); });
   }
 
   static std::byte* brought_gradient(const AdamWScratch& scratch,
@@ -311,9 +313,9 @@ class AdamWKernel final : public UpdateKernel {
     }
   }
 
-  void update_there(DeviceLane& lane, std::span<const OnDevice> parameters) {
+  void update_there(CopyStream& stream, std::span<const OnDevice> parameters) {
     try {
-      lane.queue([&] {
+      stream.queue([&] {
         FusedOnDevice fused;
         for (const auto& [segment, target] : parameters) {
           fused.add(
@@ -324,10 +326,10 @@ class AdamWKernel final : public UpdateKernel {
         }
         fused.flush();
       });
-      lane.settle();
+      stream.settle();
     } catch (...) {
       // Copies to and from the segments may be on their way still.
-      DeviceLanes::settle_quietly(lane);
+      CopyStreams::settle_quietly(stream);
       throw;
     }
   }
@@ -475,7 +477,7 @@ class AdamWKernel final : public UpdateKernel {
   const StateFormat format_;
   const std::uint64_t seed_;
   const MakeScratch make_scratch_;
-  DeviceLanes& lanes_;
+  CopyStreams& streams_;
   const UpdateOn update_on_;
   std::atomic<std::size_t> threads_ =
       static_cast<std::size_t>(at::get_num_threads());

@@ -13,8 +13,8 @@
 #include <utility>
 #include <vector>
 
-#include "adamw_engine.h"
 #include "adamw_hyper.h"
+#include "adamw_offload.h"
 #include "gradient_hook.h"
 #include "state_checks.h"
 #include "torch_ext/base/error.h"
@@ -40,10 +40,11 @@ namespace torch_ext {
 /// Without `takes`, which is "prefetch", a gradient that wants() lets through
 /// is only copied to the host, and none of the rest is called.
 ///
-/// Errors: StateError, and what the engine throws. Threads: one call at a time.
+/// Errors: StateError, and what the offload throws. Threads: one call at a
+/// time.
 class BackwardStep {
  public:
-  using Parameter = AdamWEngine::Parameter;
+  using Parameter = AdamWOffload::Parameter;
   /// The slots of the parameters of each group.
   using Slots = std::vector<std::vector<std::size_t>>;
 
@@ -51,8 +52,8 @@ class BackwardStep {
   /// parameter, if it is defined, goes before the text.
   using Complaint = std::pair<std::string, at::Tensor>;
 
-  BackwardStep(AdamWEngine& engine, bool takes)
-      : engine_(engine), takes_(takes) {}
+  BackwardStep(AdamWOffload& offload, bool takes)
+      : offload_(offload), takes_(takes) {}
 
   /// Whether a hook is to hand over the gradient that it was called with. For a
   /// DTensor, `gradient` is this process's part. `is_nested` returns whether
@@ -63,7 +64,7 @@ class BackwardStep {
     if (may_change_later(parameter)) {
       if (!takes_) return false;
       fail<StateError>(
-          engine_.name(),
+          offload_.name(),
           "a hook, such as DistributedDataParallel's, changes gradients after "
           "backward has accumulated them, which overlap_backward=\"update\" "
           "would not see: take \"prefetch\", or no overlap, or FSDP2");
@@ -71,7 +72,7 @@ class BackwardStep {
     if (!takes_) return true;
     if (taken_.contains(slot)) {
       fail<StateError>(
-          engine_.name(),
+          offload_.name(),
           "a second backward pass before step(), or within another, as "
           "activation checkpointing of your own may make it: its gradient "
           "would not be counted. All but the last go inside `with "
@@ -90,14 +91,14 @@ class BackwardStep {
   bool is_open() const { return !taken_.empty(); }
 
   /// Begins a step. `trained`: the parameters that require a gradient, in the
-  /// groups' order. Errors: as AdamWEngine::check().
+  /// groups' order. Errors: as AdamWOffload::check().
   void begin(const Slots& groups, std::vector<Parameter> trained) {
     std::erase_if(trained, [this](const Parameter& parameter) {
-      return engine_.has_state(parameter.slot);
+      return offload_.has_state(parameter.slot);
     });
     // Backward mostly goes the other way round.
     std::reverse(trained.begin(), trained.end());
-    if (!trained.empty()) engine_.make_room(trained);
+    if (!trained.empty()) offload_.make_room(trained);
     groups_ = groups_of(groups);
     options_.clear();
   }
@@ -118,10 +119,10 @@ class BackwardStep {
 
   /// Takes a gradient of a group whose options are fixed. For a DTensor,
   /// `trained` has this process's part of the parameter `whole`.
-  void take(std::size_t group, const AdamWEngine::Trained& trained,
+  void take(std::size_t group, const AdamWOffload::Trained& trained,
             const at::Tensor& whole) {
     const AdamWHyper& hyper = options_.at(group);
-    engine_.take(hyper, trained);
+    offload_.take(hyper, trained);
     if (!whole.is_same(trained.parameter.tensor) && !whole.is_inference()) {
       whole.unsafeGetTensorImpl()->bump_version();
     }
@@ -153,18 +154,18 @@ class BackwardStep {
   }
 
   /// Ends the step. The groups are given as they are now. Options that cannot
-  /// be used are none. Errors: as AdamWEngine::finish(). The step has ended
+  /// be used are none. Errors: as AdamWOffload::finish(). The step has ended
   /// then too.
   Complaint finish(const Slots& groups,
                    const std::vector<std::optional<AdamWHyper>>& options) {
     Complaint complaint = complaint_about(groups_of(groups), options);
     complained_ = !complaint.first.empty();
     reset();
-    engine_.finish();
+    offload_.finish();
     return complaint;
   }
 
-  /// Forgets a step that the engine has given up. Returns what was taken.
+  /// Forgets a step that the offload has given up. Returns what was taken.
   std::vector<at::Tensor> reset() {
     std::vector<at::Tensor> all = taken();
     taken_.clear();
@@ -201,7 +202,7 @@ class BackwardStep {
     if (std::exchange(pass_, pass) != pass &&
         (has_reentrant_checkpoint() || is_nested())) {
       in_parts_ = true;
-      engine_.note(
+      offload_.note(
           "reentrant activation checkpointing brings gradients in parts: with "
           "overlap_backward=\"update\" such backward passes keep their "
           "gradients, and step() updates the parameters. To update them during "
@@ -242,7 +243,7 @@ class BackwardStep {
     return {};
   }
 
-  AdamWEngine& engine_;
+  AdamWOffload& offload_;
   const bool takes_;
   std::map<std::size_t, std::size_t> groups_;  // The group of each slot.
   std::map<std::size_t, AdamWHyper> options_;  // What fix() kept, by group.

@@ -84,6 +84,17 @@ inline at::Tensor storage_view(const at::Tensor& dense, std::uint64_t first,
       dense.storage_offset() + static_cast<std::int64_t>(first));
 }
 
+/// Returns elements of a dense parameter as a tensor in host memory. On the CPU
+/// it is a view of them; otherwise they are copied to `staging`.
+inline at::Tensor host_part(const at::Tensor& parameter, std::uint64_t first,
+                            std::uint64_t count, std::span<std::byte> staging) {
+  const at::Tensor there = storage_view(parameter, first, count);
+  if (parameter.is_cpu()) return there;
+  const at::Tensor here =
+      host_view(staging.data(), count, parameter.scalar_type());
+  return here.copy_(there);
+}
+
 /// Reads a tensor of any strides in the order in which another tensor holds its
 /// elements in memory. That one has the same shape, and neither gaps nor
 /// overlaps.

@@ -18,10 +18,10 @@
 #include <unordered_map>
 #include <utility>
 
-#include "adamw_engine.h"
+#include "adamw_offload.h"
 #include "backward_step.h"
-#include "early_gradients.h"
 #include "gradient_hook.h"
+#include "gradient_prefetch.h"
 #include "plain_modes.h"
 
 namespace torch_ext {
@@ -31,19 +31,19 @@ class OffloadedAdamW::Impl {
       decltype(std::declval<torch::optim::Optimizer&>().state())>;
 
  public:
-  Impl(OffloadedAdamW& optimizer, const OffloadOptions& offload)
+  Impl(OffloadedAdamW& optimizer, const StateOptions& offload)
       : optimizer_(optimizer),
-        engine_({.store = {.directory = offload.nvme_path,
-                           .aio = offload.aio,
-                           .engine = offload.engine,
-                           .verify = offload.verify},
-                 .host_memory = offload.host_memory},
-                offload.state_format, offload.seed, offload.update_on,
-                prefetches(offload) ? early_bytes(param_groups()) : 0,
-                offload.state_dict_mode),
+        offload_({.store = {.directory = offload.nvme_path,
+                            .aio = offload.aio,
+                            .engine = offload.engine,
+                            .verify = offload.verify},
+                  .host_memory = offload.host_memory},
+                 offload.state_format, offload.seed, offload.update_on,
+                 prefetches(offload) ? early_bytes(param_groups()) : 0,
+                 offload.state_dict_mode),
         max_grad_norm_(offload.max_grad_norm),
         takes_(takes(offload)),
-        backward_(engine_, takes_) {
+        backward_(offload_, takes_) {
     if (max_grad_norm_ && !(*max_grad_norm_ > 0)) {
       throw std::invalid_argument("OffloadedAdamW: max_grad_norm is " +
                                   std::to_string(*max_grad_norm_));
@@ -70,7 +70,7 @@ class OffloadedAdamW::Impl {
       finish();
       return loss;
     }
-    std::vector<AdamWEngine::Group> groups;
+    std::vector<AdamWOffload::Group> groups;
     for (const auto& group : param_groups()) {
       groups.push_back({hyper_of(group), {}});
       for (const at::Tensor& parameter : group.params()) {
@@ -78,7 +78,7 @@ class OffloadedAdamW::Impl {
         groups.back().trained.push_back(checked(parameter));
       }
     }
-    engine_.step(groups);
+    offload_.step(groups);
     for (const auto& group : groups) {
       for (const auto& trained : group.trained) show(trained.parameter);
     }
@@ -97,10 +97,10 @@ class OffloadedAdamW::Impl {
     }
     add_new_parameters();
     take_over_state();
-    const std::vector<AdamWEngine::Parameter> all = entries();
+    const std::vector<AdamWOffload::Parameter> all = entries();
     check_each(with_state(all));
     std::vector<ParameterState> states;
-    for (auto& saved : engine_.save(all)) {
+    for (auto& saved : offload_.save(all)) {
       std::size_t i = 0;
       while (all[i].slot != saved.parameter.slot) ++i;
       saved.tensors.resize(3);
@@ -115,8 +115,8 @@ class OffloadedAdamW::Impl {
 
   void load_state_dict(const std::vector<ParameterState>& states) {
     add_new_parameters();
-    const std::vector<AdamWEngine::Parameter> all = entries();
-    std::vector<AdamWEngine::Saved> saved;
+    const std::vector<AdamWOffload::Parameter> all = entries();
+    std::vector<AdamWOffload::Saved> saved;
     for (const ParameterState& state : states) {
       if (state.parameter >= all.size()) {
         throw std::invalid_argument(
@@ -128,12 +128,12 @@ class OffloadedAdamW::Impl {
       saved.push_back(
           {all[state.parameter], step, {exp_avg, exp_avg_sq, master}});
       naming(saved.back().parameter.tensor,
-             [&] { engine_.check_loaded(saved.back()); });
+             [&] { offload_.check_loaded(saved.back()); });
     }
     try {
-      engine_.load(saved);
+      offload_.load(saved);
     } catch (...) {
-      if (!engine_.in_step()) backward_.reset();
+      if (!offload_.in_step()) backward_.reset();
       throw;
     }
     backward_.reset();
@@ -141,24 +141,24 @@ class OffloadedAdamW::Impl {
     for (const auto& entry : saved) show(entry.parameter);
   }
 
-  OptimizerOffloadStats stats() { return engine_.offload().stats(); }
+  OptimizerOffloadStats stats() { return offload_.offload().stats(); }
   /// What the host memory is used for, also before the first step.
   OptimizerPlan plan() {
     add_new_parameters();
-    std::vector<AdamWEngine::Parameter> planned = entries();
-    std::erase_if(planned, [&](const AdamWEngine::Parameter& parameter) {
+    std::vector<AdamWOffload::Parameter> planned = entries();
+    std::erase_if(planned, [&](const AdamWOffload::Parameter& parameter) {
       return !parameter.tensor.requires_grad() &&
-             !engine_.has_state(parameter.slot);
+             !offload_.has_state(parameter.slot);
     });
     check_each(planned);
-    return engine_.plan(planned);
+    return offload_.plan(planned);
   }
   /// What a log should say, such as why direct I/O is not used.
-  const std::vector<std::string>& notes() { return engine_.notes(); }
+  const std::vector<std::string>& notes() { return offload_.notes(); }
   /// See OptimizerOffload::close.
   void close() {
     on_gradient_.reset();  // Hooks do nothing from now on.
-    engine_.close();
+    offload_.close();
   }
 
  private:
@@ -195,22 +195,23 @@ class OffloadedAdamW::Impl {
   std::size_t added(const at::Tensor& parameter) {
     std::size_t slot = 0;
     naming(parameter,
-           [&] { slot = engine_.add(parameter, parameter.requires_grad()); });
+           [&] { slot = offload_.add(parameter, parameter.requires_grad()); });
     return slot;
   }
 
-  std::vector<AdamWEngine::Parameter> with_state(
-      const std::vector<AdamWEngine::Parameter>& parameters) const {
-    std::vector<AdamWEngine::Parameter> found;
-    for (const AdamWEngine::Parameter& parameter : parameters) {
-      if (engine_.has_state(parameter.slot)) found.push_back(parameter);
+  std::vector<AdamWOffload::Parameter> with_state(
+      const std::vector<AdamWOffload::Parameter>& parameters) const {
+    std::vector<AdamWOffload::Parameter> found;
+    for (const AdamWOffload::Parameter& parameter : parameters) {
+      if (offload_.has_state(parameter.slot)) found.push_back(parameter);
     }
     return found;
   }
 
-  void check_each(const std::vector<AdamWEngine::Parameter>& parameters) const {
-    for (const AdamWEngine::Parameter& parameter : parameters) {
-      naming(parameter.tensor, [&] { engine_.check(parameter); });
+  void check_each(
+      const std::vector<AdamWOffload::Parameter>& parameters) const {
+    for (const AdamWOffload::Parameter& parameter : parameters) {
+      naming(parameter.tensor, [&] { offload_.check(parameter); });
     }
   }
 
@@ -257,7 +258,7 @@ class OffloadedAdamW::Impl {
         ++it;
         continue;
       }
-      engine_.remove(it->second.slot);
+      offload_.remove(it->second.slot);
       shown_states().erase(const_cast<void*>(it->first));
       it = places_.erase(it);
     }
@@ -266,12 +267,12 @@ class OffloadedAdamW::Impl {
   // Takes over what was done to state().
   void take_over_state() {
     std::vector<std::size_t> erased;
-    std::vector<AdamWEngine::Saved> changed;
+    std::vector<AdamWOffload::Saved> changed;
     for (auto& [key, place] : places_) {
       const auto found = shown_states().find(const_cast<void*>(key));
       const bool is_shown =
           found != shown_states().end() && found->second != nullptr;
-      const bool has_state = engine_.has_state(place.slot);
+      const bool has_state = offload_.has_state(place.slot);
       if (has_state && !is_shown) erased.push_back(place.slot);
       if (!is_shown) continue;
       const auto* shown =
@@ -282,12 +283,12 @@ class OffloadedAdamW::Impl {
             "what there is: load_state_dict() gives a parameter state");
       }
       const auto tensor = place.tensor.lock();
-      if (shown->step != engine_.step_of(place.slot) && tensor) {
+      if (shown->step != offload_.step_of(place.slot) && tensor) {
         changed.push_back({{place.slot, at::Tensor(tensor)}, shown->step, {}});
       }
     }
-    if (!erased.empty()) engine_.forget(erased);
-    if (!changed.empty()) engine_.change(changed);
+    if (!erased.empty()) offload_.forget(erased);
+    if (!changed.empty()) offload_.change(changed);
   }
 
   // PyTorch calls hooks on a thread for each device.
@@ -300,18 +301,18 @@ class OffloadedAdamW::Impl {
     const auto is_nested = [] { return false; };  // One cannot tell.
     if (!backward_.wants(slot, parameter, parameter.grad(), is_nested)) return;
     if (!takes_) {
-      engine_.prefetch({{slot, parameter}, parameter.grad()});
+      offload_.prefetch({{slot, parameter}, parameter.grad()});
       return;
     }
     begin_taking();
     if (const auto group = backward_.group_of(slot)) take(*group, parameter);
   }
 
-  static bool takes(const OffloadOptions& offload) {
+  static bool takes(const StateOptions& offload) {
     return offload.overlap_backward == OverlapBackward::kUpdate &&
            !offload.max_grad_norm;
   }
-  static bool prefetches(const OffloadOptions& offload) {
+  static bool prefetches(const StateOptions& offload) {
     return offload.overlap_backward != OverlapBackward::kOff && !takes(offload);
   }
 
@@ -321,7 +322,7 @@ class OffloadedAdamW::Impl {
     for (const auto& group : groups) {
       for (const at::Tensor& parameter : group.params()) {
         if (!parameter.defined()) continue;
-        bytes += EarlyGradients::room_for(parameter, parameter);
+        bytes += GradientPrefetch::room_for(parameter, parameter);
       }
     }
     return bytes;
@@ -332,12 +333,12 @@ class OffloadedAdamW::Impl {
   void begin_taking() {
     if (backward_.is_open()) return;
     take_over_state();
-    std::vector<AdamWEngine::Parameter> fresh;
+    std::vector<AdamWOffload::Parameter> fresh;
     for (const auto& group : param_groups()) {
       for (const at::Tensor& parameter : group.params()) {
         const auto place = places_.find(parameter.unsafeGetTensorImpl());
         if (place != places_.end() && parameter.requires_grad() &&
-            !engine_.has_state(place->second.slot)) {
+            !offload_.has_state(place->second.slot)) {
           fresh.push_back({place->second.slot, parameter});
         }
       }
@@ -390,7 +391,7 @@ class OffloadedAdamW::Impl {
       const std::vector<at::Tensor>& taken) const {
     for (const at::Tensor& parameter : taken) {
       const auto shown = shown_states().find(parameter.unsafeGetTensorImpl());
-      if (engine_.step_of(entry_of(parameter).slot) > 1 &&
+      if (offload_.step_of(entry_of(parameter).slot) > 1 &&
           (shown == shown_states().end() || shown->second == nullptr)) {
         return {
             "had its entry in state() erased between backward() and "
@@ -443,19 +444,19 @@ class OffloadedAdamW::Impl {
   }
 
   /// Returns a parameter and its gradient, which can be used.
-  AdamWEngine::Trained checked(const at::Tensor& parameter) const {
-    AdamWEngine::Trained trained{entry_of(parameter), parameter.grad()};
+  AdamWOffload::Trained checked(const at::Tensor& parameter) const {
+    AdamWOffload::Trained trained{entry_of(parameter), parameter.grad()};
     naming(parameter,
-           [&] { engine_.check(trained.parameter, trained.gradient); });
+           [&] { offload_.check(trained.parameter, trained.gradient); });
     return trained;
   }
 
-  AdamWEngine::Parameter entry_of(const at::Tensor& parameter) const {
+  AdamWOffload::Parameter entry_of(const at::Tensor& parameter) const {
     return {places_.at(parameter.unsafeGetTensorImpl()).slot, parameter};
   }
 
-  std::vector<AdamWEngine::Parameter> entries() const {
-    std::vector<AdamWEngine::Parameter> all;
+  std::vector<AdamWOffload::Parameter> entries() const {
+    std::vector<AdamWOffload::Parameter> all;
     for (const auto& group : param_groups()) {
       for (const at::Tensor& parameter : group.params()) {
         all.push_back(entry_of(parameter));
@@ -464,9 +465,9 @@ class OffloadedAdamW::Impl {
     return all;
   }
 
-  void show(const AdamWEngine::Parameter& parameter) {
+  void show(const AdamWOffload::Parameter& parameter) {
     auto shown = std::make_unique<OffloadedAdamWParamState>();
-    shown->step = engine_.step_of(parameter.slot);
+    shown->step = offload_.step_of(parameter.slot);
     shown_states()[parameter.tensor.unsafeGetTensorImpl()] = std::move(shown);
   }
 
@@ -509,7 +510,7 @@ class OffloadedAdamW::Impl {
   }
 
   OffloadedAdamW& optimizer_;
-  AdamWEngine engine_;
+  AdamWOffload offload_;
   std::unordered_map<const void*, Place> places_;
   const std::optional<double> max_grad_norm_;
   const bool takes_;  // Takes gradients during backward: kUpdate.
@@ -530,14 +531,14 @@ constexpr const char* kNoArchive =
 
 OffloadedAdamW::OffloadedAdamW(
     const std::vector<torch::optim::OptimizerParamGroup>& groups,
-    OffloadedAdamWOptions defaults, const OffloadOptions& offload)
+    OffloadedAdamWOptions defaults, const StateOptions& offload)
     : Optimizer(groups,
                 std::make_unique<OffloadedAdamWOptions>(std::move(defaults))),
       impl_(std::make_unique<Impl>(*this, offload)) {}
 
 OffloadedAdamW::OffloadedAdamW(std::vector<at::Tensor> parameters,
                                OffloadedAdamWOptions defaults,
-                               const OffloadOptions& offload)
+                               const StateOptions& offload)
     : OffloadedAdamW({torch::optim::OptimizerParamGroup(std::move(parameters))},
                      std::move(defaults), offload) {}
 

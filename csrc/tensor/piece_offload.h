@@ -60,7 +60,7 @@ class PieceOffload final : public TensorOffload {
 
   /// A sixteenth of the host memory, at most 768 KiB, is for pieces and for
   /// what is computed in between. `options.scratch_bytes` is chosen here.
-  PieceOffload(OptimizerOffloadOptions options, StateDictMode mode)
+  PieceOffload(TileOptions options, StateDictMode mode)
       : TensorOffload(with_scratch(options), "OffloadedOptimizer", mode),
         scratch_(scratch_for(options.host_memory)),
         most_(align_down(scratch_ / kPieceBytes, StateFields::kCut)) {}
@@ -111,7 +111,7 @@ class PieceOffload final : public TensorOffload {
     return std::min(std::max(align_down(host_memory / 16, page_size()), kLeast),
                     kMost * kPieceBytes);
   }
-  static OptimizerOffloadOptions with_scratch(OptimizerOffloadOptions options) {
+  static TileOptions with_scratch(TileOptions options) {
     options.scratch_bytes = scratch_for(options.host_memory);
     return options;
   }

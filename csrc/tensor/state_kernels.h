@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <filesystem>
 #include <memory>
 #include <span>
@@ -14,31 +13,15 @@
 #include <utility>
 #include <vector>
 
-#include "adamw_parts.h"
 #include "adamw_scratch.h"
 #include "dense_tensor.h"
+#include "masters.h"
 #include "snapshot.h"
 #include "state_layout.h"
 #include "torch_ext/optim/update_kernel.h"
 #include "torch_ext/tensor/adamw_options.h"
 
 namespace torch_ext {
-
-/// Returns the masters of a segment's elements [done, done + count), in host
-/// memory. The segment's own stay as they are: for the moment, the parameter
-/// may hold somebody's average of weights. `here` has the parameter's elements.
-inline void read_master(const StateSegment& segment, const StateLayout& layout,
-                        std::uint64_t done, std::uint64_t count,
-                        const at::Tensor& here, float* out) {
-  const std::size_t field = layout.fields.size();
-  if (layout.master == MasterFormat::kLow16) {
-    join_master(static_cast<const std::uint16_t*>(here.const_data_ptr()),
-                segment.field<const std::uint16_t>(field) + done, out, count);
-  } else {
-    std::memcpy(out, segment.field(field) + done, count * sizeof(float));
-    adopt_parameter(out, here.const_data_ptr<c10::Half>(), count);
-  }
-}
 
 /// Copies state into tensors of its own, tile by tile.
 class StateSnapshot final : public UpdateKernel {

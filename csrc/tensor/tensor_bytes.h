@@ -25,7 +25,7 @@
 
 namespace torch_ext {
 
-/// Makes the bytes that a Swapper or FileSwapper moves out of tensors, and has
+/// Makes the bytes that a Swapper or FileTransfer moves out of tensors, and has
 /// the devices that they are on. While a tensor's memory is used, its storage
 /// cannot be resized. Memory that one operation writes may not be given to
 /// another: std::invalid_argument; see MemoryInFlight. A device's memory is in

@@ -9,7 +9,7 @@
 //
 // save(), read(), change() and load() move state between tiles and tensors
 // (StateSnapshot, StateLoader). What updates state is in the derived classes:
-// AdamWEngine, and PieceOffload for any class of Python's.
+// AdamWOffload, and PieceOffload for any class of Python's.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -274,7 +274,7 @@ class TensorOffload {
  protected:
   /// `name` is the optimizer's, for messages. `seed` is for the rounding of
   /// formats that are not exact.
-  TensorOffload(const OptimizerOffloadOptions& options, std::string name,
+  TensorOffload(const TileOptions& options, std::string name,
                 StateDictMode mode, std::uint64_t seed = 0)
       : name_(std::move(name)),
         seed_(seed),

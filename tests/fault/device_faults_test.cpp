@@ -22,7 +22,7 @@
 #include "support/child.h"
 #include "support/swapper_test.h"
 #include "torch_ext/base/error.h"
-#include "torch_ext/swap/file_swapper.h"
+#include "torch_ext/swap/file_transfer.h"
 
 namespace torch_ext {
 namespace {
@@ -32,8 +32,8 @@ using namespace test;  // NOLINT(google-build-using-namespace)
 
 class DeviceFaults : public SwapperTest {
  protected:
-  FileSwapperOptions file_options() {
-    FileSwapperOptions options;
+  FileTransferOptions file_options() {
+    FileTransferOptions options;
     options.aio.block_size = 64 << 10;
     options.host_memory = kMiB;
     return options;
@@ -150,7 +150,7 @@ TEST_F(DeviceFaults, TwoSwappersInOneDirectoryKeepApart) {
 }
 
 TEST_F(DeviceFaults, AFileOfAnOpenHandleMayBeDeletedRenamedReplacedOrCut) {
-  FileSwapper files(file_options());
+  FileTransfer files(file_options());
   AlignedBuffer memory(100'000);
   const fs::path path = dir_ / "x";
   const auto write = [&](std::uint64_t seed) {
@@ -217,7 +217,7 @@ TEST_F(DeviceFaults, AUserWhoMayLockNoMemoryIsNoWorseOff) {
 }
 
 TEST_F(DeviceFaults, ADestinationThatCannotBeWrittenIsAnErrorOfTheTicket) {
-  FileSwapper files(file_options());
+  FileTransfer files(file_options());
   AlignedBuffer memory(8192);
   files.write(dir_ / "x", 0, on_host(memory.bytes())).wait();
   ASSERT_EQ(mprotect(memory.data(), 8192, PROT_READ), 0);
@@ -235,9 +235,9 @@ TEST_F(DeviceFaults, AThousandOfThemMayLive) {
   const auto before = std::distance(fs::directory_iterator("/proc/self/fd"),
                                     fs::directory_iterator{});
   {
-    std::vector<std::unique_ptr<FileSwapper>> all;
+    std::vector<std::unique_ptr<FileTransfer>> all;
     for (int i = 0; i < 1000; ++i) {
-      all.push_back(std::make_unique<FileSwapper>(file_options()));
+      all.push_back(std::make_unique<FileTransfer>(file_options()));
     }
     AlignedBuffer memory(4096);
     fill_pattern(memory.bytes(), 1);

@@ -29,7 +29,7 @@
 #include "support/pattern.h"
 #include "support/temp_dir.h"
 #include "support/trials.h"
-#include "torch_ext/swap/file_swapper.h"
+#include "torch_ext/swap/file_transfer.h"
 #include "torch_ext/swap/swapper.h"
 
 namespace torch_ext {
@@ -66,11 +66,11 @@ fs::path path_of(const fs::path& directory, std::size_t file) {
 /// Rewrites the files until it is killed.
 void write_files(const fs::path& directory, const std::string& engine,
                  int told) {
-  FileSwapperOptions options;
+  FileTransferOptions options;
   options.aio.block_size = 64 << 10;
   options.engine = engine;
   options.host_memory = 1 << 20;
-  FileSwapper files(options);
+  FileTransfer files(options);
   std::vector<AlignedBuffer> memory;
   for (std::size_t i = 0; i < kFiles; ++i) memory.emplace_back(kSize);
   const auto tell = [&](Message::Kind kind, std::size_t file,

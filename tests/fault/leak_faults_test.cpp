@@ -27,7 +27,7 @@
 #include "support/temp_dir.h"
 #include "support/trials.h"
 #include "torch_ext/base/error.h"
-#include "torch_ext/swap/file_swapper.h"
+#include "torch_ext/swap/file_transfer.h"
 #include "torch_ext/swap/swapper.h"
 
 namespace torch_ext {
@@ -202,18 +202,18 @@ TEST_P(LeakFaults, ASwapperHoldsNothingMoreAfterManyOperations) {
   expect_at_most(threads_before, threads);
 }
 
-TEST_P(LeakFaults, AFileSwapperHoldsNothingMoreAfterManyOperations) {
+TEST_P(LeakFaults, AFileTransferHoldsNothingMoreAfterManyOperations) {
   const long descriptors_before = open_descriptors();
   const long threads_before = threads();
   AlignedBuffer memory(4096 + 100);
-  FileSwapperOptions options;
+  FileTransferOptions options;
   options.aio.block_size = 64 << 10;
   options.engine_factory = sometimes_failing(GetParam());
   options.host_memory = kPinned;
   {
     const auto device = std::make_shared<test::LateDevice>();
     const auto on_device = device->allocate(4096);
-    FileSwapper files(options);
+    FileTransfer files(options);
     const auto use = [&](int count) {
       int failures = 0;
       for (int i = 0; i < count; i += 4) {
@@ -249,7 +249,7 @@ TEST_P(LeakFaults, AFileSwapperHoldsNothingMoreAfterManyOperations) {
     expect_at_most(0,
                    [&] { return static_cast<long>(files.stats().in_flight); });
     std::printf(
-        "[  FAULTS  ] %s: %d operations of a FileSwapper, %d failures, "
+        "[  FAULTS  ] %s: %d operations of a FileTransfer, %d failures, "
         "%ld KiB more memory\n",
         GetParam(), operations(), failures,
         (resident() - memory_before) / 1024);

@@ -28,7 +28,7 @@
 #include "support/temp_dir.h"
 #include "support/trials.h"
 #include "torch_ext/base/error.h"
-#include "torch_ext/swap/file_swapper.h"
+#include "torch_ext/swap/file_transfer.h"
 #include "torch_ext/swap/swapper.h"
 
 namespace torch_ext {
@@ -118,11 +118,11 @@ class Schedule {
   }
 
   void run_files() {
-    FileSwapperOptions options;
+    FileTransferOptions options;
     options.aio = config();
     options.engine_factory = test::faulty_factory(engine_, script_);
     options.host_memory = 256 << 10;
-    FileSwapper files(options);
+    FileTransfer files(options);
     const auto path = [&](std::uint64_t name) {
       return directory_ / std::to_string(name);
     };

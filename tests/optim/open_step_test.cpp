@@ -45,8 +45,8 @@ bool eventually(const std::function<bool()>& condition) {
 
 class OpenStepTest : public testing::Test {
  protected:
-  OptimizerOffloadOptions options(std::size_t buffers = 3) {
-    OptimizerOffloadOptions options;
+  TileOptions options(std::size_t buffers = 3) {
+    TileOptions options;
     options.store.directory = temp_.path();
     options.store.aio.block_size = kTile;
     options.store.engine_factory = [this](int depth) {

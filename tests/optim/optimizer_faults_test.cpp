@@ -28,8 +28,8 @@ constexpr std::size_t kPerTile = 8192;
 
 class OptimizerFaultsTest : public testing::Test {
  protected:
-  OptimizerOffloadOptions options() {
-    OptimizerOffloadOptions options;
+  TileOptions options() {
+    TileOptions options;
     options.store.directory = temp_.path();
     options.store.aio.block_size = 64 * kKiB;  // A tile is one request.
     options.store.aio.queue_depth = 2;
@@ -136,7 +136,7 @@ TEST_F(OptimizerFaultsTest, EveryFailedTransferIsReportedAndNeverHalfUsed) {
 
 TEST_F(OptimizerFaultsTest, AFailedLookAtTheStateLeavesItAsItWas) {
   for (const std::uint64_t buffers : {3u, 5u, 16u}) {  // None, some, all stay.
-    OptimizerOffloadOptions with = options();
+    TileOptions with = options();
     with.host_memory = buffers * 64 * kKiB;
     with.tile_bytes = 64 * kKiB;
     for (const bool kernel : {false, true}) {
@@ -320,7 +320,7 @@ TEST_F(OptimizerFaultsTest, NoSpaceForNewStateLeavesTheOldAsItWas) {
 }
 
 TEST_F(OptimizerFaultsTest, AForkedChildIsToldWhoseOptimizerItIs) {
-  OptimizerOffloadOptions with = options();
+  TileOptions with = options();
   with.store.engine_factory = nullptr;
   with.store.engine = "threads";
   auto offload = std::make_unique<OptimizerOffload>(with);

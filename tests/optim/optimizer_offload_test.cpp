@@ -40,8 +40,8 @@ bool eventually(const std::function<bool()>& condition) {
 
 class OptimizerOffloadTest : public testing::Test {
  protected:
-  OptimizerOffloadOptions options(std::uint64_t host_memory = kThreeBuffers) {
-    OptimizerOffloadOptions options;
+  TileOptions options(std::uint64_t host_memory = kThreeBuffers) {
+    TileOptions options;
     options.store.directory = temp_.path();
     options.store.aio.block_size = 16 * kKiB;
     options.store.aio.queue_depth = 4;
@@ -67,7 +67,7 @@ class OptimizerOffloadTest : public testing::Test {
 TEST_F(OptimizerOffloadTest, StepsOverManyTilesEqualTheSameStepsInMemory) {
   for (const char* engine : {"memory", "threads", "libaio", "io_uring"}) {
     if (!engine_unavailable_reason(engine).empty()) continue;
-    OptimizerOffloadOptions with = options();
+    TileOptions with = options();
     with.store.engine = engine;
     with.store.engine_factory = nullptr;
     OptimizerOffload offload(with);
@@ -228,7 +228,7 @@ TEST_F(OptimizerOffloadTest, ATileIsUpdatedWhileTheOneBeforeIsWritten) {
 }
 
 TEST_F(OptimizerOffloadTest, ATileIsReadBeforeThoseThatWaitToBeWritten) {
-  OptimizerOffloadOptions one_slot = options();
+  TileOptions one_slot = options();
   one_slot.store.aio.block_size = 64 * kKiB;  // A tile is one request.
   one_slot.store.aio.queue_depth = 1;
   OptimizerOffload offload(one_slot);
@@ -305,7 +305,7 @@ TEST_F(OptimizerOffloadTest, ReadAheadThatTheStepDoesNotWantGivesWay) {
 TEST_F(OptimizerOffloadTest, MemoryStaysWithinTheBudgetWhateverItIs) {
   for (std::uint64_t budget = kThreeBuffers; budget < 3000 * kKiB;
        budget = budget * 7 / 4 + 1) {
-    OptimizerOffloadOptions with = options(budget);
+    TileOptions with = options(budget);
     with.scratch_bytes = budget > 300 * kKiB ? 10000 : 0;
     OptimizerOffload offload(with);
     ScalarAdamW adamw(offload);
@@ -322,7 +322,7 @@ TEST_F(OptimizerOffloadTest, MemoryStaysWithinTheBudgetWhateverItIs) {
 }
 
 TEST_F(OptimizerOffloadTest, ABudgetTooSmallIsRefusedWithWhatIsNeeded) {
-  OptimizerOffloadOptions with = options(kThreeBuffers + 4095);
+  TileOptions with = options(kThreeBuffers + 4095);
   with.scratch_bytes = 100;
   try {
     OptimizerOffload offload(with);

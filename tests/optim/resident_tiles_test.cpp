@@ -38,8 +38,8 @@ constexpr std::size_t kLanes = 8;
 /// for those that stay.
 class ResidentTilesTest : public testing::Test {
  protected:
-  OptimizerOffloadOptions options(std::size_t buffers) {
-    OptimizerOffloadOptions options;
+  TileOptions options(std::size_t buffers) {
+    TileOptions options;
     options.store.directory = temp_.path();
     options.store.aio.block_size = kTile;
     options.store.aio.queue_depth = 4;

@@ -25,7 +25,7 @@ constexpr std::uint64_t kPerTile = kTile / 8;
 
 class StateChangesTest : public testing::Test {
  protected:
-  OptimizerOffloadOptions options(std::uint64_t buffers) const {
+  TileOptions options(std::uint64_t buffers) const {
     return {.store = {.directory = temp_.path()},
             .host_memory = buffers * kTile,
             .tile_bytes = kTile};

@@ -184,7 +184,7 @@ class Schedule {
       return Fault();
     });
     const std::size_t buffers[] = {3, 3, 3, 4, 6, 9, 11};
-    OptimizerOffloadOptions options;
+    TileOptions options;
     options.store.directory = draw(3) == 0 ? DirectoryList(two_drives())
                                            : DirectoryList(first_.path());
     options.store.aio.block_size = kBlock;

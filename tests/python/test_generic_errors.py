@@ -351,10 +351,10 @@ def test_a_full_disk_refuses_new_state_and_keeps_the_old(nvme_dir, monkeypatch):
         def __getattr__(self, name):
             return full if name == "step" else getattr(state, name)
 
-    state = pair.a._engine._offload
+    state = pair.a._offload._offload
     set_gradients(pair.ours, seed=1)
     with monkeypatch.context() as patch:
-        patch.setattr(pair.a._engine, "_offload", Full())
+        patch.setattr(pair.a._offload, "_offload", Full())
         with pytest.raises(OSError, match="No space left on device"):
             pair.a.step()
     for seed in range(2, 4):

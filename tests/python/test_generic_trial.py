@@ -11,8 +11,8 @@ from optim_support import SMALL, equal, parameters, set_gradients, split_master,
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from torch_ext import OffloadedOptimizer
-from torch_ext._elementwise import PieceOptimizer
-from torch_ext._trial import Trials
+from torch_ext.optim._pieces import PieceOptimizer
+from torch_ext.optim._trial import Trials
 
 SIZES = [1, 65, (100, 70), 9000, ()]
 
@@ -590,7 +590,7 @@ def test_a_trial_leaves_generators_warnings_and_hooks_alone(nvme_dir):
 def test_a_class_is_tried_once_for_groups_that_differ_in_what_it_writes_or_schedules_do(
     monkeypatch,
 ):
-    from torch_ext import _trial
+    from torch_ext.optim import _trial
 
     tried = []
     real = _trial.tried

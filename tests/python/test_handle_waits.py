@@ -85,7 +85,7 @@ def files():
 @pytest.fixture
 def make(files, monkeypatch):
     def make(strict=False):
-        monkeypatch.setattr("torch_ext._C.TensorFileSwapper", lambda *_: files)
+        monkeypatch.setattr("torch_ext._C.TensorFileTransfer", lambda *_: files)
         return aio_handle(strict=strict)
 
     return make
@@ -261,7 +261,7 @@ def test_starting_an_operation_looks_at_no_other(make, files, monkeypatch):
         compared.append(operation)
         return operation is other
 
-    monkeypatch.setattr("torch_ext._operations.Operation.__eq__", equal)
+    monkeypatch.setattr("torch_ext._handle_operations.Operation.__eq__", equal)
     handle = make()
     errors = [OSError(errno.EIO, str(number)) for number in range(100)]
     for error in errors:
@@ -356,7 +356,7 @@ def test_ctrl_c_during_wait_leaves_all_to_the_next():
         from torch_ext import _C, aio_handle
 
         files = tests.Files()
-        _C.TensorFileSwapper = lambda *_: files
+        _C.TensorFileTransfer = lambda *_: files
         handle = aio_handle(strict=True)
         for _ in range(3):
             handle.async_pwrite(tests.X, "x")

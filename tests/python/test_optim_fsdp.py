@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from torch_ext import OffloadedAdamW
-from torch_ext._local import first_element
+from torch_ext.optim._dtensor import first_element
 
 LR = 1e-2
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from torch_ext import OffloadedAdamW
-from torch_ext._overlap import TakenGradient
+from torch_ext.optim._overlap import TakenGradient
 
 OVERLAPS = [False, "prefetch", "update"]
 

@@ -24,8 +24,8 @@ import torch
 import torch_ext
 from torch_ext import OffloadedAdamW, OffloadedOptimizer, aio_handle
 from torch_ext._native import _C
-from torch_ext._overlap import TakenGradient
-from torch_ext._undisturbed import undisturbed
+from torch_ext._quiet import undisturbed
+from torch_ext.optim._overlap import TakenGradient
 
 HERE = os.path.dirname(torch_ext.__file__)
 SIZES = (700, 90, 300)
@@ -599,7 +599,7 @@ X = torch.zeros(4)
 def test_no_failure_of_a_handle_is_lost_at_any_line(calls, strict, monkeypatch):
     def make():
         files = Files()
-        monkeypatch.setattr("torch_ext._C.TensorFileSwapper", lambda *_: files)
+        monkeypatch.setattr("torch_ext._C.TensorFileTransfer", lambda *_: files)
         return files, aio_handle(strict=strict)
 
     def run(call, found):
@@ -632,7 +632,7 @@ def test_no_failure_of_a_handle_is_lost_at_any_line(calls, strict, monkeypatch):
 
 @pytest.mark.parametrize("raised", [OSError, ValueError])
 def test_what_a_handler_raises_at_any_line_is_not_taken_for_a_failure(raised, monkeypatch):
-    monkeypatch.setattr("torch_ext._C.TensorFileSwapper", lambda *_: Files())
+    monkeypatch.setattr("torch_ext._C.TensorFileTransfer", lambda *_: Files())
     handle = aio_handle()
 
     def call():

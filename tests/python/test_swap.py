@@ -497,7 +497,7 @@ def test_directories_that_make_no_sense_are_refused(directory, error, text):
 
 
 def test_the_chosen_engine_is_logged_once(nvme_dir, caplog, monkeypatch):
-    monkeypatch.setattr("torch_ext._checks._engines_logged", set())
+    monkeypatch.setattr("torch_ext._closable._engines_logged", set())
     with caplog.at_level("INFO", "torch_ext"):
         for _ in range(2):
             TensorSwapper(nvme_dir).close()

@@ -18,7 +18,7 @@ FACTORIES = {
 CONSTRUCTORS = {"Tensor", "FloatTensor", "HalfTensor", "DoubleTensor", "get_default_dtype"}
 SETTERS = {"set_default_dtype", "set_default_device", "set_default_tensor_type"}
 # Is told apart by what a class keeps under it.
-ASKS_FOR_THE_DEFAULT = {"torch_ext/_trial.py"}
+ASKS_FOR_THE_DEFAULT = {"torch_ext/optim/_trial.py"}
 
 PYTHON = [
     f for f in tree.files() if f.suffix == ".py" and f.as_posix().startswith("torch_ext/")

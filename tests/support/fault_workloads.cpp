@@ -20,7 +20,7 @@
 #include "torch_ext/base/error.h"
 #include "torch_ext/optim/optimizer_offload.h"
 #include "torch_ext/store/store.h"
-#include "torch_ext/swap/file_swapper.h"
+#include "torch_ext/swap/file_transfer.h"
 #include "torch_ext/swap/swapper.h"
 
 namespace torch_ext::test {
@@ -219,18 +219,18 @@ Outcome run_swapper(const WorkloadPlace& place) {
 }
 
 // Ranges within a file of somebody's, read back and rewritten.
-Outcome run_file_swapper(const WorkloadPlace& place) {
+Outcome run_file_transfer(const WorkloadPlace& place) {
   Caller call(place);
   const std::filesystem::path theirs = place.directory / kTheirs;
   const std::filesystem::path ours = place.directory / "ours";
-  FileSwapperOptions options;
+  FileTransferOptions options;
   options.aio = store_options(place).aio;
   options.engine = place.engine;
   options.engine_factory = place.factory;
   options.host_memory = 1 << 20;
-  std::unique_ptr<FileSwapper> files;
-  if (!call("FileSwapper",
-            [&] { files = std::make_unique<FileSwapper>(options); })) {
+  std::unique_ptr<FileTransfer> files;
+  if (!call("FileTransfer",
+            [&] { files = std::make_unique<FileTransfer>(options); })) {
     return call.outcome();
   }
   struct Range {
@@ -256,24 +256,24 @@ Outcome run_file_swapper(const WorkloadPlace& place) {
   std::uint64_t seed = 1;
   for (int round = 0; round < 2; ++round) {
     for (Range& range : ranges) {
-      call("FileSwapper::write", [&] { write(range, seed++); });
+      call("FileTransfer::write", [&] { write(range, seed++); });
     }
     for (const Range& range : ranges) {
-      if (range.seed) call("FileSwapper::read", [&] { read(range); });
+      if (range.seed) call("FileTransfer::read", [&] { read(range); });
     }
   }
   try {
     files->drop_deleted();
   } catch (const IoError& error) {
-    call.expect(false, "FileSwapper::drop_deleted", error.what());
+    call.expect(false, "FileTransfer::drop_deleted", error.what());
   }
-  call.afterwards("FileSwapper", [&] {
+  call.afterwards("FileTransfer", [&] {
     for (const Range& range : ranges) {
       if (range.seed) read(range);
     }
     write(ranges[0], seed++);
     read(ranges[0]);
-    call.expect(files->stats().in_flight == 0, "FileSwapper", "in flight");
+    call.expect(files->stats().in_flight == 0, "FileTransfer", "in flight");
     files->close();
   });
   files.reset();
@@ -308,7 +308,7 @@ void load(OptimizerOffload& offload, ScalarAdamW& adamw) {
 // Three steps whose results are compared with those of state in memory.
 Outcome run_optimizer(const WorkloadPlace& place) {
   Caller call(place);
-  OptimizerOffloadOptions options;
+  TileOptions options;
   options.store = store_options(place);
   options.host_memory = 192 << 10;  // Three tiles at a time.
   std::unique_ptr<OptimizerOffload> offload;
@@ -338,7 +338,7 @@ Outcome run_optimizer(const WorkloadPlace& place) {
 constexpr std::array<Workload, 4> kWorkloads = {{
     {"Store", run_store},
     {"Swapper", run_swapper},
-    {"FileSwapper", run_file_swapper},
+    {"FileTransfer", run_file_transfer},
     {"OptimizerOffload", run_optimizer, true},
 }};
 

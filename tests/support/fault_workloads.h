@@ -42,7 +42,7 @@ struct Workload {
 /// Puts into the directory what workloads expect there.
 void prepare(const std::filesystem::path& directory);
 
-/// Store, Swapper, FileSwapper, OptimizerOffload.
+/// Store, Swapper, FileTransfer, OptimizerOffload.
 std::span<const Workload> workloads();
 
 }  // namespace torch_ext::test

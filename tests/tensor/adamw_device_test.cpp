@@ -22,7 +22,7 @@
 #include "support/fake_cuda.h"
 #include "support/sim_machine.h"
 #include "support/temp_dir.h"
-#include "tensor/adamw_engine.h"
+#include "tensor/adamw_offload.h"
 #include "tensor/gradient_hook.h"
 #include "torch_ext/tensor/offloaded_adamw.h"
 
@@ -41,7 +41,7 @@ class AdamWDeviceTest : public testing::Test {
   AdamWDeviceTest() { machine().reset(); }
   ~AdamWDeviceTest() override { machine().reset(); }
 
-  OptimizerOffloadOptions options() const {
+  TileOptions options() const {
     return {.store = {.directory = temp_.path()},
             .host_memory = kBudget,
             .scratch_bytes = 48 << 10};
@@ -107,12 +107,12 @@ TEST_F(AdamWDeviceTest, BothPlacesAndTheCpuGiveTheSameResult) {
 }
 
 TEST_F(AdamWDeviceTest, ACpuParameterOrAPackedFormatIsNotUpdatedOnADevice) {
-  const OffloadOptions there = {.nvme_path = temp_.path(),
-                                .update_on = UpdateOn::kDevice};
+  const StateOptions there = {.nvme_path = temp_.path(),
+                              .update_on = UpdateOn::kDevice};
   const at::Tensor here = at::zeros({3}).requires_grad_(true);
   EXPECT_THROW(OffloadedAdamW({here}, OffloadedAdamWOptions(), there),
                std::invalid_argument);
-  OffloadOptions packed = there;
+  StateOptions packed = there;
   packed.state_format = StateFormat::kInt8;
   EXPECT_THROW(
       OffloadedAdamW({at::zeros({3}, sim_)}, OffloadedAdamWOptions(), packed),
@@ -172,10 +172,10 @@ TEST_F(AdamWDeviceTest, UpdatesDuringBackwardTakeNoMemoryForGradients) {
 }
 
 TEST_F(AdamWDeviceTest, AGradientOnAnotherDeviceIsRefused) {
-  AdamWEngine engine(options());
+  AdamWOffload offload(options());
   const at::Tensor parameter = at::zeros({3}, sim_);
-  const std::size_t slot = engine.add(parameter, /*trained=*/true);
-  EXPECT_THROW(engine.step({{{}, {{{slot, parameter}, at::ones({3})}}}}),
+  const std::size_t slot = offload.add(parameter, /*trained=*/true);
+  EXPECT_THROW(offload.step({{{}, {{{slot, parameter}, at::ones({3})}}}}),
                std::invalid_argument);
 }
 
@@ -213,10 +213,10 @@ TEST_F(AdamWDeviceTest, AnUpdateOnAnotherThreadComesAfterItsTargetsEvent) {
                                                 at::zeros({300}, sim_)};
     const AdamWHyper hyper{.lr = 1, .weight_decay = 0};
     OptimizerOffload offload(options());
-    DeviceLanes lanes;
-    DeviceLane* const lane = lanes.add(sim_);
+    CopyStreams copies;
+    CopyStream* const copy = copies.add(sim_);
     AdamWKernel kernel(
-        StateFormat::kExact, 0, [&] { return offload.scratch(); }, lanes,
+        StateFormat::kExact, 0, [&] { return offload.scratch(); }, copies,
         update_on);
     const c10::impl::VirtualGuardImpl guard(sim_.type());
     std::vector<c10::Event> events;
@@ -239,7 +239,7 @@ TEST_F(AdamWDeviceTest, AnUpdateOnAnotherThreadComesAfterItsTargetsEvent) {
                  {.parameter = parameter,
                   .gradient = OrderedReader(gradient, parameter.strides()),
                   .hyper = &hyper,
-                  .lane = lane,
+                  .stream = copy,
                   .ready = &events.back()});
     }
     std::thread worker([&] { offload.step(numbers, kernel); });
@@ -249,7 +249,7 @@ TEST_F(AdamWDeviceTest, AnUpdateOnAnotherThreadComesAfterItsTargetsEvent) {
       machine().release(0, stream.id());
     }
     worker.join();
-    lanes.leave();
+    copies.leave();
     for (const at::Tensor& parameter : parameters) {
       EXPECT_TRUE(at::allclose(parameter.to(at::kCPU),
                                at::full({parameter.numel()}, -1.0f)));
@@ -261,14 +261,14 @@ TEST_F(AdamWDeviceTest, LaterWorkComesAfterCopiesAlsoWhereAStepHasFailed) {
   const at::Tensor parameter = at::zeros({100}, sim_);
   const at::Tensor host = at::ones({100});
   machine().settle();
-  DeviceLanes lanes;
-  DeviceLane* const lane = lanes.add(sim_);
+  CopyStreams streams;
+  CopyStream* const stream = streams.add(sim_);
   machine().hold_copies(true);
   const auto step = [&] {
-    lane->queue([&] { parameter.copy_(host, /*non_blocking=*/true); });
+    stream->queue([&] { parameter.copy_(host, /*non_blocking=*/true); });
     throw StateError("a later tile could not be read");
   };
-  EXPECT_THROW(lanes.around(step), StateError);
+  EXPECT_THROW(streams.around(step), StateError);
   const at::Tensor seen = parameter.clone();
   machine().settle();
   machine().hold_copies(false);

@@ -39,7 +39,7 @@ class OffloadedAdamWTest : public testing::Test {
     return OffloadedAdamWOptions(lr);
   }
 
-  OffloadOptions offload() const {
+  StateOptions offload() const {
     return {.nvme_path = temp_.path(), .host_memory = kBudget};
   }
 
@@ -144,11 +144,11 @@ TEST_F(OffloadedAdamWTest, WrongArgumentsAreRefused) {
     EXPECT_THROW(OffloadedAdamW(parameters, bad, offload()),
                  std::invalid_argument);
   }
-  OffloadOptions small = offload();
+  StateOptions small = offload();
   small.host_memory = 1000;
   EXPECT_THROW(OffloadedAdamW(parameters, options(), small),
                std::invalid_argument);
-  OffloadOptions nowhere = offload();
+  StateOptions nowhere = offload();
   nowhere.nvme_path = temp_ / "missing";
   EXPECT_THROW(OffloadedAdamW(parameters, options(), nowhere), IoError);
   const at::Tensor wide = at::zeros({3}, at::kDouble).requires_grad_(true);
@@ -172,9 +172,9 @@ TEST_F(OffloadedAdamWTest, FrozenParametersOfAnyKindAreLeftAlone) {
   const at::Tensor meta = at::ones({5}, at::device(at::kMeta));
   std::vector<at::Tensor> all = {packed, wide, meta};
   for (const at::Tensor& parameter : make({300})) all.push_back(parameter);
-  OffloadOptions taking = offload();
+  StateOptions taking = offload();
   taking.overlap_backward = OverlapBackward::kUpdate;
-  for (const OffloadOptions& how : {offload(), taking}) {
+  for (const StateOptions& how : {offload(), taking}) {
     OffloadedAdamW optimizer(all, options(), how);
     EXPECT_LT(optimizer.plan().state_bytes, 2 * 316 * sizeof(float));
     step_in_memory(0, 1, options());
@@ -276,7 +276,7 @@ struct CallersModes {
 
 TEST_F(OffloadedAdamWTest, TheCallersDefaultDtypeAndModesChangeNothing) {
   std::unique_ptr<OffloadedAdamW> optimizer;
-  OffloadOptions clipping = offload();
+  StateOptions clipping = offload();
   clipping.max_grad_norm = 1e9;
   const std::vector<at::Tensor> parameters = make({3001, 64});
   {
@@ -336,7 +336,7 @@ TEST_F(OffloadedAdamWTest, PackedFormatsAreTheCoresUpdateOfTheWholeParameter) {
     parameters_.clear();
     in_memory_.clear();
     const std::vector<at::Tensor> two = make({40001, 700});
-    OffloadOptions with = offload();
+    StateOptions with = offload();
     with.state_format = format;
     with.seed = 77;
     OffloadedAdamW optimizer(two,
@@ -393,7 +393,7 @@ TEST_F(OffloadedAdamWTest, ErasingAnEntryOfTheStateBeginsItAnew) {
   for (const auto overlap : {OverlapBackward::kOff, OverlapBackward::kUpdate}) {
     parameters_.clear();
     in_memory_.clear();
-    OffloadOptions with = offload();
+    StateOptions with = offload();
     with.overlap_backward = overlap;
     const std::vector<at::Tensor> made = make({30000, 5, 7});
     OffloadedAdamW optimizer(made, options(), with);

@@ -19,7 +19,7 @@
 
 #include "support/faulty_engine.h"
 #include "support/temp_dir.h"
-#include "tensor/adamw_engine.h"
+#include "tensor/adamw_offload.h"
 #include "tensor/gradient_hook.h"
 #include "torch_ext/tensor/offloaded_adamw.h"
 
@@ -31,9 +31,9 @@ using Tensors = std::vector<at::Tensor>;
 /// Updates during backward, through LibTorch.
 class OverlapTest : public testing::Test {
  protected:
-  OffloadOptions offload(OverlapBackward overlap,
-                         StateFormat format = StateFormat::kExact) const {
-    OffloadOptions options;
+  StateOptions offload(OverlapBackward overlap,
+                       StateFormat format = StateFormat::kExact) const {
+    StateOptions options;
     options.nvme_path = temp_.path();
     options.host_memory = std::uint64_t{240} << 10;
     options.state_format = format;
@@ -193,7 +193,7 @@ TEST_F(OverlapTest, GradientsAreAddedUpInsideAGuard) {
 
 TEST_F(OverlapTest, ANormIsClippedAsTorchDoes) {
   const Tensors ours = weights(), theirs = weights();
-  OffloadOptions with = offload(OverlapBackward::kUpdate);
+  StateOptions with = offload(OverlapBackward::kUpdate);
   with.max_grad_norm = 0.01;
   OffloadedAdamW optimizer(ours, OffloadedAdamWOptions(1e-2), with);
   OffloadedAdamW other(theirs, OffloadedAdamWOptions(1e-2),
@@ -282,19 +282,19 @@ TEST_F(OverlapTest, GradientsThatComeInPartsAreLeftToStep) {
 TEST_F(OverlapTest,
        AfterAFailedLoadInTheMiddleOfAStepItsErrorIsWhatCallsThrow) {
   const auto script = std::make_shared<test::FaultScript>();
-  AdamWEngine engine(
+  AdamWOffload offload(
       {.store = {.directory = temp_.path(),
                  .engine_factory = test::faulty_factory("threads", script)},
        .host_memory = std::uint64_t{240} << 10});
   const at::Tensor tensor = at::full({100'000}, 1.0);
   const at::Tensor gradient = at::full({100'000}, 0.5);
-  const AdamWEngine::Parameter parameter{engine.add(tensor, true), tensor};
+  const AdamWOffload::Parameter parameter{offload.add(tensor, true), tensor};
   const AdamWHyper hyper{.lr = 0.01};
-  engine.take(hyper, {parameter, gradient});
-  engine.finish();
-  const auto saved = engine.save({parameter});
-  engine.take(hyper, {parameter, gradient});
-  EXPECT_TRUE(engine.in_step());
+  offload.take(hyper, {parameter, gradient});
+  offload.finish();
+  const auto saved = offload.save({parameter});
+  offload.take(hyper, {parameter, gradient});
+  EXPECT_TRUE(offload.in_step());
   script->set_plan(test::from(0, test::Fault::fail(EIO)));
   const auto error_of = [](const auto& call) -> std::string {
     try {
@@ -305,22 +305,22 @@ TEST_F(OverlapTest,
     return "no IoError";
   };
   // The last write may fail after the call, but not the first.
-  EXPECT_NE(error_of([&] { engine.load(saved); }).find("EIO"),
+  EXPECT_NE(error_of([&] { offload.load(saved); }).find("EIO"),
             std::string::npos);
-  EXPECT_FALSE(engine.in_step());
+  EXPECT_FALSE(offload.in_step());
   script->set_plan(nullptr);
   for (int i = 0; i < 2; ++i) {
     EXPECT_NE(error_of([&] {
-                engine.take(hyper, {parameter, gradient});
+                offload.take(hyper, {parameter, gradient});
               }).find("load it anew"),
               std::string::npos);
-    EXPECT_NE(error_of([&] { engine.finish(); }).find("load it anew"),
+    EXPECT_NE(error_of([&] { offload.finish(); }).find("load it anew"),
               std::string::npos);
   }
-  engine.load(saved);
-  engine.take(hyper, {parameter, gradient});
-  engine.finish();
-  EXPECT_EQ(engine.step_of(parameter.slot), 2u);
+  offload.load(saved);
+  offload.take(hyper, {parameter, gradient});
+  offload.finish();
+  EXPECT_EQ(offload.step_of(parameter.slot), 2u);
 }
 
 TEST_F(OverlapTest, WhatChangesBetweenBackwardAndStepIsAnErrorOfTheStep) {

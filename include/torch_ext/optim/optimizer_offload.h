@@ -15,7 +15,7 @@
 namespace torch_ext {
 
 /// How to make an OptimizerOffload.
-struct OptimizerOffloadOptions {
+struct TileOptions {
   StoreOptions store;
   /// The most bytes that tile buffers and scratch take together.
   std::uint64_t host_memory = std::uint64_t{512} << 20;
@@ -25,6 +25,9 @@ struct OptimizerOffloadOptions {
   /// OptimizerOffload states.
   std::uint64_t tile_bytes = 0;
 };
+
+/// The former name, for one release.
+using OptimizerOffloadOptions = TileOptions;
 
 /// Counters since the object was made. Seconds are wall time.
 struct OptimizerOffloadStats {
@@ -102,7 +105,7 @@ class OptimizerOffload {
  public:
   /// Errors: std::invalid_argument (host_memory is too small; the text says
   /// what is needed); those of Store.
-  explicit OptimizerOffload(const OptimizerOffloadOptions& options);
+  explicit OptimizerOffload(const TileOptions& options);
   ~OptimizerOffload();  ///< As close(), without its errors.
   OptimizerOffload(const OptimizerOffload&) = delete;
   OptimizerOffload& operator=(const OptimizerOffload&) = delete;

@@ -36,7 +36,7 @@ struct SwapperStats {
 class SwapOperation;
 class StoredValue;
 
-/// An operation of a Swapper or FileSwapper. Copies share it. Dropping it is
+/// An operation of a Swapper or FileTransfer. Copies share it. Dropping it is
 /// always safe. Threads: any. Forked children: StateError.
 class SwapTicket {
  public:
@@ -67,7 +67,7 @@ class SwapTicket {
   bool done() const;
 
  private:
-  friend class FileSwapper;
+  friend class FileTransfer;
   friend class Swapper;
   explicit SwapTicket(std::shared_ptr<SwapOperation> operation);
   std::shared_ptr<SwapOperation> operation_;

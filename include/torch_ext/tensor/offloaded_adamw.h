@@ -68,7 +68,7 @@ enum class OverlapBackward {
 };
 
 /// Where and in how much memory the state is kept.
-struct OffloadOptions {
+struct StateOptions {
   /// The first of several directories holds a mapped state_dict().
   DirectoryList nvme_path = {};
   std::uint64_t host_memory = std::uint64_t{512} << 20;  ///< Bytes, at most.
@@ -88,6 +88,9 @@ struct OffloadOptions {
   std::string engine = "auto";  ///< Or one of engine_names().
   bool verify = true;           ///< Checksums are compared on reading.
 };
+
+/// The former name, for one release.
+using OffloadOptions = StateOptions;
 
 /// What OffloadedAdamW shows in state(): steps, and no tensors. Erasing an
 /// entry starts the parameter's state anew. A step that is set counts from the
@@ -115,9 +118,9 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   /// Errors: std::invalid_argument and TypeError for options and parameters,
   /// IoError for the directory.
   OffloadedAdamW(const std::vector<torch::optim::OptimizerParamGroup>& groups,
-                 OffloadedAdamWOptions defaults, const OffloadOptions& offload);
+                 OffloadedAdamWOptions defaults, const StateOptions& offload);
   OffloadedAdamW(std::vector<at::Tensor> parameters,
-                 OffloadedAdamWOptions defaults, const OffloadOptions& offload);
+                 OffloadedAdamWOptions defaults, const StateOptions& offload);
   ~OffloadedAdamW() override;
 
   /// Updates the parameters that have a gradient. Returns what the closure, if

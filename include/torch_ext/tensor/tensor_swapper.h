@@ -14,7 +14,7 @@
 
 namespace torch_ext {
 
-/// An operation of a TensorSwapper or TensorFileSwapper. Copies share it.
+/// An operation of a TensorSwapper or TensorFileTransfer. Copies share it.
 /// Dropping it, and the tensor, is always safe. Threads: any.
 class TensorTicket {
  public:
@@ -45,7 +45,7 @@ class TensorTicket {
   at::Tensor result(Timeout timeout = std::nullopt) const;
 
  private:
-  friend class TensorFileSwapper;
+  friend class TensorFileTransfer;
   friend class TensorSwapper;
 
   explicit TensorTicket(SwapTicket ticket, at::Tensor result = {});

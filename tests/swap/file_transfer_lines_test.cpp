@@ -16,9 +16,9 @@
 #include <vector>
 
 #include "support/child.h"
-#include "support/file_swapper_test.h"
+#include "support/file_transfer_test.h"
 #include "torch_ext/base/error.h"
-#include "torch_ext/swap/file_swapper.h"
+#include "torch_ext/swap/file_transfer.h"
 
 namespace torch_ext {
 namespace {
@@ -39,7 +39,7 @@ int open_descriptors_in(const fs::path& directory) {
   return count;
 }
 
-class FileSwapperLinesTest : public test::FileSwapperTest {
+class FileTransferLinesTest : public test::FileTransferTest {
  protected:
   // Bytes 1.. of a buffer, which direct I/O cannot take, or all of it.
   static DeviceBytes bytes_of(const AlignedBuffer& memory, bool in_place) {
@@ -48,12 +48,12 @@ class FileSwapperLinesTest : public test::FileSwapperTest {
   }
 };
 
-TEST_F(FileSwapperLinesTest, ManyMoreFilesThanDescriptorsAreWrittenInOneGo) {
+TEST_F(FileTransferLinesTest, ManyMoreFilesThanDescriptorsAreWrittenInOneGo) {
   // Those that find a descriptor at once and those that wait for one hold
   // nothing that the others need: new files and staged memory are the ones
   // that wait.
   for (const bool in_place : {false, true}) {
-    FileSwapper files(options());
+    FileTransfer files(options());
     AlignedBuffer memory(64 << 10);
     const DeviceBytes bytes = bytes_of(memory, in_place);
     std::vector<SwapTicket> tickets;
@@ -71,15 +71,15 @@ TEST_F(FileSwapperLinesTest, ManyMoreFilesThanDescriptorsAreWrittenInOneGo) {
   }
 }
 
-TEST_F(FileSwapperLinesTest, OperationsThatWaitForBuffersHoldNoDescriptors) {
+TEST_F(FileTransferLinesTest, OperationsThatWaitForBuffersHoldNoDescriptors) {
   AlignedBuffer memory(64 << 10);
   std::ofstream(path("old"))
       .write(reinterpret_cast<const char*>(memory.data()), 64 << 10)
       .flush();
   script_->set_plan(test::only(0, Fault::held()));
-  FileSwapperOptions one_buffer = scripted();
+  FileTransferOptions one_buffer = scripted();
   one_buffer.host_memory = one_buffer.aio.block_size;
-  FileSwapper files(one_buffer);
+  FileTransfer files(one_buffer);
   std::vector<SwapTicket> tickets;
   for (int i = 0; i < 200; ++i) {
     tickets.push_back(files.write(path(i), 0, bytes_of(memory, false)));
@@ -92,8 +92,8 @@ TEST_F(FileSwapperLinesTest, OperationsThatWaitForBuffersHoldNoDescriptors) {
   for (const SwapTicket& ticket : tickets) ticket.wait();
 }
 
-TEST_F(FileSwapperLinesTest, OperationsOnTheSameBytesTakeEffectInCallOrder) {
-  FileSwapper files(options());
+TEST_F(FileTransferLinesTest, OperationsOnTheSameBytesTakeEffectInCallOrder) {
+  FileTransfer files(options());
   AlignedBuffer memory(256 << 10);
   AlignedBuffer b(256 << 10);
   AlignedBuffer back(256 << 10);
@@ -113,7 +113,7 @@ TEST_F(FileSwapperLinesTest, OperationsOnTheSameBytesTakeEffectInCallOrder) {
   }
 }
 
-TEST_F(FileSwapperLinesTest, AnOperationWaitsForThoseOnItsBytesAndNoOthers) {
+TEST_F(FileTransferLinesTest, AnOperationWaitsForThoseOnItsBytesAndNoOthers) {
   script_->set_plan(test::only(0, Fault::held()));
   AlignedBuffer memory(64 << 10);
   AlignedBuffer back(64 << 10);
@@ -121,7 +121,7 @@ TEST_F(FileSwapperLinesTest, AnOperationWaitsForThoseOnItsBytesAndNoOthers) {
       reinterpret_cast<const char*>(memory.bytes(0, 8192).data()), 8192);
   fs::resize_file(path("x"), 1 << 20);
   fs::create_hard_link(path("x"), path("link"));
-  FileSwapper files(scripted());
+  FileTransfer files(scripted());
   test::fill_pattern(memory.bytes(), 5);
   const SwapTicket write = files.write(path("x"), 0, on_host(memory.bytes()));
   const SwapTicket same = files.read(path("x"), 0, on_host(back.bytes()));
@@ -144,9 +144,9 @@ TEST_F(FileSwapperLinesTest, AnOperationWaitsForThoseOnItsBytesAndNoOthers) {
   write.wait();
 }
 
-TEST_F(FileSwapperLinesTest, AFailedWriteDoesNotStopThoseBehindIt) {
+TEST_F(FileTransferLinesTest, AFailedWriteDoesNotStopThoseBehindIt) {
   script_->set_plan(test::only(0, Fault::fail(EIO)));
-  FileSwapper files(scripted());
+  FileTransfer files(scripted());
   AlignedBuffer memory(64 << 10);
   test::fill_pattern(memory.bytes(), 2);
   const SwapTicket first = files.write(path("x"), 0, on_host(memory.bytes()));
@@ -157,8 +157,8 @@ TEST_F(FileSwapperLinesTest, AFailedWriteDoesNotStopThoseBehindIt) {
   EXPECT_TRUE(test::holds_pattern(back.bytes(), 2));
 }
 
-TEST_F(FileSwapperLinesTest, AReadMayFollowTheWriteThatMakesItsFile) {
-  FileSwapper files(options());
+TEST_F(FileTransferLinesTest, AReadMayFollowTheWriteThatMakesItsFile) {
+  FileTransfer files(options());
   AlignedBuffer memory(300'000);
   AlignedBuffer back(300'000);
   for (int i = 0; i < 50; ++i) {
@@ -170,8 +170,8 @@ TEST_F(FileSwapperLinesTest, AReadMayFollowTheWriteThatMakesItsFile) {
   }
 }
 
-TEST_F(FileSwapperLinesTest, RaggedWritesCountBothDescriptorsOfAFile) {
-  FileSwapper files(options());
+TEST_F(FileTransferLinesTest, RaggedWritesCountBothDescriptorsOfAFile) {
+  FileTransfer files(options());
   AlignedBuffer memory(64 << 10);
   for (int i = 0; i < 62; ++i) {
     files.write(path(i), 0, on_host(memory.bytes())).wait();
@@ -188,9 +188,9 @@ TEST_F(FileSwapperLinesTest, RaggedWritesCountBothDescriptorsOfAFile) {
   for (const SwapTicket& ticket : tickets) ticket.wait();
 }
 
-TEST_F(FileSwapperLinesTest, ADescriptorLimitClosesWhatIsIdleFirst) {
+TEST_F(FileTransferLinesTest, ADescriptorLimitClosesWhatIsIdleFirst) {
   expect_well_in_child([this]() -> std::string {
-    FileSwapper files(options());
+    FileTransfer files(options());
     AlignedBuffer memory(64 << 10);
     files.write(path("first"), 0, on_host(memory.bytes(0, 100))).wait();
     const int next = open("/dev/null", O_RDONLY | O_CLOEXEC);
@@ -216,12 +216,12 @@ TEST_F(FileSwapperLinesTest, ADescriptorLimitClosesWhatIsIdleFirst) {
   });
 }
 
-TEST_F(FileSwapperLinesTest, ADurableDescriptorStaysDurable) {
+TEST_F(FileTransferLinesTest, ADurableDescriptorStaysDurable) {
   AlignedBuffer memory(64 << 10);
   const int fd =
       open(path("x").c_str(), O_CREAT | O_WRONLY | O_DSYNC | O_CLOEXEC, 0600);
   script_->set_plan(test::only(0, Fault::held()));
-  FileSwapper slow(scripted());
+  FileTransfer slow(scripted());
   const SwapTicket ticket = slow.write(fd, 0, on_host(memory.bytes()));
   while (script_->held() == 0) std::this_thread::yield();
   EXPECT_NE(fcntl(script_->log().at(0).fd, F_GETFL) & O_DSYNC, 0);

@@ -1,4 +1,4 @@
-// What a FileSwapper does when a write ends, and what others do to its files
+// What a FileTransfer does when a write ends, and what others do to its files
 // meanwhile.
 
 #include <fcntl.h>
@@ -21,11 +21,11 @@
 #include <vector>
 
 #include "support/child.h"
-#include "support/file_swapper_test.h"
+#include "support/file_transfer_test.h"
 #include "support/trials.h"
 #include "torch_ext/base/error.h"
 #include "torch_ext/io/file.h"
-#include "torch_ext/swap/file_swapper.h"
+#include "torch_ext/swap/file_transfer.h"
 
 namespace torch_ext {
 namespace {
@@ -36,7 +36,7 @@ using test::expect_well_in_child;
 using test::Fault;
 using test::kMiB;
 
-class FileSwapperEndsTest : public test::FileSwapperTest {
+class FileTransferEndsTest : public test::FileTransferTest {
  protected:
   static IoFailure failure_of(const SwapTicket& ticket) {
     try {
@@ -51,7 +51,7 @@ class FileSwapperEndsTest : public test::FileSwapperTest {
   IoFailure failure_after(const std::function<void()>& event) {
     fs::remove(path("x"));
     script_ = std::make_shared<test::FaultScript>(test::only(0, Fault::held()));
-    FileSwapper files(scripted());
+    FileTransfer files(scripted());
     AlignedBuffer memory(256 << 10);
     const SwapTicket ticket =
         files.write(path("x"), 0, on_host(memory.bytes()));
@@ -62,7 +62,7 @@ class FileSwapperEndsTest : public test::FileSwapperTest {
   }
 };
 
-TEST_F(FileSwapperEndsTest, AFileThatIsGoneWhenItsWriteEndsIsAnError) {
+TEST_F(FileTransferEndsTest, AFileThatIsGoneWhenItsWriteEndsIsAnError) {
   EXPECT_EQ(failure_after([] {}).error, 0);
   IoFailure failure = failure_after([this] { fs::remove(path("x")); });
   EXPECT_EQ(failure.error, ESTALE);
@@ -79,11 +79,11 @@ TEST_F(FileSwapperEndsTest, AFileThatIsGoneWhenItsWriteEndsIsAnError) {
   EXPECT_EQ(fs::file_size(path("y")), 256u << 10);
 }
 
-TEST_F(FileSwapperEndsTest, AFileThatWasCutWhileItWasWrittenIsAnError) {
+TEST_F(FileTransferEndsTest, AFileThatWasCutWhileItWasWrittenIsAnError) {
   script_->set_plan([](std::size_t, const IoRequest& request) {
     return request.op == IoRequest::Op::kSync ? Fault::held() : Fault();
   });
-  FileSwapper files(scripted());
+  FileTransfer files(scripted());
   AlignedBuffer memory(8192);
   const SwapTicket ticket =
       files.write(path("x"), 0, on_host(memory.bytes(0, 5000)));
@@ -95,8 +95,8 @@ TEST_F(FileSwapperEndsTest, AFileThatWasCutWhileItWasWrittenIsAnError) {
   EXPECT_NE(failure.detail.find("cut"), std::string::npos);
 }
 
-TEST_F(FileSwapperEndsTest, AFileThatIsGivenWithoutANameNeedsNone) {
-  FileSwapper files(options());
+TEST_F(FileTransferEndsTest, AFileThatIsGivenWithoutANameNeedsNone) {
+  FileTransfer files(options());
   AlignedBuffer memory(8192);
   const int fd = open(dir_.path().c_str(), O_TMPFILE | O_RDWR, 0600);
   if (fd < 0) GTEST_SKIP() << "no O_TMPFILE";
@@ -104,7 +104,7 @@ TEST_F(FileSwapperEndsTest, AFileThatIsGivenWithoutANameNeedsNone) {
   close(fd);
 }
 
-TEST_F(FileSwapperEndsTest, WhatGoesThroughThePageCacheIsSyncedBeforeItEnds) {
+TEST_F(FileTransferEndsTest, WhatGoesThroughThePageCacheIsSyncedBeforeItEnds) {
   std::atomic<int> syncs = 0;
   int error = 0;
   script_->set_plan([&](std::size_t, const IoRequest& request) {
@@ -112,7 +112,7 @@ TEST_F(FileSwapperEndsTest, WhatGoesThroughThePageCacheIsSyncedBeforeItEnds) {
     ++syncs;
     return error == 0 ? Fault() : Fault::fail(error);
   });
-  FileSwapper files(scripted());
+  FileTransfer files(scripted());
   AlignedBuffer memory(256 << 10);
   files.write(path("x"), 0, on_host(memory.bytes())).wait();
   EXPECT_EQ(syncs, 0);
@@ -133,7 +133,7 @@ TEST_F(FileSwapperEndsTest, WhatGoesThroughThePageCacheIsSyncedBeforeItEnds) {
   }
 }
 
-TEST_F(FileSwapperEndsTest, WhatASyncHearsCountsForAllThatHadBegunToWrite) {
+TEST_F(FileTransferEndsTest, WhatASyncHearsCountsForAllThatHadBegunToWrite) {
   // The kernel tells of a lost page once, whosever it was.
   script_->set_plan(
       [failed = false](std::size_t, const IoRequest& request) mutable {
@@ -141,7 +141,7 @@ TEST_F(FileSwapperEndsTest, WhatASyncHearsCountsForAllThatHadBegunToWrite) {
         failed = true;
         return Fault{.error = EIO, .hold = true};
       });
-  FileSwapper files(scripted());
+  FileTransfer files(scripted());
   AlignedBuffer memory(64 << 10);
   const auto bytes = on_host(memory.bytes(0, 1000));
   const SwapTicket first = files.write(path("x"), 0, bytes);
@@ -158,7 +158,8 @@ TEST_F(FileSwapperEndsTest, WhatASyncHearsCountsForAllThatHadBegunToWrite) {
   EXPECT_NO_THROW(files.write(path("x"), 8192, bytes).wait());
 }
 
-TEST_F(FileSwapperEndsTest, ADriveThatFailsIsNoticedWhereThePageCacheTakesAll) {
+TEST_F(FileTransferEndsTest,
+       ADriveThatFailsIsNoticedWhereThePageCacheTakesAll) {
   expect_well_in_child([this]() -> std::string {
     // A file system on a loop device whose own file cannot grow any more. Its
     // blocks are those of the tmpfs: the loop driver takes a write that was cut
@@ -179,7 +180,7 @@ TEST_F(FileSwapperEndsTest, ADriveThatFailsIsNoticedWhereThePageCacheTakesAll) {
     std::string wrong;
     int refused = 0;
     {
-      FileSwapper files(options());
+      FileTransfer files(options());
       std::vector<std::byte> bytes(3000);
       for (int i = 0; i < 3000 && wrong.empty() && refused < 20; ++i) {
         const std::string name = place + "/" + std::to_string(i);
@@ -207,8 +208,8 @@ TEST_F(FileSwapperEndsTest, ADriveThatFailsIsNoticedWhereThePageCacheTakesAll) {
   });
 }
 
-TEST_F(FileSwapperEndsTest, DeletedFilesCanBeLetGoOf) {
-  FileSwapper files(options());
+TEST_F(FileTransferEndsTest, DeletedFilesCanBeLetGoOf) {
+  FileTransfer files(options());
   AlignedBuffer memory(8192);
   for (const char* name : {"a", "b", "c"}) {
     files.write(path(name), 0, on_host(memory.bytes())).wait();
@@ -224,11 +225,11 @@ TEST_F(FileSwapperEndsTest, DeletedFilesCanBeLetGoOf) {
   EXPECT_NO_THROW(files.drop_deleted());
 }
 
-TEST_F(FileSwapperEndsTest,
+TEST_F(FileTransferEndsTest,
        FewDescriptorsAndFilesThatComeAndGoNeverEndInAHang) {
   constexpr int kRounds = test::kSanitized ? 100 : 500;
   expect_well_in_child([this]() -> std::string {
-    FileSwapper files(options());
+    FileTransfer files(options());
     std::vector<std::byte> bytes(4 << 10);
     // From here on the engine has the descriptors that it needs.
     files.write(path(0), 0, on_host(bytes)).wait();

@@ -11,35 +11,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ext._adamw_groups import check_state_dict, labelled_parameters
 from torch_ext._closable import Closable
-from torch_ext._local import check_parameter, is_distributed, local_gradient, local_of
 from torch_ext._modes import plain_modes
-from torch_ext._plan import OffloadPlan
-from torch_ext._state import OptimizerState
-from torch_ext._undisturbed import undisturbed
+from torch_ext._quiet import undisturbed
+from torch_ext.optim._dtensor import check_parameter, is_distributed, local_gradient, local_of
+from torch_ext.optim._plan import OffloadPlan
+from torch_ext.optim._state import OptimizerState
+from torch_ext.optim._state_dict import check_state_dict, labelled_parameters
 
 _logger = logging.getLogger("torch_ext")
 
 
 class OffloadedBase(Closable, torch.optim.Optimizer):
-    """A ``torch.optim.Optimizer`` around an engine of ``_C``.
+    """A ``torch.optim.Optimizer`` around an offload of ``_C``.
 
-    A subclass makes the engine and hands it to ``_begin``. Then it calls ``super().__init__``,
+    A subclass makes the offload and hands it to ``_start``. Then it calls ``super().__init__``,
     which adds the groups.
     """
 
-    _engine: Any
+    _offload: Any
     _slots: dict[Tensor, int]
     _state: OptimizerState
 
     _instead = ": take its state_dict()"
 
-    def _begin(self, engine: Any) -> None:
+    def _start(self, offload: Any) -> None:
         self._slots = {}
         self._state = OptimizerState._of(self)
-        self._engine = engine
-        self._own(engine, "optimizer")
+        self._offload = offload
+        self._own(offload, "optimizer")
 
     @property
     def state(self) -> OptimizerState:
@@ -91,7 +91,7 @@ class OffloadedBase(Closable, torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             for slot in reversed(slots.values()):
-                self._engine.remove(slot)
+                self._offload.remove(slot)
             raise
         self._slots.update(slots)
         self._watch(list(slots))
@@ -223,7 +223,7 @@ class OffloadedBase(Closable, torch.optim.Optimizer):
             RuntimeError: The optimizer belongs to another process.
         """
         self._life.check_process()
-        stats = self._engine.stats()
+        stats = self._offload.stats()
         elapsed = stats["elapsed_seconds"]
         for lane in ("read", "update", "write", "wait"):
             stats[f"{lane}_share"] = stats[f"{lane}_seconds"] / elapsed if elapsed else 0.0
@@ -241,7 +241,7 @@ class OffloadedBase(Closable, torch.optim.Optimizer):
         self._life.check()
         planned = [p for p in self._parameters() if self._is_kept(p)]
         with self._naming(planned, self._check_part):
-            return OffloadPlan(**self._engine.plan([self._own_part(p) for p in planned]))
+            return OffloadPlan(**self._offload.plan([self._own_part(p) for p in planned]))
 
     def timeline(self) -> list[tuple[str, int, float, float]]:
         """Returns what the last step did: (lane, tile, start, end), in order of start.
@@ -253,13 +253,13 @@ class OffloadedBase(Closable, torch.optim.Optimizer):
             RuntimeError: The optimizer belongs to another process.
         """
         self._life.check_process()
-        return self._engine.timeline()
+        return self._offload.timeline()
 
     @property
     def engine(self) -> str:
         """The name of the I/O engine in use. Raises RuntimeError as ``timeline`` does."""
         self._life.check_process()
-        return self._engine.engine
+        return self._offload.engine
 
     @undisturbed
     def close(self) -> None:
@@ -274,7 +274,7 @@ class OffloadedBase(Closable, torch.optim.Optimizer):
         """
         self._life.check_process()
         self._life.closed = True
-        self._engine.close()
+        self._offload.close()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As torch.optim's, which assigns what it is given."""
@@ -287,7 +287,7 @@ class OffloadedBase(Closable, torch.optim.Optimizer):
         return chain.from_iterable(group["params"] for group in self.param_groups)
 
     def _own_part(self, parameter: Tensor) -> tuple[int, Tensor]:
-        """Returns the engine's number for a parameter, and this process's part of it."""
+        """Returns the offload's number for a parameter, and this process's part of it."""
         return self._slot_of(parameter), local_of(parameter)
 
     def _own_gradient(self, parameter: Tensor) -> Tensor:
@@ -308,7 +308,7 @@ class OffloadedBase(Closable, torch.optim.Optimizer):
     ) -> Iterator[None]:
         """Makes an error about one of these parameters begin with its name.
 
-        The engine does not know names. It has said what is wrong with one of many parameters,
+        The offload does not know names. It has said what is wrong with one of many parameters,
         and ``check`` says it again for the one that it is. Without ``check`` there is one
         parameter.
         """
@@ -333,12 +333,12 @@ class OffloadedBase(Closable, torch.optim.Optimizer):
             raise
 
     def _check_part(self, parameter: Tensor) -> None:
-        """Raises the engine's error about a parameter, if it has one."""
-        self._engine.check(*self._own_part(parameter))
+        """Raises the offload's error about a parameter, if it has one."""
+        self._offload.check(*self._own_part(parameter))
 
     def _is_kept(self, parameter: Tensor) -> bool:
         """Whether the parameter has a state, or will get one. Frozen ones may be anything."""
-        return parameter.requires_grad or self._engine.has_state(self._slot_of(parameter))
+        return parameter.requires_grad or self._offload.has_state(self._slot_of(parameter))
 
     def _slot_of(self, parameter: Tensor) -> int:
         if (slot := self._slots.get(parameter)) is not None:
@@ -362,14 +362,14 @@ class OffloadedBase(Closable, torch.optim.Optimizer):
         if not self._is_between_steps():
             return
         for gone in self._slots.keys() - set(self._parameters()):
-            if not self._engine.has_state(self._slots[gone]):
+            if not self._offload.has_state(self._slots[gone]):
                 self._unwatch(gone)
-                self._engine.remove(self._slots.pop(gone))
+                self._offload.remove(self._slots.pop(gone))
 
     def _new_slot(self, parameter: Tensor) -> int:
         if parameter.requires_grad:
             check_parameter(parameter)
-        return self._engine.add(local_of(parameter), parameter.requires_grad)
+        return self._offload.add(local_of(parameter), parameter.requires_grad)
 
     def _watch(self, parameters: list[Tensor]) -> None:
         """Called with new parameters."""
@@ -387,7 +387,7 @@ class OffloadedBase(Closable, torch.optim.Optimizer):
 
     def _has_state(self, parameter: Tensor) -> bool:
         slot = self._slots.get(parameter)
-        return slot is not None and self._engine.has_state(slot)
+        return slot is not None and self._offload.has_state(slot)
 
     def _state_of(self, parameter: Tensor) -> dict[str, Any] | None:
         return self._shown_state(parameter) if self._has_state(parameter) else None
@@ -403,7 +403,7 @@ class OffloadedBase(Closable, torch.optim.Optimizer):
     @undisturbed
     def _forget_states(self, parameters: list[Tensor]) -> None:
         self._life.check()
-        self._engine.forget([self._slots[p] for p in parameters if p in self._slots])
+        self._offload.forget([self._slots[p] for p in parameters if p in self._slots])
         self._let_go()
 
     def _is_between_steps(self) -> bool:

@@ -54,13 +54,13 @@ class EventPool {
 /// current stream.
 ///
 /// Errors: StateError with what the device says. Threads: any, one at a time.
-class DeviceLane {
+class CopyStream {
  public:
   /// How many chunks may be on their way to the host.
   static constexpr std::size_t kSlots = 2;
 
   /// Errors: as C10Device.
-  explicit DeviceLane(c10::Device device)
+  explicit CopyStream(c10::Device device)
       : device_(std::make_shared<C10Device>(device)),
         stream_(device_->stream(Device::Stream::kCopy)),
         ready_(device.type()),
@@ -105,7 +105,7 @@ class DeviceLane {
     }
   }
 
-  /// Calls `work`. Its operators queue their work on this lane.
+  /// Calls `work`. Its operators queue their work on this stream.
   template <typename Work>
   void queue(Work&& work) {
     queued_ = true;
@@ -152,53 +152,54 @@ class DeviceLane {
   bool unseen_ = false;  ///< The host has not waited for done_.
 };
 
-/// The lanes of an optimizer, one for each device that it has met. Threads:
-/// any, but each lane is used by one at a time. Forked children: nothing
+/// The streams of an optimizer, one for each device that it has met. Threads:
+/// any, but each stream is used by one at a time. Forked children: nothing
 /// happens.
-class DeviceLanes {
+class CopyStreams {
  public:
-  DeviceLanes() = default;
-  DeviceLanes(const DeviceLanes&) = delete;
-  DeviceLanes& operator=(const DeviceLanes&) = delete;
+  CopyStreams() = default;
+  CopyStreams(const CopyStreams&) = delete;
+  CopyStreams& operator=(const CopyStreams&) = delete;
 
-  ~DeviceLanes() {
+  ~CopyStreams() {
     if (in_child()) {
       // The events belong to the parent.
-      for (auto& lane : lanes_) static_cast<void>(lane.release());
+      for (auto& stream : streams_) static_cast<void>(stream.release());
       return;
     }
-    for (const auto& lane : lanes_) settle_quietly(*lane);
+    for (const auto& stream : streams_) settle_quietly(*stream);
   }
 
-  /// The lane of the tensor's device. Null for the CPU.
-  DeviceLane* find(const at::Tensor& tensor) const {
+  /// The stream of the tensor's device. Null for the CPU.
+  CopyStream* find(const at::Tensor& tensor) const {
     const std::lock_guard lock(mutex_);
-    for (const auto& lane : lanes_) {
-      if (lane->device()->name() == tensor.device().str()) return lane.get();
+    for (const auto& stream : streams_) {
+      if (stream->device()->name() == tensor.device().str())
+        return stream.get();
     }
     return nullptr;
   }
 
-  DeviceLane* add(c10::Device device) {
-    auto lane = std::make_unique<DeviceLane>(device);
+  CopyStream* add(c10::Device device) {
+    auto stream = std::make_unique<CopyStream>(device);
     const std::lock_guard lock(mutex_);
-    lanes_.push_back(std::move(lane));
-    return lanes_.back().get();
+    streams_.push_back(std::move(stream));
+    return streams_.back().get();
   }
 
-  /// A thread of the library calls this before it uses the lanes.
+  /// A thread of the library calls this before it uses the streams.
   void enter_thread() {
     const std::lock_guard lock(mutex_);
-    for (const auto& lane : lanes_) lane->device()->enter_thread();
+    for (const auto& stream : streams_) stream->device()->enter_thread();
   }
 
   void enter() {
     const std::lock_guard lock(mutex_);
-    for (const auto& lane : lanes_) lane->enter();
+    for (const auto& stream : streams_) stream->enter();
   }
   void leave() {
     const std::lock_guard lock(mutex_);
-    for (const auto& lane : lanes_) lane->leave();
+    for (const auto& stream : streams_) stream->leave();
   }
 
   /// Calls `work` between enter() and leave(), whatever it throws.
@@ -216,25 +217,25 @@ class DeviceLanes {
 
   /// Gives the host memory that all share to `user`, or to the host if that is
   /// null.
-  void make_way_for(const DeviceLane* user) {
+  void make_way_for(const CopyStream* user) {
     const std::lock_guard lock(mutex_);
-    for (const auto& lane : lanes_) {
-      if (lane.get() == user) {
-        lane->check();
+    for (const auto& stream : streams_) {
+      if (stream.get() == user) {
+        stream->check();
       } else {
-        lane->settle();
+        stream->settle();
       }
     }
   }
 
-  /// Returns when all lanes have done what was queued.
+  /// Returns when all streams have done what was queued.
   void settle() {
     if (!in_child()) make_way_for(nullptr);
   }
 
-  static void settle_quietly(DeviceLane& lane) noexcept {
+  static void settle_quietly(CopyStream& stream) noexcept {
     try {
-      lane.settle();
+      stream.settle();
     } catch (...) {
       // Whoever asks has an earlier error to tell, or replaces the memory.
     }
@@ -253,7 +254,7 @@ class DeviceLanes {
 
   const pid_t owner_ = process_id();
   mutable std::mutex mutex_;  // For the list.
-  std::vector<std::unique_ptr<DeviceLane>> lanes_;
+  std::vector<std::unique_ptr<CopyStream>> streams_;
 };
 
 }  // namespace torch_ext

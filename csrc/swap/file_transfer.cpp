@@ -1,4 +1,4 @@
-#include "torch_ext/swap/file_swapper.h"
+#include "torch_ext/swap/file_transfer.h"
 
 #include <algorithm>
 #include <limits>
@@ -32,9 +32,9 @@ std::string text_of(const FileRange::Name& name) {
 
 }  // namespace
 
-class FileSwapper::Impl {
+class FileTransfer::Impl {
  public:
-  explicit Impl(const FileSwapperOptions& options)
+  explicit Impl(const FileTransferOptions& options)
       : queues(std::make_shared<FileQueues>(
             checked(options).aio, options.engine, options.engine_factory,
             [this](std::string text) { core.add_note(std::move(text)); })),
@@ -42,7 +42,8 @@ class FileSwapper::Impl {
              std::max(options.host_memory,
                       align_up(options.aio.block_size, page_size()))) {}
 
-  static const FileSwapperOptions& checked(const FileSwapperOptions& options) {
+  static const FileTransferOptions& checked(
+      const FileTransferOptions& options) {
     options.aio.validate();
     // An unknown engine shall be an error of this call, not of the first
     // transfer.
@@ -94,31 +95,31 @@ class FileSwapper::Impl {
   SwapCore core;  // Its threads use all four.
 };
 
-FileSwapper::FileSwapper(const FileSwapperOptions& options)
+FileTransfer::FileTransfer(const FileTransferOptions& options)
     : impl_(std::make_unique<Impl>(options)) {}
 
-FileSwapper::~FileSwapper() {
+FileTransfer::~FileTransfer() {
   impl_->core.owner().end(impl_, [this] { close(); });
 }
 
-SwapTicket FileSwapper::write(const std::filesystem::path& path,
-                              std::uint64_t offset, DeviceBytes source) {
+SwapTicket FileTransfer::write(const std::filesystem::path& path,
+                               std::uint64_t offset, DeviceBytes source) {
   return impl_->start(SwapOperation::Kind::kOut, absolute_path(path), offset,
                       std::move(source));
 }
 
-SwapTicket FileSwapper::write(int fd, std::uint64_t offset,
-                              DeviceBytes source) {
+SwapTicket FileTransfer::write(int fd, std::uint64_t offset,
+                               DeviceBytes source) {
   return impl_->start(SwapOperation::Kind::kOut, fd, offset, std::move(source));
 }
 
-SwapTicket FileSwapper::read(const std::filesystem::path& path,
-                             std::uint64_t offset, DeviceBytes destination) {
+SwapTicket FileTransfer::read(const std::filesystem::path& path,
+                              std::uint64_t offset, DeviceBytes destination) {
   return impl_->start(SwapOperation::Kind::kIn, absolute_path(path), offset,
                       std::move(destination));
 }
 
-void FileSwapper::drop_deleted() {
+void FileTransfer::drop_deleted() {
   impl_->core.owner().check();
   std::shared_ptr<FileCache> files;
   {
@@ -128,7 +129,7 @@ void FileSwapper::drop_deleted() {
   if (files != nullptr) files->drop_deleted();
 }
 
-FileSwapperStats FileSwapper::stats() const {
+FileTransferStats FileTransfer::stats() const {
   impl_->core.owner().check();
   const MutexLock lock(impl_->mutex);
   const SwapCore::Counts counts = impl_->core.counts();
@@ -143,11 +144,11 @@ FileSwapperStats FileSwapper::stats() const {
               impl_->files ? impl_->files->descriptors() : 0)};
 }
 
-std::vector<std::string> FileSwapper::notes() const {
+std::vector<std::string> FileTransfer::notes() const {
   return impl_->core.notes();
 }
 
-void FileSwapper::close() {
+void FileTransfer::close() {
   const auto error = impl_->core.close([this] {
     const MutexLock lock(impl_->mutex);
     impl_->queues.reset();

@@ -4,18 +4,18 @@
 #include <string>
 
 #include "support/swapper_test.h"
-#include "torch_ext/swap/file_swapper.h"
+#include "torch_ext/swap/file_transfer.h"
 
 namespace torch_ext::test {
 
-/// A directory for files, and options of FileSwappers.
-class FileSwapperTest : public SwapperTest {
+/// A directory for files, and options of FileTransfers.
+class FileTransferTest : public SwapperTest {
  protected:
-  static FileSwapperOptions options() {
+  static FileTransferOptions options() {
     return {.aio = {.block_size = 64 << 10}, .host_memory = 4 * kMiB};
   }
-  FileSwapperOptions scripted() const {
-    FileSwapperOptions result = options();
+  FileTransferOptions scripted() const {
+    FileTransferOptions result = options();
     result.engine_factory = faulty_factory("libaio", script_);
     return result;
   }

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import _engine_run_backward
 
-from torch_ext._undisturbed import undisturbed
+from torch_ext._quiet import undisturbed
 
 _MODES = (False, "prefetch", "update")
 
@@ -199,7 +199,7 @@ class Overlap:
             if type(parameter) in _GUARDED.values():
                 parameter.__class__ = type(parameter).__base__
 
-    @undisturbed  # The engine and the marks have to agree.
+    @undisturbed  # The offload and the marks have to agree.
     def on_gradient(self, parameter: Tensor) -> None:
         if not self._accumulating:
             with self._lock:

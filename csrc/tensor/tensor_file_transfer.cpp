@@ -1,4 +1,4 @@
-#include "torch_ext/tensor/tensor_file_swapper.h"
+#include "torch_ext/tensor/tensor_file_transfer.h"
 
 #include <ATen/ops/from_blob.h>
 #include <c10/core/DeviceType.h>
@@ -18,35 +18,35 @@
 
 namespace torch_ext {
 
-class TensorFileSwapper::Impl {
+class TensorFileTransfer::Impl {
  public:
-  explicit Impl(const FileSwapperOptions& options) : swapper(options) {}
+  explicit Impl(const FileTransferOptions& options) : swapper(options) {}
 
   TensorBytes bytes;
-  FileSwapper swapper;  // Last: its threads use what stands above.
+  FileTransfer swapper;  // Last: its threads use what stands above.
 };
 
-TensorFileSwapper::TensorFileSwapper(const FileSwapperOptions& options)
+TensorFileTransfer::TensorFileTransfer(const FileTransferOptions& options)
     : impl_(std::make_unique<Impl>(options)) {}
 
-TensorFileSwapper::~TensorFileSwapper() = default;
+TensorFileTransfer::~TensorFileTransfer() = default;
 
-TensorTicket TensorFileSwapper::write(const std::filesystem::path& path,
-                                      std::uint64_t offset,
-                                      const at::Tensor& tensor) {
+TensorTicket TensorFileTransfer::write(const std::filesystem::path& path,
+                                       std::uint64_t offset,
+                                       const at::Tensor& tensor) {
   return TensorTicket(
       impl_->swapper.write(path, offset, impl_->bytes.source(tensor, "write")));
 }
 
-TensorTicket TensorFileSwapper::write(int fd, std::uint64_t offset,
-                                      const at::Tensor& tensor) {
+TensorTicket TensorFileTransfer::write(int fd, std::uint64_t offset,
+                                       const at::Tensor& tensor) {
   return TensorTicket(
       impl_->swapper.write(fd, offset, impl_->bytes.source(tensor, "write")));
 }
 
-TensorTicket TensorFileSwapper::read(const std::filesystem::path& path,
-                                     std::uint64_t offset,
-                                     const at::Tensor& tensor) {
+TensorTicket TensorFileTransfer::read(const std::filesystem::path& path,
+                                      std::uint64_t offset,
+                                      const at::Tensor& tensor) {
   check_has_plain_memory(tensor, "read");
   check_is_destination(tensor, "read");
   if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
@@ -56,17 +56,17 @@ TensorTicket TensorFileSwapper::read(const std::filesystem::path& path,
       tensor);
 }
 
-void TensorFileSwapper::drop_deleted() { impl_->swapper.drop_deleted(); }
+void TensorFileTransfer::drop_deleted() { impl_->swapper.drop_deleted(); }
 
-FileSwapperStats TensorFileSwapper::stats() const {
+FileTransferStats TensorFileTransfer::stats() const {
   return impl_->swapper.stats();
 }
 
-std::vector<std::string> TensorFileSwapper::notes() const {
+std::vector<std::string> TensorFileTransfer::notes() const {
   return impl_->swapper.notes();
 }
 
-void TensorFileSwapper::close() { impl_->swapper.close(); }
+void TensorFileTransfer::close() { impl_->swapper.close(); }
 
 at::Tensor pinned_zeros(std::int64_t count, c10::ScalarType dtype) {
   if (c10::isQIntType(dtype)) {

@@ -1,6 +1,6 @@
 """``optimizer.state`` of an optimizer whose state is on a drive.
 
-The engine is asked each time which parameter has a state, and for its numbers. Only two things
+The offload is asked each time which parameter has a state, and for its numbers. Only two things
 are held here: keys of others (a wrapper's ``slow_buffer``), and what was assigned and is not
 written yet. A tensor is read from the drive when it is asked for by name. A loop over items
 finds ``None`` in its place, since accelerate, Lightning and ``torch.distributed.checkpoint``
@@ -225,7 +225,7 @@ class ParameterState(_Assigned, _Plain, MutableMapping, dict):  # type: ignore[m
         return home
 
     def _shown(self) -> dict[str, Any]:
-        """Returns what the engine has: numbers, and None for tensors."""
+        """Returns what the offload has: numbers, and None for tensors."""
         owner = self._owner()
         shown = owner._state_of(self._parameter) if owner is not None else None
         return {k: v for k, v in (shown or {}).items() if k not in self._gone}

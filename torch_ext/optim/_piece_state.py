@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_ext._elementwise import Kept, Piece, PieceError, PieceOptimizer, State
 from torch_ext._native import _C
-from torch_ext._undisturbed import one_thread
-from torch_ext._values import copied, differing, same
+from torch_ext._quiet import one_thread
 from torch_ext.config import AioConfig
+from torch_ext.optim._pieces import Kept, Piece, PieceError, PieceOptimizer, State
+from torch_ext.optim._values import copied, differing, same
 
 #: The name of the float32 master of a 16-bit parameter in a state_dict().
 MASTER = "master_param"
@@ -103,7 +103,7 @@ class _Work:
 
 
 class PieceState:
-    """What ``_C.AdamWEngine`` is for AdamW, for any class. Holds no parameter.
+    """What ``_C.AdamWOffload`` is for AdamW, for any class. Holds no parameter.
 
     One call at a time. The caller keeps handlers of signals away: see undisturbed().
     """

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from torch_ext._undisturbed import undisturbed
+from torch_ext._quiet import undisturbed
 
 _PIECE = 1 << 24
 

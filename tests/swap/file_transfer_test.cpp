@@ -1,4 +1,4 @@
-#include "torch_ext/swap/file_swapper.h"
+#include "torch_ext/swap/file_transfer.h"
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "support/child.h"
-#include "support/file_swapper_test.h"
+#include "support/file_transfer_test.h"
 #include "torch_ext/base/error.h"
 
 namespace torch_ext {
@@ -38,7 +38,7 @@ IoFailure failure_of(Call call) {
   return {};
 }
 
-class FileSwapperTest : public test::FileSwapperTest {
+class FileTransferTest : public test::FileTransferTest {
  protected:
   static std::string bytes_of(const fs::path& path) {
     std::ifstream file(path, std::ios::binary);
@@ -49,8 +49,8 @@ class FileSwapperTest : public test::FileSwapperTest {
   }
 };
 
-TEST_F(FileSwapperTest, AnyLengthAtAnyOffsetAndAddressComesBack) {
-  FileSwapper files(options());
+TEST_F(FileTransferTest, AnyLengthAtAnyOffsetAndAddressComesBack) {
+  FileTransfer files(options());
   AlignedBuffer memory(6 * kMiB);
   std::uint64_t n = 0;
   for (const std::size_t size :
@@ -78,8 +78,8 @@ TEST_F(FileSwapperTest, AnyLengthAtAnyOffsetAndAddressComesBack) {
   EXPECT_EQ(files.stats().in_flight, 0u);
 }
 
-TEST_F(FileSwapperTest, DeviceMemoryGoesThroughBuffersBehindItsStream) {
-  FileSwapper files(options());
+TEST_F(FileTransferTest, DeviceMemoryGoesThroughBuffersBehindItsStream) {
+  FileTransfer files(options());
   const DeviceBytes source = on_device(10 * kMiB + 3, 7);
   files.write(path("x"), 5, source).wait();
   const DeviceBytes back = on_device(10 * kMiB + 3, 8);
@@ -90,8 +90,8 @@ TEST_F(FileSwapperTest, DeviceMemoryGoesThroughBuffersBehindItsStream) {
   EXPECT_GT(files.stats().host_bytes_peak, 0u);
 }
 
-TEST_F(FileSwapperTest, AFileIsMadePrivateAndNeverTruncated) {
-  FileSwapper files(options());
+TEST_F(FileTransferTest, AFileIsMadePrivateAndNeverTruncated) {
+  FileTransfer files(options());
   AlignedBuffer memory(8192);
   files.write(path("x"), 0, on_host(memory.bytes())).wait();
   EXPECT_EQ(fs::status(path("x")).permissions(), fs::perms(0600));
@@ -101,8 +101,8 @@ TEST_F(FileSwapperTest, AFileIsMadePrivateAndNeverTruncated) {
   EXPECT_EQ(fs::file_size(path("empty")), 0u);
 }
 
-TEST_F(FileSwapperTest, WhatIsWrongWithAFileIsAnErrorOfTheCall) {
-  FileSwapper files(options());
+TEST_F(FileTransferTest, WhatIsWrongWithAFileIsAnErrorOfTheCall) {
+  FileTransfer files(options());
   AlignedBuffer memory(8192);
   const DeviceBytes bytes = on_host(memory.bytes());
   fs::create_directory(path("directory"));
@@ -127,8 +127,8 @@ TEST_F(FileSwapperTest, WhatIsWrongWithAFileIsAnErrorOfTheCall) {
   EXPECT_EQ(files.stats().in_flight, 0u);
 }
 
-TEST_F(FileSwapperTest, AFileThatIsTooShortIsRefusedBeforeAnyByte) {
-  FileSwapper files(options());
+TEST_F(FileTransferTest, AFileThatIsTooShortIsRefusedBeforeAnyByte) {
+  FileTransfer files(options());
   AlignedBuffer memory(8192);
   test::fill_pattern(memory.bytes(), 1);
   files.write(path("x"), 0, on_host(memory.bytes(0, 5000))).wait();
@@ -141,8 +141,8 @@ TEST_F(FileSwapperTest, AFileThatIsTooShortIsRefusedBeforeAnyByte) {
   EXPECT_TRUE(test::holds_pattern(memory.bytes(), 1));
 }
 
-TEST_F(FileSwapperTest, AFileThatIsReplacedIsOpenedAgain) {
-  FileSwapper files(options());
+TEST_F(FileTransferTest, AFileThatIsReplacedIsOpenedAgain) {
+  FileTransfer files(options());
   AlignedBuffer memory(4096);
   const auto write = [&](std::uint64_t seed) {
     test::fill_pattern(memory.bytes(), seed);
@@ -164,14 +164,14 @@ TEST_F(FileSwapperTest, AFileThatIsReplacedIsOpenedAgain) {
   EXPECT_TRUE(test::holds_pattern(memory.bytes(), 5));
 }
 
-TEST_F(FileSwapperTest, AtMost64DescriptorsAreOpenHoweverManyFilesThereAre) {
+TEST_F(FileTransferTest, AtMost64DescriptorsAreOpenHoweverManyFilesThereAre) {
   // The first writes stay in flight, so their files stay in use.
   script_->set_plan([](std::size_t index, const IoRequest&) {
     return index == 0 ? Fault::held() : Fault();
   });
-  FileSwapperOptions one_at_a_time = scripted();
+  FileTransferOptions one_at_a_time = scripted();
   one_at_a_time.aio.queue_depth = 1;
-  FileSwapper files(one_at_a_time);
+  FileTransfer files(one_at_a_time);
   const int before = open("/dev/null", O_RDONLY | O_CLOEXEC);
   AlignedBuffer memory(4096);
   test::fill_pattern(memory.bytes(), 3);
@@ -195,9 +195,9 @@ TEST_F(FileSwapperTest, AtMost64DescriptorsAreOpenHoweverManyFilesThereAre) {
   close(after);
 }
 
-TEST_F(FileSwapperTest, AnErrorOfTheDeviceReachesTheTicketAndOnlyThat) {
+TEST_F(FileTransferTest, AnErrorOfTheDeviceReachesTheTicketAndOnlyThat) {
   script_->set_plan(test::only(1, Fault::fail(EIO)));
-  FileSwapper files(scripted());
+  FileTransfer files(scripted());
   AlignedBuffer memory(4096);
   const DeviceBytes bytes = on_host(memory.bytes());
   const SwapTicket good = files.write(path("good"), 0, bytes);
@@ -213,9 +213,9 @@ TEST_F(FileSwapperTest, AnErrorOfTheDeviceReachesTheTicketAndOnlyThat) {
   EXPECT_NO_THROW(files.close());
 }
 
-TEST_F(FileSwapperTest, AnErrorThatNobodyAskedForIsThrownByClose) {
+TEST_F(FileTransferTest, AnErrorThatNobodyAskedForIsThrownByClose) {
   script_->set_plan(test::only(0, Fault::fail(EIO)));
-  FileSwapper files(scripted());
+  FileTransfer files(scripted());
   AlignedBuffer memory(4096);
   files.write(path("x"), 0, on_host(memory.bytes()));
   EXPECT_EQ(failure_of([&] { files.close(); }).error, EIO);
@@ -223,14 +223,14 @@ TEST_F(FileSwapperTest, AnErrorThatNobodyAskedForIsThrownByClose) {
   EXPECT_THROW(files.write(path("x"), 0, on_host(memory.bytes())), StateError);
 }
 
-TEST_F(FileSwapperTest, AFullDiskIsAnErrorBeforeAnyByteAndIsUsedAgainLater) {
+TEST_F(FileTransferTest, AFullDiskIsAnErrorBeforeAnyByteAndIsUsedAgainLater) {
   expect_well_in_child([this]() -> std::string {
     const char* place = dir_.path().c_str();
     if (!test::own_mounts() ||
         mount("none", place, "tmpfs", 0, "size=4m") != 0) {
       return test::skip("may not mount");
     }
-    FileSwapper files(options());
+    FileTransfer files(options());
     std::vector<std::byte> bytes(3 * kMiB);
     files.write(path("a"), 0, on_host(bytes)).wait();
     const SwapTicket refused = files.write(path("b"), 0, on_host(bytes));
@@ -243,8 +243,8 @@ TEST_F(FileSwapperTest, AFullDiskIsAnErrorBeforeAnyByteAndIsUsedAgainLater) {
   });
 }
 
-TEST_F(FileSwapperTest, ManyThreadsShareOne) {
-  FileSwapper files(options());
+TEST_F(FileTransferTest, ManyThreadsShareOne) {
+  FileTransfer files(options());
   std::vector<std::thread> threads;
   std::atomic<int> wrong = 0;
   for (int t = 0; t < 16; ++t) {
@@ -265,8 +265,8 @@ TEST_F(FileSwapperTest, ManyThreadsShareOne) {
   EXPECT_EQ(wrong, 0);
 }
 
-TEST_F(FileSwapperTest, ADescriptorOfTheCallerIsWrittenToAndStaysOpen) {
-  FileSwapper files(options());
+TEST_F(FileTransferTest, ADescriptorOfTheCallerIsWrittenToAndStaysOpen) {
+  FileTransfer files(options());
   AlignedBuffer memory(10'000);
   test::fill_pattern(memory.bytes(), 4);
   const int fd = open(path("x").c_str(), O_CREAT | O_WRONLY | O_CLOEXEC, 0600);
@@ -276,8 +276,8 @@ TEST_F(FileSwapperTest, ADescriptorOfTheCallerIsWrittenToAndStaysOpen) {
   EXPECT_EQ(bytes_of(path("x")).substr(8), text_of(memory.bytes()));
 }
 
-TEST_F(FileSwapperTest, AForkedChildGetsAClearErrorAndMayDropIt) {
-  auto files = std::make_unique<FileSwapper>(options());
+TEST_F(FileTransferTest, AForkedChildGetsAClearErrorAndMayDropIt) {
+  auto files = std::make_unique<FileTransfer>(options());
   AlignedBuffer memory(4096);
   expect_well_in_child([&]() -> std::string {
     try {
@@ -291,13 +291,13 @@ TEST_F(FileSwapperTest, AForkedChildGetsAClearErrorAndMayDropIt) {
   files->write(path("x"), 0, on_host(memory.bytes())).wait();
 }
 
-TEST_F(FileSwapperTest, WrongOptionsAreRefused) {
-  FileSwapperOptions wrong = options();
+TEST_F(FileTransferTest, WrongOptionsAreRefused) {
+  FileTransferOptions wrong = options();
   wrong.engine = "floppy";
-  EXPECT_THROW(FileSwapper{wrong}, std::invalid_argument);
+  EXPECT_THROW(FileTransfer{wrong}, std::invalid_argument);
   wrong = options();
   wrong.aio.queue_depth = 0;
-  EXPECT_THROW(FileSwapper{wrong}, std::invalid_argument);
+  EXPECT_THROW(FileTransfer{wrong}, std::invalid_argument);
 }
 
 }  // namespace

@@ -12,21 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ext._adamw_groups import (
-    as_lists,
-    asks_for_state_only,
-    check_foreach,
-    check_group,
-    early_bytes_of,
-    foreign_of,
-    hyper,
-    labelled_parameters,
-    merged,
-    others_of,
-    paired,
-    read_change,
-    read_entry,
-)
 from torch_ext._checks import (
     Directories,
     directories_of,
@@ -37,19 +22,37 @@ from torch_ext._checks import (
     state_format_of,
     update_on_of,
 )
-from torch_ext._local import (
+from torch_ext._modes import plain_modes
+from torch_ext._native import _C
+from torch_ext._quiet import undisturbed
+from torch_ext.config import AioConfig, parse_size, resolve_aio_config
+from torch_ext.optim._adamw_groups import (
+    as_lists,
+    asks_for_state_only,
+    check_foreach,
+    check_group,
+    early_bytes_of,
+    hyper,
+    merged,
+    read_change,
+    read_entry,
+)
+from torch_ext.optim._base import OffloadedBase
+from torch_ext.optim._dtensor import (
     check_parameter,
     first_element,
     is_distributed,
     like_parameter,
     local_of,
 )
-from torch_ext._modes import plain_modes
-from torch_ext._native import _C
-from torch_ext._offload import OffloadedBase
-from torch_ext._overlap import Overlap, TakenGradient, is_nested, overlap_of, with_gradient
-from torch_ext._undisturbed import undisturbed
-from torch_ext.config import AioConfig, parse_size, resolve_aio_config
+from torch_ext.optim._overlap import (
+    Overlap,
+    TakenGradient,
+    is_nested,
+    overlap_of,
+    with_gradient,
+)
+from torch_ext.optim._state_dict import foreign_of, labelled_parameters, others_of, paired
 
 _logger = logging.getLogger("torch_ext")
 
@@ -226,8 +229,8 @@ class OffloadedAdamW(OffloadedBase):
         if overlap and not self._takes:
             params = as_lists(params)
             early_bytes = min(early_bytes_of(params), 2**63)
-        self._begin(
-            _C.AdamWEngine(
+        self._start(
+            _C.AdamWOffload(
                 directories_of(nvme_path, "nvme_path"),
                 resolve_aio_config(aio, stacklevel=3),
                 parse_size(host_memory),
@@ -240,7 +243,7 @@ class OffloadedAdamW(OffloadedBase):
                 state_dict_mode_of(state_dict_mode),
             )
         )
-        self._backward = _C.BackwardStep(self._engine, self._takes)
+        self._backward = _C.BackwardStep(self._offload, self._takes)
         self._overlap: Overlap | None = None
         if self._takes or early_bytes:
             self._overlap = Overlap(self._on_gradient, self._backward)
@@ -253,7 +256,7 @@ class OffloadedAdamW(OffloadedBase):
         if parameter.requires_grad:
             check_parameter(parameter)
         part, first = local_of(parameter), first_element(parameter)
-        return self._engine.add(part, parameter.requires_grad, first)
+        return self._offload.add(part, parameter.requires_grad, first)
 
     def _watch(self, parameters: list[Tensor]) -> None:
         if self._overlap is not None:
@@ -315,7 +318,7 @@ class OffloadedAdamW(OffloadedBase):
         if self._has_no_state() and self._is_between_steps() and asks_for_state_only(trained):
             parameters = [p for _, group in trained for p in group]
             with self._naming(parameters, self._check_part):
-                self._engine.init([self._own_part(p) for p in parameters])
+                self._offload.init([self._own_part(p) for p in parameters])
         elif self._takes:
             parameters, complaint = self._finish(trained)
         else:
@@ -325,12 +328,12 @@ class OffloadedAdamW(OffloadedBase):
                 for group, own in trained
             ]
             with self._naming(parameters, self._check_trained):
-                self._engine.step(groups)
+                self._offload.step(groups)
         self._log_notes()
         self._state.retire(parameters)
         for p in parameters:
             if is_distributed(p) and not self._takes:
-                # The engine has told autograd only that the shard has changed.
+                # The offload has told autograd only that the shard has changed.
                 torch.autograd.graph.increment_version(p)
         if complaint:
             raise RuntimeError(complaint)
@@ -347,7 +350,7 @@ class OffloadedAdamW(OffloadedBase):
         by_slot = {self._slot_of(p): p for p in parameters}
         stepped = [p for p in by_slot.values() if self._has_state(p)]
         with self._naming(stepped, self._check_part):
-            saved = self._engine.save([self._own_part(p) for p in stepped])
+            saved = self._offload.save([self._own_part(p) for p in stepped])
         states = {}
         for slot, step, tensors in saved:
             parameter = by_slot[slot]
@@ -377,9 +380,9 @@ class OffloadedAdamW(OffloadedBase):
                     entries.append((p, read_entry(f"parameter {key!r}, {label}", p, own)))
         try:
             with self._naming([p for p, _ in entries], self._check_part):
-                self._engine.load([(*self._own_part(p), *entry) for p, entry in entries])
+                self._offload.load([(*self._own_part(p), *entry) for p, entry in entries])
         except BaseException:
-            if not self._engine.in_step():
+            if not self._offload.in_step():
                 self._release(self._backward.reset())
             raise
         self._release(self._backward.reset())
@@ -388,7 +391,7 @@ class OffloadedAdamW(OffloadedBase):
         self._let_go()
 
     def _check_trained(self, parameter: Tensor) -> None:
-        self._engine.check(*self._own_part(parameter), self._own_gradient(parameter))
+        self._offload.check(*self._own_part(parameter), self._own_gradient(parameter))
 
     def _on_gradient(self, parameter: Tensor) -> None:
         """Takes a gradient, or starts to copy it to the host. Called by hooks."""
@@ -397,7 +400,7 @@ class OffloadedAdamW(OffloadedBase):
         if slot is None or not self._backward.wants(slot, parameter, gradient, is_nested):
             return
         if not self._takes:
-            self._engine.prefetch(slot, local_of(parameter), gradient)
+            self._offload.prefetch(slot, local_of(parameter), gradient)
             return
         self._begin()
         if (number := self._backward.group_of(slot)) is not None:
@@ -468,7 +471,7 @@ class OffloadedAdamW(OffloadedBase):
         return [[known[p] for p in g["params"] if p in known] for g in self.param_groups]
 
     def _has_no_state(self) -> bool:
-        return not any(map(self._engine.has_state, self._slots.values()))
+        return not any(map(self._offload.has_state, self._slots.values()))
 
     # optimizer.state -------------------------------------------------------------------
 
@@ -476,7 +479,7 @@ class OffloadedAdamW(OffloadedBase):
         return not self._backward.is_open()
 
     def _shown_state(self, parameter: Tensor) -> dict[str, int | None]:
-        shown: dict[str, int | None] = {"step": self._engine.step_of(self._slots[parameter])}
+        shown: dict[str, int | None] = {"step": self._offload.step_of(self._slots[parameter])}
         shown |= {"exp_avg": None, "exp_avg_sq": None}
         if parameter.dtype != torch.float32:
             shown["master_param"] = None
@@ -490,7 +493,7 @@ class OffloadedAdamW(OffloadedBase):
     def _read_state(self, parameter: Tensor, name: str) -> Tensor:
         self._life.check()
         slot, part = self._own_part(parameter)
-        return self._engine.read(slot, part, _TENSORS.index(name)).to(part.device)
+        return self._offload.read(slot, part, _TENSORS.index(name)).to(part.device)
 
     def _like(self, parameter: Tensor, local: Tensor) -> Tensor:
         return like_parameter(local, parameter)
@@ -504,15 +507,15 @@ class OffloadedAdamW(OffloadedBase):
         for parameter, entry in changes:
             label = labels.get(parameter) or self._label_of(parameter)
             slot, part = self._own_part(parameter)
-            step = self._engine.step_of(slot) if self._has_state(parameter) else None
+            step = self._offload.step_of(slot) if self._has_state(parameter) else None
             whole = self._own_names(parameter) - entry.keys() <= {"step", "master_param"}
-            if step is not None and whole and not self._engine.fits(slot, part):
+            if step is not None and whole and not self._offload.fits(slot, part):
                 # Rows were cut off the parameter and off its state.
                 outgrown.append(slot)
                 entry, step = {"step": step} | entry, None
             read.append((slot, part, *read_change(label, parameter, entry, step)))
-        self._engine.forget(outgrown)
-        self._engine.change(read)
+        self._offload.forget(outgrown)
+        self._offload.change(read)
 
 
 def _hyper_or_none(group: dict[str, Any]) -> _C.AdamWHyper | None:

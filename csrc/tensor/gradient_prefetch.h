@@ -19,8 +19,8 @@
 #include <utility>
 #include <vector>
 
+#include "copy_stream.h"
 #include "dense_tensor.h"
-#include "device_lane.h"
 #include "torch_ext/base/align.h"
 
 namespace torch_ext {
@@ -62,7 +62,7 @@ inline at::Tensor sums_of_bits(const at::Tensor& flat) {
 /// made. Gradients are not kept alive. On the device, the sums of a copy take
 /// 16 MiB for a moment. Errors: StateError with what a device says. Threads:
 /// any.
-class EarlyGradients {
+class GradientPrefetch {
  public:
   /// A gradient whose elements lie in memory as its parameter's do.
   struct Wanted {
@@ -84,7 +84,7 @@ class EarlyGradients {
 
   /// Queues a copy into `memory`, which is the same in each call. It comes
   /// after what the calling thread has queued so far on the gradient's device.
-  void bring(const Wanted& wanted, DeviceLane& lane,
+  void bring(const Wanted& wanted, CopyStream& stream,
              std::span<std::byte> memory) {
     const at::Tensor& gradient = wanted.gradient;
     if (gradient.is_inference() || gradient.is_neg() || gradient.numel() == 0) {
@@ -103,13 +103,13 @@ class EarlyGradients {
     }
     copy.bytes = bytes;
     const at::Tensor flat = storage_view(gradient, 0, count);
-    lane.after(*lane.now());
-    lane.queue([&] {
+    stream.after(*stream.now());
+    stream.queue([&] {
       host_view(copy.memory.data(), count, flat.scalar_type())
           .copy_(flat, /*non_blocking=*/true);
-      lane.uses(flat);
+      stream.uses(flat);
     });
-    lane.guarded([&] { copy.sums = sums_of_bits(flat); });
+    stream.guarded([&] { copy.sums = sums_of_bits(flat); });
     copy.offset = gradient.storage_offset();
     copy.dtype = gradient.scalar_type();
     copy.version = version_of(gradient);
@@ -117,8 +117,8 @@ class EarlyGradients {
   }
 
   /// Returns where each gradient's copy is, or null. A copy is handed out once.
-  /// It is made when work that is queued next on its lane is done. Returns when
-  /// the work is done that made the gradients.
+  /// It is made when work that is queued next on its stream is done. Returns
+  /// when the work is done that made the gradients.
   std::vector<std::byte*> claim(const std::vector<Wanted>& all) {
     const c10::NoGradGuard no_grad;
     const std::lock_guard lock(mutex_);

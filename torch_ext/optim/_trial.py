@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ext._elementwise import (
+from torch_ext._modes import on_the_cpu, plain_modes
+from torch_ext.optim._pieces import (
     CARRIED,
     Kept,
     Piece,
@@ -33,8 +34,7 @@ from torch_ext._elementwise import (
     check_state_keys,
     options_of,
 )
-from torch_ext._modes import on_the_cpu, plain_modes
-from torch_ext._values import bits, copied, described, differing, same
+from torch_ext.optim._values import bits, copied, described, differing, same
 
 _STEPS = 12  # Some classes change their ways after 5 or 10.
 #: How large gradients and parameters are in each step, and by what the given rates are
@@ -166,7 +166,7 @@ class _Parameter:
         self.values = values.flatten().clone()
         self.gradient: Tensor | None = None
         n = self.values.numel()
-        # The engine also cuts at multiples of it.
+        # The offload also cuts at multiples of it.
         places = [*range(0, min(n, 3 * _CUT), _CUT), *range(32 * _CUT, n, 32 * _CUT), n]
         self.cuts = [(first, end - first) for first, end in itertools.pairwise(places)]
         #: The states of the pieces. None before the first step.
@@ -186,7 +186,7 @@ class _Parameter:
             gradient = None if self.gradient is None else self.gradient.narrow(0, first, n)
             state = None
             if self.states:
-                # Each by itself, as the engine keeps them.
+                # Each by itself, as the offload keeps them.
                 state = {name: copied(value) for name, value in self.states[i].items()}
             made.append(Piece(self.values.narrow(0, first, n), gradient, state))
         return made
@@ -336,7 +336,7 @@ class _Trial:
         check_state_keys(self._native, whole)
 
     def _run_pieces(self, i: int, method: str) -> None:
-        """Runs one group's pieces, in batches such as the engine makes."""
+        """Runs one group's pieces, in batches such as the offload makes."""
         from_start = self._from_start[i]
         chosen = []
         for parameter in self._parameters[i]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_ext._modes import on_the_cpu, plain_modes
-from torch_ext._values import copied, described, differing
+from torch_ext.optim._values import copied, described, differing
 
 State = dict[str, Any]
 

@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "adamw_kernel.h"
-#include "early_gradients.h"
+#include "gradient_prefetch.h"
 #include "plain_modes.h"
 #include "state_checks.h"
 #include "tensor_offload.h"
@@ -27,7 +27,7 @@ namespace torch_ext {
 /// AdamW for tensors, with its state in an OptimizerOffload. The Python and the
 /// C++ optimizer share it. It keeps no tensor. Errors and threads: as
 /// TensorOffload.
-class AdamWEngine final : public TensorOffload {
+class AdamWOffload final : public TensorOffload {
  public:
   struct Trained {
     Parameter parameter;
@@ -42,12 +42,12 @@ class AdamWEngine final : public TensorOffload {
   /// formats that are not exact. `early_bytes`: the bytes of gradients on
   /// devices that prefetch() shall have room for. At most a quarter of the host
   /// memory is for them, and nothing if that is below 1 MiB.
-  explicit AdamWEngine(const OptimizerOffloadOptions& options,
-                       StateFormat format = StateFormat::kExact,
-                       std::uint64_t seed = 0,
-                       UpdateOn update_on = UpdateOn::kCpu,
-                       std::uint64_t early_bytes = 0,
-                       StateDictMode mode = StateDictMode::kTensors)
+  explicit AdamWOffload(const TileOptions& options,
+                        StateFormat format = StateFormat::kExact,
+                        std::uint64_t seed = 0,
+                        UpdateOn update_on = UpdateOn::kCpu,
+                        std::uint64_t early_bytes = 0,
+                        StateDictMode mode = StateDictMode::kTensors)
       : TensorOffload(
             with_scratch(options,
                          scratch_bytes_for(options.host_memory) +
@@ -72,10 +72,10 @@ class AdamWEngine final : public TensorOffload {
     }
   }
 
-  ~AdamWEngine() override {
+  ~AdamWOffload() override {
     if (open_ == nullptr) return;
     try {
-      offload().abandon_step();  // Its thread uses the lanes.
+      offload().abandon_step();  // Its thread uses the streams.
     } catch (...) {
       // A destructor has nobody to tell.
     }
@@ -85,7 +85,7 @@ class AdamWEngine final : public TensorOffload {
   void step(const std::vector<Group>& groups) {
     const PlainModes plain;
     AdamWKernel kernel(
-        format_, seed(), [this] { return scratch(); }, lanes_, update_on_);
+        format_, seed(), [this] { return scratch(); }, streams_, update_on_);
     for (const Group& group : groups) {
       for (const auto& [parameter, gradient] : group.trained) {
         check(parameter, gradient);
@@ -100,7 +100,7 @@ class AdamWEngine final : public TensorOffload {
         numbers.push_back(add_target(kernel, trained, std::move(target)));
       }
     }
-    lanes_.around([&] { offload().step(numbers, kernel); });
+    streams_.around([&] { offload().step(numbers, kernel); });
   }
 
   /// Takes a gradient on a device that may be final. Queues its copy to the
@@ -115,9 +115,9 @@ class AdamWEngine final : public TensorOffload {
         !may_be_early(trained)) {
       return;
     }
-    DeviceLane* const lane = lane_of(parameter);
-    if (lane->device()->is_captured()) return;
-    early_.bring(early_of(trained), *lane,
+    CopyStream* const stream = stream_of(parameter);
+    if (stream->device()->is_captured()) return;
+    early_.bring(early_of(trained), *stream,
                  offload().scratch().subspan(scratch_bytes_, early_bytes_));
   }
 
@@ -129,11 +129,11 @@ class AdamWEngine final : public TensorOffload {
   void take(const AdamWHyper& hyper, const Trained& trained) {
     const PlainModes plain;
     check(trained.parameter, trained.gradient);
-    lane_of(trained.parameter.tensor);  // For the thread that begins now.
+    stream_of(trained.parameter.tensor);  // For the thread that begins now.
     begin_open_step();
     AdamWKernel::Target target = target_of(trained, open_->kept(hyper));
-    if (target.lane != nullptr) {
-      target.own_ready = target.lane->now();
+    if (target.stream != nullptr) {
+      target.own_ready = target.stream->now();
       target.ready = target.own_ready.get();
     }
     offload().release(add_target(open_->kernel, trained, std::move(target)));
@@ -145,7 +145,7 @@ class AdamWEngine final : public TensorOffload {
     begin_open_step();
     const std::unique_ptr<OpenStep> step = std::move(open_);
     step->kernel.use_threads(static_cast<std::size_t>(at::get_num_threads()));
-    lanes_.around([&] { offload().end_step(); });
+    streams_.around([&] { offload().end_step(); });
   }
 
   /// Whether take() has begun a step that has not ended.
@@ -174,7 +174,7 @@ class AdamWEngine final : public TensorOffload {
     closed_ = true;
     std::exception_ptr error;
     try {
-      lanes_.settle();
+      streams_.settle();
     } catch (...) {
       error = std::current_exception();
     }
@@ -201,7 +201,7 @@ class AdamWEngine final : public TensorOffload {
     if (open_ != nullptr) return;
     std::unique_ptr<OpenStep> step(
         new OpenStep{.kernel = {format_, seed(), [this] { return scratch(); },
-                                lanes_, update_on_}});
+                                streams_, update_on_}});
     // The other threads belong to backward, which goes on meanwhile. More
     // threads than cores wait for one another.
     step->kernel.use_threads(1);
@@ -219,8 +219,8 @@ class AdamWEngine final : public TensorOffload {
         .gradient = OrderedReader(trained.gradient, tensor.strides()),
         .hyper = &hyper,
         .first = first_element(trained.parameter.slot),
-        .lane = lane_of(tensor)};
-    if (target.lane != nullptr) target.ready = &target.lane->ready();
+        .stream = stream_of(tensor)};
+    if (target.stream != nullptr) target.ready = &target.stream->ready();
     return target;
   }
 
@@ -246,7 +246,7 @@ class AdamWEngine final : public TensorOffload {
            same_order(gradient.sizes(), gradient.strides(), tensor.strides());
   }
 
-  EarlyGradients::Wanted early_of(const Trained& trained) const {
+  GradientPrefetch::Wanted early_of(const Trained& trained) const {
     return {trained.parameter.slot, trained.gradient};
   }
 
@@ -255,13 +255,14 @@ class AdamWEngine final : public TensorOffload {
   std::vector<std::byte*> claim_early(const std::vector<Group>& groups) {
     std::vector<std::byte*> found;
     if (early_bytes_ == 0) return found;
-    std::vector<EarlyGradients::Wanted> wanted;
+    std::vector<GradientPrefetch::Wanted> wanted;
     std::vector<std::size_t> places;
     for (const Group& group : groups) {
       for (const Trained& trained : group.trained) {
-        // During a capture nothing can be waited for. lanes_.around() says so.
+        // During a capture nothing can be waited for. streams_.around() says
+        // so.
         if (!trained.gradient.is_cpu() && may_be_early(trained) &&
-            !lane_of(trained.parameter.tensor)->device()->is_captured()) {
+            !stream_of(trained.parameter.tensor)->device()->is_captured()) {
           wanted.push_back(early_of(trained));
           places.push_back(found.size());
         }
@@ -331,8 +332,7 @@ class AdamWEngine final : public TensorOffload {
     return wanted > most ? most : align_up(wanted, page_size());
   }
 
-  static OptimizerOffloadOptions with_scratch(OptimizerOffloadOptions options,
-                                              std::uint64_t bytes) {
+  static TileOptions with_scratch(TileOptions options, std::uint64_t bytes) {
     options.scratch_bytes = bytes;
     return options;
   }
@@ -344,22 +344,22 @@ class AdamWEngine final : public TensorOffload {
 
   MakeScratch make_scratch() override {
     return [this] {
-      lanes_.make_way_for(nullptr);
+      streams_.make_way_for(nullptr);
       return scratch();
     };
   }
 
-  /// The lane of the tensor's device. Null for the CPU.
-  DeviceLane* lane_of(const at::Tensor& tensor) {
+  /// The stream of the tensor's device. Null for the CPU.
+  CopyStream* stream_of(const at::Tensor& tensor) {
     if (tensor.is_cpu()) return nullptr;
-    if (DeviceLane* known = lanes_.find(tensor)) return known;
-    DeviceLane* const lane = lanes_.add(tensor.device());
+    if (CopyStream* known = streams_.find(tensor)) return known;
+    CopyStream* const stream = streams_.add(tensor.device());
     if (update_on_ == UpdateOn::kCpu) {
-      offload().pin_scratch(lane->device());
+      offload().pin_scratch(stream->device());
     } else {
-      offload().pin_tiles(lane->device());
+      offload().pin_tiles(stream->device());
     }
-    return lane;
+    return stream;
   }
 
   const StateFormat format_;
@@ -369,9 +369,9 @@ class AdamWEngine final : public TensorOffload {
   const std::uint64_t early_bytes_;
   std::array<Layout, 3> layouts_;   // By MasterFormat.
   std::unique_ptr<OpenStep> open_;  // The offload's thread uses it.
-  EarlyGradients early_;
+  GradientPrefetch early_;
   bool closed_ = false;
-  DeviceLanes lanes_;  // After what they copy to and from.
+  CopyStreams streams_;  // After what they copy to and from.
 };
 
 }  // namespace torch_ext

@@ -1,0 +1,6 @@
+"""Optimizers whose state lives on NVMe."""
+
+from torch_ext.optim.adamw import OffloadedAdamW
+from torch_ext.optim.generic import OffloadedOptimizer
+
+__all__ = ["OffloadedAdamW", "OffloadedOptimizer"]
