@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch_ext.handle import aio_handle, gds_handle
     from torch_ext.jit import load
     from torch_ext.optim import OffloadedAdamW, OffloadedOptimizer
-    from torch_ext.swap import SwapTicket, TensorSwapper
+    from torch_ext.swap import SwapTicket, TensorSwapper, TensorTicket
 
 __version__ = "0.1.0"
 
@@ -37,6 +37,7 @@ _MODULE_OF = {
     "OffloadedOptimizer": "optim",
     "SwapTicket": "swap",
     "TensorSwapper": "swap",
+    "TensorTicket": "swap",
     "aio_handle": "handle",
     "gds_handle": "handle",
     "get_aio_config": "config",
@@ -52,6 +53,7 @@ __all__ = [
     "OffloadedOptimizer",
     "SwapTicket",
     "TensorSwapper",
+    "TensorTicket",
     "__version__",
     "aio_handle",
     "cmake_prefix_path",

@@ -15,7 +15,9 @@ from torch_ext._native import _C
 from torch_ext.config import AioConfig, parse_size, resolve_aio_config
 
 #: swap_out() and swap_in() return this. See TensorSwapper.
-SwapTicket = _C.SwapTicket
+TensorTicket = _C.TensorTicket
+#: The former name, for one release.
+SwapTicket = TensorTicket
 
 
 class TensorSwapper(Closable):
@@ -83,7 +85,7 @@ class TensorSwapper(Closable):
         )
         self._own(self._swapper, "swapper")
 
-    def swap_out(self, key: str, tensor: torch.Tensor) -> SwapTicket:
+    def swap_out(self, key: str, tensor: torch.Tensor) -> TensorTicket:
         """Stores the tensor's elements under ``key``. Returns a ticket at once.
 
         The tensor may have any dtype and shape. A view stores exactly its elements. A
@@ -110,7 +112,7 @@ class TensorSwapper(Closable):
         device: torch.device | str | int | None = None,
         *,
         prefetch: bool = False,
-    ) -> SwapTicket:
+    ) -> TensorTicket:
         """Brings the key's tensor back. Returns a ticket at once.
 
         Args:

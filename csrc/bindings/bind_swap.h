@@ -122,7 +122,7 @@ py::object result_of(const TensorTicket& ticket, const py::object& timeout) {
 
 void bind_ticket(py::module_& m) {
   py::class_<TensorTicket>(
-      m, "SwapTicket", py::module_local(),
+      m, "TensorTicket", py::module_local(),
       "An operation of a TensorSwapper, which goes on whether it is waited for "
       "or not.\n\nWaits raise what the operation met (OSError and others), "
       "TimeoutError after\n``timeout`` seconds (None: never), and "
