@@ -81,6 +81,7 @@ void bind_backward_step(py::module_& m) {
           },
           py::arg("groups"), py::arg("trained"), release_gil())
       .def("group_of", &BackwardStep::group_of, py::arg("slot"))
+      .def("group_or", &BackwardStep::group_or, py::arg("slot"), py::arg("now"))
       .def("fix", &BackwardStep::fix, py::arg("group"), py::arg("options"))
       .def(
           "take",

@@ -129,6 +129,13 @@ class AdamWOffload final : public TensorOffload {
   void take(const AdamWHyper& hyper, const Trained& trained) {
     const PlainModes plain;
     check(trained.parameter, trained.gradient);
+    if (open_ != nullptr && !has_state(trained.parameter.slot) &&
+        is_defined_otherwise(trained.parameter)) {
+      fail<StateError>(name(),
+                       "a parameter was given other sizes or another dtype "
+                       "between backward() and step(): zero_grad() drops its "
+                       "gradient, step() then ends the step");
+    }
     stream_of(trained.parameter.tensor);  // For the thread that begins now.
     begin_open_step();
     AdamWKernel::Target target = target_of(trained, open_->kept(hyper));

@@ -100,6 +100,7 @@ class BackwardStep {
     std::reverse(trained.begin(), trained.end());
     if (!trained.empty()) offload_.make_room(trained);
     groups_ = groups_of(groups);
+    begun_groups_ = groups.size();
     options_.clear();
   }
 
@@ -111,10 +112,21 @@ class BackwardStep {
     return found->second;
   }
 
+  /// As group_of(). For a parameter that joined later, `now` is its group now,
+  /// which gets a number of its own.
+  std::size_t group_or(std::size_t slot, std::size_t now) const {
+    return group_of(slot).value_or(begun_groups_ + now);
+  }
+
   /// Fixes a group's options for the rest of the step, unless that is done.
-  /// `options()` returns them.
-  void fix(std::size_t group, const std::function<AdamWHyper()>& options) {
-    if (!options_.contains(group)) options_.emplace(group, options());
+  /// `options()` returns them as they are now, or nothing if the parameter is
+  /// in no group any more. Returns whether they are fixed.
+  bool fix(std::size_t group,
+           const std::function<std::optional<AdamWHyper>()>& options) {
+    if (options_.contains(group)) return true;
+    const std::optional<AdamWHyper> found = options();
+    if (found) options_.emplace(group, *found);
+    return found.has_value();
   }
 
   /// Takes a gradient of a group whose options are fixed. For a DTensor,
@@ -245,7 +257,9 @@ class BackwardStep {
 
   AdamWOffload& offload_;
   const bool takes_;
-  std::map<std::size_t, std::size_t> groups_;  // The group of each slot.
+  // The group of each slot, and how many groups there were, at begin().
+  std::map<std::size_t, std::size_t> groups_;
+  std::size_t begun_groups_ = 0;
   std::map<std::size_t, AdamWHyper> options_;  // What fix() kept, by group.
   std::map<std::size_t, Taken> taken_;         // By slot.
   int pass_ = -1;            // In which the last gradient came.

@@ -347,12 +347,21 @@ class OffloadedAdamW::Impl {
     backward_.begin(slots_of_groups(), fresh);
   }
 
-  void fix(std::size_t group) {
-    backward_.fix(group, [&] { return hyper_of(param_groups()[group]); });
+  // Fixes the options of the parameter's group, which may have another place by
+  // now.
+  bool fix(std::size_t group, const at::Tensor& parameter) {
+    return backward_.fix(group, [&]() -> std::optional<AdamWHyper> {
+      for (const auto& each : param_groups()) {
+        for (const at::Tensor& one : each.params()) {
+          if (one.is_same(parameter)) return hyper_of(each);
+        }
+      }
+      return {};
+    });
   }
 
   void take(std::size_t group, const at::Tensor& parameter) {
-    fix(group);
+    if (!fix(group, parameter)) return;  // It is in no group any more.
     backward_.take(group, checked(parameter), parameter);
     mark_as_taken(parameter);
   }
@@ -372,7 +381,10 @@ class OffloadedAdamW::Impl {
       }
     }
     if (!left.empty()) begin_taking();
-    for (const auto& [group, parameter] : left) fix(group);
+    for (auto& [group, parameter] : left) {
+      group = backward_.group_or(entry_of(parameter).slot, group);
+      fix(group, parameter);
+    }
     for (const auto& [group, parameter] : left) take(group, parameter);
     std::vector<std::optional<AdamWHyper>> options;
     for (const auto& group : param_groups()) {

@@ -87,8 +87,9 @@ class PieceOffload final : public TensorOffload {
       const at::Tensor& tensor = target.parameter.tensor;
       if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
     }
+    kernel.update_empty();
     offload().step(numbers, kernel);
-    kernel.finish();
+    kernel.write_back();
   }
 
   /// Counts the memory that pieces take too.
@@ -154,18 +155,22 @@ class PieceOffload final : public TensorOffload {
       end_tile();
     }
 
-    /// Does what is left when all tiles have been visited.
-    void finish() {
+    /// Calls the class for parameters without elements, as for others. It is
+    /// first, so that an error of the class finds all as it was.
+    void update_empty() {
       const c10::NoGradGuard no_grad;
       for (const auto& [slot, work] : works_) {
+        if (targets_[work.target].parameter.tensor.numel() > 0) continue;
+        const StateSegment none{.parameter = slot};
+        batch_.push_back({&work, &none, 0, 0});
+        end_tile();
+      }
+    }
+
+    /// Writes to gradients of which the readers have had copies.
+    void write_back() const {
+      for (const auto& [slot, work] : works_) {
         const Target& target = targets_[work.target];
-        if (target.parameter.tensor.numel() == 0) {
-          // The class is called for it as for others.
-          const StateSegment none{.parameter = slot};
-          batch_.push_back({&work, &none, 0, 0});
-          end_tile();
-        }
-        // The reader has had a copy of it.
         const at::Tensor& source = work.gradient.source();
         if (target.writes_gradient && source.defined() &&
             !source.is_alias_of(target.gradient)) {
@@ -207,11 +212,25 @@ class PieceOffload final : public TensorOffload {
     void run() {
       std::vector<Piece> pieces;
       for (Part& part : batch_) pieces.push_back(piece_of(part));
-      update_(pieces);
+      try {
+        update_(pieces);
+      } catch (...) {
+        // A traceback keeps them longer than the tile's memory.
+        for (const Piece& piece : pieces) {
+          for (const at::Tensor& field : piece.fields) own(field);
+        }
+        throw;
+      }
       for (std::size_t i = 0; i < batch_.size(); ++i) {
         put_back(batch_[i], pieces[i]);
       }
       batch_.clear();
+    }
+
+    /// Gives a tensor, and all that share its storage, memory of their own.
+    static void own(const at::Tensor& tensor) {
+      const at::Tensor copy = tensor.clone();
+      tensor.storage().set_data_ptr(copy.storage().set_data_ptr({}));
     }
 
     const StateLayout& layout_of(const Part& part) const {

@@ -13,6 +13,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <cstddef>
@@ -300,6 +301,13 @@ class TensorOffload {
   /// Gives the scratch of a call that saves or loads.
   virtual MakeScratch make_scratch() = 0;
 
+  /// Whether a parameter has been defined for other dtype, sizes or fields.
+  bool is_defined_otherwise(const Parameter& parameter) const {
+    const Slot& slot = slots_.at(parameter.slot);
+    return slot.layout != nullptr &&
+           !is_defined_as(slot, parameter, *wanted_layout(parameter));
+  }
+
   /// As expect(), for a parameter that has been checked.
   std::size_t number_of(const Parameter& parameter) {
     if (!has_state(parameter.slot)) define(parameter);
@@ -326,14 +334,18 @@ class TensorOffload {
     std::uint64_t first = 0;
   };
 
+  static bool is_defined_as(const Slot& slot, const Parameter& parameter,
+                            const StateLayout& layout) {
+    const at::Tensor& tensor = parameter.tensor;
+    return *slot.layout == layout && slot.dtype == tensor.scalar_type() &&
+           tensor.sizes() == at::IntArrayRef(slot.sizes);
+  }
+
   void define(const Parameter& parameter) {
     Layout layout = wanted_layout(parameter);
     Slot& slot = slots_.at(parameter.slot);
     const at::Tensor& tensor = parameter.tensor;
-    const bool same = slot.layout != nullptr && *slot.layout == *layout &&
-                      slot.dtype == tensor.scalar_type() &&
-                      tensor.sizes() == at::IntArrayRef(slot.sizes);
-    if (!same) {
+    if (slot.layout == nullptr || !is_defined_as(slot, parameter, *layout)) {
       offload_.redefine_parameter(parameter.slot,
                                   static_cast<std::uint64_t>(tensor.numel()),
                                   layout->in_tiles());
@@ -348,6 +360,7 @@ class TensorOffload {
   void check_given(const Saved& given, bool partly) const {
     const Layout of_slot = slots_.at(given.parameter.slot).layout;
     const Layout layout = partly ? of_slot : wanted_layout(given.parameter);
+    layout->in_tiles();  // Throws before anything has changed.
     for (std::size_t i = 0; i < layout->tensors(); ++i) {
       const bool there = i < given.tensors.size() && given.tensors[i].defined();
       if (!there && (partly || layout->is_master(i))) continue;
@@ -376,12 +389,22 @@ class TensorOffload {
     std::uint64_t first = 0;
     do {
       const std::uint64_t count = std::min(memory.chunk(), total - first);
-      reader.copy_as_float(memory.state(), memory.staging(), first, count);
-      const at::Tensor values = host_view(memory.state(), count, at::kFloat);
+      // Whoever is called may keep it.
+      const at::Tensor values = at::empty({static_cast<std::int64_t>(count)},
+                                          host_options(at::kFloat));
+      reader.copy_as_float(values.mutable_data_ptr<float>(), memory.staging(),
+                           first, count);
       std::vector<at::Tensor> made = first_state(parameter, values);
       if (layout.has_master()) made.push_back(values);
       for (std::size_t i = 0; i < layout.tensors(); ++i) {
         const at::Tensor& part = made.at(i);
+        if (part.scalar_type() != layout.dtype(i) ||
+            part.numel() != values.numel()) {
+          fail<StateError>(name_, "the first state ", layout.name(i), " has ",
+                           part.numel(), " elements of dtype ",
+                           part.scalar_type(), " for ", count,
+                           " of the parameter, unlike in the trial");
+        }
         snapshot.write(slot, i, first,
                        {static_cast<const std::byte*>(part.const_data_ptr()),
                         part.nbytes()});

@@ -416,3 +416,120 @@ def test_it_cannot_be_copied_or_pickled(make):
     for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="state_dict"):
             attempt(optimizer)
+
+
+class Counting(torch.optim.Optimizer):
+    """Adds gradients up. It fails where it is told to, and may keep several sums."""
+
+    fails_for = None
+
+    def __init__(self, params, lr=0.1, sums=1):
+        super().__init__(params, {"lr": lr, "sums": sums})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if Counting.fails_for is not None and Counting.fails_for(p):
+                    raise ArithmeticError("told to fail")
+                state = self.state[p]
+                for i in range(group["sums"]):
+                    state.setdefault(f"sum{i}", torch.zeros_like(p)).add_(p.grad)
+                state["count"] = state.get("count", 0) + 1
+                p.sub_(state["sum0"], alpha=group["lr"])
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first step", "second step"])
+def test_an_error_about_a_parameter_without_elements_finds_all_as_it_was(
+    make, monkeypatch, first
+):
+    ours = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(0))]
+    theirs = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(0))]
+    offloaded, in_memory = make(Counting, ours), Counting(theirs)
+    for p in (*ours, *theirs):
+        p.grad = torch.ones_like(p)
+    if not first:
+        offloaded.step()
+        in_memory.step()
+    monkeypatch.setattr(Counting, "fails_for", lambda p: p.numel() == 0)
+    with pytest.raises(ArithmeticError, match="told to fail"):
+        offloaded.step()
+    monkeypatch.setattr(Counting, "fails_for", None)
+    assert len(offloaded.state_dict()["state"]) == (0 if first else 2)
+    for optimizer in (offloaded, in_memory):
+        optimizer.step()
+    assert equal(ours, theirs)
+    state = offloaded.state_dict()["state"]
+    assert torch.equal(state[0]["sum0"], in_memory.state[theirs[0]]["sum0"])
+    assert state[0]["count"] == in_memory.state[theirs[0]]["count"]
+
+
+def test_what_a_failed_class_held_can_be_read_after_close(make, monkeypatch):
+    p = torch.nn.Parameter(torch.zeros(100_000))
+    optimizer = make(Counting, [p])
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    monkeypatch.setattr(Counting, "fails_for", lambda p: True)
+    with pytest.raises(ArithmeticError) as raised:
+        optimizer.step()
+    optimizer.close()
+    held = []
+    traceback = raised.value.__traceback__
+    while traceback is not None:
+        batch = traceback.tb_frame.f_locals.get("batch")
+        if isinstance(batch, list) and batch and isinstance(batch[0], tuple):
+            held += [field for piece in batch for field in piece[3]]
+        traceback = traceback.tb_next
+    assert held
+    assert all(bool((field == 1).all()) for field in held)
+
+
+def test_a_refused_load_of_too_many_fields_leaves_the_state(make):
+    p = torch.nn.Parameter(torch.ones(30))
+    frozen = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16), requires_grad=False)
+    optimizer = make(Counting, [p, frozen], sums=5)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    smaller = {f"sum{i}": torch.zeros(20) for i in range(5)} | {"count": 1}
+    given = {f"sum{i}": torch.zeros(8) for i in range(5)} | {"count": 1}
+    whole = p.data
+    p.data = whole[:20]  # A load that went on would forget this one's state first.
+    with pytest.raises(ValueError, match="more than 5 fields"):
+        optimizer.load_state_dict({**saved, "state": {0: smaller, 1: given}})
+    p.data = whole
+    assert torch.equal(optimizer.state[p]["sum4"], torch.ones(30))
+
+
+class Prepared(torch.optim.Optimizer):
+    """Has state from the start, in another dtype where it is told to."""
+
+    dtype = torch.float32
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+        for group in self.param_groups:
+            for p in group["params"]:
+                dtype = Prepared.dtype if p.numel() > 4 else torch.float32
+                self.state[p]["sum"] = torch.full_like(p.detach(), 0.5, dtype=dtype)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p]["sum"].add_(p.grad)
+                    p.sub_(self.state[p]["sum"], alpha=group["lr"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_first_state_unlike_that_of_the_trial_is_an_error(make, monkeypatch, dtype):
+    p = torch.nn.Parameter(torch.zeros(50_000))
+    optimizer = make(Prepared, [p])
+    monkeypatch.setattr(Prepared, "dtype", dtype)
+    with pytest.raises(RuntimeError, match="first state sum has .* unlike in the trial"):
+        optimizer.state_dict()
+    monkeypatch.setattr(Prepared, "dtype", torch.float32)
+    assert torch.equal(optimizer.state_dict()["state"][0]["sum"], torch.full((50_000,), 0.5))

@@ -498,3 +498,47 @@ def test_gradients_that_ddp_changes_later_are_not_taken(nvme_dir, alone, overlap
             (model(batch(0)) ** 2).sum().backward()
             own.step()
     assert same_parameters(ours, theirs)
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["left to step", "in a hook"])
+def test_groups_that_move_up_keep_their_own_options(nvme_dir, hooked):
+    ps = [nn.Parameter(torch.ones(4)) for _ in range(3)]
+    groups = [{"params": [p], "lr": lr} for p, lr in zip(ps, (1.0, 0.5, 0.001), strict=True)]
+    optimizer = OffloadedAdamW(
+        groups,
+        weight_decay=0.0,
+        overlap_backward="update",
+        nvme_path=nvme_dir,
+        host_memory=SMALL,
+    )
+    ps[0].sum().backward()
+    optimizer.param_groups.pop(0)
+    if hooked:
+        ps[1].sum().backward()
+    else:
+        ps[1].grad = torch.ones(4)
+    with pytest.raises(RuntimeError, match="taken out of param_groups"):
+        optimizer.step()
+    assert torch.allclose(ps[0], torch.zeros(4), atol=1e-6)
+    assert torch.allclose(ps[1], torch.full((4,), 0.5))
+    assert torch.equal(ps[2], torch.ones(4))
+
+
+def test_a_parameter_resized_between_backward_and_step_is_named(nvme_dir):
+    ps = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    optimizer = OffloadedAdamW(
+        ps, overlap_backward="update", nvme_path=nvme_dir, host_memory=SMALL
+    )
+    ps[0].sum().backward()
+    ps[1].data = torch.ones(2)
+    ps[1].grad = torch.ones(2)
+    with pytest.raises(
+        RuntimeError, match=r"params'\]\[1\].*between backward\(\) and step\(\)"
+    ):
+        optimizer.step()
+    ps[1].grad = None
+    optimizer.step()
+    optimizer.zero_grad()
+    ps[1].grad = torch.ones(2)
+    optimizer.step()
+    assert [optimizer.state[p]["step"] for p in ps] == [1, 1]

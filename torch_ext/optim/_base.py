@@ -42,6 +42,15 @@ class OffloadedBase(Closable, torch.optim.Optimizer):
         self._own(offload, "optimizer")
 
     @property
+    def _engine(self) -> Any:
+        """The former name of ``_offload``, for programs that reach behind the class."""
+        return self._offload
+
+    @_engine.setter
+    def _engine(self, value: Any) -> None:
+        self._offload = value
+
+    @property
     def state(self) -> OptimizerState:
         """The state of each parameter, as in ``torch.optim``: one dict for each.
 
@@ -361,7 +370,9 @@ class OffloadedBase(Closable, torch.optim.Optimizer):
         """Lets go of parameters that are in no group and have no state."""
         if not self._is_between_steps():
             return
-        for gone in self._slots.keys() - set(self._parameters()):
+        # The last first: the numbers that are given again do not depend on the set's order.
+        left_out = self._slots.keys() - set(self._parameters())
+        for gone in sorted(left_out, key=self._slots.__getitem__, reverse=True):
             if not self._offload.has_state(self._slots[gone]):
                 self._unwatch(gone)
                 self._offload.remove(self._slots.pop(gone))

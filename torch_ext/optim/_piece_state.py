@@ -259,13 +259,17 @@ class PieceState:
                 raise PieceError("it writes to gradients, which it did not in the trial")
             self._store(work, piece.state, fields)
 
+    def _check_names(self, state: State, kept: Kept) -> None:
+        if state.keys() != kept.names.keys():
+            raise RuntimeError(
+                f"{self._optimizer.name} keeps {list(state)} but {list(kept.names)} in the "
+                f"trial"
+            )
+
     def _store(self, work: _Work, state: State, fields: list[Tensor]) -> None:
         """Takes a piece's state as the class has left it."""
         name = self._optimizer.name
-        if state.keys() != work.kept.names.keys():
-            raise RuntimeError(
-                f"{name} keeps {list(state)} but {list(work.kept.names)} in the trial"
-            )
+        self._check_names(state, work.kept)
         moved = []
         for key, values in zip(work.kept.fields, fields, strict=True):
             if state[key].dtype != values.dtype:
@@ -311,6 +315,7 @@ class PieceState:
         def first_state(part: tuple[int, Tensor]) -> list[Tensor]:
             slot, values = part
             state = self._optimizer.first_state(options_of[slot], values)
+            self._check_names(state, self._slots[slot].kept)
             fields = self._slots[slot].kept.fields
             numbers_of[slot] = {k: v for k, v in state.items() if k not in fields}
             return [state[name].detach() for name in fields]

@@ -418,15 +418,23 @@ class OffloadedAdamW(OffloadedBase):
 
     def _take(self, parameter: Tensor, number: int) -> None:
         """Hands over a gradient that is final, with the number of the parameter's group."""
+        if not self._fix(parameter, number):
+            return  # It is in no group any more.
         slot, part = self._own_part(parameter)
         gradient = self._own_gradient(parameter)
-        self._fix(number)
-        with self._naming([parameter], self._check_trained):
+        with self._naming([parameter]):
             self._backward.take(number, slot, part, gradient, parameter)
         Overlap.mark(parameter)
 
-    def _fix(self, number: int) -> None:
-        self._backward.fix(number, lambda: hyper(self.param_groups[number]))
+    def _fix(self, parameter: Tensor, number: int) -> bool:
+        """Fixes the options of the parameter's group, which may have another place by now."""
+
+        def options() -> Any:
+            holding = (g for g in self.param_groups if any(p is parameter for p in g["params"]))
+            group = next(holding, None)
+            return None if group is None else hyper(group)
+
+        return self._backward.fix(number, options)
 
     def _finish(
         self, trained: list[tuple[dict[str, Any], list[Tensor]]]
@@ -441,15 +449,16 @@ class OffloadedAdamW(OffloadedBase):
             is_mark = isinstance(p.grad, TakenGradient)
             if refusal := self._backward.refusal(self._slot_of(p), is_mark):
                 raise RuntimeError(f"{self._label_of(p)} {refusal}")
-        left = [(number, p) for number, (_, own) in enumerate(trained) for p in own]
-        for _, p in left:
+        found = [(now, p) for now, (_, own) in enumerate(trained) for p in own]
+        for _, p in found:
             with self._naming([p]):
                 self._check_trained(p)
-        if left:
+        if found:
             self._begin()
-        for number in dict(left):
-            self._fix(number)
-        for number, p in left:
+        left = [(p, self._backward.group_or(self._slot_of(p), now)) for now, p in found]
+        for p, number in left:
+            self._fix(p, number)
+        for p, number in left:
             self._take(p, number)
         taken = self._backward.taken()
         options = [_hyper_or_none(group) for group in self.param_groups]
