@@ -1,6 +1,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/ones_like.h>
 #include <ATen/ops/randn.h>
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -167,6 +168,32 @@ TEST_F(OverlapTest, AGroupKeepsTheOptionsThatItsFirstGradientFound) {
   expect_refused("options of param_groups[0] were changed",
                  [&] { optimizer->step(); });
   other.step();
+  EXPECT_TRUE(equal(ours, theirs));
+}
+
+TEST_F(OverlapTest, GroupsThatMoveUpKeepTheirOwnOptions) {
+  const Tensors ours = weights(), theirs = weights();
+  const auto make = [&](const Tensors& all, OverlapBackward overlap) {
+    std::vector<torch::optim::OptimizerParamGroup> groups;
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      groups.emplace_back(Tensors{all[i]},
+                          std::make_unique<OffloadedAdamWOptions>(
+                              1.0 / static_cast<double>(1 + i)));
+    }
+    return std::make_unique<OffloadedAdamW>(groups, OffloadedAdamWOptions(1e-2),
+                                            offload(overlap));
+  };
+  const auto updated = make(ours, OverlapBackward::kUpdate);
+  const auto other = make(theirs, OverlapBackward::kOff);
+  ours[0].square().sum().backward();
+  theirs[0].square().sum().backward();
+  updated->param_groups().erase(updated->param_groups().begin());
+  for (std::size_t i = 1; i < ours.size(); ++i) {
+    ours[i].mutable_grad() = at::ones_like(ours[i]);
+    theirs[i].mutable_grad() = at::ones_like(theirs[i]);
+  }
+  expect_refused("was taken out of param_groups", [&] { updated->step(); });
+  other->step();
   EXPECT_TRUE(equal(ours, theirs));
 }
 
