@@ -107,8 +107,10 @@ setup_python() {
     rm -rf .venv
   fi
   [ ! -e "$stamp" ] || return 0
-  if ! .venv/bin/python -c '' 2>/dev/null; then
+  # Without pip it was left half made, for example where the registry was not reached.
+  if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
     say "making .venv with $python"
+    rm -rf .venv
     if uses_uv; then
       uv venv --quiet --seed --python "$python" .venv
     else
