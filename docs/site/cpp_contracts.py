@@ -59,7 +59,11 @@ def _block(lines: list[str], at: int, kind: str | None) -> tuple[list[Contract],
         elif access := _ACCESS.match(line):
             shown, comment = access[1] == "public", []
             at += 1
-        elif not line or line.startswith(("//", "#", "using ", "friend ")):
+        elif not line or (
+            line.startswith(("//", "#", "using ", "friend "))
+            # Another name of something public, which says so.
+            and not (line.startswith("using ") and comment and kind is None)
+        ):
             comment = comment if line and line.startswith("//") else []
             at += 1
         else:

@@ -114,6 +114,10 @@ class Store {
 /// Two of them.
 enum class Kind { kOne, kTwo };
 
+/// The former name.
+using Sort = Kind;
+using Hidden = Kind;
+
 namespace detail {
 /// Not shown.
 void help();
@@ -149,6 +153,7 @@ def test_a_header_is_shown_as_its_contracts(module):
             ],
         ),
         ("enum class Kind { kOne, kTwo };", "Two of them.", []),
+        ("using Sort = Kind;", "The former name.", []),
         (
             "Store make_store(\n    Options options = {});",
             "Makes a store.\nErrors: IoError.",
