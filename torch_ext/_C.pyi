@@ -113,8 +113,8 @@ _Saved = tuple[int, int, list[torch.Tensor]]
 _Given = tuple[int, torch.Tensor, int, list[torch.Tensor | None]]
 # The slot, the parameter, the gradient, the group, whether the gradient is written to.
 _Target = tuple[int, torch.Tensor, torch.Tensor | None, int, bool]
-# The place in the targets, the values, the gradient, the fields.
-_Piece = tuple[int, torch.Tensor, torch.Tensor | None, list[torch.Tensor]]
+# The place in the targets, the values, the gradient, whether that is a copy, the fields.
+_Piece = tuple[int, torch.Tensor, torch.Tensor | None, bool, list[torch.Tensor]]
 
 class PlainModes:
     def __init__(self) -> None: ...

@@ -173,7 +173,7 @@ py::list to_list(const std::vector<PieceOffload::Piece>& pieces) {
                                piece.gradient.defined()
                                    ? py::cast(piece.gradient.detach())
                                    : py::none(),
-                               fields));
+                               piece.gradient_is_copy, fields));
   }
   return list;
 }

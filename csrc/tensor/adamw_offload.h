@@ -303,7 +303,7 @@ class AdamWOffload final : public TensorOffload {
 
   void check_kind(const at::Tensor& gradient,
                   const at::Tensor& parameter) const override {
-    check_dtype(name(), gradient, is_supported(gradient.scalar_type()));
+    if (!is_supported(gradient.scalar_type())) refuse_dtype(name(), gradient);
     if (gradient.device() == parameter.device()) return;
     fail<std::invalid_argument>(name(), "a gradient is on ", gradient.device(),
                                 ", its parameter on ", parameter.device());

@@ -49,9 +49,10 @@ class PieceOffload final : public TensorOffload {
   /// Elements of the parameter of a target.
   struct Piece {
     std::size_t target = 0;
-    std::uint64_t first = 0;
-    at::Tensor values;               ///< 1-D floats, as all here.
-    at::Tensor gradient;             ///< Undefined: there is none.
+    at::Tensor values;    ///< 1-D floats, as all here.
+    at::Tensor gradient;  ///< Undefined: there is none.
+    /// Whether the gradient is no view: it goes back if the target says so.
+    bool gradient_is_copy = false;
     std::vector<at::Tensor> fields;  ///< In their own dtypes; no master.
   };
   /// Updates pieces in place. All are of one group, and all have state from
@@ -241,7 +242,6 @@ class PieceOffload final : public TensorOffload {
       const StateLayout& layout = layout_of(part);
       Piece piece;
       piece.target = part.work->target;
-      piece.first = part.first();
       for (std::size_t i = 0; i < layout.fields.size(); ++i) {
         const c10::ScalarType dtype = layout.dtype(i);
         piece.fields.push_back(
@@ -260,9 +260,11 @@ class PieceOffload final : public TensorOffload {
                       piece.values.mutable_data_ptr<float>());
         }
       }
-      if (part.work->gradient.source().defined()) {
-        const at::Tensor gradient = elements_of(part.work->gradient, part);
-        piece.gradient = as_float(gradient);
+      const OrderedReader& gradient = part.work->gradient;
+      if (gradient.source().defined()) {
+        piece.gradient = as_float(elements_of(gradient, part));
+        piece.gradient_is_copy =
+            !gradient.direct() || gradient.source().scalar_type() != at::kFloat;
       }
       return piece;
     }
@@ -318,10 +320,9 @@ class PieceOffload final : public TensorOffload {
       }
       const OrderedReader& gradient = part.work->gradient;
       const Target& target = targets_[part.work->target];
-      if (!target.writes_gradient || !gradient.source().defined()) return;
-      const c10::ScalarType dtype = gradient.source().scalar_type();
-      if (gradient.direct() && dtype == at::kFloat) return;  // It was a view.
-      const at::Tensor written = piece.gradient.to(dtype);
+      if (!target.writes_gradient || !piece.gradient_is_copy) return;
+      const at::Tensor written =
+          piece.gradient.to(gradient.source().scalar_type());
       const c10::InferenceMode mode(gradient.source().is_inference());
       gradient.write(static_cast<const std::byte*>(written.const_data_ptr()),
                      part.first(), part.count);
@@ -336,7 +337,8 @@ class PieceOffload final : public TensorOffload {
 
   void check_kind(const at::Tensor& gradient,
                   const at::Tensor& /*parameter*/) const override {
-    check_dtype(name(), gradient, c10::isFloatingType(gradient.scalar_type()));
+    if (c10::isFloatingType(gradient.scalar_type())) return;
+    refuse_dtype(name(), gradient);
   }
 
   Layout wanted_layout(const Parameter& parameter) const override {

@@ -61,9 +61,8 @@ inline void check_gradient(const std::string& optimizer,
   check_sizes(optimizer, "gradient", gradient, parameter);
 }
 
-inline void check_dtype(const std::string& optimizer,
-                        const at::Tensor& gradient, bool supported) {
-  if (supported) return;
+[[noreturn]] inline void refuse_dtype(const std::string& optimizer,
+                                      const at::Tensor& gradient) {
   fail<TypeError>(optimizer, "a gradient of dtype ", gradient.scalar_type(),
                   " is not supported");
 }

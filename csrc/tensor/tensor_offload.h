@@ -72,6 +72,7 @@ class TensorOffload {
                   std::uint64_t first = 0) {
     if (trained) check_trainable(parameter);
     if (next_slot_ == registered_) {
+      // define() says what it is.
       registered_ = offload_.add_parameter(0, StateFields::floats(1)) + 1;
     }
     slots_[next_slot_].first = first;

@@ -480,7 +480,7 @@ def test_what_a_failed_class_held_can_be_read_after_close(make, monkeypatch):
     while traceback is not None:
         batch = traceback.tb_frame.f_locals.get("batch")
         if isinstance(batch, list) and batch and isinstance(batch[0], tuple):
-            held += [field for piece in batch for field in piece[3]]
+            held += [field for piece in batch for field in piece[-1]]
         traceback = traceback.tb_next
     assert held
     assert all(bool((field == 1).all()) for field in held)

@@ -97,8 +97,6 @@ class _Work:
     group: int
     #: The state that is no field, before the step. None if there is no state.
     before: State | None
-    #: Whether pieces are copies of the gradient's elements, which nobody sees.
-    hides_gradient: bool
     after: State | None = None
 
 
@@ -197,8 +195,7 @@ class PieceState:
                 slot, p, gradient = trained
                 own = self._slots[slot]
                 before = (own.numbers or {}) if self._offload.has_state(slot) else None
-                hides = gradient is not None and not writes and _is_copied(gradient, p)
-                works.append(_Work(slot, p, own.kept, i, before, hides))
+                works.append(_Work(slot, p, own.kept, i, before))
                 targets.append((slot, p, gradient, i, writes))
         try:
             with one_thread():
@@ -238,7 +235,7 @@ class PieceState:
             self._optimizer.check_attributes()
             return
         pieces, versions = [], []
-        for place, values, gradient, fields in batch:
+        for place, values, gradient, _, fields in batch:
             work = works[place]
             state = None
             if work.before is not None:
@@ -253,9 +250,9 @@ class PieceState:
         after = self._optimizer.run(group.options, pieces, group.kept.from_start, method)
         group.take(after)
         for entry, piece, version in zip(batch, pieces, versions, strict=True):
-            place, _, gradient, fields = entry
+            place, _, gradient, is_copy, fields = entry
             work = works[place]
-            if work.hides_gradient and gradient._version != version:
+            if is_copy and not group.kept.writes_gradients and gradient._version != version:
                 raise PieceError("it writes to gradients, which it did not in the trial")
             self._store(work, piece.state, fields)
 
@@ -392,10 +389,3 @@ def _agree(one: Any, other: Any) -> bool:
     else:
         equal = type(one) is type(other) and one == other
     return equal or same(one, other)
-
-
-def _is_copied(gradient: Tensor, parameter: Tensor) -> bool:
-    """Returns whether pieces of a gradient cannot be views of it."""
-    strides = zip(parameter.shape, gradient.stride(), parameter.stride(), strict=True)
-    same_order = gradient.numel() == 0 or all(n == 1 or a == b for n, a, b in strides)
-    return not (gradient.is_cpu and gradient.dtype == torch.float32 and same_order)

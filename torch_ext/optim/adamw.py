@@ -456,7 +456,7 @@ class OffloadedAdamW(OffloadedBase):
         if found:
             self._begin()
         left = [(p, self._backward.group_or(self._slot_of(p), now)) for now, p in found]
-        for p, number in left:
+        for p, number in left:  # Bad options are refused before anything is taken.
             self._fix(p, number)
         for p, number in left:
             self._take(p, number)
