@@ -61,7 +61,7 @@ docs: ## The pages as a site, with references, into build/docs
 deps: ## Unpack missing Debian packages into .deps, without root
 	@tools/deps.sh
 
-lint: ## clang-format, ruff, plain English in pages and comments, locks in the core
+lint: ## clang-format, ruff, plain English in pages and comments, locks
 	@tools/setup.sh python
 	@tools/lint.sh
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # clang-format and ruff over all files, tools/prose.py over pages and comments,
-# clang's analysis of locks over the core; --fix rewrites the sources.
+# clang's analysis of locks over csrc; --fix rewrites the sources.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
@@ -14,11 +14,18 @@ check_locks() {
   local stamp
   stamp=build/.locks-$(find csrc include tools/lint.sh -type f | sort | xargs sha256sum | sha256sum | cut -c1-16)
   [ ! -e "$stamp" ] || return 0
+  # Those of the layers above have torch's headers, and so that torch's path.
+  local torch python
+  torch=$(.venv/bin/python -c 'import torch; print(torch.__path__[0])')
+  python=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("include"))')
   .venv/bin/python -c 'import json
-for source in json.load(open("csrc/sources.json"))["core"]: print("csrc/" + source)' |
-    xargs -n 1 -P "$(nproc)" sh -c '.venv/bin/clang-tidy --quiet \
-      --checks="-*,clang-diagnostic-thread-safety*,misc-static-assert" "$@" -- -std=c++20 \
-      -Iinclude -Icsrc -isystem .deps/usr/include -Wthread-safety -Wthread-safety-beta' _ \
+sources = json.load(open("csrc/sources.json"))
+for source in {file: 0 for layer in sources.values() for file in layer}: print("csrc/" + source)' |
+    xargs -n 1 -P "$(nproc)" sh -c '.venv/bin/clang-tidy --quiet --header-filter="csrc/|torch_ext/" \
+      --checks="-*,clang-diagnostic-thread-safety*,misc-static-assert" "$3" -- -std=c++20 \
+      -Iinclude -Icsrc -isystem .deps/usr/include -isystem "$1/include" \
+      -isystem "$1/include/torch/csrc/api/include" -isystem "$2" -DTORCH_EXTENSION_NAME=_C \
+      -Wthread-safety -Wthread-safety-beta' _ "$torch" "$python" \
       2> >(grep -v ' generated\.$' >&2)
   rm -f build/.locks-*
   mkdir -p build

@@ -26,6 +26,11 @@ namespace torch_ext {
 
 /// A std::mutex with these attributes, which libstdc++'s lacks.
 class TORCH_EXT_THREADS(capability("mutex")) Mutex {
+ public:
+  /// For pthread_atfork(). Others use MutexLock.
+  void lock() ACQUIRE() { mutex_.lock(); }
+  void unlock() RELEASE() { mutex_.unlock(); }
+
  private:
   friend class MutexLock;
   std::mutex mutex_;

@@ -11,12 +11,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <span>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include "../base/mutex.h"
 #include "adamw_hyper.h"
 #include "adamw_scratch.h"
 #include "copy_stream.h"
@@ -79,7 +79,7 @@ class AdamWKernel final : public UpdateKernel {
   /// kernel lets go of the gradient when all elements are updated.
   void add(std::size_t parameter, Target target) {
     target.left = static_cast<std::uint64_t>(target.parameter.numel());
-    const std::lock_guard lock(targets_mutex_);
+    const MutexLock lock(targets_mutex_);
     targets_.insert_or_assign(parameter, std::move(target));
   }
 
@@ -116,13 +116,13 @@ class AdamWKernel final : public UpdateKernel {
  private:
   // Others may be added meanwhile. This one stays where it is.
   const Target& target_of(const StateSegment& segment) {
-    const std::lock_guard lock(targets_mutex_);
+    const MutexLock lock(targets_mutex_);
     return targets_.at(segment.parameter);
   }
 
   void let_go_of_updated(const StateSegment& segment) {
     decltype(targets_)::node_type updated;
-    const std::lock_guard lock(targets_mutex_);
+    const MutexLock lock(targets_mutex_);
     const auto found = targets_.find(segment.parameter);
     found->second.left -= segment.count;
     if (found->second.left == 0) updated = targets_.extract(found);
@@ -481,8 +481,8 @@ class AdamWKernel final : public UpdateKernel {
   const UpdateOn update_on_;
   std::atomic<std::size_t> threads_ =
       static_cast<std::size_t>(at::get_num_threads());
-  std::mutex targets_mutex_;
-  std::unordered_map<std::size_t, Target> targets_;
+  Mutex targets_mutex_;
+  std::unordered_map<std::size_t, Target> targets_ GUARDED_BY(targets_mutex_);
   std::vector<OnDevice> on_device_;  ///< The tile's.
   const AdamWHyper* batch_hyper_ = nullptr;
   std::vector<Fused> parts_;  ///< For the next flush().

@@ -11,11 +11,11 @@
 #include <array>
 #include <cstddef>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "../base/mutex.h"
 #include "c10_device.h"
 #include "torch_ext/base/error.h"
 #include "torch_ext/base/process.h"
@@ -30,7 +30,7 @@ class EventPool {
       const std::shared_ptr<EventPool>& pool, c10::DeviceType type) {
     std::unique_ptr<c10::Event> event;
     {
-      const std::lock_guard lock(pool->mutex_);
+      const MutexLock lock(pool->mutex_);
       if (!pool->free_.empty()) {
         event = std::move(pool->free_.back());
         pool->free_.pop_back();
@@ -39,14 +39,14 @@ class EventPool {
     if (event == nullptr) event = std::make_unique<c10::Event>(type);
     return {event.release(), [pool](c10::Event* used) {
               std::unique_ptr<c10::Event> owned(used);
-              const std::lock_guard lock(pool->mutex_);
+              const MutexLock lock(pool->mutex_);
               pool->free_.push_back(std::move(owned));
             }};
   }
 
  private:
-  std::mutex mutex_;
-  std::vector<std::unique_ptr<c10::Event>> free_;
+  Mutex mutex_;
+  std::vector<std::unique_ptr<c10::Event>> free_ GUARDED_BY(mutex_);
 };
 
 /// A device's copy stream as an optimizer uses it, and the events for that,
@@ -172,7 +172,7 @@ class CopyStreams {
 
   /// The stream of the tensor's device. Null for the CPU.
   CopyStream* find(const at::Tensor& tensor) const {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     for (const auto& stream : streams_) {
       if (stream->device()->name() == tensor.device().str())
         return stream.get();
@@ -182,23 +182,23 @@ class CopyStreams {
 
   CopyStream* add(c10::Device device) {
     auto stream = std::make_unique<CopyStream>(device);
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     streams_.push_back(std::move(stream));
     return streams_.back().get();
   }
 
   /// A thread of the library calls this before it uses the streams.
   void enter_thread() {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     for (const auto& stream : streams_) stream->device()->enter_thread();
   }
 
   void enter() {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     for (const auto& stream : streams_) stream->enter();
   }
   void leave() {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     for (const auto& stream : streams_) stream->leave();
   }
 
@@ -218,7 +218,7 @@ class CopyStreams {
   /// Gives the host memory that all share to `user`, or to the host if that is
   /// null.
   void make_way_for(const CopyStream* user) {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     for (const auto& stream : streams_) {
       if (stream.get() == user) {
         stream->check();
@@ -253,8 +253,8 @@ class CopyStreams {
   }
 
   const pid_t owner_ = process_id();
-  mutable std::mutex mutex_;  // For the list.
-  std::vector<std::unique_ptr<CopyStream>> streams_;
+  mutable Mutex mutex_;  // For the list.
+  std::vector<std::unique_ptr<CopyStream>> streams_ GUARDED_BY(mutex_);
 };
 
 }  // namespace torch_ext

@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <mutex>
 #include <optional>
 #include <span>
 #include <string>
@@ -19,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "../base/mutex.h"
 #include "copy_stream.h"
 #include "dense_tensor.h"
 #include "torch_ext/base/align.h"
@@ -91,7 +91,7 @@ class GradientPrefetch {
       return;
     }
     const c10::NoGradGuard no_grad;
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     Copy& copy = copies_[wanted.number];
     copy.source.reset();
     const auto count = static_cast<std::uint64_t>(gradient.numel());
@@ -121,7 +121,7 @@ class GradientPrefetch {
   /// when the work is done that made the gradients.
   std::vector<std::byte*> claim(const std::vector<Wanted>& all) {
     const c10::NoGradGuard no_grad;
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     std::vector<std::byte*> found(all.size(), nullptr);
     std::vector<std::size_t> candidates;
     for (std::size_t i = 0; i < all.size(); ++i) {
@@ -139,7 +139,7 @@ class GradientPrefetch {
 
   /// Forgets all copies.
   void clear() {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     forget();
   }
 
@@ -179,35 +179,39 @@ class GradientPrefetch {
   /// list.
   void drop_changed(const std::vector<Wanted>& all,
                     std::vector<std::size_t>& candidates,
-                    std::vector<std::byte*>& found) {
+                    std::vector<std::byte*>& found) REQUIRES(mutex_) {
     const c10::Device device = all[candidates.front()].gradient.device();
     std::vector<std::size_t> here;
     std::vector<at::Tensor> equal;
-    std::erase_if(candidates, [&](std::size_t i) {
+    std::vector<std::size_t> elsewhere;
+    for (const std::size_t i : candidates) {
       const at::Tensor& gradient = all[i].gradient;
-      if (gradient.device() != device) return false;
+      if (gradient.device() != device) {
+        elsewhere.push_back(i);
+        continue;
+      }
       const at::Tensor now = sums_of_bits(storage_view(
           gradient, 0, static_cast<std::uint64_t>(gradient.numel())));
       here.push_back(i);
       equal.push_back(now.eq(copies_.at(all[i].number).sums).all());
-      return true;
-    });
+    }
+    candidates = std::move(elsewhere);
     const at::Tensor answers = at::stack(equal).to(at::kCPU);
     for (std::size_t i = 0; i < here.size(); ++i) {
       if (!answers.const_data_ptr<bool>()[i]) found[here[i]] = nullptr;
     }
   }
 
-  void forget() {
+  void forget() REQUIRES(mutex_) {
     for (auto& [number, copy] : copies_) {
       copy.source.reset();
       copy.sums = at::Tensor();
     }
   }
 
-  std::mutex mutex_;
-  std::unordered_map<std::size_t, Copy> copies_;
-  std::uint64_t used_ = 0;
+  Mutex mutex_;
+  std::unordered_map<std::size_t, Copy> copies_ GUARDED_BY(mutex_);
+  std::uint64_t used_ GUARDED_BY(mutex_) = 0;
 };
 
 }  // namespace torch_ext

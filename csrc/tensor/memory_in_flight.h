@@ -9,11 +9,12 @@
 #include <iterator>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <utility>
+
+#include "../base/mutex.h"
 
 namespace torch_ext {
 
@@ -23,12 +24,13 @@ namespace torch_ext {
 class StorageLock {
  public:
   explicit StorageLock(c10::StorageImpl* storage) : storage_(storage) {
-    const std::lock_guard lock(all().mutex);
-    const auto known = all().holders.find(storage_);
-    if (known != all().holders.end()) {
+    All& all = known_storages();
+    const MutexLock lock(all.mutex);
+    const auto known = all.holders.find(storage_);
+    if (known != all.holders.end()) {
       ++known->second;
     } else if (storage_->resizable() && storage_->allocator() != nullptr) {
-      all().holders.emplace(storage_, 1);
+      all.holders.emplace(storage_, 1);
       storage_->set_resizable(false);
     } else {
       // This storage cannot be resized anyway. Shared memory calls itself
@@ -38,10 +40,11 @@ class StorageLock {
   }
   ~StorageLock() {
     if (storage_ == nullptr) return;
-    const std::lock_guard lock(all().mutex);
-    const auto known = all().holders.find(storage_);
+    All& all = known_storages();
+    const MutexLock lock(all.mutex);
+    const auto known = all.holders.find(storage_);
     if (--known->second > 0) return;
-    all().holders.erase(known);
+    all.holders.erase(known);
     // share_memory_() may have taken the allocator away meanwhile.
     if (storage_->allocator() != nullptr) storage_->set_resizable(true);
   }
@@ -50,20 +53,24 @@ class StorageLock {
 
  private:
   struct All {
-    std::mutex mutex;
-    std::unordered_map<c10::StorageImpl*, std::size_t> holders;
+    Mutex mutex;
+    std::unordered_map<c10::StorageImpl*, std::size_t> holders
+        GUARDED_BY(mutex);
   };
-  static All& all() {
+  static All& known_storages() {
     // This is never destroyed: a swapper may be closed after everything static.
     // A child that was forked while a thread held the mutex must be able to
     // take it.
     static All* const only = [] {
       auto* const made = new All;
-      pthread_atfork([] { all().mutex.lock(); }, [] { all().mutex.unlock(); },
-                     [] { all().mutex.unlock(); });
+      pthread_atfork(lock_all, unlock_all, unlock_all);
       return made;
     }();
     return *only;
+  }
+  static void lock_all() UNCHECKED_THREADS { known_storages().mutex.lock(); }
+  static void unlock_all() UNCHECKED_THREADS {
+    known_storages().mutex.unlock();
   }
 
   c10::StorageImpl* storage_;
@@ -140,8 +147,8 @@ class MemoryInFlight {
     std::map<std::uintptr_t, int> users_;
   };
   struct Shared {
-    std::mutex mutex;
-    Users users;
+    Mutex mutex;
+    Users users GUARDED_BY(mutex);
   };
 
   std::shared_ptr<void> claim(const at::Tensor& tensor, int change,
@@ -152,7 +159,7 @@ class MemoryInFlight {
     const std::uintptr_t end = begin + tensor.nbytes();
     if (begin == end) return storage;
     {
-      const std::lock_guard lock(shared_->mutex);
+      const MutexLock lock(shared_->mutex);
       if (shared_->users.has(begin, end, change == kWriter)) {
         throw std::invalid_argument(
             operation +
@@ -163,7 +170,7 @@ class MemoryInFlight {
     }
     return {nullptr, [begin, end, change, storage = std::move(storage),
                       shared = shared_](void*) {
-              const std::lock_guard at_end(shared->mutex);
+              const MutexLock at_end(shared->mutex);
               shared->users.add(begin, end, -change);
             }};
   }

@@ -11,13 +11,13 @@
 
 #include <algorithm>
 #include <exception>
-#include <mutex>
 #include <sstream>
 #include <stdexcept>
 #include <type_traits>
 #include <unordered_map>
 #include <utility>
 
+#include "../base/mutex.h"
 #include "adamw_offload.h"
 #include "backward_step.h"
 #include "gradient_hook.h"
@@ -293,7 +293,11 @@ class OffloadedAdamW::Impl {
 
   // PyTorch calls hooks on a thread for each device.
   void on_gradient(const at::Tensor& parameter) {
-    const std::lock_guard lock(gradients_mutex_);
+    const MutexLock one_by_one(gradients_mutex_);
+    take_gradient(parameter);
+  }
+
+  void take_gradient(const at::Tensor& parameter) REQUIRES(gradients_mutex_) {
     const auto place = places_.find(parameter.unsafeGetTensorImpl());
     if (accumulating_ > 0 || place == places_.end()) return;
     const PlainModes plain;
@@ -528,8 +532,8 @@ class OffloadedAdamW::Impl {
   const bool takes_;  // Takes gradients during backward: kUpdate.
   BackwardStep backward_;
   std::shared_ptr<const GradientHook::Function>
-      on_gradient_;  // Set if hooks have work.
-  std::mutex gradients_mutex_;
+      on_gradient_;        // Set if hooks have work.
+  Mutex gradients_mutex_;  // For the hooks.
   at::Tensor grad_norm_;
   std::size_t accumulating_ = 0;
 };

@@ -10,11 +10,11 @@
 #include <cstdint>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <tuple>
 #include <utility>
 
+#include "../base/mutex.h"
 #include "c10_device.h"
 #include "dense_tensor.h"
 #include "memory_in_flight.h"
@@ -99,7 +99,7 @@ class TensorBytes {
   std::shared_ptr<Device> device_of(const at::Tensor& tensor,
                                     Direction direction) {
     if (tensor.is_cpu()) return host_device();
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     auto& device = devices_[{tensor.device(), direction}];
     if (device == nullptr) device = device_for(tensor.device());
     return device;
@@ -126,8 +126,9 @@ class TensorBytes {
   };
 
   MemoryInFlight in_flight_;
-  std::mutex mutex_;
-  std::map<Less::Key, std::shared_ptr<Device>, Less> devices_;
+  Mutex mutex_;
+  std::map<Less::Key, std::shared_ptr<Device>, Less> devices_
+      GUARDED_BY(mutex_);
 };
 
 }  // namespace torch_ext
