@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import io
 import json
 import os
 import select
@@ -136,9 +137,18 @@ def _keep(connection: socket.socket) -> Job:
 def _become(job: Job, stand_in: str) -> None:
     """Runs the program as an interpreter that has just started does."""
     (first, *arguments), environment, folder = job
+    unbuffered = first == "-u" or bool(environment.get("PYTHONUNBUFFERED"))
     if first == "-u":
         first, *arguments = arguments
-        sys.stdout.reconfigure(write_through=True)
+    # One of its own, since what has been imported holds the other: at the end it would not be
+    # dropped, and so not flushed.
+    sys.stdout = sys.__stdout__ = io.TextIOWrapper(
+        open(1, "wb", 0 if unbuffered else -1, closefd=False),  # noqa: SIM115
+        sys.stdout.encoding,
+        sys.stdout.errors,
+        line_buffering=os.isatty(1),
+        write_through=unbuffered,
+    )
     paths = _paths(os.environ)
     found_elsewhere = [p for p in sys.path[1:] if p not in paths]  # Not this file's folder.
     os.environ.clear()

@@ -43,8 +43,10 @@ def run(python, *command, **more):
     )
 
 
+# Buffered: what is in a buffer at the end must be seen then.
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_program_does_as_with_the_interpreter(name, tmp_path):
+def test_a_program_does_as_with_the_interpreter(name, tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     environment = {"A": "\udcff ö", "OMP_NUM_THREADS": "1", "PYTHONPATH": "/a:/b"}
     real, forked = (
         run(
@@ -59,8 +61,9 @@ def test_a_program_does_as_with_the_interpreter(name, tmp_path):
     assert forked.stderr.splitlines()[-1:] == real.stderr.splitlines()[-1:]
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("how", [["script.py"], ["-m", "script"], ["-u", "script.py"]])
-def test_a_script_and_a_module_do_as_with_the_interpreter(how, tmp_path):
+def test_a_script_and_a_module_do_as_with_the_interpreter(how, unbuffered, tmp_path):
     (tmp_path / "beside.py").write_text("x = 5")
     (tmp_path / "script.py").write_text(
         "import os, sys, beside, __main__\n"
@@ -68,11 +71,15 @@ def test_a_script_and_a_module_do_as_with_the_interpreter(how, tmp_path):
         "os._exit(0)"
     )
     real, forked = (
-        run(python, *how, "x", cwd=tmp_path)
+        run(
+            *[python, *how, "x"],
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            cwd=tmp_path,
+        )
         for python in (sys.executable, forked_python.python())
     )
     assert (forked.returncode, forked.stdout) == (real.returncode, real.stdout), forked.stderr
-    assert bool(real.stdout) == (how[0] == "-u" or "PYTHONUNBUFFERED" in os.environ)
+    assert bool(real.stdout) == (how[0] == "-u" or unbuffered == "1")
 
 
 def test_torch_is_there_before_the_program_and_so_in_what_it_starts():
