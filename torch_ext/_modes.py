@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch._C import _len_torch_dispatch_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from torch_ext._native import _C
@@ -31,6 +32,8 @@ def plain_modes() -> Iterator[None]:
 
 def check_no_fake_mode() -> None:
     """Raises RuntimeError in a FakeTensorMode, in which no tensor has memory."""
+    if not _len_torch_dispatch_stack():  # Nearly always, and quick.
+        return
     fake = sys.modules.get("torch._subclasses.fake_tensor")
     if fake and any(
         isinstance(mode, fake.FakeTensorMode) for mode in _get_current_dispatch_mode_stack()

@@ -67,7 +67,7 @@ def measure(nvme_dir, dtype, elements, budgets):
 @pytest.mark.parametrize(
     ("dtype", "elements", "budgets"),
     [
-        ("float32", 280_000_000, [512 * MIB, 2048 * MIB]),
+        ("float32", 140_000_000, [256 * MIB, 1024 * MIB]),
         ("bfloat16", 60_000_000, [64 * MIB, 512 * MIB]),
     ],
 )
