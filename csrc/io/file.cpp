@@ -39,6 +39,7 @@
 #include <cstddef>
 #include <cstdio>
 #include <limits>
+#include <memory>
 #include <mutex>
 #include <shared_mutex>
 #include <stdexcept>
@@ -96,9 +97,10 @@ std::string link_remedy(const std::string& path) {
                   "os.path.realpath(path), in C++ realpath()";
 }
 
-/// Opens a file, or makes it. `created` tells which. Whether it is a regular
-/// file is not checked here.
-int open_or_create(const std::string& path, int access, bool& created) {
+/// Opens a file, or makes it if it may. `created` tells which. Whether it is a
+/// regular file is not checked here.
+int open_or_create(const std::string& path, int access, bool may_create,
+                   bool& created) {
   // Without O_NONBLOCK, opening a FIFO would wait for its other end.
   const int flags = access | O_NOFOLLOW | O_NONBLOCK;
   // Another process may make or remove the file in between, but hardly every
@@ -106,7 +108,7 @@ int open_or_create(const std::string& path, int access, bool& created) {
   for (int attempt = 0; attempt < 100; ++attempt) {
     created = false;
     int fd = open_retrying(path.c_str(), flags);
-    if (fd >= 0 || errno != ENOENT || access == O_RDONLY) return fd;
+    if (fd >= 0 || errno != ENOENT || !may_create) return fd;
     created = true;
     fd = open_retrying(path.c_str(), flags | O_CREAT | O_EXCL, 0600);
     if (fd >= 0 || errno != EEXIST) return fd;
@@ -255,8 +257,7 @@ std::shared_mutex& growth_of(const File::Identity& file) {
 }
 
 int open_unnamed(const std::string& directory) {
-  const int fd =
-      open_retrying(directory.c_str(), O_TMPFILE | O_RDWR | O_EXCL, 0600);
+  const int fd = open_retrying(directory.c_str(), O_TMPFILE | O_RDWR, 0600);
   // File systems and kernels without O_TMPFILE answer with one of these.
   const bool unsupported = errno == EOPNOTSUPP || errno == EISDIR ||
                            errno == EINVAL || errno == ENOENT;
@@ -305,7 +306,8 @@ File File::open(const std::filesystem::path& path, Mode mode) {
                                             : O_RDWR;
   const std::string name = absolute_path(path);
   bool created = false;
-  File file(name, open_or_create(name, access, created));
+  const bool may_create = mode == Mode::kWrite || mode == Mode::kReadWrite;
+  File file(name, open_or_create(name, access, may_create, created));
   const int fd = file.buffered_fd_;
   if (fd < 0) {
     const int error = errno;
@@ -427,8 +429,40 @@ void File::add_direct() {
   offset_alignment_ = alignment.offset;
 }
 
+void File::give_name(const std::string& name) {
+  const std::filesystem::path parent =
+      std::filesystem::path(path_).parent_path();
+  auto full = std::make_unique<const std::string>((parent / name).native());
+  const std::string link = "/proc/self/fd/" + std::to_string(fd());
+  const int error = linkat(AT_FDCWD, link.c_str(), AT_FDCWD, full->c_str(),
+                           AT_SYMLINK_FOLLOW) == 0
+                        ? 0
+                        : errno;
+  const bool has_it = error == EEXIST && identify(*full) == identity_;
+  if (error != 0 && !has_it) {
+    // A file that was unlinked cannot be linked again.
+    const bool unlinked = error == ENOENT;
+    fail("linkat", *full, unlinked ? EOPNOTSUPP : error,
+         unlinked ? "the file system has no files without a name (O_TMPFILE)"
+                  : "");
+  }
+  if (name_ == nullptr) name_ = full.release();
+  if (retrying([&] { return fsync(fd()); }) != 0) fail("fsync", path(), errno);
+  sync_directory(parent);
+}
+
+void sync_directory(const std::filesystem::path& directory) {
+  const std::string name = absolute_path(directory);
+  const int fd = open_retrying(name.c_str(), O_RDONLY | O_DIRECTORY);
+  if (fd < 0) fail("open", name, errno);
+  const int error = retrying([&] { return fsync(fd); }) == 0 ? 0 : errno;
+  close(fd);
+  if (error != 0) fail("fsync", name, error);
+}
+
 File::File(File&& other) noexcept
     : path_(std::move(other.path_)),
+      name_(other.name_.exchange(nullptr)),
       reason_(std::move(other.reason_)),
       identity_(other.identity_),
       access_(other.access_),
@@ -440,6 +474,7 @@ File::File(File&& other) noexcept
 
 File& File::operator=(File&& other) noexcept {
   std::swap(path_, other.path_);
+  name_ = other.name_.exchange(name_);
   std::swap(reason_, other.reason_);
   std::swap(identity_, other.identity_);
   std::swap(access_, other.access_);
@@ -454,6 +489,7 @@ File& File::operator=(File&& other) noexcept {
 File::~File() {
   close_if_open(direct_fd_);
   close_if_open(buffered_fd_);
+  delete name_.load();
 }
 
 std::size_t File::granule() const noexcept {

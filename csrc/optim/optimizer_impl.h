@@ -1,6 +1,7 @@
 #pragma once
 
 #include <future>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -9,6 +10,7 @@
 
 #include "base/mutex.h"
 #include "base/owner_process.h"
+#include "store/commit_log.h"
 #include "tile_lanes.h"
 #include "tile_layout.h"
 #include "torch_ext/base/align.h"
@@ -18,6 +20,14 @@
 #include "updater.h"
 
 namespace torch_ext {
+
+inline std::vector<Tile*> tile_pointers(const TileList& tiles) {
+  std::vector<Tile*> all;
+  for (const auto& tile : tiles) all.push_back(tile.get());
+  return all;
+}
+
+struct CommitDocument;
 
 /// The error of a step, as later calls shall throw it.
 std::exception_ptr with_remedy(const std::exception_ptr& error);
@@ -34,18 +44,25 @@ class OptimizerOffload::Impl {
     std::vector<Tile*> tiles = {};
   };
 
-  explicit Impl(const TileOptions& options)
+  /// `wanted_tiles`: bytes of a tile, or 0.
+  Impl(const TileOptions& options, std::unique_ptr<Store> its_store,
+       std::uint64_t wanted_tiles)
       : host_memory(options.host_memory),
         scratch_bytes(align_up(options.scratch_bytes, page_size())),
-        store(std::make_unique<Store>(options.store)),
+        name(options.name),
+        store(std::move(its_store)),
         granule(store->granule()),
-        wanted_tile_bytes(options.tile_bytes),
+        wanted_tile_bytes(wanted_tiles),
         plan(plan_tiles(options.host_memory, scratch_bytes, granule,
-                        options.tile_bytes)),
+                        wanted_tiles)),
         pool(std::make_unique<BufferPool>(plan.tile_bytes, plan.buffers)),
         lanes(std::make_unique<TileLanes>(*store, *pool, plan.lanes)),
         notes(store->notes()),
         engine(store->engine()) {}
+
+  explicit Impl(const TileOptions& options)
+      : Impl(options, std::make_unique<Store>(options.store),
+             options.tile_bytes) {}
 
   /// Takes the lock of the calls. Hold it while the object is used.
   /// Errors: StateError (forked, closed).
@@ -98,6 +115,23 @@ class OptimizerOffload::Impl {
   Counts counts(std::span<const std::size_t> numbers) const REQUIRES(calls);
   void set_counts(std::span<const std::size_t> numbers, const Counts& counts)
       REQUIRES(calls);
+  CommitReport commit(std::uint64_t step, std::string document,
+                      std::span<const CommittedValue> values,
+                      UpdateKernel& reader, std::size_t keep) REQUIRES(calls);
+  void lay_out_values(std::span<const CommittedValue> values) REQUIRES(calls);
+  /// `commits_now`: a commit follows, which writes values.
+  void make_room_for_commit(std::size_t keep, bool commits_now) REQUIRES(calls);
+  void visit_values(TileLanes::Round round, UpdateKernel& kernel)
+      REQUIRES(calls);
+  std::string document_of(const std::string& of_caller) REQUIRES(calls);
+  void clear_tiles() REQUIRES(calls);
+  void take_commit(const CommitDocument& document) REQUIRES(calls);
+  /// Whether a commit writes it, to another place than its present one.
+  static bool is_written_anew(const Tile& tile) {
+    return tile.committed && (tile.dirty || !tile.holds_state);
+  }
+  /// The tiles are going: commits do not give their places back to them.
+  void disown(const std::vector<Tile*>& gone) REQUIRES(calls);
   void activate(std::span<const std::size_t> numbers) REQUIRES(calls);
   void run(TileLanes::Round round, UpdateKernel& kernel) REQUIRES(calls);
   void release(std::size_t number) REQUIRES(calls);
@@ -122,6 +156,7 @@ class OptimizerOffload::Impl {
   const OwnerProcess owner{"optimizer"};
   const std::uint64_t host_memory;
   const std::uint64_t scratch_bytes;
+  const StoreName name;
   Mutex calls;  // Held by each.
   std::unique_ptr<Store> store GUARDED_BY(calls);
   const std::uint64_t granule;  ///< Tiles take multiples of it on the drive.
@@ -144,6 +179,15 @@ class OptimizerOffload::Impl {
   UpdateKernel* open_kernel GUARDED_BY(calls) = nullptr;
   std::future<void> updated GUARDED_BY(calls);
   std::vector<std::size_t> newcomers GUARDED_BY(calls);
+  /// Null before the first commit.
+  std::unique_ptr<CommitLog> log GUARDED_BY(calls);
+  std::string committed_document GUARDED_BY(calls);
+  std::vector<CommittedValue> values GUARDED_BY(calls);
+  TileList value_tiles GUARDED_BY(calls);
+  /// By generation, the tiles whose places its extents are. Null for one that
+  /// has gone.
+  std::map<std::uint64_t, std::vector<Tile*>> owners GUARDED_BY(calls);
+  std::string layout GUARDED_BY(calls);  ///< Empty if it has changed.
   std::vector<std::string> notes;
   const std::string engine;
   std::exception_ptr refusal GUARDED_BY(calls);

@@ -59,18 +59,19 @@ std::exception_ptr with_remedy(const std::exception_ptr& error) {
 void OptimizerOffload::Impl::place(std::span<const std::size_t> numbers) {
   const std::size_t before = tiles.size();
   std::vector<Tile*> evicted;
+  std::vector<Tile*> on_drive;
+  layout.clear();
   try {
-    TileLayout layout(tiles, plan.tile_bytes);
+    TileLayout filler(tiles, plan.tile_bytes);
     for (const std::size_t number : numbers) {
       const Parameter& p = parameter(number);
-      if (!p.placed) layout.add(number, p.elements, p.fields);
+      if (!p.placed) filler.add(number, p.elements, p.fields);
     }
     const std::size_t count = tiles.size();
     const std::size_t stay = plan.resident(count);
     // Tiles that were chosen stay chosen, unless all could stay before and now
     // they cannot.
     const bool choose = before <= plan.buffers;
-    std::vector<Tile*> on_drive;
     std::uint64_t bytes = 0;
     std::size_t residents = 0;
     for (std::size_t i = 0; i < count; ++i) {
@@ -86,6 +87,7 @@ void OptimizerOffload::Impl::place(std::span<const std::size_t> numbers) {
         if (tile.resident) ++residents;
         continue;
       }
+      if (tile.extent != nullptr) continue;  // A commit has given it one.
       on_drive.push_back(&tile);
       bytes += align_up(tile.bytes, granule);
     }
@@ -93,7 +95,7 @@ void OptimizerOffload::Impl::place(std::span<const std::size_t> numbers) {
     store->check_room(bytes);
     for (Tile* tile : on_drive) tile->extent = store->allocate(tile->bytes);
   } catch (...) {
-    for (Tile* tile : evicted) tile->extent.reset();
+    for (Tile* tile : on_drive) tile->extent.reset();
     tiles.resize(before);
     store->trim();
     throw;
@@ -109,10 +111,25 @@ void OptimizerOffload::Impl::place(std::span<const std::size_t> numbers) {
   }
 }
 
+// Forgets all state, wherever it is, and an error with it.
+void OptimizerOffload::Impl::clear_tiles() {
+  lanes->clear();
+  order.clear();
+  disown(tile_pointers(tiles));
+  layout.clear();
+  tiles.clear();
+  for (Parameter& p : parameters) {
+    p.placed = p.has_state = p.active = false;
+    p.step = 0;
+    p.tiles.clear();
+  }
+}
+
 // Gives the parameters' space back. A tile that other parameters share keeps a
 // gap.
 void OptimizerOffload::Impl::forget(std::span<const std::size_t> numbers) {
   std::vector<Tile*> emptied;
+  layout.clear();
   for (const std::size_t number : numbers) {
     Parameter& p = parameters[number];
     for (Tile* tile : p.tiles) {
@@ -129,6 +146,7 @@ void OptimizerOffload::Impl::forget(std::span<const std::size_t> numbers) {
   lanes->drop(emptied);
   const auto is_empty = [](const Tile& tile) { return tile.segments.empty(); };
   std::erase_if(order, [&](const Tile* tile) { return is_empty(*tile); });
+  disown(emptied);
   std::erase_if(tiles, [&](const auto& tile) { return is_empty(*tile); });
   lanes->renumber(tiles);
 }
@@ -269,7 +287,7 @@ OptimizerOffload::~OptimizerOffload() {
 
 namespace {
 
-void check_parameter(std::uint64_t elements, const StateFields& fields) {
+void check_definition(std::uint64_t elements, const StateFields& fields) {
   constexpr std::uint64_t kMost = std::uint64_t{1} << 48;
   std::uint64_t bytes = 0;
   for (const std::uint32_t field : fields.bytes_per_cut) bytes += field;
@@ -286,7 +304,7 @@ void check_parameter(std::uint64_t elements, const StateFields& fields) {
 std::size_t OptimizerOffload::add_parameter(std::uint64_t elements,
                                             const StateFields& fields) {
   const Impl::Call call(*impl_);
-  check_parameter(elements, fields);
+  check_definition(elements, fields);
   const MutexLock parameters_lock(impl_->parameters_mutex);
   Impl::Parameter parameter{.elements = elements, .fields = fields};
   if (!impl_->unused.empty()) {
@@ -302,7 +320,7 @@ std::size_t OptimizerOffload::add_parameter(std::uint64_t elements,
 void OptimizerOffload::redefine_parameter(std::size_t parameter,
                                           std::uint64_t elements,
                                           const StateFields& fields) {
-  check_parameter(elements, fields);
+  check_definition(elements, fields);
   const Impl::Call call(*impl_);
   Impl::Parameter& p = impl_->parameter(parameter);
   if (p.placed || p.has_state || p.active) {
@@ -423,16 +441,12 @@ void OptimizerOffload::write_state(std::span<const ParameterStep> parameters,
     numbers.push_back(given.parameter);
   }
   for (const std::size_t number : numbers) impl_->parameter(number);
-  impl_->give_up_open_step();
-  impl_->activate(numbers);
-  impl_->lanes->clear();
-  impl_->order.clear();
-  impl_->tiles.clear();
-  for (auto& p : impl_->parameters) {
-    p.placed = p.has_state = false;
-    p.step = 0;
-    p.tiles.clear();
+  if (impl_->log != nullptr && impl_->log->must_stop() != nullptr) {
+    std::rethrow_exception(impl_->log->must_stop());
   }
+  impl_->give_up_open_step();
+  impl_->clear_tiles();
+  impl_->activate(numbers);
   impl_->refusal = nullptr;
   try {
     impl_->place(numbers);
@@ -522,6 +536,8 @@ void OptimizerOffload::close() {
   impl_->lanes.reset();
   impl_->order.clear();
   impl_->tiles.clear();
+  impl_->value_tiles.clear();
+  impl_->log.reset();
   impl_->store.reset();
   impl_->pool.reset();
   {

@@ -20,7 +20,7 @@ struct Segment {
       0;  ///< Where the first field is in the tile, in bytes.
 };
 
-/// State that is read and written in one go.
+/// State, or values of parameters, that is read and written in one go.
 struct Tile {
   static constexpr std::size_t kUnranked =
       std::numeric_limits<std::size_t>::max();
@@ -34,16 +34,22 @@ struct Tile {
 
   std::size_t number = 0;
   std::vector<Segment> segments;
-  std::uint64_t bytes = 0;          ///< Used; the extent's size.
-  bool resident = false;            ///< Stays in memory after its first visit.
-  std::shared_ptr<Extent> extent;   ///< Null for a resident tile.
-  std::size_t active_segments = 0;  ///< Released in the open step.
+  std::uint64_t bytes = 0;  ///< Used; the extent's size.
+  bool resident = false;    ///< Stays in memory after its first visit.
+  bool holds_state = true;  ///< Else values, for a commit.
+  /// Null for a resident tile before the first commit. Guarded by TileLanes'
+  /// lock while transfers run, like the two after it.
+  std::shared_ptr<Extent> extent;
+  bool committed = false;  ///< `extent` is a commit's: it is not written again.
+  std::vector<std::shared_ptr<Extent>> spares;  ///< Where it may be written.
+  std::size_t active_segments = 0;              ///< Released in the open step.
 
   // TileLanes' own, guarded by its lock: --------------------------------------
   State state = State::kIdle;
   Buffer buffer;
   bool on_disk = false;          ///< Has been written in full.
-  bool in_memory = false;        ///< `buffer` has the only copy; resident.
+  bool in_memory = false;        ///< `buffer` has the newest copy; resident.
+  bool dirty = false;            ///< No copy on disk is as new.
   bool unwanted = false;         ///< To be let go of once it is read.
   bool released = false;         ///< May be visited in this round.
   bool visited = false;          ///< Was visited in this round.

@@ -18,9 +18,13 @@
 //     for another order is kept only if its place is among the first `lanes_`.
 //   - A resident tile keeps its buffer while that holds the only copy of its
 //     state. OptimizerOffload sees to it that `lanes_` buffers are left to
-//     others.
+//     others, or that all tiles are resident. Before a round of other tiles it
+//     calls make_way().
 // Every other tile is dismissed: it gives its buffer back at once, or when its
 // read ends. A tile leaves a round only through dismiss() or after its visit.
+//
+// What a commit refers to is never written. After a commit, a tile's next write
+// goes to one of its spares. There is one: the commit has seen to it.
 
 #include "tile_lanes.h"
 
@@ -239,7 +243,7 @@ Tile* TileLanes::ready_tile() {
 
 // Ends the visit of a tile that has failed.
 void TileLanes::give_up(Tile& tile, std::exception_ptr error) {
-  fail(std::move(error), round_.write);
+  fail(std::move(error), round_.write && !round_.for_commit);
   if (tile.in_memory && !round_.write) {
     tile.state = Tile::State::kReady;
   } else {
@@ -253,6 +257,7 @@ void TileLanes::finish(Tile& tile) {
   if (tile.resident && (tile.in_memory || changed)) {
     if (round_.repeat && tile.in_memory) ++visits_.hits;
     tile.in_memory = true;
+    if (changed) tile.dirty = true;
     tile.state = Tile::State::kReady;
   } else if (changed) {
     start_write(tile);
@@ -298,6 +303,54 @@ void TileLanes::evict(Tile& tile) {
   tile.in_memory = false;
   tile.step = 0;
   start_write(tile);
+}
+
+void TileLanes::write_residents(const TileList& tiles) {
+  const MutexLock lock(mutex_);
+  for (const auto& tile : tiles) {
+    const bool has_place = tile->extent != nullptr;
+    if (tile->in_memory && tile->dirty && has_place) start_write(*tile);
+  }
+}
+
+bool TileLanes::make_way(const TileList& tiles, std::size_t count) {
+  const MutexLock lock(mutex_);
+  std::size_t available = pool_.count();
+  for (const auto& tile : tiles) {
+    if (tile->in_memory) --available;
+  }
+  for (const auto& tile : tiles) {
+    if (available >= count) return true;
+    if (!tile->in_memory || tile->dirty || !tile->on_disk) continue;
+    let_go(*tile);
+    ++available;
+  }
+  return available >= count;
+}
+
+void TileLanes::settle() {
+  MutexLock lock(mutex_);
+  while (writes_in_flight_ > 0) changed_.wait(lock);
+  const auto error = std::exchange(commit_failure_, nullptr);
+  if (lost_) std::rethrow_exception(failure_);
+  if (error != nullptr) std::rethrow_exception(error);
+}
+
+void TileLanes::set_committed(const TileList& tiles) {
+  const MutexLock lock(mutex_);
+  for (const auto& tile : tiles) tile->committed = true;
+}
+
+// Gives a tile another place if its present one is a commit's.
+void TileLanes::move_from_commit(Tile& tile) {
+  if (!tile.committed) return;
+  if (tile.spares.empty()) {
+    tile.extent = store_.allocate(tile.bytes);
+  } else {
+    tile.extent = std::move(tile.spares.back());
+    tile.spares.pop_back();
+  }
+  tile.committed = false;
 }
 
 void TileLanes::drop(const std::vector<Tile*>& tiles) {
@@ -346,6 +399,7 @@ void TileLanes::start_write(Tile& tile) {
   tile.state = Tile::State::kWriting;
   tile.start = now();
   try {
+    move_from_commit(tile);
     store_.write(
         {.extent = tile.extent,
          .bytes = tile.buffer.bytes().first(tile.extent->padded_size()),
@@ -356,9 +410,9 @@ void TileLanes::start_write(Tile& tile) {
          .priority = IoPriority::kWriteBack});
     writing_.start(tile.start);
     ++in_flight_;
+    ++writes_in_flight_;
   } catch (...) {
-    fail(std::current_exception(), true);
-    let_go(tile);
+    write_failed(tile, std::current_exception());
   }
 }
 
@@ -384,19 +438,41 @@ void TileLanes::write_ended(Tile& tile, std::exception_ptr error) noexcept {
   writing_.stop(end);
   note(Lane::kWrite, tile, end);
   if (error != nullptr) {
-    fail(std::move(error), true);
+    write_failed(tile, std::move(error));
   } else {
     tile.on_disk = true;
+    tile.dirty = false;
+    if (tile.in_memory) {
+      tile.state = Tile::State::kReady;
+    } else {
+      let_go(tile);
+    }
   }
-  let_go(tile);
   pump();
   --in_flight_;
+  --writes_in_flight_;
   changed_.notify_all();
+}
+
+// Nothing is lost if the tile holds no state, or is in memory still.
+void TileLanes::write_failed(Tile& tile, std::exception_ptr error) {
+  if (!tile.in_memory && tile.holds_state) {
+    fail(std::move(error), true);
+    let_go(tile);
+    return;
+  }
+  tile.extent.reset();  // The next commit tries another place.
+  if (commit_failure_ == nullptr) commit_failure_ = std::move(error);
+  if (tile.in_memory) {
+    tile.state = Tile::State::kReady;
+  } else {
+    let_go(tile);
+  }
 }
 
 void TileLanes::let_go(Tile& tile) {
   tile.buffer = Buffer();
-  tile.in_memory = false;
+  tile.in_memory = tile.dirty = false;
   tile.state = Tile::State::kIdle;
   tile.unwanted = false;
 }
@@ -410,7 +486,7 @@ void TileLanes::fail(std::exception_ptr error, bool lost) {
 // Whether a failed read loses state: in an open round it does, since the
 // gradients are gone with the round.
 void TileLanes::fail_read(std::exception_ptr error) {
-  const bool updates = running_ && round_.write;
+  const bool updates = running_ && round_.write && !round_.for_commit;
   fail(std::move(error), updates && (visited_ > 0 || round_.open));
 }
 

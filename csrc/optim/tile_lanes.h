@@ -33,6 +33,9 @@ class TileLanes {
     /// Tiles are visited once they have been released and are in memory. The
     /// next round is expected in the order of the releases.
     bool open = false;
+    /// The tiles are written for a commit and hold no state. If one of them
+    /// fails, nothing is lost: settle() throws it.
+    bool for_commit = false;
   };
   /// `fresh`: nothing is on disk yet, so the bytes are undefined.
   using Work = std::function<void(Tile& tile, bool fresh)>;
@@ -69,6 +72,23 @@ class TileLanes {
   /// Takes a resident tile's state to the disk. The tile has an extent, and
   /// stops being resident. Called between rounds.
   void evict(Tile& tile);
+
+  /// Begins to write the resident tiles that have changed. They stay in memory.
+  /// Called between rounds; settle() throws what fails.
+  void write_residents(const TileList& tiles);
+
+  /// Sees to it that a round of other tiles finds `count` buffers: resident
+  /// tiles that are on disk as they are give theirs back until their next
+  /// visit. Returns false if that is not enough. Called between rounds.
+  bool make_way(const TileList& tiles, std::size_t count);
+
+  /// Returns when all writes have ended. Errors: the first failure of what was
+  /// written for a commit, after which nothing is lost; failure().
+  void settle();
+
+  /// Counts the extents of these tiles as a commit's. Their next writes go to
+  /// spares. Called after settle().
+  void set_committed(const TileList& tiles);
 
   /// Forgets tiles that hold no state any more, once their transfers have
   /// ended. Called between rounds.
@@ -129,8 +149,10 @@ class TileLanes {
   void read_ended(Tile& tile, std::exception_ptr error) noexcept;
   void write_ended(Tile& tile, std::exception_ptr error) noexcept;
   void let_go(Tile& tile) REQUIRES(mutex_);
+  void write_failed(Tile& tile, std::exception_ptr error) REQUIRES(mutex_);
   void fail(std::exception_ptr error, bool lost) REQUIRES(mutex_);
   void fail_read(std::exception_ptr error) REQUIRES(mutex_);
+  void move_from_commit(Tile& tile) REQUIRES(mutex_);
   void leave_round(MutexLock& lock) REQUIRES(mutex_);
   void note(LaneEvent::Lane lane, const Tile& tile, double end) noexcept
       REQUIRES(mutex_);
@@ -155,6 +177,8 @@ class TileLanes {
   /// All tiles before it are visited.
   std::size_t first_ GUARDED_BY(mutex_) = 0;
   std::size_t in_flight_ GUARDED_BY(mutex_) = 0;
+  std::size_t writes_in_flight_ GUARDED_BY(mutex_) = 0;
+  std::exception_ptr commit_failure_ GUARDED_BY(mutex_);
   /// Stops all until the next round.
   std::exception_ptr failure_ GUARDED_BY(mutex_);
   bool lost_ GUARDED_BY(mutex_) = false;  ///< It is failure() too.

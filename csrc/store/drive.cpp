@@ -1,9 +1,11 @@
 #include "drive.h"
 
 #include <cerrno>
+#include <utility>
 
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/error.h"
+#include "torch_ext/store/store.h"
 
 namespace torch_ext {
 namespace {
@@ -13,11 +15,30 @@ constexpr std::uint64_t kGrowth = std::uint64_t{16} << 20;
 
 }  // namespace
 
+Drive::Drive(File scratch_or_other)
+    : named_(std::make_shared<File>(std::move(scratch_or_other))),
+      file(named_) {
+  const std::uint64_t size = file->size();
+  has_head_ = size > 0;
+  if (size <= Store::kHeadBytes) return;
+  file_size_ = size - Store::kHeadBytes;
+  space_.give(0, file_size_);
+}
+
 std::optional<std::uint64_t> Drive::take_free(std::uint64_t bytes) {
   const MutexLock lock(mutex_);
   const auto offset = space_.take(bytes);
-  if (offset) allocated_ += bytes;
-  return offset;
+  if (!offset) return std::nullopt;
+  allocated_ += bytes;
+  return Store::kHeadBytes + *offset;
+}
+
+bool Drive::take_at(std::uint64_t offset, std::uint64_t bytes) {
+  if (offset < Store::kHeadBytes) return false;
+  const MutexLock lock(mutex_);
+  if (!space_.take_at(offset - Store::kHeadBytes, bytes)) return false;
+  allocated_ += bytes;
+  return true;
 }
 
 std::optional<std::uint64_t> Drive::take(std::uint64_t bytes, bool may_grow) {
@@ -35,13 +56,13 @@ std::optional<std::uint64_t> Drive::take(std::uint64_t bytes, bool may_grow) {
     const std::uint64_t missing = bytes - tail;
     std::uint64_t growth = align_up(missing, kGrowth);
     try {
-      file->reserve(old_size, growth);
+      file->reserve(Store::kHeadBytes + old_size, growth);
     } catch (const IoError& error) {
       const bool limit = error.error() == ENOSPC || error.error() == EFBIG ||
                          error.error() == EDQUOT;
       if (!limit || growth == missing) throw;
       growth = missing;
-      file->reserve(old_size, growth);
+      file->reserve(Store::kHeadBytes + old_size, growth);
     }
     lock.lock();
     file_size_ += growth;
@@ -52,7 +73,7 @@ std::optional<std::uint64_t> Drive::take(std::uint64_t bytes, bool may_grow) {
 void Drive::give(std::uint64_t offset, std::uint64_t bytes) {
   const MutexLock lock(mutex_);
   allocated_ -= bytes;
-  space_.give(offset, bytes);
+  space_.give(offset - Store::kHeadBytes, bytes);
 }
 
 void Drive::trim() noexcept {
@@ -67,7 +88,8 @@ void Drive::trim() noexcept {
     size = file_size_;
   }
   try {
-    file->shrink(size);
+    const bool empty = size == 0 && !has_head_;
+    file->shrink(empty ? 0 : Store::kHeadBytes + size);
   } catch (...) {
     // The file stays longer than it counts. It will grow from where it counts
     // to.

@@ -22,6 +22,25 @@ class SpaceMap {
     return std::nullopt;
   }
 
+  /// Takes these bytes. Returns false, and takes nothing, if some are not free.
+  bool take_at(std::uint64_t offset, std::uint64_t bytes) {
+    auto it = free_.upper_bound(offset);
+    if (it == free_.begin()) return false;
+    --it;
+    const auto [begin, size] = *it;
+    const std::uint64_t before = offset - begin;
+    if (before > size || size - before < bytes) return false;
+    if (before == 0) {
+      free_.erase(it);
+    } else {
+      it->second = before;
+    }
+    if (size - before > bytes) {
+      free_.emplace(offset + bytes, size - before - bytes);
+    }
+    return true;
+  }
+
   void give(std::uint64_t offset, std::uint64_t bytes) {
     auto next = free_.upper_bound(offset);
     if (next != free_.begin()) {

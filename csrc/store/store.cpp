@@ -39,7 +39,7 @@
 namespace torch_ext {
 namespace {
 
-constexpr std::uint64_t kNoSpace = ~std::uint64_t{0};
+constexpr std::uint64_t kNoSpace = Place::kNowhere;
 
 std::vector<int> weights_of(const DirectoryList& directories) {
   if (directories.all().empty()) {
@@ -90,8 +90,18 @@ struct Store::Impl {
       : config(options.aio),
         verify(options.verify),
         stripes(weights_of(options.directory)) {
-    for (const WeightedDirectory& directory : options.directory.all()) {
-      add_drive(directory.path);
+    const auto& directories = options.directory.all();
+    if (!options.files.empty() && options.files.size() != directories.size()) {
+      throw std::invalid_argument(
+          "store: files of " + std::to_string(options.files.size()) +
+          " directories, not of " + std::to_string(directories.size()));
+    }
+    for (std::size_t i = 0; i < directories.size(); ++i) {
+      const std::filesystem::path& path = directories[i].path;
+      add_drive(path, options.files.empty()
+                          ? File::scratch(path)
+                          : File::open(path / options.files[i],
+                                       File::Mode::kExisting));
     }
     config.validate();
     if (!is_aligned(config.block_size, granule)) {
@@ -105,7 +115,7 @@ struct Store::Impl {
     add_queues(options);
   }
 
-  void add_drive(const std::filesystem::path& directory);
+  void add_drive(const std::filesystem::path& directory, File file);
   void add_queues(const StoreOptions& options);
   void add_note(const std::string& note);
 
@@ -125,7 +135,9 @@ struct Store::Impl {
     IoOperation operation;
   };
   std::vector<Part> parts_of(IoRequest::Op op, const Request& request) const;
-  Ticket submit(IoRequest::Op op, Request request);
+  Ticket submit(IoRequest::Op op, Request request, bool compare = true);
+  Ticket move_head(IoRequest::Op op, std::size_t directory,
+                   std::uint64_t offset, std::span<std::byte> bytes) const;
   void ended(IoRequest::Op op, Extent& extent, std::uint64_t length,
              const std::exception_ptr& error);
 
@@ -147,8 +159,9 @@ struct Store::Impl {
   std::vector<std::unique_ptr<IoQueue>> queues;
 };
 
-void Store::Impl::add_drive(const std::filesystem::path& directory) {
-  auto drive = std::make_unique<Drive>(directory);
+void Store::Impl::add_drive(const std::filesystem::path& directory,
+                            File scratch_or_other) {
+  auto drive = std::make_unique<Drive>(std::move(scratch_or_other));
   const File& file = *drive->file;
   if (file.granule() > granule) {
     granule = file.granule();
@@ -263,9 +276,27 @@ std::vector<Store::Impl::Part> Store::Impl::parts_of(
   return parts;
 }
 
-Ticket Store::Impl::submit(IoRequest::Op op, Request request) {
+Ticket Store::Impl::move_head(IoRequest::Op op, std::size_t directory,
+                              std::uint64_t offset,
+                              std::span<std::byte> bytes) const {
+  const Drive& drive = *drives.at(directory);
+  if (offset > kHeadBytes || bytes.size() > kHeadBytes - offset ||
+      !is_aligned(offset, granule) || !is_aligned(bytes.size(), granule) ||
+      !is_aligned(bytes.data(), memory_alignment)) {
+    throw std::invalid_argument("store: offset " + std::to_string(offset) +
+                                " and length " + std::to_string(bytes.size()) +
+                                " do not fit the head of a file");
+  }
+  return drive.queue->submit(
+      {.op = op, .file = drive.file, .offset = offset, .bytes = bytes});
+}
+
+Ticket Store::Impl::submit(IoRequest::Op op, Request request, bool compare) {
   check(request);
   std::vector<Part> parts = parts_of(op, request);
+  if (!compare) {
+    for (Part& part : parts) part.operation.checksums = {};
+  }
   Done last = [this, op, length = request.bytes.size(),
                extent = std::move(request.extent),
                done =
@@ -374,6 +405,117 @@ std::shared_ptr<Extent> Store::allocate(std::uint64_t bytes, bool may_grow) {
     extent->offsets_[i] = *offset;
   }
   return extent;
+}
+
+std::shared_ptr<Extent> Store::adopt(const Place& place,
+                                     std::vector<std::uint64_t> checksums) {
+  const auto refuse = [&place](const std::string& why) {
+    throw std::invalid_argument("store: an extent of " +
+                                std::to_string(place.size) + " bytes " + why);
+  };
+  const std::size_t drives = impl_->drives.size();
+  if (place.size > std::uint64_t{1} << 62) refuse("is too large");
+  if (place.offsets.size() != drives) refuse("is not of so many directories");
+  if (place.first_slot >= impl_->stripes.period()) refuse("has no such slot");
+  const std::uint64_t blocks = blocks_of(place.size);
+  if (impl_->verify && !checksums.empty() && checksums.size() != blocks) {
+    refuse("has " + std::to_string(checksums.size()) + " checksums, not " +
+           std::to_string(blocks));
+  }
+  std::shared_ptr<Extent> extent(new Extent);
+  extent->offsets_.assign(drives, kNoSpace);
+  extent->first_slot_ = place.first_slot;
+  extent->size_ = place.size;
+  extent->padded_size_ = align_up(place.size, granule());
+  extent->store_ = impl_;
+  for (std::size_t i = 0; i < drives; ++i) {
+    const std::uint64_t part = impl_->bytes_on(i, *extent);
+    const std::uint64_t offset = place.offsets[i];
+    if (part == 0 && offset == kNoSpace) continue;
+    if (part == 0 || !is_aligned(offset, granule()) ||
+        !impl_->drives[i]->take_at(offset, part)) {
+      refuse("cannot lie at " + std::to_string(offset) + " in " +
+             impl_->drives[i]->file->path());
+    }
+    extent->offsets_[i] = offset;
+  }
+  if (impl_->verify) {
+    extent->checksums_ = std::move(checksums);
+    extent->checksums_.resize(blocks);
+  }
+  return extent;
+}
+
+std::uint64_t Store::blocks_of(std::uint64_t bytes) const noexcept {
+  const std::uint64_t block = impl_->config.block_size;
+  return align_up(align_up(bytes, granule()), block) / block;
+}
+
+Place Extent::place() const { return {size_, first_slot_, offsets_}; }
+
+Ticket Store::write_head(std::size_t directory, std::uint64_t offset,
+                         std::span<const std::byte> bytes) {
+  auto* const data = const_cast<std::byte*>(bytes.data());
+  return impl_->move_head(IoRequest::Op::kWrite, directory, offset,
+                          {data, bytes.size()});
+}
+
+Ticket Store::read_head(std::size_t directory, std::uint64_t offset,
+                        std::span<std::byte> bytes) {
+  return impl_->move_head(IoRequest::Op::kRead, directory, offset, bytes);
+}
+
+void Store::sync(std::size_t directory) {
+  const Drive& drive = *impl_->drives.at(directory);
+  drive.queue->submit({.op = IoRequest::Op::kSync, .file = drive.file}).wait();
+}
+
+void Store::sync() {
+  std::vector<Ticket> tickets;
+  std::exception_ptr error;
+  for (const std::unique_ptr<Drive>& drive : impl_->drives) {
+    tickets.push_back(drive->queue->submit(
+        {.op = IoRequest::Op::kSync, .file = drive->file}));
+  }
+  for (const Ticket& ticket : tickets) {
+    try {
+      ticket.wait();
+    } catch (...) {
+      if (error == nullptr) error = std::current_exception();
+    }
+  }
+  if (error != nullptr) std::rethrow_exception(error);
+}
+
+void Store::give_names(const std::vector<std::string>& names) {
+  // Whoever finds the first file finds all.
+  for (std::size_t i = impl_->drives.size(); i-- > 0;) {
+    impl_->drives[i]->give_name(names.at(i));
+  }
+}
+
+bool Store::verifies() const noexcept { return impl_->verify; }
+
+std::size_t Store::directories() const noexcept { return impl_->drives.size(); }
+
+const File& Store::file(std::size_t directory) const {
+  return *impl_->drives.at(directory)->file;
+}
+
+std::vector<std::uint32_t> Store::weights() const {
+  const StripeMap& stripes = impl_->stripes;
+  std::vector<std::uint32_t> weights;
+  for (std::size_t i = 0; i < stripes.drives(); ++i) {
+    weights.push_back(
+        static_cast<std::uint32_t>(stripes.count(i, 0, stripes.period())));
+  }
+  return weights;
+}
+
+Ticket Store::read_unchecked(const std::shared_ptr<Extent>& extent,
+                             std::span<std::byte> bytes) {
+  return impl_->submit(IoRequest::Op::kRead, {.extent = extent, .bytes = bytes},
+                       /*compare=*/false);
 }
 
 std::uint64_t Extent::offset(std::size_t directory) const {

@@ -73,7 +73,8 @@ class OpenStepTest : public testing::Test {
     std::vector<std::uint64_t> tiles;
     const auto log = script_->log();
     for (std::size_t i = since; i < log.size(); ++i) {
-      if (log[i].op == op) tiles.push_back(log[i].offset / kTile);
+      if (log[i].op == op)
+        tiles.push_back((log[i].offset - Store::kHeadBytes) / kTile);
     }
     return tiles;
   }

@@ -212,7 +212,7 @@ TEST_F(OptimizerFaultsTest, AnErrorOfTheLastWritesIsTheNextCallsOrClosesOwn) {
         [tiles](std::size_t, const IoRequest& request) {
           Fault fault;
           if (request.op != IoRequest::Op::kWrite) return fault;
-          tiles->insert(request.offset / (64 * kKiB));
+          tiles->insert((request.offset - Store::kHeadBytes) / (64 * kKiB));
           if (tiles->size() == 4) fault = Fault::fail(EIO);
           return fault;
         });

@@ -257,8 +257,8 @@ TEST_F(OptimizerOffloadTest, StepReturnsWithItsLastWritesInFlight) {
   adamw.add(4 * kPerTile);
   // The fourth tile's; the first three's make room for it.
   script_->set_plan([](std::size_t, const IoRequest& request) {
-    const bool last =
-        request.op == IoRequest::Op::kWrite && request.offset >= 3 * 64 * kKiB;
+    const bool last = request.op == IoRequest::Op::kWrite &&
+                      request.offset >= Store::kHeadBytes + 3 * 64 * kKiB;
     return last ? test::Fault::held() : test::Fault();
   });
   adamw.step_all();

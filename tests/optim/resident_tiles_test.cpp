@@ -63,7 +63,7 @@ class ResidentTilesTest : public testing::Test {
     const auto log = script_->log();
     for (std::size_t i = first; i < log.size(); ++i) {
       if (log[i].op == IoRequest::Op::kWrite) {
-        tiles.insert(log[i].offset / kTile);
+        tiles.insert((log[i].offset - Store::kHeadBytes) / kTile);
       }
     }
     return tiles;

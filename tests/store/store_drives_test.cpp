@@ -150,7 +150,8 @@ TEST_F(StoreDrivesTest, ALongOperationIsOneRequestPerBlockAndGoesToAllDrives) {
   }
   EXPECT_EQ(offsets.size(), 3u);
   for (const auto& [fd, of_file] : offsets) {
-    EXPECT_EQ(of_file, (std::vector<std::uint64_t>{0, kBlock}));
+    EXPECT_EQ(of_file, (std::vector<std::uint64_t>{
+                           Store::kHeadBytes, Store::kHeadBytes + kBlock}));
   }
   script_->release_all();
   ticket.wait();

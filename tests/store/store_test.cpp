@@ -247,7 +247,7 @@ TEST_F(StoreTest, WhereTheGrowthIsRefusedTheFileGrowsByWhatIsMissing) {
 TEST_F(StoreTest, TheFileSizeLimitIsAnErrorAndWhatFitsIsStillGiven) {
   test::expect_well_in_child([this]() -> std::string {
     signal(SIGXFSZ, SIG_DFL);
-    const rlimit limit = {1 << 20, 1 << 20};
+    const rlimit limit = {2 << 20, 2 << 20};  // The head, and as much again.
     if (setrlimit(RLIMIT_FSIZE, &limit) != 0) return "setrlimit";
     Store store(options());
     AlignedBuffer memory(kBlock);

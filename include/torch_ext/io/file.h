@@ -14,6 +14,9 @@ namespace torch_ext {
 /// empty or contains NUL; IoError ("getcwd").
 std::string absolute_path(const std::filesystem::path& path);
 
+/// Makes the names in a directory durable. Errors: IoError.
+void sync_directory(const std::filesystem::path& directory);
+
 /// A regular file, open for direct I/O where that is possible, and the
 /// alignment that this demands. A second descriptor, for buffered I/O, is
 /// opened when it is first needed. Ownership: move-only; the destructor closes
@@ -31,6 +34,7 @@ class File {
     kRead,       ///< Must exist.
     kWrite,      ///< Created 0600 if missing, never truncated.
     kReadWrite,  ///< As kWrite.
+    kExisting,   ///< To read and write. Must exist.
   };
 
   /// Opens a file by name, with O_CLOEXEC. A link, FIFO, device or directory is
@@ -54,16 +58,27 @@ class File {
   static std::optional<Identity> identify(int fd) noexcept;
 
   /// Makes a file without a name in `directory`. It is gone when it is closed
-  /// or when the process ends. It is made with O_TMPFILE, or else with O_EXCL
-  /// and a random name that is unlinked at once. Errors: as open().
+  /// or when the process ends, unless give_name() is called. It is made with
+  /// O_TMPFILE, or else with O_EXCL and a random name that is unlinked at once.
+  /// Errors: as open().
   static File scratch(const std::filesystem::path& directory);
+
+  /// Gives a scratch file a name in its directory, and makes file and name
+  /// durable. path() is the whole name from then on. It may be called again
+  /// with the same name, after an error. Threads: one at a time. Errors:
+  /// IoError (EEXIST; EOPNOTSUPP where the file system has no O_TMPFILE). The
+  /// file has no name then, or one that may not be durable.
+  void give_name(const std::string& name);
 
   File(File&& other) noexcept;
   File& operator=(File&& other) noexcept;
   ~File();
 
   /// The absolute path; for a scratch file "DIR/[scratch]".
-  const std::string& path() const noexcept { return path_; }
+  const std::string& path() const noexcept {
+    const std::string* const name = name_.load();
+    return name != nullptr ? *name : path_;
+  }
   const Identity& identity() const noexcept { return identity_; }
   /// The descriptor with O_DIRECT; the buffered one where direct() is false.
   int fd() const noexcept {
@@ -154,6 +169,8 @@ class File {
                  std::uint64_t end) const;
 
   std::string path_;
+  /// Given later, while others may read it.
+  std::atomic<const std::string*> name_ = nullptr;
   std::string reason_;
   Identity identity_;
   int access_ = 0;  ///< O_RDONLY, O_WRONLY or O_RDWR; O_SYNC or O_DSYNC.

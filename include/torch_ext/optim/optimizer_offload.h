@@ -24,6 +24,8 @@ struct TileOptions {
   /// Bytes of a tile, rounded up to what the drive takes. 0: by the rule that
   /// OptimizerOffload states.
   std::uint64_t tile_bytes = 0;
+  /// What the files are called from the first commit on.
+  StoreName name = {};
 };
 
 /// The former name, for one release.
@@ -75,6 +77,22 @@ struct LaneEvent {
   std::size_t tile = 0;
   double start = 0;
   double end = 0;
+};
+
+/// Something that a commit keeps beside the state, such as a parameter's
+/// values: an array of elements.
+struct CommittedValue {
+  std::uint64_t elements = 0;
+  std::uint32_t element_bytes = 0;  ///< From 1 to 64.
+  bool operator==(const CommittedValue&) const = default;
+};
+
+/// What a commit did.
+struct CommitReport {
+  std::uint64_t generation = 0;  ///< Counted from 1.
+  std::uint64_t step = 0;        ///< The caller's.
+  std::uint64_t bytes_written = 0;
+  double seconds = 0;
 };
 
 /// Optimizer state on disk. A parameter's state is a few fields, each with
@@ -196,6 +214,56 @@ class OptimizerOffload {
   void change_state(std::span<const ParameterStep> parameters,
                     UpdateKernel& kernel);
 
+  /// Makes the state durable, as it is now. After a crash at any time, resume()
+  /// finds this commit or a later one. State is not written again, except tiles
+  /// that stay in memory. The first commit gives the files names, and takes
+  /// space for a second copy of all state and values; each of the newest `keep`
+  /// commits may need one more.
+  ///
+  /// `values` are written too. `reader` fills them in: it is called as in a
+  /// step, with the value's index as the parameter, and the value in field 0.
+  /// `document` is the caller's; committed() returns it.
+  /// Errors: IoError: ENOSPC before anything is written, EEXIST if another
+  /// run's store has the name. StateError in a step, after a failure, and for a
+  /// store without checksums. Those of the reader. The commit before is as it
+  /// was, and steps may go on, unless the error says otherwise.
+  CommitReport commit(std::uint64_t step, std::string document,
+                      std::span<const CommittedValue> values,
+                      UpdateKernel& reader, std::size_t keep = 1);
+
+  /// Goes on from the last commit of the store that `options` names. Parameters
+  /// have the numbers, state and steps that they had then. tile_bytes is the
+  /// store's own.
+  /// Errors: IoError: ENOENT if nothing was committed there, EAGAIN if another
+  /// process uses it, EIO for damage. std::invalid_argument for files that are
+  /// no such store, or if host_memory is too small for it.
+  static std::unique_ptr<OptimizerOffload> resume(const TileOptions& options);
+
+  /// What a commit says of itself.
+  struct Committed {
+    std::uint64_t generation = 0;
+    std::uint64_t step = 0;
+    std::int64_t time = 0;  ///< Seconds since 1970.
+    std::string document;
+  };
+  /// The last commit. Its generation is 0 if there is none.
+  Committed committed() const;
+  /// The last commit of the store that `options` names, of which nothing else
+  /// is taken. Errors: as resume().
+  static Committed find_commit(const TileOptions& options);
+
+  /// Shows the kernel the values of the last commit, as commit() did.
+  /// Errors: as read_state(); StateError if there is no commit.
+  void read_values(UpdateKernel& kernel);
+  /// Throws std::invalid_argument if the last commit has other values.
+  void check_values(std::span<const CommittedValue> values) const;
+
+  /// How many numbers add_parameter() has given.
+  std::size_t parameters() const;
+  /// Throws std::invalid_argument if a parameter has other elements or fields.
+  void check_parameter(std::size_t parameter, std::uint64_t elements,
+                       const StateFields& fields) const;
+
   bool has_state(std::size_t parameter) const;
   /// How many steps of the parameter have been counted.
   std::uint64_t step_of(std::size_t parameter) const;
@@ -234,6 +302,7 @@ class OptimizerOffload {
  private:
   friend struct OptimizerOffloadProbe;  // For tests.
   class Impl;
+  explicit OptimizerOffload(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "torch_ext/config/aio_config.h"
+#include "torch_ext/io/file.h"
 #include "torch_ext/io/io_engine.h"
 #include "torch_ext/io/io_queue.h"
 #include "torch_ext/io/ticket.h"
@@ -19,6 +20,17 @@
 namespace torch_ext {
 
 class Extent;
+
+/// What a store's files are called once they have names.
+struct StoreName {
+  std::string name = "state";
+  std::uint32_t rank = 0;
+  std::uint32_t world = 1;
+  std::uint32_t epoch = 0;  ///< Grows when the state is divided anew.
+
+  /// "NAME.r0-of-1.e0.d0.store", in the directory of that number.
+  std::string of_file(std::size_t directory) const;
+};
 
 /// How to make a Store.
 struct StoreOptions {
@@ -30,6 +42,9 @@ struct StoreOptions {
   /// io_uring, else threads.
   std::string engine = "auto";
   bool verify = true;  ///< Keep a checksum per block, compare on read.
+  /// Empty, or for each directory the name of the file that the store takes
+  /// over, in place of a scratch file. Its extents are those that adopt() gets.
+  std::vector<std::string> files = {};
   /// Overrides `engine` if it is set. Tests put a faulty engine in here.
   IoEngineFactory engine_factory = {};
 };
@@ -44,8 +59,19 @@ struct StoreStats {
   std::uint64_t file_size = 0;  ///< Bytes of the scratch files.
 };
 
+/// Where an extent lies. With its checksums, all that adopt() needs.
+struct Place {
+  std::uint64_t size = 0;  ///< Bytes, as asked for.
+  std::uint64_t first_slot = 0;
+  /// In the file of each directory, in bytes; kNowhere if it has no part there.
+  std::vector<std::uint64_t> offsets = {};
+  static constexpr std::uint64_t kNowhere = ~std::uint64_t{0};
+  bool operator==(const Place&) const = default;
+};
+
 /// Scratch space: extents of an unnamed file, which an IoQueue of the store's
-/// own writes and reads. Nothing survives the process.
+/// own writes and reads. Nothing survives the process, unless the files get
+/// names and what is needed to find the extents is kept (CommitLog).
 ///
 /// With several directories there is a file in each, and a queue with all its
 /// threads for each block device. The blocks (of block_size bytes) of an extent
@@ -122,6 +148,49 @@ class Store {
     return read({std::move(extent), offset, bytes, std::move(done)});
   }
 
+  /// The first bytes of each file belong to no extent.
+  static constexpr std::uint64_t kHeadBytes = std::uint64_t{1} << 20;
+
+  /// Writes or reads in the head of a directory's file, without a checksum.
+  /// Offset and length are multiples of granule(); `bytes` as in Request.
+  /// Errors: those of write() and read().
+  Ticket write_head(std::size_t directory, std::uint64_t offset,
+                    std::span<const std::byte> bytes);
+  Ticket read_head(std::size_t directory, std::uint64_t offset,
+                   std::span<std::byte> bytes);
+
+  /// Returns when all writes that have ended are on the drives, or on that of
+  /// one directory. The drives are asked side by side. Errors: IoError.
+  void sync();
+  void sync(std::size_t directory);
+
+  /// Gives the scratch files of the directories these names, the first one
+  /// last: see
+  /// File::give_name(). After an error some may have theirs. Errors: IoError.
+  void give_names(const std::vector<std::string>& names);
+
+  /// An extent that was at `place` in these files, with the checksums that it
+  /// had; without, they are zeros. The space is taken from then on. Errors:
+  /// std::invalid_argument if the place is not within the files, not aligned,
+  /// or not free. Nothing is allocated for it then.
+  std::shared_ptr<Extent> adopt(const Place& place,
+                                std::vector<std::uint64_t> checksums);
+
+  /// How many checksums an extent of `bytes` bytes has.
+  std::uint64_t blocks_of(std::uint64_t bytes) const noexcept;
+
+  /// Reads all of an extent, and does not compare checksums. `bytes` has its
+  /// padded size.
+  Ticket read_unchecked(const std::shared_ptr<Extent>& extent,
+                        std::span<std::byte> bytes);
+
+  /// Whether it keeps checksums.
+  bool verifies() const noexcept;
+  std::size_t directories() const noexcept;
+  const File& file(std::size_t directory = 0) const;
+  /// The directories' shares of the blocks, in lowest terms.
+  std::vector<std::uint32_t> weights() const;
+
   const AioConfig& config() const noexcept;
   /// Bytes to which extents are padded: a multiple of 4096.
   std::size_t granule() const noexcept;
@@ -153,6 +222,13 @@ class Extent {
   /// Where its part in the file of directory number `directory` begins, in
   /// bytes. Errors: std::out_of_range.
   std::uint64_t offset(std::size_t directory = 0) const;
+  /// Where it lies, for Store::adopt().
+  Place place() const;
+  /// One for each block_size bytes; none in a store without `verify`. They are
+  /// undefined while the extent is written.
+  const std::vector<std::uint64_t>& checksums() const noexcept {
+    return checksums_;
+  }
 
  private:
   friend class Store;

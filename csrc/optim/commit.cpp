@@ -1,0 +1,423 @@
+// Commits of an optimizer's state, and how a later process goes on from one.
+//
+// A tile's place on the drive is an extent. After a commit, the places of all
+// tiles are the commit's, and each tile has a spare for its next write
+// (TileLanes). So a step moves as many bytes as without commits. When a later
+// commit has become durable, the places of the one before are spares again.
+//
+// commit() writes what is not on the drive yet: the values, and the resident
+// tiles that have changed. It sees to it first that every tile has a place now
+// and a spare afterwards, so that a full drive refuses here and not in a step.
+// CommitLog does the rest.
+//
+// Values are laid out in tiles of their own, and pass through the same buffers
+// in a round of their own.
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <memory>
+#include <set>
+#include <stdexcept>
+#include <utility>
+
+#include "commit_document.h"
+#include "optimizer_impl.h"
+
+namespace torch_ext {
+void OptimizerOffload::Impl::disown(const std::vector<Tile*>& gone) {
+  const std::set<Tile*> all(gone.begin(), gone.end());
+  for (auto& [generation, tiles_of_it] : owners) {
+    for (Tile*& tile : tiles_of_it) {
+      if (all.contains(tile)) tile = nullptr;
+    }
+  }
+}
+
+void OptimizerOffload::Impl::lay_out_values(
+    std::span<const CommittedValue> wanted) {
+  if (std::ranges::equal(wanted, values)) return;
+  TileList laid_out;
+  TileLayout filler(laid_out, plan.tile_bytes);
+  for (std::size_t i = 0; i < wanted.size(); ++i) {
+    if (wanted[i].element_bytes < 1 || wanted[i].element_bytes > 64) {
+      throw std::invalid_argument("commit: a value's elements have " +
+                                  std::to_string(wanted[i].element_bytes) +
+                                  " bytes; they may have 1 to 64");
+    }
+    filler.add(i, wanted[i].elements, fields_of(wanted[i]));
+  }
+  for (const auto& tile : laid_out) tile->holds_state = false;
+  disown(tile_pointers(value_tiles));
+  value_tiles = std::move(laid_out);
+  values.assign(wanted.begin(), wanted.end());
+  layout.clear();
+}
+
+// Gives every tile a place for what this commit writes of it, and sees to it
+// that it has a spare afterwards: all tiles or none.
+void OptimizerOffload::Impl::make_room_for_commit(std::size_t keep,
+                                                  bool commits_now) {
+  std::set<const Tile*> get_one_back;
+  const std::vector<Commit>& commits = log->commits();
+  const std::size_t after = commits.size() + 1;
+  for (std::size_t i = 0; i + keep < after; ++i) {
+    const auto& owners_of_it = owners[commits[i].generation];
+    for (std::size_t j = 0; j < owners_of_it.size(); ++j) {
+      const Tile* tile = owners_of_it[j];
+      const std::shared_ptr<Extent>& extent = commits[i].extents[j];
+      if (tile == nullptr) continue;
+      const bool leaves_it = extent == tile->extent && is_written_anew(*tile);
+      if (extent.use_count() == (leaves_it ? 2 : 1)) get_one_back.insert(tile);
+    }
+  }
+  std::vector<Tile*> needed;
+  std::uint64_t bytes = 0;
+  for (const TileList* list : {&tiles, &value_tiles}) {
+    for (const auto& tile : *list) {
+      const std::size_t places = tile->spares.size() +
+                                 (tile->extent != nullptr ? 1 : 0) +
+                                 (get_one_back.contains(tile.get()) ? 1 : 0);
+      const std::size_t wanted = commits_now && is_written_anew(*tile) ? 3 : 2;
+      for (std::size_t i = places; i < wanted; ++i) {
+        needed.push_back(tile.get());
+        bytes += align_up(tile->bytes, granule);
+      }
+    }
+  }
+  if (needed.empty()) return;
+  store->check_room(bytes);
+  std::vector<std::shared_ptr<Extent>> found;
+  try {
+    for (const Tile* tile : needed)
+      found.push_back(store->allocate(tile->bytes));
+  } catch (...) {
+    found.clear();
+    store->trim();
+    throw;
+  }
+  for (std::size_t i = 0; i < needed.size(); ++i) {
+    Tile& tile = *needed[i];
+    if (tile.extent == nullptr) {
+      tile.extent = std::move(found[i]);
+    } else {
+      tile.spares.push_back(std::move(found[i]));
+    }
+  }
+}
+
+void OptimizerOffload::Impl::visit_values(TileLanes::Round round,
+                                          UpdateKernel& kernel) {
+  round.tiles = tile_pointers(value_tiles);
+  if (round.tiles.empty()) return;
+  // Resident tiles may have all buffers. Some give theirs back for a while.
+  const std::size_t wanted =
+      std::min({round.tiles.size(), plan.lanes, std::size_t{3}});
+  if (!lanes->make_way(tiles, wanted)) {
+    lanes->write_residents(tiles);
+    lanes->settle();
+    if (!lanes->make_way(tiles, wanted)) {
+      throw StateError(
+          "host memory is full of state that no commit has: commit first");
+    }
+  }
+  lanes->run(std::move(round), [&kernel](Tile& tile, bool fresh) {
+    if (fresh)
+      std::fill_n(tile.buffer.data(), tile.buffer.size(), std::byte{0});
+    std::vector<StateSegment> segments;
+    for (const Segment& in : tile.segments) {
+      segments.push_back({.parameter = in.parameter,
+                          .first = in.first,
+                          .count = in.count,
+                          .fields = {tile.buffer.data() + in.offset}});
+    }
+    kernel.update(segments);
+  });
+}
+
+std::string OptimizerOffload::Impl::document_of(const std::string& of_caller) {
+  if (layout.empty()) {
+    layout = layout_json(tiles, values, value_tiles, plan.tile_bytes);
+  }
+  std::vector<CommitDocument::Parameter> all;
+  for (std::size_t i = 0; i < parameters.size(); ++i) {
+    const Parameter& p = parameters[i];
+    all.push_back({i, p.elements, p.fields, p.step, p.has_state});
+  }
+  return make_document(layout, all, of_caller);
+}
+
+CommitReport OptimizerOffload::Impl::commit(
+    std::uint64_t step, std::string document,
+    std::span<const CommittedValue> wanted, UpdateKernel& reader,
+    std::size_t keep) {
+  const auto start = std::chrono::steady_clock::now();
+  if (!store->verifies()) {
+    throw StateError(
+        "commit: this optimizer was made without checksums (verify=false), "
+        "without which a commit could not be trusted");
+  }
+  if (keep < 1) {
+    throw std::invalid_argument("commit: keep must be at least 1, got 0");
+  }
+  lanes->settle();  // Writes of the last step.
+  if (log == nullptr) log = std::make_unique<CommitLog>(*store, name);
+  log->check();  // Before values are written.
+  const auto written = [this]() REQUIRES(calls) {
+    return store->stats().bytes_written + log->bytes_written();
+  };
+  const std::uint64_t written_before = written();
+  lay_out_values(wanted);
+  make_room_for_commit(keep, /*commits_now=*/true);
+  TileLanes::Round round;
+  round.read = round.repeat = false;
+  round.for_commit = true;
+  visit_values(std::move(round), reader);
+  lanes->write_residents(tiles);
+  lanes->settle();
+
+  std::vector<Tile*> all = tile_pointers(tiles);
+  for (const auto& tile : value_tiles) all.push_back(tile.get());
+  std::vector<std::shared_ptr<Extent>> extents;
+  for (const Tile* tile : all) extents.push_back(tile->extent);
+
+  const auto last = [this]() REQUIRES(calls) {
+    return log->commits().empty() ? 0 : log->commits().back().generation;
+  };
+  const std::uint64_t before = last();
+  std::vector<Commit> dropped;
+  std::exception_ptr error;
+  try {
+    dropped = log->add(step, document_of(document), std::move(extents), keep);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  if (last() != before) {
+    lanes->set_committed(tiles);
+    lanes->set_committed(value_tiles);
+    owners[last()] = std::move(all);
+    committed_document = std::move(document);
+  }
+  for (Commit& commit : dropped) {
+    const auto& owners_of_it = owners[commit.generation];
+    for (std::size_t i = 0; i < owners_of_it.size(); ++i) {
+      const std::shared_ptr<Extent> extent = std::move(commit.extents[i]);
+      Tile* const tile = owners_of_it[i];
+      // It may be a later commit's, too.
+      if (tile != nullptr && extent.use_count() == 1 &&
+          tile->spares.size() < keep) {
+        tile->spares.push_back(extent);
+      }
+    }
+    owners.erase(commit.generation);
+  }
+  if (log->must_stop() != nullptr) refusal = log->must_stop();
+  if (error != nullptr) std::rethrow_exception(error);
+  const std::chrono::duration<double> seconds =
+      std::chrono::steady_clock::now() - start;
+  return {.generation = last(),
+          .step = step,
+          .bytes_written = written() - written_before,
+          .seconds = seconds.count()};
+}
+
+// Makes parameters and tiles of the last commit.
+void OptimizerOffload::Impl::take_commit(const CommitDocument& document) {
+  const Commit& commit = log->commits().back();
+  for (const CommitDocument::Parameter& in : document.parameters) {
+    if (in.number >= parameters.size()) parameters.resize(in.number + 1);
+    parameters[in.number] = {.elements = in.elements,
+                             .fields = in.fields,
+                             .step = in.step,
+                             .placed = in.has_state,
+                             .has_state = in.has_state};
+  }
+  std::size_t next = 0;
+  const auto take = [&](const CommitDocument::TileContent& in, TileList& list) {
+    auto tile = std::make_unique<Tile>();
+    tile->number = list.size();
+    tile->segments = in.segments;
+    tile->bytes = in.bytes;
+    tile->extent = commit.extents[next++];
+    tile->committed = tile->on_disk = true;
+    list.push_back(std::move(tile));
+  };
+  for (const auto& in : document.tiles) take(in, tiles);
+  for (const auto& in : document.value_tiles) take(in, value_tiles);
+  values = document.values;
+  const std::size_t stay = plan.resident(tiles.size());
+  for (std::size_t i = 0; i < tiles.size(); ++i) {
+    Tile* const tile = tiles[i].get();
+    tile->resident = is_chosen(i, tiles.size(), stay);
+    order.push_back(tile);
+    for (const Segment& segment : tile->segments) {
+      Parameter& p = parameters[segment.parameter];
+      p.placed = true;
+      p.tiles.push_back(tile);
+    }
+  }
+  for (const auto& tile : value_tiles) tile->holds_state = false;
+  std::vector<Tile*> all = tile_pointers(tiles);
+  for (const auto& tile : value_tiles) all.push_back(tile.get());
+  owners[commit.generation] = std::move(all);
+  committed_document = document.of_caller;
+  make_room_for_commit(log->commits().size() + 1, /*commits_now=*/false);
+}
+
+OptimizerOffload::OptimizerOffload(std::unique_ptr<Impl> impl)
+    : impl_(std::move(impl)) {}
+
+namespace {
+
+/// A store that was committed, and how it was made.
+struct Found {
+  TileOptions options;
+  std::unique_ptr<Store> store;
+  std::unique_ptr<CommitLog> log;
+  CommitDocument document;
+};
+
+/// Nothing was committed only where no directory has a file of the name.
+void check_files(const StoreOptions& how) {
+  const auto& directories = how.directory.all();
+  const auto has = [&](std::size_t directory, std::size_t drive) {
+    return File::identify(directories[directory].path / how.files[drive])
+        .has_value();
+  };
+  std::size_t missing = directories.size();
+  bool any = false;
+  for (std::size_t i = 0; i < directories.size(); ++i) {
+    for (std::size_t j = 0; j < directories.size(); ++j) {
+      any = any || has(i, j);
+    }
+    if (missing == directories.size() && !has(i, i)) missing = i;
+  }
+  if (!any || missing == directories.size()) return;
+  throw std::invalid_argument(
+      directories[missing].path.string() + " has no " + how.files[missing] +
+      ", but another directory has a file of this store: give all of them, in "
+      "the order in which it was made");
+}
+
+Found find(const TileOptions& options) {
+  Found found{options, nullptr, nullptr, {}};
+  StoreOptions& how = found.options.store;
+  how.files.clear();
+  for (std::size_t i = 0; i < how.directory.all().size(); ++i) {
+    how.files.push_back(options.name.of_file(i));
+  }
+  check_files(how);
+  found.store = std::make_unique<Store>(how);
+  const std::uint64_t block_size = read_header(*found.store).block_size;
+  if (block_size != how.aio.block_size) {
+    // Blocks are as large as they were.
+    how.aio.block_size = block_size;
+    found.store.reset();
+    found.store = std::make_unique<Store>(how);
+  }
+  found.log = CommitLog::open(*found.store, options.name);
+  const Commit& last = found.log->commits().back();
+  try {
+    found.document = parse_document(last.document);
+    const auto& tiles = found.document.tiles;
+    const auto& values = found.document.value_tiles;
+    if (tiles.size() + values.size() != last.extents.size()) {
+      throw FormatError("its document has other tiles");
+    }
+    for (std::size_t i = 0; i < last.extents.size(); ++i) {
+      const auto& tile = i < tiles.size() ? tiles[i] : values[i - tiles.size()];
+      if (last.extents[i]->size() != tile.bytes) {
+        throw FormatError("its document has tiles of other sizes");
+      }
+    }
+  } catch (const FormatError& error) {
+    throw IoError({.op = "read commit",
+                   .path = found.store->file().path(),
+                   .error = EIO,
+                   .detail = error.what()});
+  }
+  return found;
+}
+
+}  // namespace
+
+std::unique_ptr<OptimizerOffload> OptimizerOffload::resume(
+    const TileOptions& options) {
+  Found found = find(options);
+  auto impl = std::make_unique<Impl>(found.options, std::move(found.store),
+                                     found.document.tile_bytes);
+  {
+    const Impl::Call call(*impl);
+    const std::vector<std::string>& said = found.log->notes();
+    impl->notes.insert(impl->notes.end(), said.begin(), said.end());
+    impl->log = std::move(found.log);
+    impl->take_commit(found.document);
+  }
+  return std::unique_ptr<OptimizerOffload>(
+      new OptimizerOffload(std::move(impl)));
+}
+
+OptimizerOffload::Committed OptimizerOffload::find_commit(
+    const TileOptions& options) {
+  Found found = find(options);
+  const Commit& last = found.log->commits().back();
+  return {last.generation, last.step, last.time,
+          std::move(found.document.of_caller)};
+}
+
+CommitReport OptimizerOffload::commit(std::uint64_t step, std::string document,
+                                      std::span<const CommittedValue> values,
+                                      UpdateKernel& reader, std::size_t keep) {
+  const Impl::Call call(*impl_);
+  impl_->refuse_if_failed();
+  impl_->refuse_in_step();
+  return impl_->commit(step, std::move(document), values, reader, keep);
+}
+
+OptimizerOffload::Committed OptimizerOffload::committed() const {
+  const Impl::Call call(*impl_);
+  if (impl_->log == nullptr || impl_->log->commits().empty()) return {};
+  const Commit& last = impl_->log->commits().back();
+  return {last.generation, last.step, last.time, impl_->committed_document};
+}
+
+std::size_t OptimizerOffload::parameters() const {
+  const Impl::Call call(*impl_);
+  return impl_->parameters.size();
+}
+
+void OptimizerOffload::check_parameter(std::size_t parameter,
+                                       std::uint64_t elements,
+                                       const StateFields& fields) const {
+  const Impl::Call call(*impl_);
+  const Impl::Parameter& p = impl_->parameter(parameter);
+  if (p.elements == elements && p.fields == fields) return;
+  throw std::invalid_argument(
+      "the committed state is for " + std::to_string(p.elements) + " elements" +
+      (p.elements == elements ? " in another format"
+                              : ", not for " + std::to_string(elements)));
+}
+
+void OptimizerOffload::check_values(
+    std::span<const CommittedValue> wanted) const {
+  const Impl::Call call(*impl_);
+  if (std::ranges::equal(wanted, impl_->values)) return;
+  throw std::invalid_argument(
+      "the commit has " + std::to_string(impl_->values.size()) +
+      " values of other numbers or sizes than the " +
+      std::to_string(wanted.size()) + " that are asked for");
+}
+
+void OptimizerOffload::read_values(UpdateKernel& kernel) {
+  const Impl::Call call(*impl_);
+  impl_->refuse_if_failed();
+  impl_->refuse_in_step();
+  if (impl_->log == nullptr || impl_->log->commits().empty()) {
+    throw StateError("read_values: there is no commit");
+  }
+  TileLanes::Round round;
+  round.write = round.repeat = false;
+  impl_->visit_values(std::move(round), kernel);
+}
+
+}  // namespace torch_ext

@@ -1,0 +1,489 @@
+// How a commit becomes durable, and how it is found again.
+//
+// A store has two roots, in the head of its first file. A root refers to a
+// table, and the table to extents. Let c be the last commit. The next one, g,
+// goes on so:
+//
+// 1. The owner has written g's extents. None of them belongs to c, or they are
+//    as they were in c.
+// 2. The table is written, twice.
+// 3. All files are flushed.
+// 4. The root of g is written to the slot that does not have the root of c.
+// 5. The first file is flushed: g is the last commit.
+// 6. The first time, the files get their names, the first one last. So a file
+//    that is found by its name has a commit.
+// 7. What only commits before g need may be written again.
+//
+// At a crash before 5 has ended, the slot of c is as it was, and so is all that
+// it refers to. The other slot has an older root, nothing that passes for one,
+// or the root of g; all that g refers to was flushed before that was written.
+// tests/store/commit_model_test.cpp looks at every state that a crash can
+// leave; it shows too that no step can be left out.
+//
+// If 4 or 5 fails, the root of g may be there or not. It is overwritten with a
+// tombstone. If that fails too, the drive has c or g, and whoever resumes takes
+// g. So nobody may write to any extent any more: must_stop().
+//
+// If 3 fails, the drive may have lost any write of g, and a second flush would
+// not say so. So there are no further commits of this store.
+
+#include "commit_log.h"
+
+#include <sys/random.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <ctime>
+#include <filesystem>
+#include <functional>
+#include <stdexcept>
+#include <utility>
+
+#include "base/cut_point.h"
+#include "memory/pages.h"
+#include "torch_ext/base/align.h"
+#include "torch_ext/base/checksum.h"
+#include "torch_ext/base/error.h"
+
+namespace torch_ext {
+namespace {
+
+/// Zeroed memory that direct I/O can take.
+class Pages {
+ public:
+  explicit Pages(std::size_t bytes)
+      : size_(align_up(std::max<std::size_t>(bytes, 1), page_size())),
+        data_(map_pages(size_)) {}
+  Pages(const Pages&) = delete;
+  Pages& operator=(const Pages&) = delete;
+  ~Pages() { unmap_pages(data_, size_); }
+
+  std::span<std::byte> first(std::size_t bytes) const { return {data_, bytes}; }
+
+ private:
+  std::size_t size_;
+  std::byte* data_;
+};
+
+StoreId random_id() {
+  StoreId id;
+  if (getrandom(id.data(), id.size(), 0) != static_cast<ssize_t>(id.size())) {
+    throw IoError({.op = "getrandom", .error = errno});
+  }
+  return id;
+}
+
+std::int64_t seconds_since_1970() {
+  return static_cast<std::int64_t>(std::time(nullptr));
+}
+
+/// The error, with what it means for the commit.
+std::exception_ptr with_detail(const std::exception_ptr& error,
+                               const std::string& detail) {
+  try {
+    std::rethrow_exception(error);
+  } catch (const IoError& e) {
+    IoFailure failure = e.failure();
+    failure.detail += (failure.detail.empty() ? "" : "; ") + detail;
+    return std::make_exception_ptr(IoError(std::move(failure)));
+  } catch (...) {
+    return error;
+  }
+}
+
+constexpr const char* kTaken =
+    "a store of another run is there: resume it, remove it, or give another "
+    "name or directory";
+
+[[noreturn]] void fail_damaged(const std::string& path,
+                               const std::string& detail) {
+  throw IoError(
+      {.op = "read commit", .path = path, .error = EIO, .detail = detail});
+}
+
+}  // namespace
+
+std::string StoreName::of_file(std::size_t directory) const {
+  return name + ".r" + std::to_string(rank) + "-of-" + std::to_string(world) +
+         ".e" + std::to_string(epoch) + ".d" + std::to_string(directory) +
+         ".store";
+}
+
+StoreHeader read_header(Store& store, std::size_t directory) {
+  const std::size_t bytes = align_up(kHeaderBytes, store.granule());
+  const Pages memory(bytes);
+  const std::string& path = store.file(directory).path();
+  const std::uint64_t size = store.file(directory).size();
+  try {
+    if (size < bytes) throw FormatError("it is not a store of torch_ext");
+    store.read_head(directory, 0, memory.first(bytes)).wait();
+    StoreHeader header = decode_header(memory.first(bytes));
+    if (size < Store::kHeadBytes) throw DamagedError("it was truncated");
+    return header;
+  } catch (const DamagedError& error) {
+    fail_damaged(path, error.what());
+  } catch (const FormatError& error) {
+    throw std::invalid_argument(path + ": " + error.what());
+  }
+}
+
+CommitLog::CommitLog(Store& store, StoreName name)
+    : store_(store), name_(std::move(name)) {}
+
+// What the first commit does before all else. It leaves no trace outside.
+void CommitLog::begin() {
+  if (header_.granule != 0) return;
+  StoreHeader header{
+      .store = random_id(),
+      .run = random_id(),
+      .rank = name_.rank,
+      .world = name_.world,
+      .epoch = name_.epoch,
+      .granule = store_.granule(),
+      .block_size = static_cast<std::uint64_t>(store_.config().block_size),
+      .weights = store_.weights()};
+  const std::size_t bytes = align_up(kHeaderBytes, store_.granule());
+  const Pages memory(bytes);
+  for (std::size_t i = 0; i < store_.directories(); ++i) {
+    header.drive = static_cast<std::uint32_t>(i);
+    const std::vector<std::byte> encoded = encode(header);
+    std::ranges::copy(encoded, memory.first(bytes).data());
+    store_.write_head(i, 0, memory.first(bytes)).wait();
+  }
+  // A root that is read must have been written.
+  const Pages zeros(bytes);
+  for (const std::uint64_t offset : kRootOffsets) {
+    store_.write_head(0, offset, zeros.first(bytes)).wait();
+  }
+  lock_ = FileLock(store_.file());
+  header.drive = 0;
+  header_ = std::move(header);
+}
+
+std::vector<Commit> CommitLog::add(std::uint64_t step, std::string document,
+                                   std::vector<std::shared_ptr<Extent>> extents,
+                                   std::size_t keep) {
+  if (keep < 1) {
+    throw std::invalid_argument("commit: keep must be at least 1, got 0");
+  }
+  check();
+  begin();
+
+  Commit commit{++generation_, step, seconds_since_1970(), std::move(document),
+                std::move(extents)};
+  CommitTable table{.store = header_.store,
+                    .generation = commit.generation,
+                    .step = step,
+                    .time = commit.time};
+  const std::size_t kept = std::min(keep - 1, commits_.size());
+  for (std::size_t i = commits_.size() - kept; i < commits_.size(); ++i) {
+    CommitTable::Earlier& earlier = table.earlier.emplace_back();
+    earlier.generation = commits_[i].generation;
+    earlier.step = commits_[i].step;
+    earlier.table_checksum = tables_[i].checksum;
+    for (const auto& copy : tables_[i].copies) {
+      earlier.tables.push_back(copy->place());
+    }
+  }
+  table.document = commit.document;
+  for (const auto& extent : commit.extents) {
+    table.extents.push_back({extent->place(), extent->checksums()});
+  }
+
+  Tables tables = write_tables(encode(table));
+  cut_point("table written");
+  try {
+    store_.sync();
+  } catch (...) {
+    refusal_ = with_detail(
+        std::current_exception(),
+        "what was written since the last commit may be lost, so this store "
+        "takes no further commits; the last one is as it was");
+    std::rethrow_exception(refusal_);
+  }
+  cut_point("table flushed");
+
+  const std::size_t slot = 1 - slot_;
+  StoreRoot root{.store = header_.store,
+                 .generation = commit.generation,
+                 .step = step,
+                 .table_checksum = tables.checksum};
+  for (const auto& copy : tables.copies) root.tables.push_back(copy->place());
+  try {
+    write_root(root, slot);
+  } catch (...) {
+    bury(commit.generation, slot, std::current_exception());
+  }
+  cut_point("root flushed");
+
+  commits_.push_back(std::move(commit));
+  tables_.push_back(std::move(tables));
+  slot_ = slot;
+  give_names();
+  cut_point("committed");
+
+  std::vector<Commit> dropped;
+  while (commits_.size() > keep) {
+    dropped.push_back(std::move(commits_.front()));
+    commits_.erase(commits_.begin());
+    tables_.erase(tables_.begin());
+  }
+  return dropped;
+}
+
+CommitLog::Tables CommitLog::write_tables(const std::vector<std::byte>& bytes) {
+  const std::uint64_t padded = align_up(bytes.size(), store_.granule());
+  const Pages memory(padded);
+  std::ranges::copy(bytes, memory.first(padded).data());
+  Tables tables{checksum(bytes), {}};
+  for (int copy = 0; copy < 2; ++copy) {
+    tables.copies.push_back(write_table(memory.first(padded), bytes.size()));
+  }
+  return tables;
+}
+
+std::shared_ptr<Extent> CommitLog::write_table(
+    std::span<const std::byte> padded, std::uint64_t bytes) {
+  for (bool again = false;; again = true) {
+    auto extent = store_.allocate(bytes);
+    try {
+      store_.write(extent, 0, padded).wait();
+      bytes_written_ += padded.size();
+      return extent;
+    } catch (const IoError& error) {
+      // The store does not offer that space again.
+      if (again || error.error() != EIO) throw;
+    }
+  }
+}
+
+void CommitLog::write_root(const StoreRoot& root, std::size_t slot) {
+  const std::size_t bytes = align_up(kHeaderBytes, store_.granule());
+  const Pages memory(bytes);
+  std::ranges::copy(encode(root), memory.first(bytes).data());
+  store_.write_head(0, kRootOffsets[slot], memory.first(bytes)).wait();
+  bytes_written_ += bytes;
+  cut_point("root written");
+  store_.sync(0);
+}
+
+// Always throws.
+void CommitLog::bury(std::uint64_t generation, std::size_t slot,
+                     const std::exception_ptr& error) {
+  try {
+    write_root({.store = header_.store,
+                .kind = StoreRoot::Kind::kTombstone,
+                .generation = generation},
+               slot);
+  } catch (...) {
+    must_stop_ = with_detail(
+        error,
+        "whether this commit is on the drive is not known, so nothing may be "
+        "written there; resume from what is there");
+    std::rethrow_exception(must_stop_);
+  }
+  std::rethrow_exception(error);
+}
+
+void CommitLog::check() const {
+  if (must_stop_ != nullptr) std::rethrow_exception(must_stop_);
+  if (refusal_ != nullptr) std::rethrow_exception(refusal_);
+  for (std::size_t i = 0; i < store_.directories(); ++i) {
+    const File& file = store_.file(i);
+    if (named_ && file.presence().links == 0) {
+      throw IoError({.op = "commit",
+                     .path = file.path(),
+                     .error = ENOENT,
+                     .detail = "the file was removed, so nobody could find "
+                               "this commit"});
+    }
+    const auto parent = std::filesystem::path(file.path()).parent_path();
+    const auto name = parent / name_.of_file(i);
+    const auto there = File::identify(name);
+    if (named_ || !there || *there == file.identity()) continue;
+    throw IoError({.op = "commit",
+                   .path = name.string(),
+                   .error = EEXIST,
+                   .detail = kTaken});
+  }
+}
+
+void CommitLog::give_names() {
+  if (named_) return;
+  std::vector<std::string> names;
+  for (std::size_t i = 0; i < store_.directories(); ++i) {
+    names.push_back(name_.of_file(i));
+  }
+  try {
+    store_.give_names(names);
+  } catch (const IoError& error) {
+    IoFailure failure = error.failure();
+    if (failure.error == EEXIST) {
+      failure.detail = kTaken;
+    }
+    throw IoError(std::move(failure));
+  }
+  named_ = true;
+}
+
+std::unique_ptr<CommitLog> CommitLog::open(Store& store, StoreName name) {
+  auto log = std::make_unique<CommitLog>(store, std::move(name));
+  log->lock_ = FileLock(store.file());
+  log->named_ = true;
+  const std::vector<Slot> slots = log->read_roots();
+  std::string damage = log->damage_;
+  for (const auto& [number, root] : slots) {
+    log->generation_ = std::max(log->generation_, root.generation);
+  }
+  for (const auto& [number, root] : slots) {
+    if (root.kind == StoreRoot::Kind::kTombstone) continue;
+    try {
+      // What the commit before the last refers to may have been written since.
+      log->read_commit(root, /*check_all=*/!damage.empty());
+    } catch (const std::exception& error) {
+      damage += (damage.empty() ? "" : "; ") +
+                std::string("the commit of step ") + std::to_string(root.step) +
+                " cannot be read: " + error.what();
+      continue;
+    }
+    log->slot_ = number;
+    if (!damage.empty()) {
+      log->notes_.push_back(damage + "; that of step " +
+                            std::to_string(root.step) + " is taken");
+    }
+    return log;
+  }
+  if (!damage.empty()) fail_damaged(store.file().path(), damage);
+  throw IoError({.op = "read commit",
+                 .path = store.file().path(),
+                 .error = ENOENT,
+                 .detail = "nothing was committed there"});
+}
+
+// The newest first.
+std::vector<CommitLog::Slot> CommitLog::read_roots() {
+  for (std::size_t i = 0; i < store_.directories(); ++i) {
+    const StoreHeader header = read_header(store_, i);
+    if (i == 0) header_ = header;
+    StoreHeader expected = header_;
+    expected.drive = static_cast<std::uint32_t>(i);
+    if (header != expected || header.weights != store_.weights() ||
+        header.granule != store_.granule() ||
+        header.block_size !=
+            static_cast<std::uint64_t>(store_.config().block_size) ||
+        header.rank != name_.rank || header.world != name_.world ||
+        header.epoch != name_.epoch) {
+      throw std::invalid_argument(
+          store_.file(i).path() +
+          ": it is not of this store, or the store was made with other "
+          "directories, weights or block_size");
+    }
+  }
+  const std::size_t bytes = align_up(kHeaderBytes, store_.granule());
+  const Pages memory(bytes);
+  std::vector<Slot> slots;
+  for (std::size_t number = 0; number < 2; ++number) {
+    store_.read_head(0, kRootOffsets[number], memory.first(bytes)).wait();
+    auto root =
+        decode_root(memory.first(bytes), header_.store, store_.directories());
+    const auto is_zero = [](std::byte byte) { return byte == std::byte{0}; };
+    if (!root && !std::ranges::all_of(memory.first(bytes), is_zero)) {
+      damage_ = "root " + std::to_string(number) +
+                " is damaged, or was being written";
+    }
+    if (root) slots.push_back({number, std::move(*root)});
+  }
+  std::ranges::sort(slots, std::greater(),
+                    [](const Slot& slot) { return slot.root.generation; });
+  return slots;
+}
+
+// Takes a root's commit, and those before it that are kept. After an error, it
+// has taken nothing.
+void CommitLog::read_commit(const StoreRoot& root, bool check_all) {
+  std::vector<Commit> commits;
+  std::vector<Tables> all_tables;
+  adopted_.clear();
+  const auto read = [&](std::uint64_t sum, const std::vector<Place>& places) {
+    Tables tables;
+    CommitTable table = read_table(sum, places, tables);
+    Commit commit{table.generation,
+                  table.step,
+                  table.time,
+                  std::move(table.document),
+                  {}};
+    for (CommitTable::Item& item : table.extents) {
+      commit.extents.push_back(adopt(item.place, std::move(item.checksums)));
+    }
+    if (check_all) check_extents(commit);
+    commits.push_back(std::move(commit));
+    all_tables.push_back(std::move(tables));
+    return table.earlier;
+  };
+  for (const auto& earlier : read(root.table_checksum, root.tables)) {
+    try {
+      read(earlier.table_checksum, earlier.tables);
+    } catch (const std::exception& error) {
+      notes_.push_back("the kept commit of step " +
+                       std::to_string(earlier.step) +
+                       " cannot be read: " + error.what());
+    }
+  }
+  adopted_.clear();
+  // The newest was read first, and the others from the oldest on.
+  std::rotate(commits.begin(), commits.begin() + 1, commits.end());
+  std::rotate(all_tables.begin(), all_tables.begin() + 1, all_tables.end());
+  commits_ = std::move(commits);
+  tables_ = std::move(all_tables);
+}
+
+CommitTable CommitLog::read_table(std::uint64_t sum,
+                                  const std::vector<Place>& places,
+                                  Tables& tables) {
+  tables.checksum = sum;
+  std::vector<std::byte> bytes;
+  std::string damage;
+  for (const Place& place : places) {
+    tables.copies.push_back(adopt(place, {}));
+    if (!bytes.empty()) continue;
+    const auto& extent = tables.copies.back();
+    const Pages memory(extent->padded_size());
+    try {
+      store_.read_unchecked(extent, memory.first(extent->padded_size())).wait();
+    } catch (const IoError& error) {
+      damage = error.what();
+      continue;
+    }
+    const auto read = memory.first(extent->size());
+    if (checksum(read) == sum) bytes.assign(read.begin(), read.end());
+  }
+  if (bytes.empty()) {
+    throw FormatError("both copies of its table are damaged" +
+                      (damage.empty() ? "" : ": " + damage));
+  }
+  return decode_table(
+      bytes, header_.store, store_.directories(),
+      [this](std::uint64_t size) { return store_.blocks_of(size); });
+}
+
+// Extents that several commits have are one.
+std::shared_ptr<Extent> CommitLog::adopt(const Place& place,
+                                         std::vector<std::uint64_t> checksums) {
+  const auto known = adopted_.find(place.offsets);
+  if (known != adopted_.end()) {
+    if (known->second->place() == place) return known->second;
+    throw FormatError("two extents lie in the same place");
+  }
+  auto extent = store_.adopt(place, std::move(checksums));
+  adopted_.emplace(place.offsets, extent);
+  return extent;
+}
+
+void CommitLog::check_extents(const Commit& commit) {
+  for (const auto& extent : commit.extents) {
+    const Pages memory(extent->padded_size());
+    store_.read(extent, 0, memory.first(extent->padded_size())).wait();
+  }
+}
+
+}  // namespace torch_ext

@@ -1,0 +1,119 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "io/file_lock.h"
+#include "store_format.h"
+#include "torch_ext/store/store.h"
+
+namespace torch_ext {
+
+/// A point to which a store can go back: extents that nobody writes, and a text
+/// that says what they are.
+struct Commit {
+  std::uint64_t generation = 0;
+  std::uint64_t step = 0;
+  std::int64_t time = 0;  ///< Seconds since 1970.
+  std::string document;
+  std::vector<std::shared_ptr<Extent>> extents;
+};
+
+/// Reads the header of a directory's file. Errors: IoError;
+/// std::invalid_argument if the file is no store of ours.
+StoreHeader read_header(Store& store, std::size_t directory = 0);
+
+/// Makes extents of a store survive the process. commit_log.cpp tells how.
+///
+/// The owner keeps one rule: an extent of a commit is never written again
+/// before that commit has been dropped.
+/// Threads: one at a time. The store must outlive the object.
+class CommitLog {
+ public:
+  /// For a store of scratch files. Nothing happens before the first commit.
+  CommitLog(Store& store, StoreName name);
+
+  /// For a store that was made with the files of `name`: becomes their owner,
+  /// reads the commits, and takes their extents.
+  /// Errors: IoError: EAGAIN if another process is the owner, ENOENT if there
+  /// is no commit, EIO if none can be read. std::invalid_argument if a file is
+  /// not of this store.
+  static std::unique_ptr<CommitLog> open(Store& store, StoreName name);
+
+  /// Throws what add() would throw before it writes anything.
+  void check() const;
+
+  /// Makes these extents durable, with a new generation. All their writes have
+  /// ended. Returns the commits beyond the newest `keep` (>= 1), whose extents
+  /// may be written again.
+  /// Errors: IoError. The last commit is what it was, unless must_stop().
+  /// Nothing has changed where the detail says so. EEXIST: another run's store
+  /// has the name.
+  std::vector<Commit> add(std::uint64_t step, std::string document,
+                          std::vector<std::shared_ptr<Extent>> extents,
+                          std::size_t keep = 1);
+
+  /// Oldest first.
+  const std::vector<Commit>& commits() const noexcept { return commits_; }
+
+  /// Set if nobody can say which commit the drive has. Then nothing may be
+  /// written to any extent, not even to those of no commit.
+  const std::exception_ptr& must_stop() const noexcept { return must_stop_; }
+
+  /// What a log should say, such as which commit could not be read.
+  const std::vector<std::string>& notes() const noexcept { return notes_; }
+
+  /// How many bytes commits have written, besides their extents.
+  std::uint64_t bytes_written() const noexcept { return bytes_written_; }
+
+ private:
+  struct Tables {
+    std::uint64_t checksum = 0;
+    std::vector<std::shared_ptr<Extent>> copies;
+  };
+
+  void begin();
+  Tables write_tables(const std::vector<std::byte>& bytes);
+  std::shared_ptr<Extent> write_table(std::span<const std::byte> padded,
+                                      std::uint64_t bytes);
+  void write_root(const StoreRoot& root, std::size_t slot);
+  void bury(std::uint64_t generation, std::size_t slot,
+            const std::exception_ptr& error);
+  void give_names();
+
+  struct Slot {
+    std::size_t number = 0;
+    StoreRoot root;
+  };
+  std::vector<Slot> read_roots();
+  void read_commit(const StoreRoot& root, bool check_all);
+  CommitTable read_table(std::uint64_t checksum,
+                         const std::vector<Place>& places, Tables& tables);
+  std::shared_ptr<Extent> adopt(const Place& place,
+                                std::vector<std::uint64_t> checksums);
+  void check_extents(const Commit& commit);
+
+  Store& store_;
+  const StoreName name_;
+  StoreHeader header_;
+  FileLock lock_;
+  bool named_ = false;
+  std::vector<Commit> commits_;
+  std::vector<Tables> tables_;    ///< Each commit's.
+  std::uint64_t generation_ = 0;  ///< The last that was tried.
+  std::size_t slot_ = 1;          ///< Has the last commit's root.
+  std::exception_ptr refusal_;    ///< What all further commits throw.
+  std::exception_ptr must_stop_;
+  std::vector<std::string> notes_;
+  std::string damage_;  ///< What is wrong with the roots.
+  std::uint64_t bytes_written_ = 0;
+  /// By place, while commits are read.
+  std::map<std::vector<std::uint64_t>, std::shared_ptr<Extent>> adopted_;
+};
+
+}  // namespace torch_ext
