@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch_ext.handle import aio_handle, gds_handle
     from torch_ext.jit import load
     from torch_ext.optim import OffloadedAdamW, OffloadedOptimizer
+    from torch_ext.rng import rng_state, set_rng_state
     from torch_ext.swap import SwapTicket, TensorSwapper, TensorTicket
 
 __version__ = "0.1.0"
@@ -44,6 +45,8 @@ _MODULE_OF = {
     "get_scalar_param": "config",
     "load": "jit",
     "parse_size": "config",
+    "rng_state": "rng",
+    "set_rng_state": "rng",
 }
 
 __all__ = [
@@ -62,6 +65,8 @@ __all__ = [
     "get_scalar_param",
     "load",
     "parse_size",
+    "rng_state",
+    "set_rng_state",
 ]
 
 # The library logs nothing unless the application configures logging.

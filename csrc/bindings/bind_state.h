@@ -287,6 +287,39 @@ void bind_tensor_offload(py::module_& m) {
           },
           py::arg("states"), release_gil())
       .def("forget", &TensorOffload::forget, py::arg("slots"), release_gil())
+      .def(
+          "commit",
+          [](TensorOffload& offload, std::uint64_t step,
+             const std::string& document,
+             const std::vector<at::Tensor>& tensors, std::size_t keep) {
+            const torch_ext::CommitReport report = without_gil(
+                [&] { return offload.commit(step, document, tensors, keep); });
+            return py::make_tuple(report.generation, report.step,
+                                  report.bytes_written, report.seconds);
+          },
+          py::arg("step"), py::arg("document"), py::arg("tensors"),
+          py::arg("keep"))
+      .def(
+          "check_values",
+          [](TensorOffload& offload,
+             const std::vector<std::pair<std::uint64_t, std::uint32_t>>& from) {
+            std::vector<torch_ext::CommittedValue> values;
+            for (const auto& [elements, bytes] : from) {
+              values.push_back({elements, bytes});
+            }
+            offload.offload().check_values(values);
+          },
+          py::arg("values"), release_gil())
+      .def("read_values", &TensorOffload::read_values, py::arg("tensors"),
+           release_gil())
+      .def(
+          "adopt",
+          [](TensorOffload& offload, std::size_t slot,
+             const at::Tensor& parameter, std::uint64_t first) {
+            offload.adopt({slot, parameter}, first);
+          },
+          py::arg("slot"), py::arg("parameter"), py::arg("first"),
+          release_gil())
       .def("stats",
            [](TensorOffload& offload) {
              return to_dict(without_gil([&] { return offload.stats(); }));
@@ -345,6 +378,22 @@ void bind_piece_offload(py::module_& m) {
 }
 
 void bind_state(py::module_& m) {
+  m.def(
+      "find_commit",
+      [](const Directories& directories, const AioConfig& aio,
+         std::string engine, std::string name) {
+        const torch_ext::OptimizerOffload::Committed found = without_gil([&] {
+          return torch_ext::OptimizerOffload::find_commit(
+              {.store = {.directory = to_list(directories),
+                         .aio = aio,
+                         .engine = std::move(engine)},
+               .name = {.name = std::move(name)}});
+        });
+        return py::make_tuple(found.generation, found.step, found.time,
+                              found.document);
+      },
+      py::arg("directories"), py::arg("aio"), py::arg("engine"),
+      py::arg("name"));
   m.def("users_of", &users_of, py::arg("tensor"));
   m.def("checksum_of", &checksum_of, py::arg("tensor"), release_gil());
   m.def(

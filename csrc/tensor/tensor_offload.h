@@ -37,6 +37,7 @@
 #include "torch_ext/base/error.h"
 #include "torch_ext/optim/optimizer_offload.h"
 #include "torch_ext/tensor/adamw_options.h"
+#include "value_kernel.h"
 
 namespace torch_ext {
 
@@ -73,7 +74,7 @@ class TensorOffload {
     if (trained) check_trainable(parameter);
     if (next_slot_ == registered_) {
       // define() says what it is.
-      registered_ = offload_.add_parameter(0, StateFields::floats(1)) + 1;
+      registered_ = offload_->add_parameter(0, StateFields::floats(1)) + 1;
     }
     slots_[next_slot_].first = first;
     return next_slot_++;
@@ -83,7 +84,7 @@ class TensorOffload {
   void remove(std::size_t slot) {
     const auto found = slots_.find(slot);
     if (found == slots_.end()) return;
-    if (found->second.layout != nullptr) offload_.forget_state({&slot, 1});
+    if (found->second.layout != nullptr) offload_->forget_state({&slot, 1});
     slots_.erase(found);
     // Only the last number is given again. Rounding shall not depend on which
     // parameters have gone.
@@ -124,9 +125,9 @@ class TensorOffload {
     return slots;
   }
 
-  bool has_state(std::size_t slot) const { return offload_.has_state(slot); }
+  bool has_state(std::size_t slot) const { return offload_->has_state(slot); }
   std::uint64_t step_of(std::size_t slot) const {
-    return offload_.step_of(slot);
+    return offload_->step_of(slot);
   }
 
   /// Whether a parameter's state, if it has one, fits it as it is now.
@@ -171,7 +172,7 @@ class TensorOffload {
       saved.push_back({parameter, step_of(parameter.slot), {}});
     }
     snapshot.open();
-    offload_.read_state(with_state, snapshot);
+    offload_->read_state(with_state, snapshot);
     for (const Parameter& parameter : without) {
       write_first(snapshot, parameter, first_state, scratch);
     }
@@ -202,7 +203,7 @@ class TensorOffload {
     StateSnapshot snapshot(make_scratch(), mode_, directory_);
     const at::Tensor result =
         snapshot.open_in_memory(parameter.slot, like, *slot.layout, tensor);
-    offload_.read_state({&parameter.slot, 1}, snapshot);
+    offload_->read_state({&parameter.slot, 1}, snapshot);
     return result;
   }
 
@@ -220,7 +221,7 @@ class TensorOffload {
       if (fresh) define(each.parameter);
       add_to(loader, steps, each, fresh);
     }
-    offload_.change_state(steps, loader);
+    offload_->change_state(steps, loader);
   }
 
   /// Throws what is wrong with a state that load() shall take.
@@ -241,18 +242,61 @@ class TensorOffload {
       define(each.parameter);
       add_to(loader, steps, each, /*fresh=*/true);
     }
-    offload_.write_state(steps, loader);
+    offload_->write_state(steps, loader);
   }
 
   /// Takes state and space from slots. Their next step is the first. Errors:
   /// StateError in a step.
   void forget(const std::vector<std::size_t>& slots) {
-    offload_.forget_state(slots);
+    offload_->forget_state(slots);
+  }
+
+  /// Makes the state durable, and these tensors with it: any that have memory.
+  /// See OptimizerOffload::commit().
+  CommitReport commit(std::uint64_t step, const std::string& document,
+                      const std::vector<at::Tensor>& tensors,
+                      std::size_t keep) {
+    const PlainModes plain;
+    ValueKernel kernel(tensors, ValueKernel::Direction::kToCommit);
+    return offload_->commit(step, document, ValueKernel::values_of(tensors),
+                            kernel, keep);
+  }
+
+  /// Fills tensors with those of the last commit: as many, with as many
+  /// elements of as many bytes. Errors: std::invalid_argument if they are not;
+  /// IoError, and some may be filled.
+  void read_values(const std::vector<at::Tensor>& tensors) {
+    const PlainModes plain;
+    offload_->check_values(ValueKernel::values_of(tensors));
+    ValueKernel kernel(tensors, ValueKernel::Direction::kFromCommit);
+    offload_->read_values(kernel);
+  }
+
+  /// Gives a parameter the slot that it had when it was committed, with its
+  /// state. Called after a resume, before add().
+  void adopt(const Parameter& parameter, std::uint64_t first) {
+    if (parameter.slot >= registered_ || slots_.contains(parameter.slot)) {
+      fail<std::invalid_argument>(name_, "there is no slot ", parameter.slot,
+                                  " to adopt");
+    }
+    Slot slot;
+    slot.first = first;
+    if (has_state(parameter.slot)) {
+      check_parameter(name_, parameter.tensor);
+      slot.layout = wanted_layout(parameter);
+      slot.sizes = parameter.tensor.sizes().vec();
+      slot.strides = parameter.tensor.strides().vec();
+      slot.dtype = parameter.tensor.scalar_type();
+      offload_->check_parameter(
+          parameter.slot, static_cast<std::uint64_t>(parameter.tensor.numel()),
+          slot.layout->in_tiles());
+    }
+    slots_[parameter.slot] = std::move(slot);
   }
 
   /// Returns how these parameters' state will be kept.
   virtual OptimizerPlan plan(const std::vector<Parameter>& parameters) {
-    return offload_.plan(expect(parameters));
+    return offload_->plan(expect(parameters));
   }
 
   /// The optimizer's, for messages.
@@ -260,7 +304,7 @@ class TensorOffload {
 
   /// What a log should say. The list grows.
   const std::vector<std::string>& notes() {
-    for (const std::string& each : offload_.notes()) note(each);
+    for (const std::string& each : offload_->notes()) note(each);
     return notes_;
   }
   /// Adds to it, once.
@@ -268,21 +312,24 @@ class TensorOffload {
     if (std::ranges::count(notes_, text) == 0) notes_.push_back(text);
   }
 
-  OptimizerOffload& offload() { return offload_; }
-  const OptimizerOffload& offload() const { return offload_; }
-  virtual OptimizerOffloadStats stats() const { return offload_.stats(); }
-  virtual void close() { offload_.close(); }
+  OptimizerOffload& offload() { return *offload_; }
+  const OptimizerOffload& offload() const { return *offload_; }
+  virtual OptimizerOffloadStats stats() const { return offload_->stats(); }
+  virtual void close() { offload_->close(); }
 
  protected:
   /// `name` is the optimizer's, for messages. `seed` is for the rounding of
   /// formats that are not exact.
   TensorOffload(const TileOptions& options, std::string name,
-                StateDictMode mode, std::uint64_t seed = 0)
+                StateDictMode mode, std::uint64_t seed = 0, bool resume = false)
       : name_(std::move(name)),
         seed_(seed),
         mode_(mode),
         directory_(first_of(options.store.directory)),
-        offload_(options) {}
+        offload_(resume ? OptimizerOffload::resume(options)
+                        : std::make_unique<OptimizerOffload>(options)),
+        registered_(offload_->parameters()),
+        next_slot_(registered_) {}
 
   /// Throws what is wrong with a parameter that shall be trained.
   virtual void check_trainable(const at::Tensor& parameter) const {
@@ -297,7 +344,7 @@ class TensorOffload {
   virtual Layout wanted_layout(const Parameter& parameter) const = 0;
 
   /// Gives up a step that has begun.
-  virtual void abandon_step() { offload_.abandon_step(); }
+  virtual void abandon_step() { offload_->abandon_step(); }
 
   /// Gives the scratch of a call that saves or loads.
   virtual MakeScratch make_scratch() = 0;
@@ -347,9 +394,9 @@ class TensorOffload {
     Slot& slot = slots_.at(parameter.slot);
     const at::Tensor& tensor = parameter.tensor;
     if (slot.layout == nullptr || !is_defined_as(slot, parameter, *layout)) {
-      offload_.redefine_parameter(parameter.slot,
-                                  static_cast<std::uint64_t>(tensor.numel()),
-                                  layout->in_tiles());
+      offload_->redefine_parameter(parameter.slot,
+                                   static_cast<std::uint64_t>(tensor.numel()),
+                                   layout->in_tiles());
     }
     slot.layout = std::move(layout);
     slot.sizes = tensor.sizes().vec();
@@ -436,10 +483,10 @@ class TensorOffload {
   const StateDictMode mode_;
   const std::filesystem::path directory_;
   std::vector<std::string> notes_;
-  OptimizerOffload offload_;
+  std::unique_ptr<OptimizerOffload> offload_;
   std::map<std::size_t, Slot> slots_;
-  std::size_t next_slot_ = 0;
-  std::size_t registered_ = 0;  // Numbers that the offload has given.
+  std::size_t registered_;  // Numbers that the offload has given.
+  std::size_t next_slot_;
 };
 
 }  // namespace torch_ext

@@ -176,6 +176,21 @@ def test_latency_sets_the_wait_beside_a_bound_of_the_same_round(bench, disk, mon
     assert os.listdir(disk) == []
 
 
+def test_commit_sets_its_time_beside_that_of_its_bytes(bench, disk, fake_fio):
+    fake_fio(FIO)
+    result = bench("commit")
+    rows = cells(result)
+    assert set(rows) == {"fp32, exact", "bf16, int8"}
+    (sample,) = result["measurements"]["fp32, exact"]
+    assert sample["bytes"] > sample["parameters"]  # And tables.
+    commit, ratio, _, to_save, *_ = map(float, rows["fp32, exact"])
+    assert commit == pytest.approx(1e3 * sample["commit"], abs=1)
+    expected = (sample["commit"] - 0.03) / sample["fio write"]
+    assert ratio == pytest.approx(expected, abs=0.01)
+    assert to_save == pytest.approx(sample["torch.save"] / sample["commit"], abs=0.1)
+    assert os.listdir(disk) == []
+
+
 def test_zero_step_sets_the_two_ops_side_by_side(module, disk, tmp_path, monkeypatch, capsys):
     (tmp_path / "deepspeed.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -431,13 +431,14 @@ class OffloadedBase(Closable, torch.optim.Optimizer):
     def _labels(self) -> dict[Tensor, str]:
         return {p: label for label, p in labelled_parameters(self.param_groups)}
 
-    def _numbers_of_saved(self) -> dict[Tensor, int]:
+    def _numbers_of_saved(self, call: str = "state_dict()") -> dict[Tensor, int]:
         """Returns the number that stands for each parameter in a ``state_dict()``."""
         number_of = {p: i for i, p in enumerate(self._parameters())}
         if left_out := [p for p in self._known() if p not in number_of and self._has_state(p)]:
             _logger.warning(
-                "state_dict() leaves out the state of %d parameters that are in no group: "
-                "nothing could load it. Delete it from the optimizer's state if they are gone",
+                "%s leaves out the state of %d parameters that are in no group: nothing could "
+                "load it. Delete it from the optimizer's state if they are gone",
+                call,
                 len(left_out),
             )
         return number_of

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from itertools import chain
 from typing import Any
 
@@ -38,6 +40,24 @@ from torch_ext.optim._adamw_groups import (
     read_entry,
 )
 from torch_ext.optim._base import OffloadedBase
+from torch_ext.optim._commit import (
+    Commit,
+    Packer,
+    check_alone,
+    check_parameters,
+    described,
+    differences,
+    find_tensors,
+    named,
+    names_of,
+    read_document,
+    sizes_of,
+    unpack,
+    warn_of_a_store,
+    ways_of,
+    whole_document,
+    whole_number,
+)
 from torch_ext.optim._dtensor import (
     check_parameter,
     first_element,
@@ -59,6 +79,17 @@ _logger = logging.getLogger("torch_ext")
 #: The tensors of the state, as AdamWFields counts them.
 _TENSORS = ("exp_avg", "exp_avg_sq", "master_param")
 _NAMES = frozenset(("step", *_TENSORS[:2]))
+
+#: What a commit says, and so resume() does not take.
+_COMMITTED = frozenset(
+    ["nvme_path", "state_format", "seed", "lr", "betas", "eps", "weight_decay", "amsgrad"]
+    + ["maximize"]
+)
+
+#: The document of the commit that the next optimizer goes on from, and its step.
+_resuming: ContextVar[tuple[dict[str, Any] | None, int]] = ContextVar(
+    "_resuming", default=(None, 0)
+)
 
 
 class OffloadedAdamW(OffloadedBase):
@@ -229,6 +260,7 @@ class OffloadedAdamW(OffloadedBase):
         if overlap and not self._takes:
             params = as_lists(params)
             early_bytes = min(early_bytes_of(params), 2**63)
+        committed, resumed_step = _resuming.get()
         self._start(
             _C.AdamWOffload(
                 directories_of(nvme_path, "nvme_path"),
@@ -241,13 +273,213 @@ class OffloadedAdamW(OffloadedBase):
                 update_on_of(update_on),
                 early_bytes,
                 state_dict_mode_of(state_dict_mode),
+                committed is not None,
             )
         )
+        self._committed = committed
+        if committed is None:
+            warn_of_a_store(nvme_path)
         self._backward = _C.BackwardStep(self._offload, self._takes)
         self._overlap: Overlap | None = None
         if self._takes or early_bytes:
             self._overlap = Overlap(self._on_gradient, self._backward)
-        super().__init__(params, defaults)
+        self._kept_options = {"seed": seed_of(seed), "state_format": state_format}
+        self._names: dict[Tensor, str] = {}
+        self._first_step = 0
+        #: The caller's number of the last commit, and what was kept with it.
+        self.committed_step: int | None = None
+        self.committed_extra: Any = None
+        try:
+            super().__init__(params, defaults)
+            if committed is not None:
+                with whole_document():
+                    self._take_commit(committed, resumed_step)
+        except BaseException:
+            self._offload.close()  # A store has one owner.
+            raise
+        self._committed = None
+
+    @classmethod
+    def resume(cls, path: Directories, params: Any, **options: Any) -> OffloadedAdamW:
+        """Makes the optimizer that was committed in ``path``, as it was then.
+
+        ``params`` has the model's parameters, as at construction. The commit tells their
+        values, which are written in place, the groups with their options, ``state_format`` and
+        ``seed``. Options in groups of ``params`` do not count, as with ``load_state_dict``. The
+        other options are this run's. ``committed_step`` and ``committed_extra``
+        say where the run was.
+
+        Raises:
+            FileNotFoundError: Nothing was committed there.
+            BlockingIOError: Another process uses the store.
+            ValueError: The parameters are others. The text lists the first ten that differ.
+            ValueError, TypeError: As at construction.
+            OSError: Reading failed, or what is there is damaged. Some of the parameters may be
+                the commit's then.
+        """
+        for name in options.keys() & _COMMITTED:
+            raise TypeError(f"resume() takes no {name!r}: the commit has it")
+        found = _C.find_commit(
+            directories_of(path, "path"),
+            resolve_aio_config(options.get("aio"), stacklevel=3),
+            engine_of(options.get("engine", "auto")),
+            "state",
+        )
+        with whole_document():
+            document = read_document(found[3], "OffloadedAdamW")
+            kept = {name: document[name] for name in ("state_format", "seed")}
+        token = _resuming.set((document, found[1]))
+        try:
+            return cls(
+                as_lists(params),
+                nvme_path=path,
+                **kept,
+                **options,
+            )
+        finally:
+            _resuming.reset(token)
+
+    @undisturbed
+    @plain_modes()
+    def commit(
+        self,
+        step: int | None = None,
+        *,
+        include_parameters: bool = True,
+        extra: Any = None,
+        keep: int = 1,
+    ) -> Commit:
+        """Makes the state durable, as it is now, and the parameters with it.
+
+        The state stays where it is: only the parameters are written, and what host memory holds
+        of the state. A crash, a kill or a power cut at any time leaves this commit, or a later
+        one, for ``resume()``. The first commit gives the files in ``nvme_path`` names, and
+        takes space for a second copy of state and parameters.
+
+        Args:
+            step: The caller's number. None: how many steps were made.
+            include_parameters: Whether the parameters are kept too. A 16-bit parameter and what
+                the state has of its master are one number: without it, ``resume()`` must find
+                the parameters as they are now.
+            extra: What else shall be kept, such as the state of a scheduler and
+                ``torch_ext.rng_state()``: dict, list, tuple, str, bytes, numbers, bool, None
+                and tensors.
+            keep: How many of the newest commits stay on the drive.
+
+        Raises:
+            OSError: There is no room (before a byte is written), the drive failed, or another
+                run's store is in ``nvme_path`` (FileExistsError). The commit before is as it
+                was, and steps go on, unless the text says otherwise.
+            TypeError: ``extra`` cannot be kept. Nothing has changed then.
+            ValueError: ``step`` or ``keep`` is out of range, or two parameters have one name.
+            RuntimeError: Between backward and ``step()`` with "update", after a failed step,
+                with ``verify=False``, or in one of several processes.
+        """
+        self._life.check()
+        self._check_between_steps("commit()")
+        check_alone(self._parameters())
+        if step is None:
+            step = self._first_step + int(self._offload.stats()["steps"])
+        self._state.flush()
+        self._numbers_of_saved("commit()")  # Warns of state that it leaves out.
+        tensors: list[Tensor] = []
+        document = json.dumps(self._document(tensors, include_parameters, extra))
+        done = Commit(
+            *self._offload.commit(
+                whole_number(step, "step", 0), document, tensors, whole_number(keep, "keep", 1)
+            )
+        )
+        self._log_notes()
+        self.committed_step, self.committed_extra = done.step, extra
+        return done
+
+    def _document(
+        self, tensors: list[Tensor], include_parameters: bool, extra: Any
+    ) -> dict[str, Any]:
+        """Returns what a commit says besides the state. Adds the tensors that it refers to."""
+        packer = Packer(tensors)
+        names = names_of(self.param_groups)
+        parameters = {}
+        for parameter, name in names.items():
+            slot, part = self._own_part(parameter)
+            entry = {"slot": slot, "first": 0, "value": None}
+            if self._is_kept(parameter):  # Frozen ones are the caller's.
+                entry |= {"first": first_element(parameter)} | described(part)
+                if include_parameters:
+                    entry["value"] = len(tensors)
+                    tensors.append(part.detach())
+            parameters[name] = entry
+        groups = [
+            {
+                "params": [names[p] for p in group["params"]],
+                "options": packer.pack(
+                    {k: v for k, v in group.items() if k not in ("params", "param_names")},
+                    f"param_groups[{i}]",
+                ),
+            }
+            for i, group in enumerate(self.param_groups)
+        ]
+        foreign = {name: self._state.foreign(p) for p, name in names.items()}
+        return self._kept_options | {
+            "format": 1,
+            "class": "OffloadedAdamW",
+            "defaults": packer.pack(self.defaults, "defaults"),
+            "parameters": parameters,
+            "groups": groups,
+            "foreign": packer.pack({n: f for n, f in foreign.items() if f}, "state"),
+            "others": packer.pack(self._state.others(), "state"),
+            "extra": packer.pack(extra, "extra"),
+        }
+
+    def _adopt_slot(self, parameter: Tensor, part: Tensor, first: int) -> int:
+        """Gives a parameter the slot that it had. One that differs is refused later."""
+        if parameter not in self._names:
+            self._names = names_of(self.param_groups)
+        entry = self._committed["parameters"].get(self._names[parameter])
+        if entry is None or differences(entry, part):
+            return self._offload.add(part, parameter.requires_grad, first)
+        self._offload.adopt(entry["slot"], part, first)
+        return entry["slot"]
+
+    def _take_commit(self, document: dict[str, Any], step: int) -> None:
+        names = names_of(self.param_groups)
+        by_name = {name: p for p, name in names.items()}
+        local = {name: local_of(p) for name, p in by_name.items()}
+        committed = document["parameters"]
+        check_parameters(committed, local)
+        for name, parameter in by_name.items():
+            if self._slots[parameter] != committed[name]["slot"]:
+                raise ValueError(f"{name} is another part of a parameter than in the commit")
+        values = {
+            entry["value"]: local[name].detach()
+            for name, entry in committed.items()
+            if entry["value"] is not None
+        }
+        packed = [document[k] for k in ("defaults", "groups", "foreign", "others", "extra")]
+        sizes = sizes_of(packed, values)
+        self._offload.check_values(sizes)  # Before memory is taken for them.
+        tensors = find_tensors(packed) | values
+        self._offload.read_values([tensors[i] for i in range(len(sizes))])
+        given = {p: raw for g in self.param_groups for p, raw in named(g)}
+        self.defaults.update(unpack(document["defaults"], tensors) | ways_of(self.defaults))
+        groups = []
+        for saved in document["groups"]:
+            group = unpack(saved["options"], tensors) | ways_of(self.defaults)
+            group["params"] = [by_name[name] for name in saved["params"]]
+            if given:
+                group["param_names"] = [given[p] for p in group["params"]]
+            check_group(group)
+            groups.append(group)
+        if sorted(n for g in document["groups"] for n in g["params"]) != sorted(names.values()):
+            raise KeyError("groups")
+        self.param_groups = groups
+        foreign = unpack(document["foreign"], tensors)
+        self._state.loaded(
+            {by_name[name]: entry for name, entry in foreign.items()},
+            unpack(document["others"], tensors),
+        )
+        self._first_step = self.committed_step = step
+        self.committed_extra = unpack(document["extra"], tensors)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_group(group)
@@ -256,6 +488,8 @@ class OffloadedAdamW(OffloadedBase):
         if parameter.requires_grad:
             check_parameter(parameter)
         part, first = local_of(parameter), first_element(parameter)
+        if self._committed is not None:
+            return self._adopt_slot(parameter, part, first)
         return self._offload.add(part, parameter.requires_grad, first)
 
     def _watch(self, parameters: list[Tensor]) -> None:

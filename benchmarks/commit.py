@@ -1,0 +1,149 @@
+"""What a commit costs, beside its bytes at the drive's rate and beside torch.save.
+
+Each round makes a step and a commit, and a commit when nothing has changed. Then
+`state_dict()` is saved with `torch.save` and fsync, and a new optimizer resumes. fio writes and
+reads as many bytes as the commit wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from common import AIO, MIB, Json
+
+import torch_ext
+
+
+def main() -> None:
+    options = parse()
+    machine = common.machine(options.directory)
+    cases: dict[str, list[Json]] = {}
+    with common.work_folder(options.directory) as folder:
+        for name, dtype, state_format in (
+            ("fp32, exact", torch.float32, "exact"),
+            ("bf16, int8", torch.bfloat16, "int8"),
+        ):
+            place = folder / state_format
+            place.mkdir()
+            cases[name] = measure(options, place, dtype, state_format)
+    tables = [tabulate(options, cases)]
+    common.publish(
+        "commit", options, {"machine": machine, "measurements": cases, "tables": tables}
+    )
+
+
+def parse() -> argparse.Namespace:
+    options = common.parser(__doc__).parse_args()
+    options.tensors, options.elements, options.host_memory = 24, 4 * MIB, 64 * MIB
+    if options.quick:
+        options.rounds, options.tensors, options.elements = 1, 2, 2**16
+    return options
+
+
+def measure(
+    options: argparse.Namespace, folder: Path, dtype: torch.dtype, state_format: str
+) -> list[Json]:
+    parameters = [
+        torch.nn.Parameter(torch.randn(options.elements).to(dtype))
+        for _ in range(options.tensors)
+    ]
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    run = {"host_memory": options.host_memory, "aio": AIO, "engine": options.engine}
+    optimizer = torch_ext.OffloadedAdamW(
+        parameters, nvme_path=folder, state_format=state_format, **run
+    )
+    optimizer.step()
+    optimizer.commit()  # Takes the space, which later ones have.
+    size = sum(p.nbytes for p in parameters)
+    samples = []
+    for round_ in range(options.rounds):
+        common.say(f"commit: {state_format}, round {round_ + 1} of {options.rounds}")
+        sample: Json = {"step": seconds_of(optimizer.step)}
+        done = optimizer.commit()
+        sample |= {"commit": done.seconds, "bytes": done.bytes_written, "parameters": size}
+        sample["nothing changed"] = optimizer.commit(include_parameters=False).seconds
+        optimizer.commit()
+        sample["torch.save"] = seconds_of(partial(save, optimizer, folder / "saved"))
+        optimizer.close()
+        start = time.perf_counter()
+        optimizer = torch_ext.OffloadedAdamW.resume(folder, parameters, **run)
+        sample["resume"] = time.perf_counter() - start
+        if common.have_fio():
+            file, block = folder / "fio", AIO["block_size"]
+            total = -(-done.bytes_written // block) * block
+            rates = {kind: common.fio(kind, file, total, block) for kind in ("write", "read")}
+            sample |= {
+                f"fio {kind}": total / 2**30 / rate.gib_per_second
+                for kind, rate in rates.items()
+            }
+        samples.append(sample)
+    optimizer.close()
+    return samples
+
+
+def save(optimizer: Any, path: Path) -> None:
+    with path.open("wb") as file:
+        torch.save(optimizer.state_dict(), file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def seconds_of(action: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def tabulate(options: argparse.Namespace, cases: dict[str, list[Json]]) -> Json:
+    rows = []
+    for name, samples in cases.items():
+
+        def column(
+            of: Callable[[Json], float | None], digits: int = 0, samples: list[Json] = samples
+        ) -> str:
+            values = [value for s in samples if (value := of(s)) is not None]
+            return common.cell(values, digits) if values else "-"
+
+        rows.append(
+            [
+                name,
+                column(lambda s: 1e3 * s["commit"]),
+                column(
+                    lambda s: (
+                        (s["commit"] - 0.03) / s["fio write"] if "fio write" in s else None
+                    ),
+                    2,
+                ),
+                column(lambda s: 1e3 * s["nothing changed"]),
+                column(lambda s: s["torch.save"] / s["commit"], 1),
+                column(lambda s: 1e3 * s["resume"]),
+                column(lambda s: 1e3 * s["step"]),
+            ]
+        )
+    millions, memory = options.tensors * options.elements / 1e6, options.host_memory
+    return common.table(
+        f"{millions:.0f} x 10^6 parameters, host_memory {common.size_text(memory)}",
+        [
+            "parameters, state",
+            "commit, ms",
+            "less 30 ms, of its bytes' time",
+            "nothing changed, ms",
+            "torch.save / commit",
+            "resume, ms",
+            "step, ms",
+        ],
+        rows,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""What a commit says about an optimizer, as JSON, and how a later process reads it.
+
+The drive has the state and the parameters. The document has the rest: names, groups, what the
+caller wants to be kept. It is plain JSON, so that nothing is run when it is read.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import json
+import logging
+import math
+import os
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_ext._checks import Directories, directories_of
+from torch_ext.optim._state_dict import WAYS
+
+_logger = logging.getLogger("torch_ext")
+
+#: What wrappers put before the names of parameters.
+_WRAPPERS = re.compile(
+    r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A commit that is on the drive.
+
+    ``generation`` counts commits from 1, ``step`` is the caller's number. ``bytes_written`` are
+    those of this call, ``seconds`` its time.
+    """
+
+    generation: int
+    step: int
+    bytes_written: int
+    seconds: float
+
+
+def names_of(groups: Iterable[Mapping[str, Any]]) -> dict[Tensor, str]:
+    """Returns the name under which each parameter is committed.
+
+    It is the model's, without what wrappers add, or "group.index".
+
+    Raises:
+        ValueError: Two parameters have the same name.
+    """
+    names: dict[Tensor, str] = {}
+    owners: dict[str, Tensor] = {}
+    for i, group in enumerate(groups):
+        given = group.get("param_names")
+        for j, parameter in enumerate(group["params"]):
+            name = _WRAPPERS.sub("", given[j]) if given else f"{i}.{j}"
+            if owners.setdefault(name, parameter) is not parameter:
+                raise ValueError(f"two parameters are called {name!r}")
+            names[parameter] = name
+    return names
+
+
+#: Mappings that come back as what they were. A scheduler of torch's has a Counter.
+_DICTS = (dict, OrderedDict, Counter)
+_BYTES = (bytes, bytearray)
+_MAKE: dict[str, Callable[..., Any]] = {each.__name__: each for each in _DICTS}
+
+
+class Packer:
+    """Turns values into JSON. Tensors are put aside, for the drive."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+
+    def pack(self, value: Any, where: str) -> Any:
+        """Raises TypeError for what cannot be kept, with ``where`` it is."""
+        if value is None or type(value) in (bool, str):
+            return value
+        if type(value) is int:
+            # JSON readers know numbers up to 2^53.
+            return value if abs(value) < 2**53 else {"int": str(value)}
+        if type(value) is float:
+            return value if math.isfinite(value) else {"float": repr(value)}
+        if type(value) in _BYTES:
+            return {type(value).__name__: base64.b64encode(value).decode()}
+        if isinstance(value, Tensor):
+            return self._pack_tensor(value, where)
+        if type(value) in (list, tuple):
+            kind = type(value).__name__
+            return {kind: [self.pack(v, f"{where}[{i}]") for i, v in enumerate(value)]}
+        if type(value) in _DICTS:
+            return {
+                type(value).__name__: [
+                    [self.pack(k, f"a key of {where}"), self.pack(v, f"{where}[{k!r}]")]
+                    for k, v in value.items()
+                ]
+            }
+        raise TypeError(
+            f"{where} is a {type(value).__name__}, which a commit cannot keep; allowed: dict, "
+            f"list, tuple, str, bytes, int, float, bool, None and tensors"
+        )
+
+    def _pack_tensor(self, tensor: Tensor, where: str) -> Any:
+        odd = tensor.is_meta or tensor.is_quantized or tensor.is_nested
+        if odd or tensor.layout != torch.strided:
+            raise TypeError(f"{where} is a tensor without plain memory")
+        if hasattr(tensor, "_local_tensor"):
+            raise TypeError(f"{where} is a DTensor; commit its to_local()")
+        self.tensors.append(tensor.detach().resolve_conj().resolve_neg())
+        return {
+            "tensor": len(self.tensors) - 1,
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(tensor.shape),
+        }
+
+
+def unpack(value: Any, tensors: Mapping[int, Tensor]) -> Any:
+    """Returns what ``Packer.pack`` was given."""
+    if not isinstance(value, dict):
+        return value
+    kind, content = next(iter(value.items()))
+    if kind == "int":
+        return int(content)
+    if kind == "float":
+        return float(content)
+    if kind in ("bytes", "bytearray"):
+        return {"bytes": bytes, "bytearray": bytearray}[kind](base64.b64decode(content))
+    if kind == "tensor":
+        return tensors[content]
+    if kind in _MAKE:
+        return _MAKE[kind]({unpack(k, tensors): unpack(v, tensors) for k, v in content})
+    items = [unpack(v, tensors) for v in content]
+    return items if kind == "list" else tuple(items)
+
+
+def find_tensors(value: Any) -> dict[int, Tensor]:
+    """Returns empty tensors for those of a packed value, by number."""
+    found: dict[int, Tensor] = {}
+    if isinstance(value, dict) and "tensor" in value:
+        dtype = getattr(torch, value["dtype"])
+        found[value["tensor"]] = torch.empty(value["shape"], dtype=dtype, device="cpu")
+    elif isinstance(value, dict):
+        for part in value.values():
+            found |= find_tensors(part)
+    elif isinstance(value, list):
+        for part in value:
+            found |= find_tensors(part)
+    return found
+
+
+def sizes_of(value: Any, values: Mapping[int, Tensor]) -> list[tuple[int, int]]:
+    """Returns elements and their bytes of all tensors of a commit, by number.
+
+    Those of the packed ``value`` are not made for that.
+    """
+    sizes = {number: (t.numel(), t.element_size()) for number, t in values.items()}
+    left = [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict) and "tensor" in part:
+            dtype = getattr(torch, part["dtype"])
+            if part["tensor"] in sizes or not isinstance(dtype, torch.dtype):
+                raise KeyError("tensor")
+            sizes[part["tensor"]] = (math.prod(part["shape"]), dtype.itemsize)
+        elif isinstance(part, (dict, list)):
+            left += part.values() if isinstance(part, dict) else part
+    return [sizes[number] for number in range(len(sizes))]
+
+
+def ways_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the ways of computing, which are this run's."""
+    return {way: options[way] for way in WAYS}
+
+
+@contextmanager
+def whole_document() -> Iterator[None]:
+    """Says in words that a document is not what ``commit()`` writes."""
+    try:
+        yield
+    except (KeyError, IndexError, AttributeError, StopIteration, TypeError) as error:
+        text = f"the commit's document is damaged: {type(error).__name__}: {error}"
+        raise OSError(errno.EIO, text) from error
+
+
+def read_document(text: str, kind: str) -> dict[str, Any]:
+    """Returns the document of a commit of ``kind``.
+
+    Raises:
+        ValueError: It is of another class, or of a later version.
+    """
+    document = json.loads(text)
+    if document.get("format") != 1:
+        raise ValueError(
+            f"the commit has version {document.get('format')!r} of the document; this "
+            f"torch_ext reads version 1"
+        )
+    if document["class"] != kind:
+        raise ValueError(f"the commit is of an {document['class']}, not of an {kind}")
+    return document
+
+
+def check_parameters(
+    committed: Mapping[str, Mapping[str, Any]], given: Mapping[str, Tensor]
+) -> None:
+    """Raises ValueError that lists the first ten parameters that differ."""
+    wrong = [f"{name} is not in the commit" for name in given.keys() - committed.keys()]
+    wrong += [f"{name} is missing" for name in committed.keys() - given.keys()]
+    for name, parameter in given.items():
+        if (entry := committed.get(name)) is None:
+            continue
+        wrong += [f"{name} has {found}" for found in differences(entry, parameter)]
+    if wrong:
+        more = f", and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise ValueError(
+            f"the parameters are not those of the commit: {'; '.join(sorted(wrong)[:10])}{more}"
+        )
+
+
+def differences(entry: Mapping[str, Any], parameter: Tensor) -> list[str]:
+    """Returns in what a parameter differs from the one that was committed.
+
+    A frozen one, whose values the commit does not have, may differ.
+    """
+    if "shape" not in entry:
+        return []
+    return [
+        f"{what} {entry[what]} there and {now} here"
+        for what, now in described(parameter).items()
+        if entry[what] != now
+    ]
+
+
+def described(parameter: Tensor) -> dict[str, Any]:
+    """Returns what a parameter has to have in common with the one that was committed."""
+    order = sorted(range(parameter.dim()), key=parameter.stride, reverse=True)
+    return {
+        "shape": list(parameter.shape),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "order": [d for d in order if parameter.shape[d] != 1],
+    }
+
+
+def named(group: Mapping[str, Any]) -> Iterable[tuple[Tensor, str]]:
+    """Returns a group's parameters with the names that the caller gave."""
+    return zip(group["params"], group.get("param_names", ()), strict=False)
+
+
+def whole_number(value: Any, name: str, least: int) -> int:
+    """Raises ValueError or TypeError if ``value`` is no number from ``least`` on."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be a whole number, not {type(value).__name__}")
+    if not least <= (number := value.__index__()) < 2**63:
+        raise ValueError(f"{name} must be from {least} to 2**63 - 1, got {number}")
+    return number
+
+
+def check_alone(parameters: Iterable[Tensor]) -> None:
+    """Raises RuntimeError where a commit would be one process's share of it."""
+    group = torch.distributed
+    world = group.get_world_size() if group.is_available() and group.is_initialized() else 1
+    if world > 1 or any(hasattr(p, "_local_tensor") for p in parameters):
+        raise RuntimeError(
+            f"commit() in one of {world} processes: only a process of its own can commit; save "
+            f"state_dict() here"
+        )
+
+
+def warn_of_a_store(directories: Directories) -> None:
+    """Logs a warning where a first commit would be refused."""
+    directory, _ = directories_of(directories, "nvme_path")[0]
+    first = Path(os.fsdecode(directory), "state.r0-of-1.e0.d0.store")
+    if first.exists():
+        _logger.warning(
+            "%s was committed by another run. resume() goes on from it; this optimizer cannot "
+            "commit as long as it is there",
+            first,
+        )
