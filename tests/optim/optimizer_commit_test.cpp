@@ -305,9 +305,7 @@ TEST_P(OptimizerCommitTest, ACutAtAnyWriteLosesNoCommit) {
   }
   std::mt19937_64 random(1);
   std::size_t states = 0;
-  const std::size_t draws = test::all_faults() ? 400
-                            : test::kSanitized ? 3
-                                               : 6;
+  const std::size_t draws = test::all_faults() ? 400 : test::kSanitized ? 3 : 6;
   for (std::size_t events = acknowledged.begin()->first;
        events <= disk.events(); ++events) {
     std::uint64_t least = 0;
