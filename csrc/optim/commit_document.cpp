@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <stdexcept>
 #include <utility>
 
 #include "store/store_format.h"
@@ -201,8 +202,11 @@ std::string make_document(
                    parameter.has_state ? 1 : 0});
   }
   const Json changing{{"parameters", std::move(all)}, {"caller", of_caller}};
-  return std::string(layout) + "\n" +
-         changing.dump(-1, ' ', false, Json::error_handler_t::replace);
+  try {
+    return std::string(layout) + "\n" + changing.dump();
+  } catch (const Json::type_error&) {
+    throw std::invalid_argument("commit: the document is not in UTF-8");
+  }
 }
 
 CommitDocument parse_document(std::string_view text) {

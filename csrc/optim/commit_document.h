@@ -42,7 +42,8 @@ std::string layout_json(const TileList& tiles,
 /// A value as the one field of a parameter.
 StateFields fields_of(const CommittedValue& value);
 
-/// A commit's document: a layout, and what changes with each commit.
+/// A commit's document: a layout, and what changes with each commit. Errors:
+/// std::invalid_argument if `of_caller` is not in UTF-8.
 std::string make_document(
     std::string_view layout,
     const std::vector<CommitDocument::Parameter>& parameters,

@@ -31,27 +31,15 @@
 #include <tuple>
 #include <utility>
 
+#include "base/error_detail.h"
 #include "base/mutex.h"
 #include "optimizer_impl.h"
 
 namespace torch_ext {
 
 std::exception_ptr with_remedy(const std::exception_ptr& error) {
-  const std::string remedy =
-      "the optimizer state may be half updated: load it anew";
-  try {
-    std::rethrow_exception(error);
-  } catch (const IoError& e) {
-    IoFailure failure = e.failure();
-    if (!failure.detail.empty()) failure.detail += "; ";
-    failure.detail += remedy;
-    return std::make_exception_ptr(IoError(std::move(failure)));
-  } catch (const std::exception& e) {
-    return std::make_exception_ptr(
-        StateError(std::string(e.what()) + "; " + remedy));
-  } catch (...) {
-    return error;
-  }
+  return with_detail(error,
+                     "the optimizer state may be half updated: load it anew");
 }
 
 // Gives space to those of the parameters that have none: to all of them or to

@@ -40,6 +40,7 @@
 #include <utility>
 
 #include "base/cut_point.h"
+#include "base/error_detail.h"
 #include "memory/pages.h"
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/checksum.h"
@@ -75,20 +76,6 @@ StoreId random_id() {
 
 std::int64_t seconds_since_1970() {
   return static_cast<std::int64_t>(std::time(nullptr));
-}
-
-/// The error, with what it means for the commit.
-std::exception_ptr with_detail(const std::exception_ptr& error,
-                               const std::string& detail) {
-  try {
-    std::rethrow_exception(error);
-  } catch (const IoError& e) {
-    IoFailure failure = e.failure();
-    failure.detail += (failure.detail.empty() ? "" : "; ") + detail;
-    return std::make_exception_ptr(IoError(std::move(failure)));
-  } catch (...) {
-    return error;
-  }
 }
 
 constexpr const char* kTaken =

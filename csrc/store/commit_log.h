@@ -24,8 +24,9 @@ struct Commit {
   std::vector<std::shared_ptr<Extent>> extents;
 };
 
-/// Reads the header of a directory's file. Errors: IoError;
-/// std::invalid_argument if the file is no store of ours.
+/// Reads the header of a directory's file. Errors: IoError (EIO if it is
+/// damaged); std::invalid_argument if the file is no store of ours, or of a
+/// later version.
 StoreHeader read_header(Store& store, std::size_t directory = 0);
 
 /// Makes extents of a store survive the process. commit_log.cpp tells how.
@@ -51,9 +52,10 @@ class CommitLog {
   /// Makes these extents durable, with a new generation. All their writes have
   /// ended. Returns the commits beyond the newest `keep` (>= 1), whose extents
   /// may be written again.
-  /// Errors: IoError. The last commit is what it was, unless must_stop().
-  /// Nothing has changed where the detail says so. EEXIST: another run's store
-  /// has the name.
+  /// Errors: IoError: EEXIST if another run's store has the name, ENOENT if the
+  /// file was removed, and what the drive says. The last commit is what it was
+  /// then, unless must_stop() is set. If only the names failed, commits() has
+  /// the new one, and its extents are not to be written.
   std::vector<Commit> add(std::uint64_t step, std::string document,
                           std::vector<std::shared_ptr<Extent>> extents,
                           std::size_t keep = 1);

@@ -1,6 +1,8 @@
 #include <gtest/gtest.h>
+#include <sys/syscall.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstdint>
 #include <cstdio>
@@ -15,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "support/child.h"
 #include "support/faulty_engine.h"
 #include "support/forgetful_disk.h"
 #include "support/temp_dir.h"
@@ -107,7 +110,7 @@ class Training {
                             give, keep);
   }
 
-  /// What is wrong; empty if all is as it would be in memory.
+  /// Returns what is wrong, or an empty text if all is as in memory.
   std::string wrong() {
     const auto [states, values] = expected(step_);
     if (values != parameters_) return "a value is wrong";
@@ -390,10 +393,38 @@ TEST_P(OptimizerCommitFaultTest, ACommitThatFailsLosesNothing) {
   EXPECT_GT(which, 8u);
 }
 
-TEST_P(OptimizerCommitFaultTest, AFullDriveRefusesBeforeAByteIsWritten) {
+TEST_P(OptimizerCommitTest, AFullDriveRefusesBeforeAByteIsWritten) {
+  test::expect_well_in_child([this]() -> std::string {
+    Training training(options());
+    training.step();
+    if (const std::string wrong = training.wrong(); !wrong.empty())
+      return wrong;
+    if (!test::refuse_syscall(SYS_fallocate, ENOSPC)) {
+      return test::skip("no seccomp");
+    }
+    // More than the file has, which grows by 16 MiB.
+    const CommittedValue large{std::uint64_t{8} << 20, 4};
+    bool asked = false;
+    Function give([&](const StateSegment&) { asked = true; });
+    try {
+      training.offload().commit(1, "", {&large, 1}, give);
+      return "no error";
+    } catch (const IoError& error) {
+      if (error.error() != ENOSPC) return error.what();
+    }
+    if (asked || std::filesystem::exists(file())) return "it was begun";
+    training.step();  // The drive is full, and training goes on.
+    return training.wrong();
+  });
+}
+
+TEST_P(OptimizerCommitTest, ADocumentMustBeInUtf8) {
   Training training(options());
+  Function give([](const StateSegment&) {});
+  EXPECT_THROW(training.offload().commit(1, "\xff", {}, give),
+               std::invalid_argument);
   training.step();
-  ASSERT_EQ(training.wrong(), "");
+  training.commit();
 }
 
 TEST_P(OptimizerCommitTest, RefusesWhatCannotBe) {

@@ -1,12 +1,15 @@
 #include "store/commit_log.h"
 
 #include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
 #include <map>
 #include <memory>
 #include <random>
@@ -16,9 +19,9 @@
 
 #include "base/cut_point.h"
 #include "support/aligned_buffer.h"
-#include "support/child.h"
 #include "support/faulty_engine.h"
 #include "support/forgetful_disk.h"
+#include "support/io_queue_test.h"
 #include "support/pattern.h"
 #include "support/temp_dir.h"
 #include "support/trials.h"
@@ -276,12 +279,8 @@ TEST_F(CommitLogTest, ASecondOwnerIsRefused) {
   Training training(options());
   training.step();
   training.commit();
-  try {
-    Training::resume(options());
-    FAIL();
-  } catch (const IoError& error) {
-    EXPECT_EQ(error.error(), EAGAIN) << error.what();
-  }
+  const auto resume = [this] { Training::resume(options()); };
+  EXPECT_EQ(test::failure_of(resume).error, EAGAIN);
 }
 
 // A worker of a data loader may outlive the trainer that forked it.
@@ -316,14 +315,9 @@ TEST_F(CommitLogTest, AnotherRunsStoreIsNotReplaced) {
   Training second(options());
   second.step();
   second.step();
-  try {
-    second.commit();
-    FAIL();
-  } catch (const IoError& error) {
-    EXPECT_EQ(error.error(), EEXIST);
-    EXPECT_NE(std::string(error.what()).find("another run"), std::string::npos)
-        << error.what();
-  }
+  const IoFailure failure = test::failure_of([&] { second.commit(); });
+  EXPECT_EQ(failure.error, EEXIST);
+  EXPECT_NE(failure.detail.find("another run"), std::string::npos);
   EXPECT_EQ(Training::resume(options())->step_number(), 1u);
 }
 
@@ -340,7 +334,6 @@ void damage(const std::filesystem::path& path, std::uint64_t offset,
 }
 
 TEST_F(CommitLogTest, TheSecondCopyOfATableIsTaken) {
-  std::vector<std::uint64_t> tables;
   {
     Training training(options());
     training.step();
@@ -359,14 +352,10 @@ TEST_F(CommitLogTest, TheSecondCopyOfATableIsTaken) {
   damage(file(), found->tables[0].offsets[0] + 9);
   EXPECT_EQ(Training::resume(options())->step_number(), 1u);
   damage(file(), found->tables[1].offsets[0] + 9);
-  try {
-    Training::resume(options());
-    FAIL();
-  } catch (const IoError& error) {
-    EXPECT_EQ(error.error(), EIO);
-    EXPECT_NE(std::string(error.what()).find("both copies"), std::string::npos)
-        << error.what();
-  }
+  const IoFailure failure =
+      test::failure_of([this] { Training::resume(options()); });
+  EXPECT_EQ(failure.error, EIO);
+  EXPECT_NE(failure.detail.find("both copies"), std::string::npos);
 }
 
 TEST_F(CommitLogTest, ADamagedTileIsSeenWhenItIsRead) {
@@ -378,13 +367,10 @@ TEST_F(CommitLogTest, ADamagedTileIsSeenWhenItIsRead) {
     at = training.log().commits().back().extents[1]->offset();
   }
   damage(file(), at + 100);
-  try {
-    Training::resume(options());
-    FAIL();
-  } catch (const IoError& error) {
-    EXPECT_EQ(error.error(), EIO);
-    EXPECT_EQ(error.failure().offset, at);
-  }
+  const IoFailure failure =
+      test::failure_of([this] { Training::resume(options()); });
+  EXPECT_EQ(failure.error, EIO);
+  EXPECT_EQ(failure.offset, at);
 }
 
 // Whatever byte is changed, what is found is a whole commit, or an error says

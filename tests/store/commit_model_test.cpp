@@ -55,7 +55,7 @@ enum class Rule {
 /// before a root is written, or here because the root's flush fails.
 enum class Act { kStep, kCommit, kFailsElsewhere, kNoSpace, kFlushFails };
 
-/// What is written: its number in Rank::written.
+/// Something that a rank has written. Its number is its place in `written_`.
 struct Content {
   enum class Kind { kTile, kTable, kRoot, kTombstone };
   Kind kind = Kind::kTile;

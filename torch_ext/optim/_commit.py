@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from torch_ext._checks import Directories, directories_of
+from torch_ext.optim._dtensor import is_distributed
 from torch_ext.optim._state_dict import WAYS
 
 _logger = logging.getLogger("torch_ext")
@@ -38,8 +39,8 @@ _WRAPPERS = re.compile(
 class Commit:
     """A commit that is on the drive.
 
-    ``generation`` counts commits from 1, ``step`` is the caller's number. ``bytes_written`` are
-    those of this call, ``seconds`` its time.
+    ``generation`` counts the store's commits from 1, and ``step`` is the caller's number.
+    ``bytes_written`` are those of this call on the drive, padded; ``seconds`` is its wall time.
     """
 
     generation: int
@@ -81,7 +82,7 @@ class Packer:
         self.tensors = tensors
 
     def pack(self, value: Any, where: str) -> Any:
-        """Raises TypeError for what cannot be kept, with ``where`` it is."""
+        """Returns ``value`` as JSON has it. Raises TypeError, with ``where`` it is."""
         if value is None or type(value) in (bool, str):
             return value
         if type(value) is int:
@@ -112,7 +113,7 @@ class Packer:
         odd = tensor.is_meta or tensor.is_quantized or tensor.is_nested
         if odd or tensor.layout != torch.strided:
             raise TypeError(f"{where} is a tensor without plain memory")
-        if hasattr(tensor, "_local_tensor"):
+        if is_distributed(tensor):
             raise TypeError(f"{where} is a DTensor; commit its to_local()")
         self.tensors.append(tensor.detach().resolve_conj().resolve_neg())
         return {
@@ -266,7 +267,7 @@ def check_alone(parameters: Iterable[Tensor]) -> None:
     """Raises RuntimeError where a commit would be one process's share of it."""
     group = torch.distributed
     world = group.get_world_size() if group.is_available() and group.is_initialized() else 1
-    if world > 1 or any(hasattr(p, "_local_tensor") for p in parameters):
+    if world > 1 or any(map(is_distributed, parameters)):
         raise RuntimeError(
             f"commit() in one of {world} processes: only a process of its own can commit; save "
             f"state_dict() here"

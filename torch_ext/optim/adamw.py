@@ -81,10 +81,8 @@ _TENSORS = ("exp_avg", "exp_avg_sq", "master_param")
 _NAMES = frozenset(("step", *_TENSORS[:2]))
 
 #: What a commit says, and so resume() does not take.
-_COMMITTED = frozenset(
-    ["nvme_path", "state_format", "seed", "lr", "betas", "eps", "weight_decay", "amsgrad"]
-    + ["maximize"]
-)
+_COMMITTED = {"lr", "betas", "eps", "weight_decay", "amsgrad", "maximize"}
+_COMMITTED |= {"nvme_path", "state_format", "seed"}
 
 #: The document of the commit that the next optimizer goes on from, and its step.
 _resuming: ContextVar[tuple[dict[str, Any] | None, int]] = ContextVar(
@@ -306,8 +304,8 @@ class OffloadedAdamW(OffloadedBase):
         ``params`` has the model's parameters, as at construction. The commit tells their
         values, which are written in place, the groups with their options, ``state_format`` and
         ``seed``. Options in groups of ``params`` do not count, as with ``load_state_dict``. The
-        other options are this run's. ``committed_step`` and ``committed_extra``
-        say where the run was.
+        other options are this run's. ``committed_step`` and ``committed_extra`` say where the
+        run was.
 
         Raises:
             FileNotFoundError: Nothing was committed there.
@@ -317,7 +315,7 @@ class OffloadedAdamW(OffloadedBase):
             OSError: Reading failed, or what is there is damaged. Some of the parameters may be
                 the commit's then.
         """
-        for name in options.keys() & _COMMITTED:
+        for name in sorted(options.keys() & _COMMITTED):
             raise TypeError(f"resume() takes no {name!r}: the commit has it")
         found = _C.find_commit(
             directories_of(path, "path"),
@@ -357,14 +355,18 @@ class OffloadedAdamW(OffloadedBase):
         takes space for a second copy of state and parameters.
 
         Args:
-            step: The caller's number. None: how many steps were made.
+            step: The caller's number, from 0. None: how many steps this optimizer has made,
+                counted on from the step of the commit that it resumed.
             include_parameters: Whether the parameters are kept too. A 16-bit parameter and what
                 the state has of its master are one number: without it, ``resume()`` must find
                 the parameters as they are now.
             extra: What else shall be kept, such as the state of a scheduler and
                 ``torch_ext.rng_state()``: dict, list, tuple, str, bytes, numbers, bool, None
                 and tensors.
-            keep: How many of the newest commits stay on the drive.
+            keep: How many of the newest commits stay on the drive, from 1.
+
+        Returns:
+            What was committed: its ``generation``, ``step``, ``bytes_written`` and ``seconds``.
 
         Raises:
             OSError: There is no room (before a byte is written), the drive failed, or another

@@ -222,7 +222,7 @@ class OptimizerOffload {
   ///
   /// `values` are written too. `reader` fills them in: it is called as in a
   /// step, with the value's index as the parameter, and the value in field 0.
-  /// `document` is the caller's; committed() returns it.
+  /// `document` is the caller's, in UTF-8; committed() returns it.
   /// Errors: IoError: ENOSPC before anything is written, EEXIST if another
   /// run's store has the name. StateError in a step, after a failure, and for a
   /// store without checksums. Those of the reader. The commit before is as it
