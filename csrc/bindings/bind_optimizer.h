@@ -113,29 +113,29 @@ void bind_optimizer(py::module_& m) {
   py::class_<AdamWOffload, TensorOffload,
              std::unique_ptr<AdamWOffload, DeleteWithoutGil>>(
       m, "AdamWOffload", py::module_local())
-      .def(
-          py::init([](const Directories& directories, const AioConfig& aio,
-                      std::uint64_t host_memory, std::string engine,
-                      bool verify, const std::string& state_format,
-                      std::uint64_t seed, const std::string& update_on,
-                      std::uint64_t early_bytes,
-                      const std::string& state_dict_mode, bool resume) {
-            const ReleasedGil released;
-            return std::unique_ptr<AdamWOffload, DeleteWithoutGil>(
-                new AdamWOffload(
-                    {.store = {.directory = to_list(directories),
-                               .aio = aio,
-                               .engine = std::move(engine),
-                               .verify = verify},
-                     .host_memory = host_memory},
-                    torch_ext::parse_state_format(state_format), seed,
-                    torch_ext::parse_update_on(update_on), early_bytes,
-                    torch_ext::parse_state_dict_mode(state_dict_mode), resume));
-          }),
-          py::arg("directories"), py::arg("aio"), py::arg("host_memory"),
-          py::arg("engine"), py::arg("verify"), py::arg("state_format"),
-          py::arg("seed"), py::arg("update_on"), py::arg("early_bytes"),
-          py::arg("state_dict_mode"), py::arg("resume") = false)
+      .def(py::init(
+               [](const Directories& directories, const AioConfig& aio,
+                  std::uint64_t host_memory, std::string engine, bool verify,
+                  const std::string& state_format, std::uint64_t seed,
+                  const std::string& update_on, std::uint64_t early_bytes,
+                  const std::string& state_dict_mode, std::uint64_t resume) {
+                 const ReleasedGil released;
+                 return std::unique_ptr<AdamWOffload, DeleteWithoutGil>(
+                     new AdamWOffload(
+                         {.store = {.directory = to_list(directories),
+                                    .aio = aio,
+                                    .engine = std::move(engine),
+                                    .verify = verify},
+                          .host_memory = host_memory},
+                         torch_ext::parse_state_format(state_format), seed,
+                         torch_ext::parse_update_on(update_on), early_bytes,
+                         torch_ext::parse_state_dict_mode(state_dict_mode),
+                         resume));
+               }),
+           py::arg("directories"), py::arg("aio"), py::arg("host_memory"),
+           py::arg("engine"), py::arg("verify"), py::arg("state_format"),
+           py::arg("seed"), py::arg("update_on"), py::arg("early_bytes"),
+           py::arg("state_dict_mode"), py::arg("resume") = 0)
       .def(
           "step",
           [](AdamWOffload& offload, const std::vector<GroupArgs>& groups) {

@@ -36,6 +36,8 @@ using SlotArgs = std::pair<std::size_t, at::Tensor>;
 // slot, parameter, step, tensors
 using SavedArgs = std::tuple<std::size_t, at::Tensor, std::uint64_t,
                              std::vector<std::optional<at::Tensor>>>;
+// slot, parameter, where it begins in the whole
+using CommittedArgs = std::tuple<std::size_t, at::Tensor, std::uint64_t>;
 // slot, parameter, gradient, group, whether the gradient is written to
 using TargetArgs = std::tuple<std::size_t, at::Tensor,
                               std::optional<at::Tensor>, std::size_t, bool>;
@@ -104,6 +106,15 @@ py::list to_list(const std::vector<torch_ext::LaneEvent>& timeline) {
   for (const torch_ext::LaneEvent& event : timeline) {
     list.append(py::make_tuple(kLanes[static_cast<int>(event.lane)], event.tile,
                                event.start, event.end));
+  }
+  return list;
+}
+
+py::list to_list(
+    const std::vector<torch_ext::OptimizerOffload::Committed>& commits) {
+  py::list list;
+  for (const auto& [generation, step, time, document] : commits) {
+    list.append(py::make_tuple(generation, step, time, document));
   }
   return list;
 }
@@ -294,32 +305,41 @@ void bind_tensor_offload(py::module_& m) {
              const std::vector<at::Tensor>& tensors, std::size_t keep) {
             const torch_ext::CommitReport report = without_gil(
                 [&] { return offload.commit(step, document, tensors, keep); });
-            return py::make_tuple(report.generation, report.step,
+            return py::make_tuple(report.generation, report.step, report.time,
                                   report.bytes_written, report.seconds);
           },
           py::arg("step"), py::arg("document"), py::arg("tensors"),
           py::arg("keep"))
+      .def("commits",
+           [](TensorOffload& offload) {
+             return to_list(
+                 without_gil([&] { return offload.offload().commits(); }));
+           })
       .def(
-          "check_values",
-          [](TensorOffload& offload,
-             const std::vector<std::pair<std::uint64_t, std::uint32_t>>& from) {
-            std::vector<torch_ext::CommittedValue> values;
-            for (const auto& [elements, bytes] : from) {
-              values.push_back({elements, bytes});
+          "take_commit",
+          [](TensorOffload& offload, std::uint64_t generation,
+             const std::vector<CommittedArgs>& from,
+             const std::vector<at::Tensor>& tensors, std::size_t next) {
+            std::vector<TensorOffload::Committed> parameters;
+            for (const auto& [slot, parameter, first] : from) {
+              parameters.push_back({{slot, parameter}, first});
             }
-            offload.offload().check_values(values);
+            offload.take_commit(generation, parameters, tensors, next);
           },
-          py::arg("values"), release_gil())
-      .def("read_values", &TensorOffload::read_values, py::arg("tensors"),
-           release_gil())
+          py::arg("generation"), py::arg("parameters"), py::arg("tensors"),
+          py::arg("next"), release_gil())
+      .def("next_slot", &TensorOffload::next_slot)
       .def(
-          "adopt",
-          [](TensorOffload& offload, std::size_t slot,
-             const at::Tensor& parameter, std::uint64_t first) {
-            offload.adopt({slot, parameter}, first);
+          "committed_values",
+          [](TensorOffload& offload, std::uint64_t generation) {
+            std::vector<std::pair<std::uint64_t, std::uint32_t>> values;
+            for (const auto& [elements, bytes] :
+                 offload.offload().contents(generation).values) {
+              values.emplace_back(elements, bytes);
+            }
+            return values;
           },
-          py::arg("slot"), py::arg("parameter"), py::arg("first"),
-          release_gil())
+          py::arg("generation"), release_gil())
       .def("stats",
            [](TensorOffload& offload) {
              return to_dict(without_gil([&] { return offload.stats(); }));
@@ -349,21 +369,24 @@ void bind_piece_offload(py::module_& m) {
   py::class_<PieceOffload, TensorOffload,
              std::unique_ptr<PieceOffload, DeleteWithoutGil>>(
       m, "PieceOffload", py::module_local())
-      .def(py::init([](const Directories& directories, const AioConfig& aio,
-                       std::uint64_t host_memory, std::string engine,
-                       bool verify, const std::string& state_dict_mode) {
-             const ReleasedGil released;
-             return std::unique_ptr<PieceOffload, DeleteWithoutGil>(
-                 new PieceOffload(
-                     {.store = {.directory = to_list(directories),
-                                .aio = aio,
-                                .engine = std::move(engine),
-                                .verify = verify},
-                      .host_memory = host_memory},
-                     torch_ext::parse_state_dict_mode(state_dict_mode)));
-           }),
-           py::arg("directories"), py::arg("aio"), py::arg("host_memory"),
-           py::arg("engine"), py::arg("verify"), py::arg("state_dict_mode"))
+      .def(
+          py::init([](const Directories& directories, const AioConfig& aio,
+                      std::uint64_t host_memory, std::string engine,
+                      bool verify, const std::string& state_dict_mode,
+                      std::uint64_t resume) {
+            const ReleasedGil released;
+            return std::unique_ptr<PieceOffload, DeleteWithoutGil>(
+                new PieceOffload(
+                    {.store = {.directory = to_list(directories),
+                               .aio = aio,
+                               .engine = std::move(engine),
+                               .verify = verify},
+                     .host_memory = host_memory},
+                    torch_ext::parse_state_dict_mode(state_dict_mode), resume));
+          }),
+          py::arg("directories"), py::arg("aio"), py::arg("host_memory"),
+          py::arg("engine"), py::arg("verify"), py::arg("state_dict_mode"),
+          py::arg("resume") = 0)
       .def(
           "describe",
           [](PieceOffload& offload, std::size_t slot, const FieldArgs& from) {
@@ -379,18 +402,16 @@ void bind_piece_offload(py::module_& m) {
 
 void bind_state(py::module_& m) {
   m.def(
-      "find_commit",
+      "find_commits",
       [](const Directories& directories, const AioConfig& aio,
          std::string engine, std::string name) {
-        const torch_ext::OptimizerOffload::Committed found = without_gil([&] {
-          return torch_ext::OptimizerOffload::find_commit(
+        return to_list(without_gil([&] {
+          return torch_ext::OptimizerOffload::find_commits(
               {.store = {.directory = to_list(directories),
                          .aio = aio,
                          .engine = std::move(engine)},
                .name = {.name = std::move(name)}});
-        });
-        return py::make_tuple(found.generation, found.step, found.time,
-                              found.document);
+        }));
       },
       py::arg("directories"), py::arg("aio"), py::arg("engine"),
       py::arg("name"));

@@ -21,6 +21,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "base/error_detail.h"
 #include "commit_document.h"
 #include "optimizer_impl.h"
 
@@ -196,7 +197,6 @@ CommitReport OptimizerOffload::Impl::commit(
     lanes->set_committed(tiles);
     lanes->set_committed(value_tiles);
     owners[last()] = std::move(all);
-    committed_document = std::move(document);
   }
   for (Commit& commit : dropped) {
     const auto& owners_of_it = owners[commit.generation];
@@ -217,13 +217,14 @@ CommitReport OptimizerOffload::Impl::commit(
       std::chrono::steady_clock::now() - start;
   return {.generation = last(),
           .step = step,
+          .time = log->commits().back().time,
           .bytes_written = written() - written_before,
           .seconds = seconds.count()};
 }
 
-// Makes parameters and tiles of the last commit.
-void OptimizerOffload::Impl::take_commit(const CommitDocument& document) {
-  const Commit& commit = log->commits().back();
+// Makes parameters and tiles of a commit. There are no tiles yet.
+void OptimizerOffload::Impl::take_commit(const Commit& commit,
+                                         const CommitDocument& document) {
   for (const CommitDocument::Parameter& in : document.parameters) {
     if (in.number >= parameters.size()) parameters.resize(in.number + 1);
     parameters[in.number] = {.elements = in.elements,
@@ -260,7 +261,6 @@ void OptimizerOffload::Impl::take_commit(const CommitDocument& document) {
   std::vector<Tile*> all = tile_pointers(tiles);
   for (const auto& tile : value_tiles) all.push_back(tile.get());
   owners[commit.generation] = std::move(all);
-  committed_document = document.of_caller;
   make_room_for_commit(log->commits().size() + 1, /*commits_now=*/false);
 }
 
@@ -274,8 +274,51 @@ struct Found {
   TileOptions options;
   std::unique_ptr<Store> store;
   std::unique_ptr<CommitLog> log;
-  CommitDocument document;
 };
+
+/// Reads a commit's document. `path` is for errors.
+CommitDocument read_document(const Commit& commit, const std::string& path) {
+  try {
+    CommitDocument document = parse_document(commit.document);
+    const auto& tiles = document.tiles;
+    const auto& values = document.value_tiles;
+    if (tiles.size() + values.size() != commit.extents.size()) {
+      throw FormatError("its document has other tiles");
+    }
+    for (std::size_t i = 0; i < commit.extents.size(); ++i) {
+      const auto& tile = i < tiles.size() ? tiles[i] : values[i - tiles.size()];
+      if (commit.extents[i]->size() != tile.bytes) {
+        throw FormatError("its document has tiles of other sizes");
+      }
+    }
+    return document;
+  } catch (const FormatError& error) {
+    throw IoError({.op = "read commit",
+                   .path = path,
+                   .error = EIO,
+                   .detail = error.what()});
+  }
+}
+
+const Commit& find_generation(const CommitLog& log, std::uint64_t generation) {
+  const std::vector<Commit>& all = log.commits();
+  const auto found =
+      generation == 0 ? std::prev(all.end())
+                      : std::ranges::find(all, generation, &Commit::generation);
+  if (found != all.end()) return *found;
+  throw std::invalid_argument("commit: there is no generation " +
+                              std::to_string(generation));
+}
+
+std::vector<OptimizerOffload::Committed> describe(const CommitLog& log,
+                                                  const std::string& path) {
+  std::vector<OptimizerOffload::Committed> all;
+  for (const Commit& commit : log.commits()) {
+    all.push_back({commit.generation, commit.step, commit.time,
+                   read_document(commit, path).of_caller});
+  }
+  return all;
+}
 
 /// Nothing was committed only where no directory has a file of the name.
 void check_files(const StoreOptions& how) {
@@ -300,7 +343,7 @@ void check_files(const StoreOptions& how) {
 }
 
 Found find(const TileOptions& options) {
-  Found found{options, nullptr, nullptr, {}};
+  Found found{options, nullptr, nullptr};
   StoreOptions& how = found.options.store;
   how.files.clear();
   for (std::size_t i = 0; i < how.directory.all().size(); ++i) {
@@ -316,53 +359,95 @@ Found find(const TileOptions& options) {
     found.store = std::make_unique<Store>(how);
   }
   found.log = CommitLog::open(*found.store, options.name);
-  const Commit& last = found.log->commits().back();
-  try {
-    found.document = parse_document(last.document);
-    const auto& tiles = found.document.tiles;
-    const auto& values = found.document.value_tiles;
-    if (tiles.size() + values.size() != last.extents.size()) {
-      throw FormatError("its document has other tiles");
-    }
-    for (std::size_t i = 0; i < last.extents.size(); ++i) {
-      const auto& tile = i < tiles.size() ? tiles[i] : values[i - tiles.size()];
-      if (last.extents[i]->size() != tile.bytes) {
-        throw FormatError("its document has tiles of other sizes");
-      }
-    }
-  } catch (const FormatError& error) {
-    throw IoError({.op = "read commit",
-                   .path = found.store->file().path(),
-                   .error = EIO,
-                   .detail = error.what()});
-  }
   return found;
 }
 
 }  // namespace
 
+const Commit& OptimizerOffload::Impl::kept_commit(
+    std::uint64_t generation) const {
+  if (log == nullptr || log->commits().empty()) {
+    throw std::invalid_argument("commit: nothing was committed");
+  }
+  return find_generation(*log, generation);
+}
+
+CommitDocument OptimizerOffload::Impl::document_of(const Commit& commit) const {
+  CommitDocument document = read_document(commit, store->file().path());
+  if (document.tile_bytes == plan.tile_bytes) return document;
+  throw IoError({.op = "read commit",
+                 .path = store->file().path(),
+                 .error = EIO,
+                 .detail = "its document has tiles of another size"});
+}
+
 std::unique_ptr<OptimizerOffload> OptimizerOffload::resume(
-    const TileOptions& options) {
+    const TileOptions& options, std::uint64_t generation) {
   Found found = find(options);
+  const CommitDocument document = read_document(
+      find_generation(*found.log, generation), found.store->file().path());
   auto impl = std::make_unique<Impl>(found.options, std::move(found.store),
-                                     found.document.tile_bytes);
+                                     document.tile_bytes);
   {
     const Impl::Call call(*impl);
     const std::vector<std::string>& said = found.log->notes();
     impl->notes.insert(impl->notes.end(), said.begin(), said.end());
     impl->log = std::move(found.log);
-    impl->take_commit(found.document);
+    impl->take_commit(impl->kept_commit(generation), document);
   }
   return std::unique_ptr<OptimizerOffload>(
       new OptimizerOffload(std::move(impl)));
 }
 
-OptimizerOffload::Committed OptimizerOffload::find_commit(
+std::vector<OptimizerOffload::Committed> OptimizerOffload::find_commits(
     const TileOptions& options) {
-  Found found = find(options);
-  const Commit& last = found.log->commits().back();
-  return {last.generation, last.step, last.time,
-          std::move(found.document.of_caller)};
+  const Found found = find(options);
+  return describe(*found.log, found.store->file().path());
+}
+
+std::vector<OptimizerOffload::Committed> OptimizerOffload::commits() const {
+  const Impl::Call call(*impl_);
+  if (impl_->log == nullptr) return {};
+  return describe(*impl_->log, impl_->store->file().path());
+}
+
+OptimizerOffload::Contents OptimizerOffload::contents(
+    std::uint64_t generation) const {
+  const Impl::Call call(*impl_);
+  CommitDocument document = impl_->document_of(impl_->kept_commit(generation));
+  Contents contents{{}, std::move(document.values)};
+  for (const CommitDocument::Parameter& in : document.parameters) {
+    contents.parameters.push_back(
+        {in.elements, in.fields, in.step, in.has_state});
+  }
+  return contents;
+}
+
+void OptimizerOffload::rollback(std::uint64_t generation,
+                                UpdateKernel& reader) {
+  const Impl::Call call(*impl_);
+  const Commit& commit = impl_->kept_commit(generation);
+  const CommitDocument document = impl_->document_of(commit);
+  if (impl_->log->must_stop() != nullptr) {
+    std::rethrow_exception(impl_->log->must_stop());
+  }
+  impl_->give_up_open_step();
+  impl_->clear_tiles();  // Their failure goes with them.
+  impl_->disown(tile_pointers(impl_->value_tiles));
+  impl_->value_tiles.clear();
+  impl_->values.clear();
+  impl_->unused.clear();
+  impl_->refusal = nullptr;
+  try {
+    impl_->take_commit(commit, document);
+    impl_->read_values(reader);
+  } catch (...) {
+    impl_->refusal = with_detail(
+        std::current_exception(),
+        "the optimizer is not wholly back at the commit: roll back again, or "
+        "load a state");
+    std::rethrow_exception(impl_->refusal);
+  }
 }
 
 CommitReport OptimizerOffload::commit(std::uint64_t step, std::string document,
@@ -374,38 +459,15 @@ CommitReport OptimizerOffload::commit(std::uint64_t step, std::string document,
   return impl_->commit(step, std::move(document), values, reader, keep);
 }
 
-OptimizerOffload::Committed OptimizerOffload::committed() const {
-  const Impl::Call call(*impl_);
-  if (impl_->log == nullptr || impl_->log->commits().empty()) return {};
-  const Commit& last = impl_->log->commits().back();
-  return {last.generation, last.step, last.time, impl_->committed_document};
-}
-
 std::size_t OptimizerOffload::parameters() const {
   const Impl::Call call(*impl_);
   return impl_->parameters.size();
 }
 
-void OptimizerOffload::check_parameter(std::size_t parameter,
-                                       std::uint64_t elements,
-                                       const StateFields& fields) const {
-  const Impl::Call call(*impl_);
-  const Impl::Parameter& p = impl_->parameter(parameter);
-  if (p.elements == elements && p.fields == fields) return;
-  throw std::invalid_argument(
-      "the committed state is for " + std::to_string(p.elements) + " elements" +
-      (p.elements == elements ? " in another format"
-                              : ", not for " + std::to_string(elements)));
-}
-
-void OptimizerOffload::check_values(
-    std::span<const CommittedValue> wanted) const {
-  const Impl::Call call(*impl_);
-  if (std::ranges::equal(wanted, impl_->values)) return;
-  throw std::invalid_argument(
-      "the commit has " + std::to_string(impl_->values.size()) +
-      " values of other numbers or sizes than the " +
-      std::to_string(wanted.size()) + " that are asked for");
+void OptimizerOffload::Impl::read_values(UpdateKernel& kernel) {
+  TileLanes::Round round;
+  round.write = round.repeat = false;
+  visit_values(std::move(round), kernel);
 }
 
 void OptimizerOffload::read_values(UpdateKernel& kernel) {
@@ -415,9 +477,7 @@ void OptimizerOffload::read_values(UpdateKernel& kernel) {
   if (impl_->log == nullptr || impl_->log->commits().empty()) {
     throw StateError("read_values: there is no commit");
   }
-  TileLanes::Round round;
-  round.write = round.repeat = false;
-  impl_->visit_values(std::move(round), kernel);
+  impl_->read_values(kernel);
 }
 
 }  // namespace torch_ext

@@ -125,7 +125,11 @@ class OptimizerOffload::Impl {
       REQUIRES(calls);
   std::string document_of(const std::string& of_caller) REQUIRES(calls);
   void clear_tiles() REQUIRES(calls);
-  void take_commit(const CommitDocument& document) REQUIRES(calls);
+  void take_commit(const Commit& commit, const CommitDocument& document)
+      REQUIRES(calls);
+  const Commit& kept_commit(std::uint64_t generation) const REQUIRES(calls);
+  CommitDocument document_of(const Commit& commit) const REQUIRES(calls);
+  void read_values(UpdateKernel& kernel) REQUIRES(calls);
   /// Whether a commit writes it, to another place than its present one.
   static bool is_written_anew(const Tile& tile) {
     return tile.committed && (tile.dirty || !tile.holds_state);
@@ -181,7 +185,6 @@ class OptimizerOffload::Impl {
   std::vector<std::size_t> newcomers GUARDED_BY(calls);
   /// Null before the first commit.
   std::unique_ptr<CommitLog> log GUARDED_BY(calls);
-  std::string committed_document GUARDED_BY(calls);
   std::vector<CommittedValue> values GUARDED_BY(calls);
   TileList value_tiles GUARDED_BY(calls);
   /// By generation, the tiles whose places its extents are. Null for one that

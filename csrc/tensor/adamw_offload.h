@@ -49,7 +49,7 @@ class AdamWOffload final : public TensorOffload {
                         UpdateOn update_on = UpdateOn::kCpu,
                         std::uint64_t early_bytes = 0,
                         StateDictMode mode = StateDictMode::kTensors,
-                        bool resume = false)
+                        std::uint64_t resume = 0)
       : TensorOffload(
             with_scratch(options,
                          scratch_bytes_for(options.host_memory) +

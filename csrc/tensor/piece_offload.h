@@ -61,8 +61,11 @@ class PieceOffload final : public TensorOffload {
 
   /// A sixteenth of the host memory, at most 768 KiB, is for pieces and for
   /// what is computed in between. `options.scratch_bytes` is chosen here.
-  PieceOffload(TileOptions options, StateDictMode mode)
-      : TensorOffload(with_scratch(options), "OffloadedOptimizer", mode),
+  /// `resume`: a generation, which take_commit() then takes; 0: a new store.
+  PieceOffload(TileOptions options, StateDictMode mode,
+               std::uint64_t resume = 0)
+      : TensorOffload(with_scratch(options), "OffloadedOptimizer", mode,
+                      /*seed=*/0, resume),
         scratch_(scratch_for(options.host_memory)),
         most_(align_down(scratch_ / kPieceBytes, StateFields::kCut)) {}
 

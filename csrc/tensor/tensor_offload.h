@@ -262,37 +262,64 @@ class TensorOffload {
                             kernel, keep);
   }
 
-  /// Fills tensors with those of the last commit: as many, with as many
-  /// elements of as many bytes. Errors: std::invalid_argument if they are not;
-  /// IoError, and some may be filled.
-  void read_values(const std::vector<at::Tensor>& tensors) {
+  /// A parameter of a commit, with the slot that it had then, and where it
+  /// begins in the whole of which it is a shard.
+  struct Committed {
+    Parameter parameter;
+    std::uint64_t first = 0;
+  };
+
+  /// Goes back to a commit that is kept; after a resume, to the one that was
+  /// resumed. All slots but those of `parameters` are gone, with their state.
+  /// Fills `tensors` with the commit's: as many, with as many elements of as
+  /// many bytes. `next`: the next_slot() of that time.
+  /// Errors: std::invalid_argument if they are not those of the commit, before
+  /// anything has changed; those of OptimizerOffload::rollback(), with some
+  /// tensors filled.
+  void take_commit(std::uint64_t generation,
+                   const std::vector<Committed>& parameters,
+                   const std::vector<at::Tensor>& tensors, std::size_t next) {
     const PlainModes plain;
-    offload_->check_values(ValueKernel::values_of(tensors));
+    const OptimizerOffload::Contents contents = offload_->contents(generation);
+    const std::vector<CommittedValue> values = ValueKernel::values_of(tensors);
+    if (values != contents.values) {
+      fail<std::invalid_argument>(name_, "the commit has ",
+                                  contents.values.size(),
+                                  " values of other numbers or sizes than the ",
+                                  values.size(), " that are asked for");
+    }
+    std::map<std::size_t, Slot> slots;
+    for (const Committed& each : parameters) {
+      if (each.parameter.slot >= std::min(next, contents.parameters.size()) ||
+          !slots.emplace(each.parameter.slot, committed_slot(each, contents))
+               .second) {
+        fail<std::invalid_argument>(name_, "the commit has no slot ",
+                                    each.parameter.slot, " for a parameter");
+      }
+    }
+    if (next > contents.parameters.size()) {
+      fail<std::invalid_argument>(name_, "the commit has no slot ", next - 1);
+    }
+    std::vector<std::size_t> left_out;
+    for (std::size_t i = 0; i < contents.parameters.size(); ++i) {
+      const bool has_state = contents.parameters[i].has_state;
+      if (has_state && !slots.contains(i)) left_out.push_back(i);
+    }
     ValueKernel kernel(tensors, ValueKernel::Direction::kFromCommit);
-    offload_->read_values(kernel);
+    abandon_step();
+    if (std::exchange(resumed_, false)) {
+      offload_->read_values(kernel);
+    } else {
+      offload_->rollback(generation, kernel);
+    }
+    offload_->forget_state(left_out);
+    slots_ = std::move(slots);
+    next_slot_ = next;
+    registered_ = offload_->parameters();
   }
 
-  /// Gives a parameter the slot that it had when it was committed, with its
-  /// state. Called after a resume, before add().
-  void adopt(const Parameter& parameter, std::uint64_t first) {
-    if (parameter.slot >= registered_ || slots_.contains(parameter.slot)) {
-      fail<std::invalid_argument>(name_, "there is no slot ", parameter.slot,
-                                  " to adopt");
-    }
-    Slot slot;
-    slot.first = first;
-    if (has_state(parameter.slot)) {
-      check_parameter(name_, parameter.tensor);
-      slot.layout = wanted_layout(parameter);
-      slot.sizes = parameter.tensor.sizes().vec();
-      slot.strides = parameter.tensor.strides().vec();
-      slot.dtype = parameter.tensor.scalar_type();
-      offload_->check_parameter(
-          parameter.slot, static_cast<std::uint64_t>(parameter.tensor.numel()),
-          slot.layout->in_tiles());
-    }
-    slots_[parameter.slot] = std::move(slot);
-  }
+  /// The slot that add() gives next.
+  std::size_t next_slot() const { return next_slot_; }
 
   /// Returns how these parameters' state will be kept.
   virtual OptimizerPlan plan(const std::vector<Parameter>& parameters) {
@@ -319,15 +346,18 @@ class TensorOffload {
 
  protected:
   /// `name` is the optimizer's, for messages. `seed` is for the rounding of
-  /// formats that are not exact.
+  /// formats that are not exact. `resume`: the generation that take_commit()
+  /// will take; 0: a new store.
   TensorOffload(const TileOptions& options, std::string name,
-                StateDictMode mode, std::uint64_t seed = 0, bool resume = false)
+                StateDictMode mode, std::uint64_t seed = 0,
+                std::uint64_t resume = 0)
       : name_(std::move(name)),
         seed_(seed),
         mode_(mode),
         directory_(first_of(options.store.directory)),
-        offload_(resume ? OptimizerOffload::resume(options)
-                        : std::make_unique<OptimizerOffload>(options)),
+        offload_(resume != 0 ? OptimizerOffload::resume(options, resume)
+                             : std::make_unique<OptimizerOffload>(options)),
+        resumed_(resume != 0),
         registered_(offload_->parameters()),
         next_slot_(registered_) {}
 
@@ -381,6 +411,28 @@ class TensorOffload {
     c10::ScalarType dtype = at::kFloat;
     std::uint64_t first = 0;
   };
+
+  /// What a parameter's slot was. Throws if its state does not fit.
+  Slot committed_slot(const Committed& committed,
+                      const OptimizerOffload::Contents& contents) const {
+    const auto& [slot, tensor] = committed.parameter;
+    Slot result;
+    result.first = committed.first;
+    if (slot >= contents.parameters.size()) return result;
+    const auto& [elements, fields, step, has_state] = contents.parameters[slot];
+    if (!has_state) return result;
+    check_parameter(name_, tensor);
+    result.layout = wanted_layout(committed.parameter);
+    result.sizes = tensor.sizes().vec();
+    result.strides = tensor.strides().vec();
+    result.dtype = tensor.scalar_type();
+    if (static_cast<std::uint64_t>(tensor.numel()) != elements ||
+        result.layout->in_tiles() != fields) {
+      fail<std::invalid_argument>(name_, "the committed state is for ",
+                                  elements, " elements in another format");
+    }
+    return result;
+  }
 
   static bool is_defined_as(const Slot& slot, const Parameter& parameter,
                             const StateLayout& layout) {
@@ -484,6 +536,7 @@ class TensorOffload {
   const std::filesystem::path directory_;
   std::vector<std::string> notes_;
   std::unique_ptr<OptimizerOffload> offload_;
+  bool resumed_;  // take_commit() comes next.
   std::map<std::size_t, Slot> slots_;
   std::size_t registered_;  // Numbers that the offload has given.
   std::size_t next_slot_;

@@ -66,20 +66,31 @@ class Training {
     parameters_ = expected(0).second;
   }
 
-  static std::unique_ptr<Training> resume(const TileOptions& options) {
+  static std::unique_ptr<Training> resume(const TileOptions& options,
+                                          std::uint64_t generation = 0) {
     std::unique_ptr<Training> training(new Training);
-    training->offload_ = OptimizerOffload::resume(options);
-    training->step_ = training->offload_->committed().step;
+    training->offload_ = OptimizerOffload::resume(options, generation);
     for (const std::uint64_t size : kSizes) {
       training->parameters_.emplace_back(size);
     }
-    Function take([&](const StateSegment& segment) {
-      std::copy_n(segment.field<std::uint32_t>(0), segment.count,
-                  training->parameters_[segment.parameter].begin() +
-                      static_cast<std::ptrdiff_t>(segment.first));
+    training->take(generation, [&](Function& reader) {
+      training->offload_->read_values(reader);
     });
-    training->offload_->read_values(take);
     return training;
+  }
+
+  void rollback(std::uint64_t generation) {
+    take(generation,
+         [&](Function& reader) { offload_->rollback(generation, reader); });
+  }
+
+  /// Says that the last step has failed and changed nothing.
+  void take_back() { --step_; }
+
+  /// Begins a step that is not ended.
+  void begin_step() {
+    offload_->begin_step(nothing_);
+    offload_->release(0);
   }
 
   void step() {
@@ -141,6 +152,21 @@ class Training {
 
   Training() = default;
 
+  void take(std::uint64_t generation,
+            const std::function<void(Function&)>& read) {
+    Function reader([&](const StateSegment& segment) {
+      std::copy_n(segment.field<std::uint32_t>(0), segment.count,
+                  parameters_[segment.parameter].begin() +
+                      static_cast<std::ptrdiff_t>(segment.first));
+    });
+    read(reader);
+    const auto commits = offload_->commits();
+    step_ = commits.back().step;
+    for (const auto& commit : commits) {
+      if (commit.generation == generation) step_ = commit.step;
+    }
+  }
+
   /// State and values after so many steps.
   using Arrays = std::vector<std::vector<std::uint32_t>>;
   static std::pair<Arrays, Arrays> expected(std::uint64_t steps) {
@@ -166,6 +192,7 @@ class Training {
     return known[steps] = result;
   }
 
+  Function nothing_{[](const StateSegment&) {}};  // Outlives the offload.
   std::unique_ptr<OptimizerOffload> offload_;
   Arrays parameters_;
   std::uint64_t step_ = 0;
@@ -214,7 +241,7 @@ TEST_P(OptimizerCommitTest, TrainingGoesOnWhereItWasCommitted) {
   }
   const auto resumed = Training::resume(options());
   EXPECT_EQ(resumed->steps(), 3u);
-  EXPECT_EQ(resumed->offload().committed().document, "after 3");
+  EXPECT_EQ(resumed->offload().commits().back().document, "after 3");
   EXPECT_EQ(resumed->wrong(), "");
   for (int i = 0; i < 3; ++i) {
     resumed->step();
@@ -291,53 +318,198 @@ TEST_P(OptimizerCommitTest, AnotherBudgetGoesOnTheSame) {
   }
 }
 
-// Whatever the drive forgets, what is found is a whole step, and the last that
-// was acknowledged or a later one; and training goes on from there.
-TEST_P(OptimizerCommitTest, ACutAtAnyWriteLosesNoCommit) {
-  ForgetfulDisk disk;
-  std::map<std::size_t, std::uint64_t> acknowledged;
+TEST_P(OptimizerCommitTest, GoesBackToEachCommitThatIsKept) {
+  Training training(options());
+  EXPECT_THROW(training.rollback(1), std::invalid_argument);
+  for (int i = 1; i <= 4; ++i) {
+    training.step();
+    training.commit(4);
+  }
+  training.step();
+  for (const std::uint64_t generation : {4, 2, 2, 1, 3}) {
+    training.rollback(generation);
+    EXPECT_EQ(training.steps(), generation);
+    EXPECT_EQ(training.wrong(), "");
+    training.step();
+    training.step();
+    EXPECT_EQ(training.wrong(), "");
+  }
+  EXPECT_EQ(training.offload().commits().size(), 4u);
+  EXPECT_THROW(training.rollback(5), std::invalid_argument);
+  training.step();
+  EXPECT_EQ(training.wrong(), "");
+}
+
+TEST_P(OptimizerCommitTest, ACommitAfterARollbackFollowsAllOthers) {
   {
-    Training training(options(disk.factory()));
+    Training training(options());
+    for (int i = 1; i <= 3; ++i) {
+      training.step();
+      training.commit(3);
+    }
+    training.rollback(1);
+    training.step();
+    training.commit(3);  // There was one of step 2 before.
+    EXPECT_EQ(training.wrong(), "");
+    training.rollback(3);
+    EXPECT_EQ(training.wrong(), "");
+    training.step();
+    training.step();
+    training.commit(3);
+    EXPECT_EQ(training.wrong(), "");
+  }
+  const std::vector<std::uint64_t> steps = {3, 2, 5};
+  for (std::size_t i = 0; i < steps.size(); ++i) {
+    const auto resumed = Training::resume(options(), 3 + i);
+    EXPECT_EQ(resumed->steps(), steps[i]);
+    EXPECT_EQ(resumed->wrong(), "");
+    resumed->step();
+    EXPECT_EQ(resumed->wrong(), "");
+  }
+  EXPECT_THROW(Training::resume(options(), 1), std::invalid_argument);
+  EXPECT_EQ(Training::resume(options())->steps(), 5u);
+}
+
+TEST_P(OptimizerCommitTest, GoesBackAgainAndAgainInTheSameSpace) {
+  Training training(options());
+  for (int i = 0; i < 2; ++i) {
+    training.step();
+    training.commit();
+  }
+  std::uintmax_t space = 0;
+  for (std::uint64_t i = 0; i < 10; ++i) {
+    training.step();
+    training.rollback(2 + i);
+    training.step();
+    training.commit();
+    if (i == 3) space = std::filesystem::file_size(file());
+  }
+  EXPECT_EQ(training.wrong(), "");
+  EXPECT_EQ(std::filesystem::file_size(file()), space);
+}
+
+TEST_P(OptimizerCommitTest, AStepThatHasBegunIsGivenUp) {
+  Training training(options());
+  training.step();
+  training.commit();
+  training.step();
+  training.begin_step();
+  training.rollback(1);
+  EXPECT_EQ(training.steps(), 1u);
+  EXPECT_EQ(training.wrong(), "");
+  training.step();
+  EXPECT_EQ(training.wrong(), "");
+}
+
+TEST_P(OptimizerCommitTest, WhatJoinedLaterHasNoStateAfterARollback) {
+  Training training(options());
+  training.step();
+  training.commit();
+  OptimizerOffload& offload = training.offload();
+  const std::size_t late = offload.add_parameter(3000, StateFields::floats(1));
+  Function ones([](const StateSegment& segment) {
+    std::fill_n(segment.field<std::uint32_t>(0), segment.count, 1);
+  });
+  offload.step({{late}}, ones);
+  training.rollback(1);
+  EXPECT_EQ(training.wrong(), "");
+  EXPECT_FALSE(offload.has_state(late));
+  bool zeros = true;
+  Function look([&](const StateSegment& segment) {
+    const auto* found = segment.field<std::uint32_t>(0);
+    zeros = zeros && std::all_of(found, found + segment.count,
+                                 [](std::uint32_t x) { return x == 0; });
+  });
+  offload.step({{late}}, look);
+  EXPECT_TRUE(zeros);
+  offload.forget_state({{late}});
+  EXPECT_EQ(training.wrong(), "");
+}
+
+/// Draws what the drive forgets, after each event from the first commit on.
+/// What is found is a whole step: that of the last commit that was
+/// acknowledged, or of a later one. Training goes on from there.
+class OptimizerCommitCutTest : public OptimizerCommitTest {
+ protected:
+  void acknowledge(Training& training, std::size_t keep = 1) {
+    const CommitReport report = training.commit(keep);
+    acknowledged_[disk_.events()] = report.generation;
+  }
+
+  void check_cuts() {
+    std::mt19937_64 random(1);
+    std::size_t states = 0;
+    const std::size_t draws = test::all_faults() ? 400
+                              : test::kSanitized ? 3
+                                                 : 6;
+    for (std::size_t events = acknowledged_.begin()->first;
+         events <= disk_.events(); ++events) {
+      std::uint64_t least = 0;
+      for (const auto& [at, generation] : acknowledged_) {
+        if (at <= events) least = generation;
+      }
+      for (std::size_t i = 0; i < draws; ++i) {
+        const auto left = disk_.after_cut(
+            events, [&](const ForgetfulDisk::Unsynced&, std::size_t) {
+              using Kept = ForgetfulDisk::Kept;
+              if (i == 0) return Kept::kNothing;
+              if (i == 1) return Kept::kAll;
+              const auto drawn = random() % 8;
+              return drawn == 0  ? Kept::kTorn
+                     : drawn % 2 ? Kept::kAll
+                                 : Kept::kNothing;
+            });
+        ++states;
+        const auto resumed = Training::resume(options(left->factory()));
+        const auto commits = resumed->offload().commits();
+        ASSERT_GE(commits.back().generation, least) << "after event " << events;
+        ASSERT_EQ(resumed->wrong(), "") << "after event " << events;
+        if (i % 4 != 0) continue;
+        resumed->step();
+        resumed->commit();
+        resumed->step();
+        ASSERT_EQ(resumed->wrong(), "") << "after event " << events;
+      }
+    }
+    std::printf("%zu states of the drive\n", states);
+  }
+
+  ForgetfulDisk disk_;
+
+ private:
+  std::map<std::size_t, std::uint64_t> acknowledged_;
+};
+
+INSTANTIATE_TEST_SUITE_P(Buffers, OptimizerCommitCutTest,
+                         testing::Values(3, 10, 13, 40));
+
+TEST_P(OptimizerCommitCutTest, ACutAtAnyWriteLosesNoCommit) {
+  {
+    Training training(options(disk_.factory()));
     for (const bool commits : {true, false, true, true, true}) {
       training.step();
-      if (!commits) continue;
-      training.commit();
-      acknowledged[disk.events()] = training.steps();
+      if (commits) acknowledge(training);
     }
     training.step();
   }
-  std::mt19937_64 random(1);
-  std::size_t states = 0;
-  const std::size_t draws = test::all_faults() ? 400 : test::kSanitized ? 3 : 6;
-  for (std::size_t events = acknowledged.begin()->first;
-       events <= disk.events(); ++events) {
-    std::uint64_t least = 0;
-    for (const auto& [at, step] : acknowledged) {
-      if (at <= events) least = step;
+  check_cuts();
+}
+
+TEST_P(OptimizerCommitCutTest, ACutAfterARollbackLosesNoCommit) {
+  {
+    Training training(options(disk_.factory()));
+    for (int i = 0; i < 2; ++i) {
+      training.step();
+      acknowledge(training, 2);
     }
-    for (std::size_t i = 0; i < draws; ++i) {
-      const auto left = disk.after_cut(
-          events, [&](const ForgetfulDisk::Unsynced&, std::size_t) {
-            using Kept = ForgetfulDisk::Kept;
-            if (i == 0) return Kept::kNothing;
-            if (i == 1) return Kept::kAll;
-            const auto drawn = random() % 8;
-            return drawn == 0  ? Kept::kTorn
-                   : drawn % 2 ? Kept::kAll
-                               : Kept::kNothing;
-          });
-      ++states;
-      const auto resumed = Training::resume(options(left->factory()));
-      ASSERT_GE(resumed->steps(), least) << "after event " << events;
-      ASSERT_EQ(resumed->wrong(), "") << "after event " << events;
-      if (i % 4 != 0) continue;
-      resumed->step();
-      resumed->commit();
-      resumed->step();
-      ASSERT_EQ(resumed->wrong(), "") << "after event " << events;
-    }
+    training.step();
+    training.rollback(1);
+    training.step();
+    acknowledge(training, 2);
+    training.rollback(3);
+    training.step();
   }
-  std::printf("%zu states of the drive\n", states);
+  check_cuts();
 }
 
 class OptimizerCommitFaultTest : public OptimizerCommitTest {
@@ -357,7 +529,6 @@ TEST_P(OptimizerCommitFaultTest, ACommitThatFailsLosesNothing) {
   std::size_t which = 0;
   for (;; ++which) {
     std::filesystem::remove(file());
-    bool steps_go_on = false;
     {
       Training training(scripted());
       training.step();
@@ -377,20 +548,84 @@ TEST_P(OptimizerCommitFaultTest, ACommitThatFailsLosesNothing) {
       const bool reached = script_->requests() > first + which;
       script_->set_plan(nullptr);
       if (!reached) break;
-      try {
-        training.step();
-        steps_go_on = true;
-        ASSERT_EQ(training.wrong(), "") << "request " << which;
-        if (!failed) training.commit();
-      } catch (const IoError& error) {
-        EXPECT_TRUE(failed) << error.what();
+      // A read ahead that failed is made again, by the next call.
+      bool again = !failed;
+      for (;;) {
+        try {
+          training.step();
+          break;
+        } catch (const IoError& error) {
+          if (!std::exchange(again, false)) throw;
+          training.take_back();
+        }
       }
-      EXPECT_TRUE(steps_go_on) << "request " << which;
+      ASSERT_EQ(training.wrong(), "") << "request " << which;
+      if (!failed) training.commit();
     }
     const auto resumed = Training::resume(options());
     EXPECT_EQ(resumed->wrong(), "") << "request " << which;
   }
   EXPECT_GT(which, 8u);
+}
+
+// Each request of a rollback fails in turn: it is refused, and can be repeated.
+TEST_P(OptimizerCommitFaultTest, ARollbackThatFailsCanBeRepeated) {
+  Training training(scripted());
+  training.step();
+  training.commit();
+  std::size_t failures = 0;
+  for (std::size_t which = 0;; ++which) {
+    training.step();
+    ASSERT_EQ(training.wrong(), "") << "request " << which;
+    const std::size_t first = script_->requests();
+    script_->set_plan(test::only(first + which, Fault::fail(EIO)));
+    bool failed = false;
+    try {
+      training.rollback(1);
+    } catch (const IoError& error) {
+      failed = true;
+      EXPECT_EQ(error.error(), EIO);
+      EXPECT_THROW(training.step(), IoError);
+      EXPECT_THROW(training.commit(), IoError);
+    }
+    const bool reached = script_->requests() > first + which;
+    script_->set_plan(nullptr);
+    failures += failed ? 1 : 0;
+    if (failed) training.rollback(1);
+    ASSERT_EQ(training.wrong(), "") << "request " << which;
+    if (!reached) break;
+  }
+  EXPECT_GE(failures, 1u);
+}
+
+// Training goes on from the last commit when a step has lost state.
+TEST_P(OptimizerCommitFaultTest, ARollbackIsAWayOnAfterAFailedStep) {
+  Training training(scripted());
+  training.step();
+  training.commit();
+  ASSERT_EQ(training.wrong(), "");
+  if (training.offload().stats().resident_bytes ==
+      training.offload().stats().state_bytes) {
+    return;  // No step does I/O.
+  }
+  script_->set_plan([](std::size_t, const IoRequest& request) {
+    return request.op == IoRequest::Op::kWrite ? Fault::fail(EIO) : Fault();
+  });
+  EXPECT_THROW(
+      {
+        training.step();
+        training.step();
+      },
+      IoError);
+  script_->set_plan(nullptr);
+  EXPECT_THROW(training.step(), IoError);
+  EXPECT_THROW(training.commit(), IoError);
+  training.rollback(1);
+  EXPECT_EQ(training.steps(), 1u);
+  EXPECT_EQ(training.wrong(), "");
+  training.step();
+  training.commit();
+  EXPECT_EQ(training.wrong(), "");
 }
 
 TEST_P(OptimizerCommitTest, AFullDriveRefusesBeforeAByteIsWritten) {

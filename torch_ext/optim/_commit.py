@@ -1,4 +1,4 @@
-"""What a commit says about an optimizer, as JSON, and how a later process reads it.
+"""What a commit says about an optimizer, as JSON.
 
 The drive has the state and the parameters. The document has the rest: names, groups, what the
 caller wants to be kept. It is plain JSON, so that nothing is run when it is read.
@@ -9,44 +9,23 @@ from __future__ import annotations
 import base64
 import errno
 import json
-import logging
 import math
-import os
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_ext._checks import Directories, directories_of
 from torch_ext.optim._dtensor import is_distributed
 from torch_ext.optim._state_dict import WAYS
-
-_logger = logging.getLogger("torch_ext")
 
 #: What wrappers put before the names of parameters.
 _WRAPPERS = re.compile(
     r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-
-
-@dataclass(frozen=True)
-class Commit:
-    """A commit that is on the drive.
-
-    ``generation`` counts the store's commits from 1, and ``step`` is the caller's number.
-    ``bytes_written`` are those of this call on the drive, padded; ``seconds`` is its wall time.
-    """
-
-    generation: int
-    step: int
-    bytes_written: int
-    seconds: float
 
 
 def names_of(groups: Iterable[Mapping[str, Any]]) -> dict[Tensor, str]:
@@ -75,10 +54,15 @@ _BYTES = (bytes, bytearray)
 _MAKE: dict[str, Callable[..., Any]] = {each.__name__: each for each in _DICTS}
 
 
-class Packer:
-    """Turns values into JSON. Tensors are put aside, for the drive."""
+#: The most bytes of a tensor that the document has itself, such as a learning rate or a step.
+_SMALL = 256
 
-    def __init__(self, tensors: list[Tensor]) -> None:
+
+class Packer:
+    """Turns values into JSON. Tensors are put aside, for the drive, if they are not small."""
+
+    def __init__(self, tensors: list[Tensor] | None) -> None:
+        #: None: only small tensors are allowed.
         self.tensors = tensors
 
     def pack(self, value: Any, where: str) -> Any:
@@ -115,19 +99,28 @@ class Packer:
             raise TypeError(f"{where} is a tensor without plain memory")
         if is_distributed(tensor):
             raise TypeError(f"{where} is a DTensor; commit its to_local()")
-        self.tensors.append(tensor.detach().resolve_conj().resolve_neg())
-        return {
-            "tensor": len(self.tensors) - 1,
-            "dtype": str(tensor.dtype).removeprefix("torch."),
+        plain = tensor.detach().resolve_conj().resolve_neg()
+        described = {
+            "dtype": name_of(tensor.dtype),
             "shape": list(tensor.shape),
         }
+        if tensor.numel() * tensor.element_size() <= _SMALL:
+            content = bytes(plain.cpu().contiguous().view(-1).view(torch.uint8).tolist())
+            return {"small": base64.b64encode(content).decode()} | described
+        if self.tensors is None:
+            raise TypeError(
+                f"{where} is a tensor of more than {_SMALL} bytes, which a commit keeps in "
+                f"extra= only"
+            )
+        self.tensors.append(plain)
+        return {"tensor": len(self.tensors) - 1} | described
 
 
 def unpack(value: Any, tensors: Mapping[int, Tensor]) -> Any:
     """Returns what ``Packer.pack`` was given."""
     if not isinstance(value, dict):
         return value
-    kind, content = next(iter(value.items()))
+    kind, content = list(value.items())[0]  # noqa: RUF015 (an IndexError if it is empty)
     if kind == "int":
         return int(content)
     if kind == "float":
@@ -136,10 +129,21 @@ def unpack(value: Any, tensors: Mapping[int, Tensor]) -> Any:
         return {"bytes": bytes, "bytearray": bytearray}[kind](base64.b64decode(content))
     if kind == "tensor":
         return tensors[content]
+    if kind == "small":
+        return _small_tensor(content, value)
     if kind in _MAKE:
         return _MAKE[kind]({unpack(k, tensors): unpack(v, tensors) for k, v in content})
     items = [unpack(v, tensors) for v in content]
     return items if kind == "list" else tuple(items)
+
+
+def _small_tensor(content: str, value: Mapping[str, Any]) -> Tensor:
+    read = base64.b64decode(content)
+    dtype = getattr(torch, value["dtype"])
+    if len(read) != math.prod(value["shape"]) * dtype.itemsize or len(read) > _SMALL:
+        raise KeyError("small")
+    numbers = torch.tensor(list(read), dtype=torch.uint8, device="cpu")
+    return numbers.view(dtype).view(value["shape"])
 
 
 def find_tensors(value: Any) -> dict[int, Tensor]:
@@ -178,7 +182,10 @@ def sizes_of(value: Any, values: Mapping[int, Tensor]) -> list[tuple[int, int]]:
 
 def ways_of(options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the ways of computing, which are this run's."""
-    return {way: options[way] for way in WAYS}
+    return {way: options[way] for way in WAYS if way in options}
+
+
+_BROKEN = (KeyError, IndexError, AttributeError, StopIteration, TypeError, RecursionError)
 
 
 @contextmanager
@@ -186,7 +193,7 @@ def whole_document() -> Iterator[None]:
     """Says in words that a document is not what ``commit()`` writes."""
     try:
         yield
-    except (KeyError, IndexError, AttributeError, StopIteration, TypeError) as error:
+    except _BROKEN as error:
         text = f"the commit's document is damaged: {type(error).__name__}: {error}"
         raise OSError(errno.EIO, text) from error
 
@@ -197,14 +204,16 @@ def read_document(text: str, kind: str) -> dict[str, Any]:
     Raises:
         ValueError: It is of another class, or of a later version.
     """
-    document = json.loads(text)
-    if document.get("format") != 1:
+    with whole_document():
+        document = json.loads(text)
+        version, found = document["format"], document["class"]
+    if version != 1:
         raise ValueError(
-            f"the commit has version {document.get('format')!r} of the document; this "
+            f"the commit has version {version!r} of the document; this "
             f"torch_ext reads version 1"
         )
-    if document["class"] != kind:
-        raise ValueError(f"the commit is of an {document['class']}, not of an {kind}")
+    if found != kind:
+        raise ValueError(f"the commit is of an {found}, not of an {kind}")
     return document
 
 
@@ -244,9 +253,13 @@ def described(parameter: Tensor) -> dict[str, Any]:
     order = sorted(range(parameter.dim()), key=parameter.stride, reverse=True)
     return {
         "shape": list(parameter.shape),
-        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "dtype": name_of(parameter.dtype),
         "order": [d for d in order if parameter.shape[d] != 1],
     }
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def named(group: Mapping[str, Any]) -> Iterable[tuple[Tensor, str]]:
@@ -261,26 +274,3 @@ def whole_number(value: Any, name: str, least: int) -> int:
     if not least <= (number := value.__index__()) < 2**63:
         raise ValueError(f"{name} must be from {least} to 2**63 - 1, got {number}")
     return number
-
-
-def check_alone(parameters: Iterable[Tensor]) -> None:
-    """Raises RuntimeError where a commit would be one process's share of it."""
-    group = torch.distributed
-    world = group.get_world_size() if group.is_available() and group.is_initialized() else 1
-    if world > 1 or any(map(is_distributed, parameters)):
-        raise RuntimeError(
-            f"commit() in one of {world} processes: only a process of its own can commit; save "
-            f"state_dict() here"
-        )
-
-
-def warn_of_a_store(directories: Directories) -> None:
-    """Logs a warning where a first commit would be refused."""
-    directory, _ = directories_of(directories, "nvme_path")[0]
-    first = Path(os.fsdecode(directory), "state.r0-of-1.e0.d0.store")
-    if first.exists():
-        _logger.warning(
-            "%s was committed by another run. resume() goes on from it; this optimizer cannot "
-            "commit as long as it is there",
-            first,
-        )

@@ -35,7 +35,7 @@ _READ = (
     "optimizer.accumulate():`. If activation checkpointing (or a Function of your own) "
     "recomputes in backward what reads a parameter but needs no gradient for it, as "
     'weight.detach(), use overlap_backward="prefetch". If backward was interrupted, step() '
-    "ends the step, and load_state_dict() or close() of the optimizer gives it up"
+    "ends the step, and rollback(), load_state_dict() or close() of the optimizer gives it up"
 )
 
 

@@ -115,9 +115,10 @@ class PieceState:
         verify: bool,
         optimizer: PieceOptimizer,
         state_dict_mode: str,
+        resume: int = 0,
     ) -> None:
         self._offload = _C.PieceOffload(
-            directories, aio, host_memory, engine, verify, state_dict_mode
+            directories, aio, host_memory, engine, verify, state_dict_mode, resume
         )
         self._optimizer = optimizer
         self._slots: dict[int, _Slot] = {}
@@ -163,13 +164,41 @@ class PieceState:
             )
 
     def _describe(self, slot: int, kept: Kept) -> None:
-        self._offload.describe(slot, [(name, f.dtype) for name, f in kept.fields.items()])
+        self._describe_fields(slot, kept)
         self._slots[slot].kept = kept
+
+    def _describe_fields(self, slot: int, kept: Kept) -> None:
+        self._offload.describe(slot, [(name, f.dtype) for name, f in kept.fields.items()])
 
     def check(self, trained: Trained, kept: Kept) -> None:
         """Checks one parameter. A step begins with this."""
         self.expect(trained.slot, trained.parameter, kept)
         self._offload.check(*trained)
+
+    def take_commit(
+        self,
+        generation: int,
+        parts: list[tuple[int, Tensor, Kept | None, State | None]],
+        tensors: list[Tensor],
+        next_slot: int,
+    ) -> None:
+        """Goes back to a commit. A part is a slot, its parameter, and its state, if any."""
+        try:
+            for slot, _, kept, _ in parts:
+                if kept is not None:
+                    self._describe_fields(slot, kept)
+            given = [(slot, parameter, 0) for slot, parameter, *_ in parts]
+            self._offload.take_commit(generation, given, tensors, next_slot)
+        except BaseException:
+            for slot, own in self._slots.items():
+                if own.kept is not None:
+                    self._describe_fields(slot, own.kept)
+            raise
+        self._slots = {slot: _Slot(kept, numbers) for slot, _, kept, numbers in parts}
+
+    def kept(self, slot: int) -> Kept:
+        """Returns what is kept of a parameter that has state."""
+        return self._slots[slot].kept
 
     def names(self, slot: int) -> list[str]:
         """Returns the names of what is kept, fields and others."""

@@ -107,7 +107,7 @@ class PieceOptimizer:
 
     def __init__(self, optimizer_class: type[torch.optim.Optimizer], options: State) -> None:
         self.optimizer_class = optimizer_class
-        self._options = options
+        self.options = options
         with plain_modes(), on_the_cpu():
             self._optimizer = optimizer_class([some_parameter()], **options)
         self._attributes: State = {}
@@ -177,7 +177,7 @@ class PieceOptimizer:
         """Returns a new instance of the class, with a copy of the groups' options."""
         memo: dict[int, Any] = {id(p): p for group in groups for p in group["params"]}
         with on_the_cpu():
-            return self.optimizer_class(copied(groups, memo), **copied(self._options, memo))
+            return self.optimizer_class(copied(groups, memo), **copied(self.options, memo))
 
 
 def options_of(group: State) -> State:

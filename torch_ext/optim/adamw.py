@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import ContextVar
 from itertools import chain
 from typing import Any
 
@@ -40,24 +38,8 @@ from torch_ext.optim._adamw_groups import (
     read_entry,
 )
 from torch_ext.optim._base import OffloadedBase
-from torch_ext.optim._commit import (
-    Commit,
-    Packer,
-    check_alone,
-    check_parameters,
-    described,
-    differences,
-    find_tensors,
-    named,
-    names_of,
-    read_document,
-    sizes_of,
-    unpack,
-    warn_of_a_store,
-    ways_of,
-    whole_document,
-    whole_number,
-)
+from torch_ext.optim._commit import Packer, whole_document
+from torch_ext.optim._committing import CommittingOptimizer, Found, place_of
 from torch_ext.optim._dtensor import (
     check_parameter,
     first_element,
@@ -80,17 +62,10 @@ _logger = logging.getLogger("torch_ext")
 _TENSORS = ("exp_avg", "exp_avg_sq", "master_param")
 _NAMES = frozenset(("step", *_TENSORS[:2]))
 
-#: What a commit says, and so resume() does not take.
-_COMMITTED = {"lr", "betas", "eps", "weight_decay", "amsgrad", "maximize"}
-_COMMITTED |= {"nvme_path", "state_format", "seed"}
-
-#: The document of the commit that the next optimizer goes on from, and its step.
-_resuming: ContextVar[tuple[dict[str, Any] | None, int]] = ContextVar(
-    "_resuming", default=(None, 0)
-)
+_KIND = "OffloadedAdamW"
 
 
-class OffloadedAdamW(OffloadedBase):
+class OffloadedAdamW(CommittingOptimizer):
     """``torch.optim.AdamW`` whose state lives in a file on an NVMe drive.
 
     For float32 parameters on the CPU, the result equals that of
@@ -111,8 +86,8 @@ class OffloadedAdamW(OffloadedBase):
     ``state_dict()`` returns what ``torch.optim.AdamW`` would, and loads what that returned. Its
     tensors are a copy in memory, which later steps do not change. ``state_dict_mode="mapped"``
     is for state larger than memory. ``state`` is as in ``torch.optim``, but its tensors are
-    read from the drive one by one, when they are asked for by name: see there. Only a
-    ``state_dict()`` outlives the optimizer.
+    read from the drive one by one, when they are asked for by name: see there. What outlives
+    the optimizer is a ``state_dict()``, or what ``commit()`` has made durable for ``resume()``.
 
     After an I/O error in the midst of a step the state may be half updated. Each later step
     raises the error again until a state is loaded. After any other error, such as one of
@@ -258,10 +233,10 @@ class OffloadedAdamW(OffloadedBase):
         if overlap and not self._takes:
             params = as_lists(params)
             early_bytes = min(early_bytes_of(params), 2**63)
-        committed, resumed_step = _resuming.get()
+        directories, generation = place_of(nvme_path)
         self._start(
             _C.AdamWOffload(
-                directories_of(nvme_path, "nvme_path"),
+                directories_of(directories, "nvme_path"),
                 resolve_aio_config(aio, stacklevel=3),
                 parse_size(host_memory),
                 engine_of(engine),
@@ -271,217 +246,73 @@ class OffloadedAdamW(OffloadedBase):
                 update_on_of(update_on),
                 early_bytes,
                 state_dict_mode_of(state_dict_mode),
-                committed is not None,
+                generation,
             )
         )
-        self._committed = committed
-        if committed is None:
-            warn_of_a_store(nvme_path)
         self._backward = _C.BackwardStep(self._offload, self._takes)
         self._overlap: Overlap | None = None
         if self._takes or early_bytes:
             self._overlap = Overlap(self._on_gradient, self._backward)
         self._kept_options = {"seed": seed_of(seed), "state_format": state_format}
-        self._names: dict[Tensor, str] = {}
-        self._first_step = 0
-        #: The caller's number of the last commit, and what was kept with it.
-        self.committed_step: int | None = None
-        self.committed_extra: Any = None
-        try:
+        with self._closed_on_error():
             super().__init__(params, defaults)
-            if committed is not None:
-                with whole_document():
-                    self._take_commit(committed, resumed_step)
-        except BaseException:
-            self._offload.close()  # A store has one owner.
-            raise
-        self._committed = None
+            if isinstance(nvme_path, Found):
+                self._take_commit(nvme_path.commit, nvme_path.document)
 
     @classmethod
-    def resume(cls, path: Directories, params: Any, **options: Any) -> OffloadedAdamW:
+    def resume(
+        cls, path: Directories, params: Any, *, step: int | None = None, **options: Any
+    ) -> OffloadedAdamW:
         """Makes the optimizer that was committed in ``path``, as it was then.
 
         ``params`` has the model's parameters, as at construction. The commit tells their
         values, which are written in place, the groups with their options, ``state_format`` and
         ``seed``. Options in groups of ``params`` do not count, as with ``load_state_dict``. The
         other options are this run's. ``committed_step`` and ``committed_extra`` say where the
-        run was.
+        run was. ``step`` picks one of the commits that ``keep=`` has retained, by the caller's
+        number; None takes the last one.
 
         Raises:
             FileNotFoundError: Nothing was committed there.
             BlockingIOError: Another process uses the store.
-            ValueError: The parameters are others. The text lists the first ten that differ.
+            ValueError: The parameters are others. The text lists the first ten that differ. Or
+                there is no commit of ``step``: the text says which there are.
             ValueError, TypeError: As at construction.
             OSError: Reading failed, or what is there is damaged. Some of the parameters may be
                 the commit's then.
         """
-        for name in sorted(options.keys() & _COMMITTED):
-            raise TypeError(f"resume() takes no {name!r}: the commit has it")
-        found = _C.find_commit(
-            directories_of(path, "path"),
-            resolve_aio_config(options.get("aio"), stacklevel=3),
-            engine_of(options.get("engine", "auto")),
-            "state",
-        )
+        found = cls._found(path, step, options)
         with whole_document():
-            document = read_document(found[3], "OffloadedAdamW")
-            kept = {name: document[name] for name in ("state_format", "seed")}
-        token = _resuming.set((document, found[1]))
-        try:
-            return cls(
-                as_lists(params),
-                nvme_path=path,
-                **kept,
-                **options,
-            )
-        finally:
-            _resuming.reset(token)
+            kept = {name: found.document[name] for name in ("state_format", "seed")}
+        return cls(params, nvme_path=found, **kept, **options)
 
-    @undisturbed
-    @plain_modes()
-    def commit(
+    _of_commit = frozenset(
+        ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+        + ("nvme_path", "state_format", "seed")
+    )
+
+    @classmethod
+    def _kind(cls) -> str:
+        return _KIND
+
+    def _said(self, packer: Packer) -> dict[str, Any]:
+        return dict(self._kept_options)
+
+    def _take(
         self,
-        step: int | None = None,
-        *,
-        include_parameters: bool = True,
-        extra: Any = None,
-        keep: int = 1,
-    ) -> Commit:
-        """Makes the state durable, as it is now, and the parameters with it.
-
-        The state stays where it is: only the parameters are written, and what host memory holds
-        of the state. A crash, a kill or a power cut at any time leaves this commit, or a later
-        one, for ``resume()``. The first commit gives the files in ``nvme_path`` names, and
-        takes space for a second copy of state and parameters.
-
-        Args:
-            step: The caller's number, from 0. None: how many steps this optimizer has made,
-                counted on from the step of the commit that it resumed.
-            include_parameters: Whether the parameters are kept too. A 16-bit parameter and what
-                the state has of its master are one number: without it, ``resume()`` must find
-                the parameters as they are now.
-            extra: What else shall be kept, such as the state of a scheduler and
-                ``torch_ext.rng_state()``: dict, list, tuple, str, bytes, numbers, bool, None
-                and tensors.
-            keep: How many of the newest commits stay on the drive, from 1.
-
-        Returns:
-            What was committed: its ``generation``, ``step``, ``bytes_written`` and ``seconds``.
-
-        Raises:
-            OSError: There is no room (before a byte is written), the drive failed, or another
-                run's store is in ``nvme_path`` (FileExistsError). The commit before is as it
-                was, and steps go on, unless the text says otherwise.
-            TypeError: ``extra`` cannot be kept. Nothing has changed then.
-            ValueError: ``step`` or ``keep`` is out of range, or two parameters have one name.
-            RuntimeError: Between backward and ``step()`` with "update", after a failed step,
-                with ``verify=False``, or in one of several processes.
-        """
-        self._life.check()
-        self._check_between_steps("commit()")
-        check_alone(self._parameters())
-        if step is None:
-            step = self._first_step + int(self._offload.stats()["steps"])
-        self._state.flush()
-        self._numbers_of_saved("commit()")  # Warns of state that it leaves out.
-        tensors: list[Tensor] = []
-        document = json.dumps(self._document(tensors, include_parameters, extra))
-        done = Commit(
-            *self._offload.commit(
-                whole_number(step, "step", 0), document, tensors, whole_number(keep, "keep", 1)
-            )
-        )
-        self._log_notes()
-        self.committed_step, self.committed_extra = done.step, extra
-        return done
-
-    def _document(
-        self, tensors: list[Tensor], include_parameters: bool, extra: Any
-    ) -> dict[str, Any]:
-        """Returns what a commit says besides the state. Adds the tensors that it refers to."""
-        packer = Packer(tensors)
-        names = names_of(self.param_groups)
-        parameters = {}
-        for parameter, name in names.items():
-            slot, part = self._own_part(parameter)
-            entry = {"slot": slot, "first": 0, "value": None}
-            if self._is_kept(parameter):  # Frozen ones are the caller's.
-                entry |= {"first": first_element(parameter)} | described(part)
-                if include_parameters:
-                    entry["value"] = len(tensors)
-                    tensors.append(part.detach())
-            parameters[name] = entry
-        groups = [
-            {
-                "params": [names[p] for p in group["params"]],
-                "options": packer.pack(
-                    {k: v for k, v in group.items() if k not in ("params", "param_names")},
-                    f"param_groups[{i}]",
-                ),
-            }
-            for i, group in enumerate(self.param_groups)
-        ]
-        foreign = {name: self._state.foreign(p) for p, name in names.items()}
-        return self._kept_options | {
-            "format": 1,
-            "class": "OffloadedAdamW",
-            "defaults": packer.pack(self.defaults, "defaults"),
-            "parameters": parameters,
-            "groups": groups,
-            "foreign": packer.pack({n: f for n, f in foreign.items() if f}, "state"),
-            "others": packer.pack(self._state.others(), "state"),
-            "extra": packer.pack(extra, "extra"),
-        }
-
-    def _adopt_slot(self, parameter: Tensor, part: Tensor, first: int) -> int:
-        """Gives a parameter the slot that it had. One that differs is refused later."""
-        if parameter not in self._names:
-            self._names = names_of(self.param_groups)
-        entry = self._committed["parameters"].get(self._names[parameter])
-        if entry is None or differences(entry, part):
-            return self._offload.add(part, parameter.requires_grad, first)
-        self._offload.adopt(entry["slot"], part, first)
-        return entry["slot"]
-
-    def _take_commit(self, document: dict[str, Any], step: int) -> None:
-        names = names_of(self.param_groups)
-        by_name = {name: p for p, name in names.items()}
-        local = {name: local_of(p) for name, p in by_name.items()}
-        committed = document["parameters"]
-        check_parameters(committed, local)
-        for name, parameter in by_name.items():
-            if self._slots[parameter] != committed[name]["slot"]:
-                raise ValueError(f"{name} is another part of a parameter than in the commit")
-        values = {
-            entry["value"]: local[name].detach()
-            for name, entry in committed.items()
-            if entry["value"] is not None
-        }
-        packed = [document[k] for k in ("defaults", "groups", "foreign", "others", "extra")]
-        sizes = sizes_of(packed, values)
-        self._offload.check_values(sizes)  # Before memory is taken for them.
-        tensors = find_tensors(packed) | values
-        self._offload.read_values([tensors[i] for i in range(len(sizes))])
-        given = {p: raw for g in self.param_groups for p, raw in named(g)}
-        self.defaults.update(unpack(document["defaults"], tensors) | ways_of(self.defaults))
-        groups = []
-        for saved in document["groups"]:
-            group = unpack(saved["options"], tensors) | ways_of(self.defaults)
-            group["params"] = [by_name[name] for name in saved["params"]]
-            if given:
-                group["param_names"] = [given[p] for p in group["params"]]
+        generation: int,
+        entries: dict[Tensor, dict[str, Any]],
+        groups: list[dict[str, Any]],
+        tensors: list[Tensor],
+        next_slot: int,
+    ) -> None:
+        for group in groups:
             check_group(group)
-            groups.append(group)
-        if sorted(n for g in document["groups"] for n in g["params"]) != sorted(names.values()):
-            raise KeyError("groups")
-        self.param_groups = groups
-        foreign = unpack(document["foreign"], tensors)
-        self._state.loaded(
-            {by_name[name]: entry for name, entry in foreign.items()},
-            unpack(document["others"], tensors),
-        )
-        self._first_step = self.committed_step = step
-        self.committed_extra = unpack(document["extra"], tensors)
+        try:
+            super()._take(generation, entries, groups, tensors, next_slot)
+        finally:
+            if not self._offload.in_step():
+                self._release(self._backward.reset())
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_group(group)
@@ -490,8 +321,6 @@ class OffloadedAdamW(OffloadedBase):
         if parameter.requires_grad:
             check_parameter(parameter)
         part, first = local_of(parameter), first_element(parameter)
-        if self._committed is not None:
-            return self._adopt_slot(parameter, part, first)
         return self._offload.add(part, parameter.requires_grad, first)
 
     def _watch(self, parameters: list[Tensor]) -> None:
@@ -640,7 +469,7 @@ class OffloadedAdamW(OffloadedBase):
             return
         self._begin()
         if (number := self._backward.group_of(slot)) is not None:
-            self._take(parameter, number)
+            self._hand_over(parameter, number)
 
     def _begin(self) -> None:
         """Begins a step that takes gradients, unless one has begun."""
@@ -652,7 +481,7 @@ class OffloadedAdamW(OffloadedBase):
             parts = [self._own_part(p) for p in trained]
             self._backward.begin(self._slots_of_groups(), parts)
 
-    def _take(self, parameter: Tensor, number: int) -> None:
+    def _hand_over(self, parameter: Tensor, number: int) -> None:
         """Hands over a gradient that is final, with the number of the parameter's group."""
         if not self._fix(parameter, number):
             return  # It is in no group any more.
@@ -695,7 +524,7 @@ class OffloadedAdamW(OffloadedBase):
         for p, number in left:  # Bad options are refused before anything is taken.
             self._fix(p, number)
         for p, number in left:
-            self._take(p, number)
+            self._hand_over(p, number)
         taken = self._backward.taken()
         options = [_hyper_or_none(group) for group in self.param_groups]
         try:

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch_ext._native import _C
 from torch_ext._quiet import undisturbed
 from torch_ext.config import AioConfig, parse_size, resolve_aio_config
 from torch_ext.optim._base import OffloadedBase
+from torch_ext.optim._commit import Packer, name_of, unpack, whole_document
+from torch_ext.optim._committing import CommittingOptimizer, Found, place_of
 from torch_ext.optim._dtensor import is_distributed
 from torch_ext.optim._piece_state import MASTER, Group, Loaded, PieceState, Trained
 from torch_ext.optim._pieces import Kept, PieceOptimizer, options_of
@@ -36,8 +39,11 @@ from torch_ext.optim._values import differing
 
 _MOST_FIELDS = 5
 
+#: What ``resume()`` is given; the rest is the commit's.
+_OF_THIS_RUN = {"host_memory", "state_dict_mode", "aio", "engine", "verify"}
 
-class OffloadedOptimizer(OffloadedBase):
+
+class OffloadedOptimizer(CommittingOptimizer):
     """An optimizer class of torch, or of yours, whose state lives in a file on an NVMe drive.
 
     The class updates pieces of parameters: 1-D float32 tensors on the CPU, with their gradients
@@ -115,20 +121,100 @@ class OffloadedOptimizer(OffloadedBase):
         self._trials = Trials(self._pieces)
         self._passes = 0  # The offload counts calls of train() and eval() as steps.
         self._whole = False
+        directories, generation = place_of(nvme_path)
         self._start(
             PieceState(
-                directories_of(nvme_path, "nvme_path"),
+                directories_of(directories, "nvme_path"),
                 resolve_aio_config(aio, stacklevel=3),
                 parse_size(host_memory),
                 engine_of(engine),
                 bool(verify),
                 self._pieces,
                 state_dict_mode_of(state_dict_mode),
+                generation,
             )
         )
-        super().__init__(params, self._pieces.defaults)
-        self._whole = True
-        self._check_groups(self.param_groups)
+        with self._closed_on_error():
+            super().__init__(params, self._pieces.defaults)
+            self._whole = True
+            if isinstance(nvme_path, Found):
+                self._take_commit(nvme_path.commit, nvme_path.document)
+            else:
+                self._check_groups(self.param_groups)
+
+    @classmethod
+    def resume(
+        cls,
+        path: Directories,
+        optimizer_class: type[torch.optim.Optimizer],
+        params: Any,
+        *,
+        step: int | None = None,
+        **options: Any,
+    ) -> OffloadedOptimizer:
+        """As ``OffloadedAdamW.resume``. The commit has the options for ``optimizer_class``.
+
+        Raises:
+            ValueError: The commit is of another class. Or this class keeps something else now.
+            OSError, ValueError, TypeError: As for ``OffloadedAdamW.resume``.
+        """
+        _check_class(optimizer_class)
+        for name in sorted(options.keys() - _OF_THIS_RUN):
+            raise TypeError(
+                f"resume() takes no {name!r}: the commit has the options of the class"
+            )
+        found = cls._found(path, step, options)
+        with whole_document():
+            committed = found.document["optimizer"]
+            given = unpack(found.document["options"], {})
+        if committed != optimizer_class.__name__:
+            raise ValueError(
+                f"the commit is of an OffloadedOptimizer with {committed}, not with "
+                f"{optimizer_class.__name__}"
+            )
+        return cls(optimizer_class, params, nvme_path=found, **options, **given)
+
+    @classmethod
+    def _kind(cls) -> str:
+        return "OffloadedOptimizer"
+
+    def _said(self, packer: Packer) -> dict[str, Any]:
+        options = packer.pack(self._pieces.options, f"an option of {self._pieces.name}")
+        return {"optimizer": self._pieces.name, "options": options}
+
+    def _said_of_state(self, slot: int, packer: Packer, where: str) -> dict[str, Any]:
+        kept = self._offload.kept(slot)
+        return {
+            "fields": [[name, name_of(f.dtype)] for name, f in kept.fields.items()],
+            "names": list(kept.names),
+            "default_dtype": name_of(kept.default_dtype),
+            "numbers": packer.pack(self._offload.numbers(slot), where),
+        }
+
+    def _take(
+        self,
+        generation: int,
+        entries: dict[Tensor, dict[str, Any]],
+        groups: list[dict[str, Any]],
+        tensors: list[Tensor],
+        next_slot: int,
+    ) -> None:
+        parts = []
+        all_kept = self._check_groups(groups)
+        for group, kept in zip(groups, all_kept, strict=True):
+            for p in group["params"]:
+                with whole_document():
+                    entry = entries[p]
+                    own = _committed_kept(entry, kept) if "fields" in entry else None
+                    numbers = unpack(entry["numbers"], {}) if own else None
+                    parts.append((entry["slot"], p, own, numbers))
+                if own and not own.goes_on_as(kept):
+                    raise ValueError(
+                        f"{self._pieces.name} keeps {list(kept.names)} with these options; the "
+                        f"commit has {list(own.names)} of {self._label_of(p)}"
+                    )
+        with whole_document():
+            self._offload.take_commit(generation, parts, tensors, next_slot)
 
     def __getattr__(self, name: str) -> Any:
         pieces = self.__dict__.get("_pieces")
@@ -354,6 +440,17 @@ class OffloadedOptimizer(OffloadedBase):
             read.append(Loaded(slot, parameter, kept, values))
         self._offload.forget(outgrown)
         self._offload.change(read)
+
+
+def _committed_kept(entry: Mapping[str, Any], kept: Kept) -> Kept:
+    """Returns what a commit has of a parameter, where ``kept`` is what the class keeps now."""
+    fields = {
+        name: torch.empty(0, dtype=getattr(torch, dtype), device="cpu")
+        for name, dtype in entry["fields"]
+    }
+    names = {name: fields.get(name, kept.names.get(name)) for name in entry["names"]}
+    default = getattr(torch, entry["default_dtype"])
+    return replace(kept, fields=fields, names=names, default_dtype=default)
 
 
 def _could_be_trained(parameter: Tensor) -> bool:

@@ -91,6 +91,7 @@ struct CommittedValue {
 struct CommitReport {
   std::uint64_t generation = 0;  ///< Counted from 1.
   std::uint64_t step = 0;        ///< The caller's.
+  std::int64_t time = 0;         ///< Seconds since 1970.
   std::uint64_t bytes_written = 0;
   double seconds = 0;
 };
@@ -222,7 +223,7 @@ class OptimizerOffload {
   ///
   /// `values` are written too. `reader` fills them in: it is called as in a
   /// step, with the value's index as the parameter, and the value in field 0.
-  /// `document` is the caller's, in UTF-8; committed() returns it.
+  /// `document` is the caller's, in UTF-8; commits() returns it.
   /// Errors: IoError: ENOSPC before anything is written, EEXIST if another
   /// run's store has the name. StateError in a step, after a failure, and for a
   /// store without checksums. Those of the reader. The commit before is as it
@@ -231,14 +232,6 @@ class OptimizerOffload {
                       std::span<const CommittedValue> values,
                       UpdateKernel& reader, std::size_t keep = 1);
 
-  /// Goes on from the last commit of the store that `options` names. Parameters
-  /// have the numbers, state and steps that they had then. tile_bytes is the
-  /// store's own.
-  /// Errors: IoError: ENOENT if nothing was committed there, EAGAIN if another
-  /// process uses it, EIO for damage. std::invalid_argument for files that are
-  /// no such store, or if host_memory is too small for it.
-  static std::unique_ptr<OptimizerOffload> resume(const TileOptions& options);
-
   /// What a commit says of itself.
   struct Committed {
     std::uint64_t generation = 0;
@@ -246,23 +239,54 @@ class OptimizerOffload {
     std::int64_t time = 0;  ///< Seconds since 1970.
     std::string document;
   };
-  /// The last commit. Its generation is 0 if there is none.
-  Committed committed() const;
-  /// The last commit of the store that `options` names, of which nothing else
-  /// is taken. Errors: as resume().
-  static Committed find_commit(const TileOptions& options);
+  /// The commits that are kept, oldest first. Errors: IoError (EIO) for a
+  /// damaged one.
+  std::vector<Committed> commits() const;
+  /// Those of the store that `options` names, of which nothing else is taken.
+  /// There is at least one. Errors: as resume().
+  static std::vector<Committed> find_commits(const TileOptions& options);
 
-  /// Shows the kernel the values of the last commit, as commit() did.
-  /// Errors: as read_state(); StateError if there is no commit.
+  /// Goes on from a commit of the store that `options` names: from the last one
+  /// if `generation` is 0. Parameters have the numbers, state and steps that
+  /// they had then. tile_bytes is the store's own.
+  /// Errors: IoError: ENOENT if nothing was committed there, EAGAIN if another
+  /// process uses it, EIO for damage. std::invalid_argument for files that are
+  /// no such store, if there is no such generation, or if host_memory is too
+  /// small for it.
+  static std::unique_ptr<OptimizerOffload> resume(const TileOptions& options,
+                                                  std::uint64_t generation = 0);
+
+  /// Goes back to a commit that is kept, also after an error and in a step,
+  /// which is given up. Parameters and state are as resume() finds them; those
+  /// with later numbers have no state. `reader` is shown the commit's values.
+  /// Later commits stay on the drive, and the next one follows them.
+  /// Errors: std::invalid_argument if there is no such generation, and IoError
+  /// for a damaged document: nothing has changed then. After any other error
+  /// later calls are refused until rollback() or write_state() has succeeded.
+  void rollback(std::uint64_t generation, UpdateKernel& reader);
+
+  /// What a parameter is in a commit.
+  struct CommittedParameter {
+    std::uint64_t elements = 0;
+    StateFields fields = {};
+    std::uint64_t step = 0;
+    bool has_state = false;
+  };
+  struct Contents {
+    std::vector<CommittedParameter> parameters;  ///< By number.
+    std::vector<CommittedValue> values;
+  };
+  /// What a commit that is kept has. Errors: as rollback(), before it changes
+  /// anything.
+  Contents contents(std::uint64_t generation) const;
+
+  /// Shows the kernel the values of the commit that was made, resumed or rolled
+  /// back to last, as commit() did. Errors: as read_state(); StateError if
+  /// there is no commit.
   void read_values(UpdateKernel& kernel);
-  /// Throws std::invalid_argument if the last commit has other values.
-  void check_values(std::span<const CommittedValue> values) const;
 
   /// How many numbers add_parameter() has given.
   std::size_t parameters() const;
-  /// Throws std::invalid_argument if a parameter has other elements or fields.
-  void check_parameter(std::size_t parameter, std::uint64_t elements,
-                       const StateFields& fields) const;
 
   bool has_state(std::size_t parameter) const;
   /// How many steps of the parameter have been counted.

@@ -1,0 +1,397 @@
+"""Commits of both optimizers: the state on the drive is the checkpoint.
+
+``commit()`` hands the offload the parameters and a document that says what everything is
+(``_commit``). To take a commit, ``resume()`` makes an optimizer on the store that it found, and
+``rollback()`` uses the one that there is. From then on both are the same: the parameters must
+be those of the commit, they get the numbers that they had, and their values are read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_ext._checks import Directories, directories_of, engine_of
+from torch_ext._modes import plain_modes
+from torch_ext._native import _C
+from torch_ext._quiet import undisturbed
+from torch_ext.config import resolve_aio_config
+from torch_ext.optim._base import OffloadedBase
+from torch_ext.optim._commit import (
+    Packer,
+    check_parameters,
+    described,
+    find_tensors,
+    named,
+    names_of,
+    read_document,
+    sizes_of,
+    unpack,
+    ways_of,
+    whole_document,
+    whole_number,
+)
+from torch_ext.optim._dtensor import first_element, is_distributed, local_of
+
+_logger = logging.getLogger("torch_ext")
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A commit that is on the drive.
+
+    ``generation`` counts the store's commits from 1, and ``step`` is the caller's number.
+    ``time`` is in seconds since 1970. ``bytes_written`` are those of the call on the drive,
+    padded, and ``seconds`` is its wall time. They are None for a commit that was found.
+    """
+
+    generation: int
+    step: int
+    time: int
+    bytes_written: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A commit that an optimizer goes on from. It takes the place of ``nvme_path``."""
+
+    directories: Directories
+    commit: Commit
+    document: dict[str, Any]
+
+
+class CommittingOptimizer(OffloadedBase):
+    """An optimizer whose state can outlive the process."""
+
+    #: The caller's number of the commit that was made, resumed or rolled back to last.
+    committed_step: int | None
+    #: What was kept with it.
+    committed_extra: Any
+
+    def _start(self, offload: Any) -> None:
+        super()._start(offload)
+        # The number of the step before the first of this object.
+        self._first_step = 0
+        self.committed_step = None
+        self.committed_extra = None
+
+    @undisturbed
+    @plain_modes()
+    def commit(
+        self,
+        step: int | None = None,
+        *,
+        include_parameters: bool = True,
+        extra: Any = None,
+        keep: int = 1,
+    ) -> Commit:
+        """Makes the state durable, as it is now, and the parameters with it.
+
+        The state stays where it is: only the parameters are written, and what host memory holds
+        of the state. A crash, a kill or a power cut at any time leaves this commit, or a later
+        one, for ``resume()``. The first commit gives the files in ``nvme_path`` names, and
+        takes space for a second copy of state and parameters.
+
+        Args:
+            step: The caller's number, from 0. None: how many steps this optimizer has made,
+                counted on from the step of the commit that it resumed or rolled back to.
+            include_parameters: Whether the parameters are kept too. A 16-bit parameter and what
+                the state has of its master are one number: without it, ``resume()`` must find
+                the parameters as they are now.
+            extra: What else shall be kept, such as the state of a scheduler and
+                ``torch_ext.rng_state()``: dict, list, tuple, str, bytes, numbers, bool, None
+                and tensors.
+            keep: How many of the newest commits stay on the drive, from 1.
+
+        Returns:
+            What was committed: its ``generation``, ``step``, ``time``, ``bytes_written`` and
+            ``seconds``.
+
+        Raises:
+            OSError: There is no room (before a byte is written), the drive failed, or another
+                run's store is in ``nvme_path`` (FileExistsError). The commit before is as it
+                was, and steps go on, unless the text says otherwise.
+            TypeError: ``extra`` cannot be kept. Nothing has changed then.
+            ValueError: ``step`` or ``keep`` is out of range, or two parameters have one name.
+            RuntimeError: Between backward and ``step()`` with "update", after a failed step,
+                with ``verify=False``, or in one of several processes.
+        """
+        self._life.check()
+        self._check_between_steps("commit()")
+        check_alone(self._parameters())
+        step = self._steps() if step is None else whole_number(step, "step", 0)
+        keep = whole_number(keep, "keep", 1)
+        self._state.flush()
+        self._numbers_of_saved("commit()")  # Warns of state that it leaves out.
+        tensors: list[Tensor] = []
+        try:
+            document = json.dumps(self._document(tensors, include_parameters, extra))
+        except RecursionError:
+            raise ValueError(
+                "extra is nested too deeply to be kept, or contains itself"
+            ) from None
+        report = self._offload.commit(step, document, tensors, keep)
+        self._log_notes()
+        self.committed_step, self.committed_extra = step, extra
+        return Commit(*report)
+
+    @undisturbed
+    def commits(self) -> list[Commit]:
+        """Returns the commits that are kept on the drive, oldest first.
+
+        Raises:
+            OSError: One is damaged.
+            RuntimeError: The optimizer is closed or belongs to another process.
+        """
+        self._life.check()
+        return [Commit(*found[:3]) for found in self._offload.commits()]
+
+    @undisturbed
+    @plain_modes()
+    def rollback(self, step: int | None = None) -> None:
+        """Goes back to a commit that is kept: state, parameters, groups and their options.
+
+        It works after a failed step too, and between backward and ``step()``. Gradients stay:
+        call ``zero_grad()``. Later commits stay on the drive, until newer ones take their
+        places. Whoever needs random numbers and a scheduler as they were finds them in
+        ``committed_extra``.
+
+        Args:
+            step: The caller's number of the commit; the newest one that has it. None: the last
+                commit.
+
+        Raises:
+            ValueError: There is no such commit; the text says which there are. It has no
+                parameters (``include_parameters=False``). Or the groups have other parameters
+                than it. Nothing has changed then.
+            OSError: Reading failed. Parameters may be half read then, and each later call
+                raises the error until ``rollback()`` or ``load_state_dict()`` has succeeded.
+            RuntimeError: Nothing was committed, or the optimizer is closed or belongs to
+                another process.
+        """
+        self._life.check()
+        commits = self._offload.commits()
+        if not commits:
+            raise RuntimeError("rollback(): nothing was committed yet")
+        commit, document = _chosen(commits, step, self._kind())
+        with whole_document():
+            if any(_lacks_values(entry) for entry in document["parameters"].values()):
+                raise ValueError(
+                    f"the commit of step {commit.step} has no parameters "
+                    f"(include_parameters=False), so its state would meet other ones: load the "
+                    f"parameters that belong to it, and resume()"
+                )
+        self._take_commit(commit, document)
+
+    @classmethod
+    def _found(cls, path: Directories, step: int | None, options: Mapping[str, Any]) -> Found:
+        """Returns the commit in ``path`` that ``resume()`` goes on from."""
+        for name in sorted(options.keys() & cls._of_commit):
+            raise TypeError(f"resume() takes no {name!r}: the commit has it")
+        commits = _C.find_commits(
+            directories_of(path, "path"),
+            resolve_aio_config(options.get("aio"), stacklevel=4),
+            engine_of(options.get("engine", "auto")),
+            "state",
+        )
+        return Found(path, *_chosen(commits, step, cls._kind()))
+
+    #: What a commit says, and so ``resume()`` does not take.
+    _of_commit: frozenset[str] = frozenset(("nvme_path",))
+
+    @classmethod
+    def _kind(cls) -> str:
+        """Returns the class that commits are of: subclasses may read each other's."""
+        raise NotImplementedError
+
+    @contextmanager
+    def _closed_on_error(self) -> Iterator[None]:
+        """Closes a store whose optimizer could not be made: it has one owner."""
+        try:
+            yield
+        except BaseException:
+            self._offload.close()
+            raise
+
+    def _steps(self) -> int:
+        """Returns how many steps there have been, in this process and before."""
+        return self._first_step + int(self.stats()["steps"])
+
+    # The document -----------------------------------------------------------------------
+
+    def _document(
+        self, tensors: list[Tensor], include_parameters: bool, extra: Any
+    ) -> dict[str, Any]:
+        """Returns what a commit says besides the state. Adds the tensors that it refers to."""
+        packer, small = Packer(tensors), Packer(None)
+        names = names_of(self.param_groups)
+        parameters = {}
+        for parameter, name in names.items():
+            slot, part = self._own_part(parameter)
+            entry = {"slot": slot, "first": 0, "value": None}
+            if self._is_kept(parameter):  # Frozen ones are the caller's.
+                entry |= {"first": first_element(parameter)} | described(part)
+                if include_parameters:
+                    entry["value"] = len(tensors)
+                    tensors.append(part.detach())
+            if self._has_state(parameter):
+                entry |= self._said_of_state(slot, small, f"the state of {name}")
+            parameters[name] = entry
+        groups = [
+            {
+                "params": [names[p] for p in group["params"]],
+                "options": small.pack(
+                    {k: v for k, v in group.items() if k not in ("params", "param_names")},
+                    f"param_groups[{i}]",
+                ),
+            }
+            for i, group in enumerate(self.param_groups)
+        ]
+        foreign = {name: self._state.foreign(p) for p, name in names.items()}
+        return self._said(small) | {
+            "format": 1,
+            "class": self._kind(),
+            "defaults": small.pack(self.defaults, "defaults"),
+            "next": self._offload.next_slot(),
+            "parameters": parameters,
+            "groups": groups,
+            "foreign": packer.pack({n: f for n, f in foreign.items() if f}, "state"),
+            "others": packer.pack(self._state.others(), "state"),
+            "extra": packer.pack(extra, "extra"),
+        }
+
+    def _said(self, packer: Packer) -> dict[str, Any]:
+        """Returns what a commit says of this class."""
+        raise NotImplementedError
+
+    def _said_of_state(self, slot: int, packer: Packer, where: str) -> dict[str, Any]:
+        """Returns what a commit says of a parameter's state, besides what the drive has."""
+        return {}
+
+    def _take_commit(self, commit: Commit, document: dict[str, Any]) -> None:
+        """Becomes what was committed. Nothing changes before everything has been checked."""
+        by_name = {name: p for p, name in names_of(self.param_groups).items()}
+        local = {name: local_of(p) for name, p in by_name.items()}
+        with whole_document():
+            committed = document["parameters"]
+            check_parameters(committed, local)
+            for name, parameter in by_name.items():
+                first = first_element(parameter) if "shape" in committed[name] else 0
+                if committed[name]["first"] != first:
+                    raise ValueError(
+                        f"{name} is another part of a parameter than in the commit"
+                    )
+            defaults = self.defaults | unpack(document["defaults"], {}) | ways_of(self.defaults)
+            groups = self._committed_groups(document, by_name, ways_of(defaults))
+            values = {
+                entry["value"]: local[name]
+                for name, entry in committed.items()
+                if entry["value"] is not None
+            }
+            packed = [document[key] for key in ("foreign", "others", "extra")]
+            sizes = sizes_of(packed, values)
+            if sizes != self._offload.committed_values(commit.generation):
+                raise KeyError("values")  # Before memory is taken for them.
+            # Their contents come below.
+            tensors = find_tensors(packed) | values
+            foreign, others, extra = (unpack(each, tensors) for each in packed)
+            entries = {by_name[name]: entry for name, entry in committed.items()}
+            foreign = {by_name[name]: entry for name, entry in foreign.items()}
+            next_slot = document["next"]
+        ordered = [tensors[i] for i in range(len(sizes))]
+        self._take(commit.generation, entries, groups, ordered, next_slot)
+        for parameter, entry in entries.items():
+            if entry["value"] is not None and not parameter.is_inference():
+                torch.autograd.graph.increment_version(parameter)
+        for gone in self._slots.keys() - entries.keys():
+            self._unwatch(gone)
+        joined = [p for p in entries if p not in self._slots]
+        self._slots.clear()
+        self._slots.update((p, entry["slot"]) for p, entry in entries.items())
+        self._watch(joined)
+        self.defaults.update(defaults)
+        self.param_groups = groups
+        self._state.loaded(foreign, others)
+        self._first_step = commit.step - int(self.stats()["steps"])
+        self.committed_step, self.committed_extra = commit.step, extra
+
+    def _committed_groups(
+        self, document: Mapping[str, Any], by_name: Mapping[str, Tensor], ways: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        given = {p: raw for g in self.param_groups for p, raw in named(g)}
+        groups = []
+        for saved in document["groups"]:
+            group = unpack(saved["options"], {}) | ways
+            group["params"] = [by_name[name] for name in saved["params"]]
+            if given:
+                group["param_names"] = [given[p] for p in group["params"]]
+            groups.append(group)
+        if sorted(n for g in document["groups"] for n in g["params"]) != sorted(by_name):
+            raise KeyError("groups")
+        return groups
+
+    def _take(
+        self,
+        generation: int,
+        entries: dict[Tensor, dict[str, Any]],
+        groups: list[dict[str, Any]],
+        tensors: list[Tensor],
+        next_slot: int,
+    ) -> None:
+        """Checks the groups. Then the offload goes back to the commit and fills ``tensors``."""
+        with whole_document():
+            parts = [(e["slot"], local_of(p), e["first"]) for p, e in entries.items()]
+            self._offload.take_commit(generation, parts, tensors, next_slot)
+
+
+def place_of(nvme_path: Directories | Found) -> tuple[Directories, int]:
+    """Returns the directories, and the generation that is there. It is 0 for a new store."""
+    if isinstance(nvme_path, Found):
+        return nvme_path.directories, nvme_path.commit.generation
+    directory, _ = directories_of(nvme_path, "nvme_path")[0]
+    first = Path(os.fsdecode(directory), "state.r0-of-1.e0.d0.store")
+    if first.exists():
+        _logger.warning(
+            "%s was committed by another run. resume() goes on from it; this optimizer cannot "
+            "commit as long as it is there",
+            first,
+        )
+    return nvme_path, 0
+
+
+def check_alone(parameters: Iterable[Tensor]) -> None:
+    """Raises RuntimeError where a commit would be one process's share of it."""
+    group = torch.distributed
+    world = group.get_world_size() if group.is_available() and group.is_initialized() else 1
+    if world > 1 or any(map(is_distributed, parameters)):
+        raise RuntimeError(
+            f"commit() in one of {world} processes: only a process of its own can commit; save "
+            f"state_dict() here"
+        )
+
+
+def _chosen(
+    commits: list[tuple[int, int, int, str]], step: int | None, kind: str
+) -> tuple[Commit, dict[str, Any]]:
+    """Returns the newest commit, or the newest one of ``step``, and what it says."""
+    if step is not None:
+        step = whole_number(step, "step", 0)
+    for generation, of_step, time, text in reversed(commits):
+        if step in (None, of_step):
+            return Commit(generation, of_step, time), read_document(text, kind)
+    there = ", ".join(str(of_step) for _, of_step, *_ in commits)
+    raise ValueError(f"there is no commit of step {step}; the steps of those kept are {there}")
+
+
+def _lacks_values(entry: Mapping[str, Any]) -> bool:
+    return "shape" in entry and entry["value"] is None
