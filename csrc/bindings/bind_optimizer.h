@@ -118,7 +118,7 @@ void bind_optimizer(py::module_& m) {
                   std::uint64_t host_memory, std::string engine, bool verify,
                   const std::string& state_format, std::uint64_t seed,
                   const std::string& update_on, std::uint64_t early_bytes,
-                  const std::string& state_dict_mode, std::uint64_t resume) {
+                  const std::string& state_dict_mode, const StorePlace& place) {
                  const ReleasedGil released;
                  return std::unique_ptr<AdamWOffload, DeleteWithoutGil>(
                      new AdamWOffload(
@@ -126,16 +126,17 @@ void bind_optimizer(py::module_& m) {
                                     .aio = aio,
                                     .engine = std::move(engine),
                                     .verify = verify},
-                          .host_memory = host_memory},
+                          .host_memory = host_memory,
+                          .name = place.name},
                          torch_ext::parse_state_format(state_format), seed,
                          torch_ext::parse_update_on(update_on), early_bytes,
                          torch_ext::parse_state_dict_mode(state_dict_mode),
-                         resume));
+                         place.choice));
                }),
            py::arg("directories"), py::arg("aio"), py::arg("host_memory"),
            py::arg("engine"), py::arg("verify"), py::arg("state_format"),
            py::arg("seed"), py::arg("update_on"), py::arg("early_bytes"),
-           py::arg("state_dict_mode"), py::arg("resume") = 0)
+           py::arg("state_dict_mode"), py::arg("place") = StorePlace())
       .def(
           "step",
           [](AdamWOffload& offload, const std::vector<GroupArgs>& groups) {

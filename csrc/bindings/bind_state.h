@@ -22,6 +22,7 @@
 #include "bind_config.h"
 #include "errors.h"
 #include "gil.h"
+#include "store/commit_log.h"
 #include "tensor/piece_offload.h"
 #include "tensor/state_checks.h"
 #include "tensor/tensor_offload.h"
@@ -41,6 +42,12 @@ using CommittedArgs = std::tuple<std::size_t, at::Tensor, std::uint64_t>;
 // slot, parameter, gradient, group, whether the gradient is written to
 using TargetArgs = std::tuple<std::size_t, at::Tensor,
                               std::optional<at::Tensor>, std::size_t, bool>;
+
+/// Which store an optimizer has, and what it goes on from.
+struct StorePlace {
+  torch_ext::StoreName name;
+  torch_ext::CommitChoice choice;
+};
 
 std::vector<TensorOffload::Parameter> to_parameters(
     const std::vector<SlotArgs>& from) {
@@ -150,7 +157,7 @@ class PythonFunction {
     } catch (const py::error_already_set& error) {
       error_ = error;
       const std::string text = error.what();
-      throw torch_ext::StateError("an update failed: " +
+      throw torch_ext::StateError("a call of Python's failed: " +
                                   text.substr(0, text.find("\n\nAt:")));
     }
   }
@@ -302,14 +309,29 @@ void bind_tensor_offload(py::module_& m) {
           "commit",
           [](TensorOffload& offload, std::uint64_t step,
              const std::string& document,
-             const std::vector<at::Tensor>& tensors, std::size_t keep) {
-            const torch_ext::CommitReport report = without_gil(
-                [&] { return offload.commit(step, document, tensors, keep); });
+             const std::vector<at::Tensor>& tensors, std::size_t keep,
+             std::uint64_t generation, std::optional<py::function> asked) {
+            torch_ext::CommitGroup group{.generation = generation};
+            PythonFunction vote(asked ? std::move(*asked) : py::function());
+            if (generation != 0) {
+              group.vote = [&vote](bool good) {
+                bool all = false;
+                vote([&] { return py::bool_(good); },
+                     [&](const py::object& result) {
+                       all = result.cast<bool>();
+                     });
+                return all;
+              };
+            }
+            const torch_ext::CommitReport report = vote.within([&] {
+              return offload.commit(step, document, tensors, keep, group);
+            });
             return py::make_tuple(report.generation, report.step, report.time,
                                   report.bytes_written, report.seconds);
           },
           py::arg("step"), py::arg("document"), py::arg("tensors"),
-          py::arg("keep"))
+          py::arg("keep"), py::arg("generation") = 0,
+          py::arg("vote") = py::none())
       .def("commits",
            [](TensorOffload& offload) {
              return to_list(
@@ -329,6 +351,10 @@ void bind_tensor_offload(py::module_& m) {
           py::arg("generation"), py::arg("parameters"), py::arg("tensors"),
           py::arg("next"), release_gil())
       .def("next_slot", &TensorOffload::next_slot)
+      .def("next_generation",
+           [](TensorOffload& offload) {
+             return offload.offload().next_generation();
+           })
       .def(
           "committed_values",
           [](TensorOffload& offload, std::uint64_t generation) {
@@ -369,24 +395,25 @@ void bind_piece_offload(py::module_& m) {
   py::class_<PieceOffload, TensorOffload,
              std::unique_ptr<PieceOffload, DeleteWithoutGil>>(
       m, "PieceOffload", py::module_local())
-      .def(
-          py::init([](const Directories& directories, const AioConfig& aio,
-                      std::uint64_t host_memory, std::string engine,
-                      bool verify, const std::string& state_dict_mode,
-                      std::uint64_t resume) {
-            const ReleasedGil released;
-            return std::unique_ptr<PieceOffload, DeleteWithoutGil>(
-                new PieceOffload(
-                    {.store = {.directory = to_list(directories),
-                               .aio = aio,
-                               .engine = std::move(engine),
-                               .verify = verify},
-                     .host_memory = host_memory},
-                    torch_ext::parse_state_dict_mode(state_dict_mode), resume));
-          }),
-          py::arg("directories"), py::arg("aio"), py::arg("host_memory"),
-          py::arg("engine"), py::arg("verify"), py::arg("state_dict_mode"),
-          py::arg("resume") = 0)
+      .def(py::init([](const Directories& directories, const AioConfig& aio,
+                       std::uint64_t host_memory, std::string engine,
+                       bool verify, const std::string& state_dict_mode,
+                       const StorePlace& place) {
+             const ReleasedGil released;
+             return std::unique_ptr<PieceOffload, DeleteWithoutGil>(
+                 new PieceOffload(
+                     {.store = {.directory = to_list(directories),
+                                .aio = aio,
+                                .engine = std::move(engine),
+                                .verify = verify},
+                      .host_memory = host_memory,
+                      .name = place.name},
+                     torch_ext::parse_state_dict_mode(state_dict_mode),
+                     place.choice));
+           }),
+           py::arg("directories"), py::arg("aio"), py::arg("host_memory"),
+           py::arg("engine"), py::arg("verify"), py::arg("state_dict_mode"),
+           py::arg("place") = StorePlace())
       .def(
           "describe",
           [](PieceOffload& offload, std::size_t slot, const FieldArgs& from) {
@@ -401,20 +428,35 @@ void bind_piece_offload(py::module_& m) {
 }
 
 void bind_state(py::module_& m) {
+  py::class_<StorePlace>(m, "StorePlace", py::module_local())
+      .def(py::init([](std::uint32_t rank, std::uint32_t world,
+                       std::uint64_t newest, std::uint64_t generation) {
+             return StorePlace{{.rank = rank, .world = world},
+                               {.generation = generation, .newest = newest}};
+           }),
+           py::arg("rank") = 0, py::arg("world") = 1, py::arg("newest") = 0,
+           py::arg("generation") = 0)
+      .def_property_readonly("file", [](const StorePlace& place) {
+        return place.name.of_file(0);
+      });
+  m.attr("OTHERS_FAILED") = torch_ext::kOthersFailed;
   m.def(
       "find_commits",
       [](const Directories& directories, const AioConfig& aio,
-         std::string engine, std::string name) {
-        return to_list(without_gil([&] {
+         std::string engine, const StorePlace& place) {
+        const auto all = without_gil([&] {
           return torch_ext::OptimizerOffload::find_commits(
               {.store = {.directory = to_list(directories),
                          .aio = aio,
                          .engine = std::move(engine)},
-               .name = {.name = std::move(name)}});
-        }));
+               .name = place.name});
+        });
+        py::list lists;
+        for (const auto& commits : all) lists.append(to_list(commits));
+        return lists;
       },
       py::arg("directories"), py::arg("aio"), py::arg("engine"),
-      py::arg("name"));
+      py::arg("place"));
   m.def("users_of", &users_of, py::arg("tensor"));
   m.def("checksum_of", &checksum_of, py::arg("tensor"), release_gil());
   m.def(

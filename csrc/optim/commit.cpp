@@ -151,7 +151,8 @@ std::string OptimizerOffload::Impl::document_of(const std::string& of_caller) {
 CommitReport OptimizerOffload::Impl::commit(
     std::uint64_t step, std::string document,
     std::span<const CommittedValue> wanted, UpdateKernel& reader,
-    std::size_t keep) {
+    std::size_t keep, std::uint64_t least_generation,
+    const CommitLog::Vote& vote) {
   const auto start = std::chrono::steady_clock::now();
   if (!store->verifies()) {
     throw StateError(
@@ -189,7 +190,8 @@ CommitReport OptimizerOffload::Impl::commit(
   std::vector<Commit> dropped;
   std::exception_ptr error;
   try {
-    dropped = log->add(step, document_of(document), std::move(extents), keep);
+    dropped = log->add(step, document_of(document), std::move(extents), keep,
+                       least_generation, vote);
   } catch (...) {
     error = std::current_exception();
   }
@@ -342,7 +344,7 @@ void check_files(const StoreOptions& how) {
       "the order in which it was made");
 }
 
-Found find(const TileOptions& options) {
+Found find(const TileOptions& options, std::uint64_t newest = 0) {
   Found found{options, nullptr, nullptr};
   StoreOptions& how = found.options.store;
   how.files.clear();
@@ -358,7 +360,7 @@ Found find(const TileOptions& options) {
     found.store.reset();
     found.store = std::make_unique<Store>(how);
   }
-  found.log = CommitLog::open(*found.store, options.name);
+  found.log = CommitLog::open(*found.store, options.name, newest);
   return found;
 }
 
@@ -382,10 +384,11 @@ CommitDocument OptimizerOffload::Impl::document_of(const Commit& commit) const {
 }
 
 std::unique_ptr<OptimizerOffload> OptimizerOffload::resume(
-    const TileOptions& options, std::uint64_t generation) {
-  Found found = find(options);
-  const CommitDocument document = read_document(
-      find_generation(*found.log, generation), found.store->file().path());
+    const TileOptions& options, const CommitChoice& choice) {
+  Found found = find(options, choice.newest);
+  const CommitDocument document =
+      read_document(find_generation(*found.log, choice.generation),
+                    found.store->file().path());
   auto impl = std::make_unique<Impl>(found.options, std::move(found.store),
                                      document.tile_bytes);
   {
@@ -393,16 +396,27 @@ std::unique_ptr<OptimizerOffload> OptimizerOffload::resume(
     const std::vector<std::string>& said = found.log->notes();
     impl->notes.insert(impl->notes.end(), said.begin(), said.end());
     impl->log = std::move(found.log);
-    impl->take_commit(impl->kept_commit(generation), document);
+    impl->take_commit(impl->kept_commit(choice.generation), document);
   }
   return std::unique_ptr<OptimizerOffload>(
       new OptimizerOffload(std::move(impl)));
 }
 
-std::vector<OptimizerOffload::Committed> OptimizerOffload::find_commits(
-    const TileOptions& options) {
-  const Found found = find(options);
-  return describe(*found.log, found.store->file().path());
+std::vector<std::vector<OptimizerOffload::Committed>>
+OptimizerOffload::find_commits(const TileOptions& options) {
+  Found found = find(options);
+  const std::string path = found.store->file().path();
+  std::vector<std::vector<Committed>> all{describe(*found.log, path)};
+  const std::uint64_t last = found.log->commits().back().generation;
+  found.log.reset();  // It has the lock, and the space of its commits.
+  if (last == 1) return all;
+  try {
+    found.log = CommitLog::open(*found.store, options.name, last - 1);
+    all.push_back(describe(*found.log, path));
+  } catch (const std::exception&) {
+    // It was given up long ago.
+  }
+  return all;
 }
 
 std::vector<OptimizerOffload::Committed> OptimizerOffload::commits() const {
@@ -452,11 +466,38 @@ void OptimizerOffload::rollback(std::uint64_t generation,
 
 CommitReport OptimizerOffload::commit(std::uint64_t step, std::string document,
                                       std::span<const CommittedValue> values,
-                                      UpdateKernel& reader, std::size_t keep) {
+                                      UpdateKernel& reader, std::size_t keep,
+                                      const CommitGroup& group) {
+  bool voted = false;
+  CommitLog::Vote vote;
+  if (group.vote) {
+    vote = [&] {
+      voted = true;
+      return group.vote(true);
+    };
+  }
+  try {
+    const Impl::Call call(*impl_);
+    impl_->refuse_if_failed();
+    impl_->refuse_in_step();
+    return impl_->commit(step, std::move(document), values, reader, keep,
+                         group.generation, vote);
+  } catch (...) {
+    // The others wait for this process's vote.
+    if (group.vote && !std::exchange(voted, true)) {
+      try {
+        group.vote(false);
+      } catch (...) {
+        // The first error says more.
+      }
+    }
+    throw;
+  }
+}
+
+std::uint64_t OptimizerOffload::next_generation() const {
   const Impl::Call call(*impl_);
-  impl_->refuse_if_failed();
-  impl_->refuse_in_step();
-  return impl_->commit(step, std::move(document), values, reader, keep);
+  return impl_->log != nullptr ? impl_->log->next_generation() : 1;
 }
 
 std::size_t OptimizerOffload::parameters() const {

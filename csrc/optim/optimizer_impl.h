@@ -117,7 +117,9 @@ class OptimizerOffload::Impl {
       REQUIRES(calls);
   CommitReport commit(std::uint64_t step, std::string document,
                       std::span<const CommittedValue> values,
-                      UpdateKernel& reader, std::size_t keep) REQUIRES(calls);
+                      UpdateKernel& reader, std::size_t keep,
+                      std::uint64_t least_generation,
+                      const CommitLog::Vote& vote) REQUIRES(calls);
   void lay_out_values(std::span<const CommittedValue> values) REQUIRES(calls);
   /// `commits_now`: a commit follows, which writes values.
   void make_room_for_commit(std::size_t keep, bool commits_now) REQUIRES(calls);

@@ -14,6 +14,12 @@
 //    that is found by its name has a commit.
 // 7. What only commits before g need may be written again.
 //
+// Several processes have a store each, and commit together. Each goes as far as
+// 6. Then they vote: if one of them has failed, the others write a tombstone
+// over the root of g, and c is the last commit still. No number is used twice.
+// Whoever resumes takes the newest generation that all have: at least c, since
+// no process does 7 before all have g.
+//
 // At a crash before 5 has ended, the slot of c is as it was, and so is all that
 // it refers to. The other slot has an older root, nothing that passes for one,
 // or the root of g; all that g refers to was flushed before that was written.
@@ -149,14 +155,16 @@ void CommitLog::begin() {
 
 std::vector<Commit> CommitLog::add(std::uint64_t step, std::string document,
                                    std::vector<std::shared_ptr<Extent>> extents,
-                                   std::size_t keep) {
+                                   std::size_t keep, std::uint64_t least,
+                                   const Vote& vote) {
   if (keep < 1) {
     throw std::invalid_argument("commit: keep must be at least 1, got 0");
   }
   check();
   begin();
 
-  Commit commit{++generation_, step, seconds_since_1970(), std::move(document),
+  generation_ = std::max(generation_ + 1, least);
+  Commit commit{generation_, step, seconds_since_1970(), std::move(document),
                 std::move(extents)};
   CommitTable table{.store = header_.store,
                     .generation = commit.generation,
@@ -202,11 +210,13 @@ std::vector<Commit> CommitLog::add(std::uint64_t step, std::string document,
     bury(commit.generation, slot, std::current_exception());
   }
   cut_point("root flushed");
+  if (vote) take_vote(vote, commit.generation, slot);
+  cut_point("voted");
 
   commits_.push_back(std::move(commit));
   tables_.push_back(std::move(tables));
   slot_ = slot;
-  give_names();
+  if (!vote) give_names();
   cut_point("committed");
 
   std::vector<Commit> dropped;
@@ -252,6 +262,29 @@ void CommitLog::write_root(const StoreRoot& root, std::size_t slot) {
   bytes_written_ += bytes;
   cut_point("root written");
   store_.sync(0);
+}
+
+// Returns if all processes have the commit.
+void CommitLog::take_vote(const Vote& vote, std::uint64_t generation,
+                          std::size_t slot) {
+  try {
+    // So that no process counts on a commit that could not be found.
+    give_names();
+  } catch (...) {
+    bury(generation, slot, std::current_exception());
+  }
+  bool all = false;
+  try {
+    all = vote();
+  } catch (...) {
+    must_stop_ = with_detail(
+        std::current_exception(),
+        "whether all processes have this commit is not known, so nothing may "
+        "be written to the store; resume from what is there");
+    std::rethrow_exception(must_stop_);
+  }
+  if (all) return;
+  bury(generation, slot, std::make_exception_ptr(StateError(kOthersFailed)));
 }
 
 // Always throws.
@@ -313,7 +346,8 @@ void CommitLog::give_names() {
   named_ = true;
 }
 
-std::unique_ptr<CommitLog> CommitLog::open(Store& store, StoreName name) {
+std::unique_ptr<CommitLog> CommitLog::open(Store& store, StoreName name,
+                                           std::uint64_t newest) {
   auto log = std::make_unique<CommitLog>(store, std::move(name));
   log->lock_ = FileLock(store.file());
   log->named_ = true;
@@ -324,6 +358,7 @@ std::unique_ptr<CommitLog> CommitLog::open(Store& store, StoreName name) {
   }
   for (const auto& [number, root] : slots) {
     if (root.kind == StoreRoot::Kind::kTombstone) continue;
+    if (newest != 0 && root.generation > newest) continue;
     try {
       // What the commit before the last refers to may have been written since.
       log->read_commit(root, /*check_all=*/!damage.empty());

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -29,6 +30,10 @@ struct Commit {
 /// later version.
 StoreHeader read_header(Store& store, std::size_t directory = 0);
 
+/// The error of a commit that failed in another process only.
+inline constexpr const char* kOthersFailed =
+    "commit: another process could not commit";
+
 /// Makes extents of a store survive the process. commit_log.cpp tells how.
 ///
 /// The owner keeps one rule: an extent of a commit is never written again
@@ -43,22 +48,34 @@ class CommitLog {
   /// reads the commits, and takes their extents.
   /// Errors: IoError: EAGAIN if another process is the owner, ENOENT if there
   /// is no commit, EIO if none can be read. std::invalid_argument if a file is
-  /// not of this store.
-  static std::unique_ptr<CommitLog> open(Store& store, StoreName name);
+  /// not of this store. `newest`: later commits do not count, since other
+  /// processes do not have them. 0: all count.
+  static std::unique_ptr<CommitLog> open(Store& store, StoreName name,
+                                         std::uint64_t newest = 0);
 
   /// Throws what add() would throw before it writes anything.
   void check() const;
 
+  /// Asks the other processes of a commit whether theirs is durable too. Called
+  /// once this process's is; returns whether all are. What it throws means that
+  /// nobody knows.
+  using Vote = std::function<bool()>;
+
   /// Makes these extents durable, with a new generation. All their writes have
   /// ended. Returns the commits beyond the newest `keep` (>= 1), whose extents
-  /// may be written again.
+  /// may be written again. `least`: the least number that the generation may
+  /// have, which makes it the same in all processes.
   /// Errors: IoError: EEXIST if another run's store has the name, ENOENT if the
   /// file was removed, and what the drive says. The last commit is what it was
   /// then, unless must_stop() is set. If only the names failed, commits() has
   /// the new one, and its extents are not to be written.
   std::vector<Commit> add(std::uint64_t step, std::string document,
                           std::vector<std::shared_ptr<Extent>> extents,
-                          std::size_t keep = 1);
+                          std::size_t keep = 1, std::uint64_t least = 0,
+                          const Vote& vote = {});
+
+  /// The generation that add() tries next.
+  std::uint64_t next_generation() const noexcept { return generation_ + 1; }
 
   /// Oldest first.
   const std::vector<Commit>& commits() const noexcept { return commits_; }
@@ -84,6 +101,7 @@ class CommitLog {
   std::shared_ptr<Extent> write_table(std::span<const std::byte> padded,
                                       std::uint64_t bytes);
   void write_root(const StoreRoot& root, std::size_t slot);
+  void take_vote(const Vote& vote, std::uint64_t generation, std::size_t slot);
   void bury(std::uint64_t generation, std::size_t slot,
             const std::exception_ptr& error);
   void give_names();

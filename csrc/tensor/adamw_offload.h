@@ -41,15 +41,15 @@ class AdamWOffload final : public TensorOffload {
   /// `options.scratch_bytes` is chosen here. `seed` is for the rounding of
   /// formats that are not exact. `early_bytes`: the bytes of gradients on
   /// devices that prefetch() shall have room for. At most a quarter of the host
-  /// memory is for them, and nothing if that is below 1 MiB. `resume`: as
-  /// OptimizerOffload::resume(); adopt() then says what the parameters are.
+  /// memory is for them, and nothing if that is below 1 MiB. `resume`:
+  /// what take_commit() then takes; without a generation, the store is new.
   explicit AdamWOffload(const TileOptions& options,
                         StateFormat format = StateFormat::kExact,
                         std::uint64_t seed = 0,
                         UpdateOn update_on = UpdateOn::kCpu,
                         std::uint64_t early_bytes = 0,
                         StateDictMode mode = StateDictMode::kTensors,
-                        std::uint64_t resume = 0)
+                        const CommitChoice& resume = {})
       : TensorOffload(
             with_scratch(options,
                          scratch_bytes_for(options.host_memory) +

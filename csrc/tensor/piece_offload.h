@@ -61,9 +61,10 @@ class PieceOffload final : public TensorOffload {
 
   /// A sixteenth of the host memory, at most 768 KiB, is for pieces and for
   /// what is computed in between. `options.scratch_bytes` is chosen here.
-  /// `resume`: a generation, which take_commit() then takes; 0: a new store.
+  /// `resume`: what take_commit() then takes; without a generation, the store
+  /// is new.
   PieceOffload(TileOptions options, StateDictMode mode,
-               std::uint64_t resume = 0)
+               const CommitChoice& resume = {})
       : TensorOffload(with_scratch(options), "OffloadedOptimizer", mode,
                       /*seed=*/0, resume),
         scratch_(scratch_for(options.host_memory)),

@@ -254,12 +254,12 @@ class TensorOffload {
   /// Makes the state durable, and these tensors with it: any that have memory.
   /// See OptimizerOffload::commit().
   CommitReport commit(std::uint64_t step, const std::string& document,
-                      const std::vector<at::Tensor>& tensors,
-                      std::size_t keep) {
+                      const std::vector<at::Tensor>& tensors, std::size_t keep,
+                      const CommitGroup& group = {}) {
     const PlainModes plain;
     ValueKernel kernel(tensors, ValueKernel::Direction::kToCommit);
     return offload_->commit(step, document, ValueKernel::values_of(tensors),
-                            kernel, keep);
+                            kernel, keep, group);
   }
 
   /// A parameter of a commit, with the slot that it had then, and where it
@@ -346,18 +346,18 @@ class TensorOffload {
 
  protected:
   /// `name` is the optimizer's, for messages. `seed` is for the rounding of
-  /// formats that are not exact. `resume`: the generation that take_commit()
-  /// will take; 0: a new store.
+  /// formats that are not exact. `resume`: what take_commit() will take;
+  /// without a generation, the store is new.
   TensorOffload(const TileOptions& options, std::string name,
                 StateDictMode mode, std::uint64_t seed = 0,
-                std::uint64_t resume = 0)
+                const CommitChoice& resume = {})
       : name_(std::move(name)),
         seed_(seed),
         mode_(mode),
         directory_(first_of(options.store.directory)),
-        offload_(resume != 0 ? OptimizerOffload::resume(options, resume)
-                             : std::make_unique<OptimizerOffload>(options)),
-        resumed_(resume != 0),
+        resumed_(resume.generation != 0),
+        offload_(resumed_ ? OptimizerOffload::resume(options, resume)
+                          : std::make_unique<OptimizerOffload>(options)),
         registered_(offload_->parameters()),
         next_slot_(registered_) {}
 
@@ -535,8 +535,8 @@ class TensorOffload {
   const StateDictMode mode_;
   const std::filesystem::path directory_;
   std::vector<std::string> notes_;
-  std::unique_ptr<OptimizerOffload> offload_;
   bool resumed_;  // take_commit() comes next.
+  std::unique_ptr<OptimizerOffload> offload_;
   std::map<std::size_t, Slot> slots_;
   std::size_t registered_;  // Numbers that the offload has given.
   std::size_t next_slot_;

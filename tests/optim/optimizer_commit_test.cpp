@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <barrier>
 #include <cerrno>
 #include <cstdint>
 #include <cstdio>
@@ -10,10 +11,12 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -68,12 +71,17 @@ class Training {
 
   static std::unique_ptr<Training> resume(const TileOptions& options,
                                           std::uint64_t generation = 0) {
+    return resume(options, {.generation = generation});
+  }
+
+  static std::unique_ptr<Training> resume(const TileOptions& options,
+                                          const CommitChoice& choice) {
     std::unique_ptr<Training> training(new Training);
-    training->offload_ = OptimizerOffload::resume(options, generation);
+    training->offload_ = OptimizerOffload::resume(options, choice);
     for (const std::uint64_t size : kSizes) {
       training->parameters_.emplace_back(size);
     }
-    training->take(generation, [&](Function& reader) {
+    training->take(choice.generation, [&](Function& reader) {
       training->offload_->read_values(reader);
     });
     return training;
@@ -109,7 +117,7 @@ class Training {
     offload_->step(all, update);
   }
 
-  CommitReport commit(std::size_t keep = 1) {
+  CommitReport commit(std::size_t keep = 1, const CommitGroup& group = {}) {
     std::vector<CommittedValue> values;
     for (const std::uint64_t size : kSizes) values.push_back({size, 4});
     Function give([&](const StateSegment& segment) {
@@ -118,7 +126,7 @@ class Training {
                   segment.count, segment.field<std::uint32_t>(0));
     });
     return offload_->commit(step_, "after " + std::to_string(step_), values,
-                            give, keep);
+                            give, keep, group);
   }
 
   /// Returns what is wrong, or an empty text if all is as in memory.
@@ -510,6 +518,199 @@ TEST_P(OptimizerCommitCutTest, ACutAfterARollbackLosesNoCommit) {
     training.step();
   }
   check_cuts();
+}
+
+/// Two processes that commit together, each on a disk of its own.
+class OptimizerGroupTest : public OptimizerCommitTest {
+ protected:
+  static constexpr std::size_t kRanks = 2;
+
+  TileOptions options_of(std::size_t rank, ForgetfulDisk& disk) const {
+    TileOptions options = options_for(GetParam(), disk.factory());
+    options.name = {.rank = static_cast<std::uint32_t>(rank), .world = kRanks};
+    return options;
+  }
+
+  /// Commits, or fails to: in its own part, or because it says so.
+  void commit(std::size_t rank, Training& training, std::uint64_t generation,
+              bool good) {
+    const auto vote = [&](bool mine) {
+      const std::lock_guard lock(mutex_);
+      moments_[rank].push_back({disks_[rank].events(), 0});
+      votes_[generation] = votes_[generation] && mine && good;
+      return true;
+    };
+    const CommitGroup group{.generation = generation, .vote = [&](bool mine) {
+                              vote(mine);
+                              barrier_.arrive_and_wait();
+                              return votes_[generation];
+                            }};
+    try {
+      training.commit(1, group);
+      moments_[rank].back().acknowledged = generation;
+      EXPECT_TRUE(good);
+    } catch (const StateError& error) {
+      EXPECT_STREQ(error.what(), "commit: another process could not commit");
+    }
+    moments_[rank].push_back(
+        {disks_[rank].events(), moments_[rank].back().acknowledged});
+    barrier_.arrive_and_wait();
+  }
+
+  void train(std::size_t rank) {
+    Training training(options_of(rank, disks_[rank]));
+    std::uint64_t generation = 0;
+    for (const bool good : {true, true, false, true, false, false, true}) {
+      training.step();
+      commit(rank, training, ++generation, good || rank == 0);
+    }
+    training.step();
+    EXPECT_EQ(training.wrong(), "");
+  }
+
+  /// How many events a disk had when its process voted, and when it knew the
+  /// outcome; and the generation that it has acknowledged by then.
+  struct Moment {
+    std::size_t events = 0;
+    std::uint64_t acknowledged = 0;
+  };
+
+  /// Whether a crash can find the disks after so many events. Nobody is past a
+  /// vote that another has not reached.
+  bool can_be(const std::array<std::size_t, kRanks>& events) const {
+    for (std::size_t i = 0; i < moments_[0].size(); i += 2) {
+      for (std::size_t rank = 0; rank < kRanks; ++rank) {
+        const std::size_t other = 1 - rank;
+        if (events[rank] > moments_[rank][i].events &&
+            events[other] < moments_[other][i].events) {
+          return false;
+        }
+      }
+    }
+    return true;
+  }
+
+  std::uint64_t acknowledged(std::size_t rank, std::size_t events) const {
+    std::uint64_t last = 0;
+    for (std::size_t i = 1; i < moments_[rank].size(); i += 2) {
+      const Moment& moment = moments_[rank][i];
+      if (moment.events <= events && moment.acknowledged > 0) {
+        last = moment.acknowledged;
+      }
+    }
+    return last;
+  }
+
+  std::array<ForgetfulDisk, kRanks> disks_;
+  std::array<std::vector<Moment>, kRanks> moments_;
+  std::mutex mutex_;
+  std::map<std::uint64_t, bool> votes_ = {{1, true}, {2, true}, {3, true},
+                                          {4, true}, {5, true}, {6, true},
+                                          {7, true}};
+  std::barrier<> barrier_{kRanks};
+};
+
+INSTANTIATE_TEST_SUITE_P(Buffers, OptimizerGroupTest, testing::Values(3, 13));
+
+TEST_P(OptimizerGroupTest, ACrashLeavesTheSameCommitToAll) {
+  {
+    std::vector<std::jthread> threads;
+    for (std::size_t rank = 0; rank < kRanks; ++rank) {
+      threads.emplace_back([this, rank] { train(rank); });
+    }
+  }
+  std::mt19937_64 random(2);
+  std::size_t states = 0;
+  const std::size_t wanted = test::all_faults() ? 20'000
+                             : test::kSanitized ? 100
+                                                : 300;
+  std::map<bool, std::size_t> given_up;
+  while (states < wanted) {
+    std::array<std::size_t, kRanks> events;
+    for (std::size_t rank = 0; rank < kRanks; ++rank) {
+      const std::size_t first = moments_[rank][1].events;
+      events[rank] = first + random() % (disks_[rank].events() - first + 1);
+    }
+    if (!can_be(events)) continue;
+    ++states;
+    std::uint64_t least = 0;
+    std::array<std::unique_ptr<ForgetfulDisk>, kRanks> left;
+    std::array<std::vector<std::uint64_t>, kRanks> roots;
+    for (std::size_t rank = 0; rank < kRanks; ++rank) {
+      least = std::max(least, acknowledged(rank, events[rank]));
+      left[rank] = disks_[rank].after_cut(
+          events[rank], [&](const ForgetfulDisk::Unsynced&, std::size_t) {
+            using Kept = ForgetfulDisk::Kept;
+            const auto drawn = random() % 8;
+            return drawn == 0  ? Kept::kTorn
+                   : drawn % 2 ? Kept::kAll
+                               : Kept::kNothing;
+          });
+      for (const auto& commits :
+           OptimizerOffload::find_commits(options_of(rank, *left[rank]))) {
+        roots[rank].push_back(commits.back().generation);
+      }
+    }
+    std::uint64_t common = 0;
+    for (const std::uint64_t root : roots[0]) {
+      if (std::ranges::count(roots[1], root) > 0) {
+        common = std::max(common, root);
+      }
+    }
+    const std::string where = "after events " + std::to_string(events[0]) +
+                              " and " + std::to_string(events[1]);
+    ASSERT_GE(common, std::max<std::uint64_t>(least, 1)) << where;
+    ++given_up[roots[0].front() != roots[1].front()];
+    std::array<std::unique_ptr<Training>, kRanks> resumed;
+    std::uint64_t next = 0;
+    for (std::size_t rank = 0; rank < kRanks; ++rank) {
+      resumed[rank] = Training::resume(options_of(rank, *left[rank]),
+                                       CommitChoice{.newest = common});
+      ASSERT_EQ(resumed[rank]->wrong(), "") << where;
+      next = std::max(next, resumed[rank]->offload().next_generation());
+    }
+    ASSERT_EQ(resumed[0]->steps(), resumed[1]->steps()) << where;
+    if (states % 4 != 0) continue;
+    for (auto& training : resumed) {
+      training->step();
+      const CommitGroup all{.generation = next,
+                            .vote = [](bool) { return true; }};
+      ASSERT_EQ(training->commit(1, all).generation, next);
+      training->step();
+      ASSERT_EQ(training->wrong(), "") << where;
+    }
+  }
+  EXPECT_GT(given_up[true], 0u);  // One had a commit that the other had not.
+  std::printf("%zu states of two drives\n", states);
+}
+
+TEST_P(OptimizerGroupTest, IfNobodyKnowsTheOutcomeNothingIsWritten) {
+  Training training(options());
+  training.step();
+  training.commit();
+  training.step();
+  const CommitGroup lost{.generation = 2, .vote = [](bool) -> bool {
+                           throw StateError("the others are gone");
+                         }};
+  EXPECT_THROW(training.commit(1, lost), StateError);
+  EXPECT_THROW(training.step(), StateError);
+  EXPECT_THROW(training.commit(), StateError);
+  EXPECT_THROW(training.rollback(1), StateError);
+}
+
+TEST_P(OptimizerGroupTest, AProcessThatFailsEarlyVotesToo) {
+  Training training(options());
+  training.step();
+  std::vector<bool> votes;
+  const CommitGroup group{.generation = 1, .vote = [&](bool good) {
+                            votes.push_back(good);
+                            return good;
+                          }};
+  EXPECT_THROW(training.commit(/*keep=*/0, group), std::invalid_argument);
+  EXPECT_EQ(votes, std::vector<bool>{false});
+  EXPECT_EQ(training.commit(1, group).generation, 1u);
+  EXPECT_EQ(votes, (std::vector<bool>{false, true}));
+  EXPECT_EQ(training.commit(1, {.generation = 9}).generation, 9u);
 }
 
 class OptimizerCommitFaultTest : public OptimizerCommitTest {

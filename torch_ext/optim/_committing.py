@@ -4,14 +4,18 @@
 (``_commit``). To take a commit, ``resume()`` makes an optimizer on the store that it found, and
 ``rollback()`` uses the one that there is. From then on both are the same: the parameters must
 be those of the commit, they get the numbers that they had, and their values are read.
+
+Several processes commit together (``_together``). They agree on a generation, each makes its
+part durable, and a vote makes it count. They resume the newest generation that all have.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +44,8 @@ from torch_ext.optim._commit import (
     whole_document,
     whole_number,
 )
-from torch_ext.optim._dtensor import first_element, is_distributed, local_of
+from torch_ext.optim._dtensor import first_element, local_of
+from torch_ext.optim._together import Together
 
 _logger = logging.getLogger("torch_ext")
 
@@ -68,6 +73,9 @@ class Found:
     directories: Directories
     commit: Commit
     document: dict[str, Any]
+    #: The newest generation that all processes have.
+    root: int
+    together: Together
 
 
 class CommittingOptimizer(OffloadedBase):
@@ -77,6 +85,8 @@ class CommittingOptimizer(OffloadedBase):
     committed_step: int | None
     #: What was kept with it.
     committed_extra: Any
+
+    _together: Together
 
     def _start(self, offload: Any) -> None:
         super()._start(offload)
@@ -102,6 +112,9 @@ class CommittingOptimizer(OffloadedBase):
         one, for ``resume()``. The first commit gives the files in ``nvme_path`` names, and
         takes space for a second copy of state and parameters.
 
+        Several processes commit together: each calls this, at the same step. Either all have
+        the commit then, or none.
+
         Args:
             step: The caller's number, from 0. None: how many steps this optimizer has made,
                 counted on from the step of the commit that it resumed or rolled back to.
@@ -122,28 +135,64 @@ class CommittingOptimizer(OffloadedBase):
                 run's store is in ``nvme_path`` (FileExistsError). The commit before is as it
                 was, and steps go on, unless the text says otherwise.
             TypeError: ``extra`` cannot be kept. Nothing has changed then.
-            ValueError: ``step`` or ``keep`` is out of range, or two parameters have one name.
-            RuntimeError: Between backward and ``step()`` with "update", after a failed step,
-                with ``verify=False``, or in one of several processes.
+            ValueError: ``step`` or ``keep`` is out of range, two parameters have one name, or
+                the processes are at different steps.
+            RuntimeError: Between backward and ``step()`` with "update", after a failed step, or
+                with ``verify=False``.
+
+        What one process raises, all raise: the text names its rank.
         """
         self._life.check()
-        self._check_between_steps("commit()")
-        check_alone(self._parameters())
-        step = self._steps() if step is None else whole_number(step, "step", 0)
-        keep = whole_number(keep, "keep", 1)
-        self._state.flush()
-        self._numbers_of_saved("commit()")  # Warns of state that it leaves out.
+        self._together.check("commit()")
         tensors: list[Tensor] = []
-        try:
-            document = json.dumps(self._document(tensors, include_parameters, extra))
-        except RecursionError:
-            raise ValueError(
-                "extra is nested too deeply to be kept, or contains itself"
-            ) from None
-        report = self._offload.commit(step, document, tensors, keep)
+
+        def prepare() -> tuple[int, int, str]:
+            self._check_between_steps("commit()")
+            at = self._steps() if step is None else whole_number(step, "step", 0)
+            kept = whole_number(keep, "keep", 1)
+            self._state.flush()
+            self._numbers_of_saved("commit()")  # Warns of state that it leaves out.
+            try:
+                return at, kept, json.dumps(self._document(tensors, include_parameters, extra))
+            except RecursionError:
+                raise ValueError(
+                    "extra is nested too deeply to be kept, or contains itself"
+                ) from None
+
+        at, kept, document = self._together.agreed(prepare)
+        self._together.same((at, kept), "commit(): (step, keep)")
+        done = Commit(*self._make(at, document, tensors, kept))
         self._log_notes()
-        self.committed_step, self.committed_extra = step, extra
-        return Commit(*report)
+        self.committed_step, self.committed_extra = done.step, extra
+        return done
+
+    def _make(
+        self, step: int, document: str, tensors: list[Tensor], keep: int
+    ) -> tuple[int, int, int, int, float]:
+        """Makes the commit, in all processes or in none."""
+        together = self._together
+        if together.world == 1:
+            return self._offload.commit(step, document, tensors, keep)
+        generation = max(together.exchange(self._offload.next_generation()))
+        good, voted = True, False
+
+        def vote(mine: bool) -> bool:
+            nonlocal good, voted
+            good = mine
+            all_good = all(together.exchange(mine))
+            voted = True
+            return all_good
+
+        try:
+            return self._offload.commit(step, document, tensors, keep, generation, vote)
+        except Exception as error:
+            if not voted:  # Nobody answers.
+                raise
+            refused = good and str(error) == _C.OTHERS_FAILED
+            told = together.exchange(None if refused else together.said(error))
+            if refused:
+                together.raise_for(told)
+            raise
 
     @undisturbed
     def commits(self) -> list[Commit]:
@@ -176,35 +225,58 @@ class CommittingOptimizer(OffloadedBase):
                 than it. Nothing has changed then.
             OSError: Reading failed. Parameters may be half read then, and each later call
                 raises the error until ``rollback()`` or ``load_state_dict()`` has succeeded.
+                Other processes have gone back then.
             RuntimeError: Nothing was committed, or the optimizer is closed or belongs to
                 another process.
         """
         self._life.check()
-        commits = self._offload.commits()
-        if not commits:
-            raise RuntimeError("rollback(): nothing was committed yet")
-        commit, document = _chosen(commits, step, self._kind())
-        with whole_document():
-            if any(_lacks_values(entry) for entry in document["parameters"].values()):
-                raise ValueError(
-                    f"the commit of step {commit.step} has no parameters "
-                    f"(include_parameters=False), so its state would meet other ones: load the "
-                    f"parameters that belong to it, and resume()"
-                )
-        self._take_commit(commit, document)
+        together = self._together
+
+        def choose() -> tuple[Commit, dict[str, Any]]:
+            if not (commits := self._offload.commits()):
+                raise RuntimeError("rollback(): nothing was committed yet")
+            commit, document = chosen(commits, step, self._kind())
+            with whole_document():
+                if any(map(_lacks_values, document["parameters"].values())):
+                    raise ValueError(
+                        f"the commit of step {commit.step} has no parameters "
+                        f"(include_parameters=False), so its state would meet other ones: load "
+                        f"the parameters that belong to it, and resume()"
+                    )
+            return commit, document
+
+        commit, document = together.agreed(choose)
+        together.same(commit.generation, "rollback(): the generation of the commit")
+        together.agreed(lambda: self._take_commit(commit, document))
 
     @classmethod
     def _found(cls, path: Directories, step: int | None, options: Mapping[str, Any]) -> Found:
         """Returns the commit in ``path`` that ``resume()`` goes on from."""
         for name in sorted(options.keys() & cls._of_commit):
             raise TypeError(f"resume() takes no {name!r}: the commit has it")
-        commits = _C.find_commits(
-            directories_of(path, "path"),
-            resolve_aio_config(options.get("aio"), stacklevel=4),
-            engine_of(options.get("engine", "auto")),
-            "state",
-        )
-        return Found(path, *_chosen(commits, step, cls._kind()))
+        together = Together(options.get("process_group"))
+        directories = directories_of(path, "path")
+        aio = resolve_aio_config(options.get("aio"), stacklevel=4)
+        engine = engine_of(options.get("engine", "auto"))
+
+        def look() -> list[list[Any]]:
+            return _C.find_commits(
+                directories, aio, engine, _C.StorePlace(together.rank, together.world)
+            )
+
+        return Found(path, *find_common(together, look, step, cls._kind()), together)
+
+    @staticmethod
+    def _made(found: Found, make: Callable[[], Any]) -> Any:
+        """Returns the optimizer that ``make`` returns, if all processes can have theirs."""
+        made: list[CommittingOptimizer] = []
+        try:
+            found.together.agreed(lambda: made.append(make()))
+        except BaseException:
+            for optimizer in made:
+                optimizer.close()
+            raise
+        return made[0]
 
     #: What a commit says, and so ``resume()`` does not take.
     _of_commit: frozenset[str] = frozenset(("nvme_path",))
@@ -354,33 +426,71 @@ class CommittingOptimizer(OffloadedBase):
             self._offload.take_commit(generation, parts, tensors, next_slot)
 
 
-def place_of(nvme_path: Directories | Found) -> tuple[Directories, int]:
-    """Returns the directories, and the generation that is there. It is 0 for a new store."""
+def place_of(
+    nvme_path: Directories | Found, together: Together
+) -> tuple[Directories, _C.StorePlace]:
+    """Returns the directories, and which store is there."""
     if isinstance(nvme_path, Found):
-        return nvme_path.directories, nvme_path.commit.generation
+        place = _C.StorePlace(
+            together.rank, together.world, nvme_path.root, nvme_path.commit.generation
+        )
+        return nvme_path.directories, place
     directory, _ = directories_of(nvme_path, "nvme_path")[0]
-    first = Path(os.fsdecode(directory), "state.r0-of-1.e0.d0.store")
+    place = _C.StorePlace(together.rank, together.world)
+    first = Path(os.fsdecode(directory), place.file)
     if first.exists():
         _logger.warning(
             "%s was committed by another run. resume() goes on from it; this optimizer cannot "
             "commit as long as it is there",
             first,
         )
-    return nvme_path, 0
+    return nvme_path, place
 
 
-def check_alone(parameters: Iterable[Tensor]) -> None:
-    """Raises RuntimeError where a commit would be one process's share of it."""
-    group = torch.distributed
-    world = group.get_world_size() if group.is_available() and group.is_initialized() else 1
-    if world > 1 or any(map(is_distributed, parameters)):
-        raise RuntimeError(
-            f"commit() in one of {world} processes: only a process of its own can commit; save "
-            f"state_dict() here"
+def find_common(
+    together: Together, look: Callable[[], list[list[Any]]], step: int | None, kind: str
+) -> tuple[Commit, dict[str, Any], int]:
+    """Returns the newest commit that all processes have, and what it says here.
+
+    ``look`` returns what this process has, a list for each root, the newest first: the commits
+    that the root keeps, oldest first. The last of a list is the root's own.
+    """
+    missing: FileNotFoundError | None = None
+
+    def look_here() -> list[list[Any]]:
+        nonlocal missing
+        try:
+            return look()
+        except FileNotFoundError as error:
+            missing = error
+            return []
+
+    found = together.agreed(look_here)
+    roots = together.exchange([kept[-1][0] for kept in found])
+    without = [str(rank) for rank, there in enumerate(roots) if not there]
+    if missing is not None and len(without) == together.world:
+        raise missing
+    if without:
+        raise OSError(
+            errno.ENXIO,
+            f"the shards of rank {', '.join(without)} of {together.world} are missing: give "
+            f"each process the directories that it had",
         )
+    common = set(roots[0]).intersection(*roots[1:])
+    if not common:
+        raise OSError(
+            errno.EIO,
+            f"the processes have no commit in common; by rank, their last generations are "
+            f"{', '.join(str(there[0]) for there in roots)}",
+        )
+    root = max(common)
+    commits = next(kept for kept in found if kept[-1][0] == root)
+    commit, document = together.agreed(lambda: chosen(commits, step, kind))
+    together.same(commit.generation, "resume(): the generation of the commit")
+    return commit, document, root
 
 
-def _chosen(
+def chosen(
     commits: list[tuple[int, int, int, str]], step: int | None, kind: str
 ) -> tuple[Commit, dict[str, Any]]:
     """Returns the newest commit, or the newest one of ``step``, and what it says."""

@@ -115,10 +115,10 @@ class PieceState:
         verify: bool,
         optimizer: PieceOptimizer,
         state_dict_mode: str,
-        resume: int = 0,
+        place: _C.StorePlace | None = None,
     ) -> None:
         self._offload = _C.PieceOffload(
-            directories, aio, host_memory, engine, verify, state_dict_mode, resume
+            directories, aio, host_memory, engine, verify, state_dict_mode, place or _C.StorePlace()
         )
         self._optimizer = optimizer
         self._slots: dict[int, _Slot] = {}

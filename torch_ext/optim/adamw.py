@@ -55,6 +55,7 @@ from torch_ext.optim._overlap import (
     with_gradient,
 )
 from torch_ext.optim._state_dict import foreign_of, labelled_parameters, others_of, paired
+from torch_ext.optim._together import Together
 
 _logger = logging.getLogger("torch_ext")
 
@@ -168,6 +169,8 @@ class OffloadedAdamW(CommittingOptimizer):
         aio: What ``get_aio_config`` takes or returns. None: the defaults.
         engine: "auto", or one that ``python -m torch_ext info`` lists.
         verify: Whether checksums are kept and compared on reading.
+        process_group: The processes that commit together; None: all. Each has a store of its
+            own in its ``nvme_path``, which they may share.
 
     Raises:
         OSError: The directory cannot be used.
@@ -205,6 +208,7 @@ class OffloadedAdamW(CommittingOptimizer):
         aio: AioConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
         engine: str = "auto",
         verify: bool = True,
+        process_group: Any = None,
     ) -> None:
         # These are the keys of torch.optim.AdamW, so that either loads the other's state.
         defaults = {
@@ -233,7 +237,8 @@ class OffloadedAdamW(CommittingOptimizer):
         if overlap and not self._takes:
             params = as_lists(params)
             early_bytes = min(early_bytes_of(params), 2**63)
-        directories, generation = place_of(nvme_path)
+        self._together = Together(process_group)
+        directories, place = place_of(nvme_path, self._together)
         self._start(
             _C.AdamWOffload(
                 directories_of(directories, "nvme_path"),
@@ -246,7 +251,7 @@ class OffloadedAdamW(CommittingOptimizer):
                 update_on_of(update_on),
                 early_bytes,
                 state_dict_mode_of(state_dict_mode),
-                generation,
+                place,
             )
         )
         self._backward = _C.BackwardStep(self._offload, self._takes)
@@ -284,7 +289,7 @@ class OffloadedAdamW(CommittingOptimizer):
         found = cls._found(path, step, options)
         with whole_document():
             kept = {name: found.document[name] for name in ("state_format", "seed")}
-        return cls(params, nvme_path=found, **kept, **options)
+        return cls._made(found, lambda: cls(params, nvme_path=found, **kept, **options))
 
     _of_commit = frozenset(
         ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")

@@ -34,13 +34,21 @@ from torch_ext.optim._state_dict import (
     others_of,
     paired,
 )
+from torch_ext.optim._together import Together
 from torch_ext.optim._trial import Trials
 from torch_ext.optim._values import differing
 
 _MOST_FIELDS = 5
 
 #: What ``resume()`` is given; the rest is the commit's.
-_OF_THIS_RUN = {"host_memory", "state_dict_mode", "aio", "engine", "verify"}
+_OF_THIS_RUN = {
+    "host_memory",
+    "state_dict_mode",
+    "aio",
+    "engine",
+    "verify",
+    "process_group",
+}
 
 
 class OffloadedOptimizer(CommittingOptimizer):
@@ -86,6 +94,7 @@ class OffloadedOptimizer(CommittingOptimizer):
         aio: What ``get_aio_config`` takes or returns. None: the defaults.
         engine: "auto", or one that ``python -m torch_ext info`` lists.
         verify: Whether checksums are kept and compared on reading.
+        process_group: As for ``OffloadedAdamW``.
         options: Arguments for ``optimizer_class``, by name.
 
     Raises:
@@ -113,6 +122,7 @@ class OffloadedOptimizer(CommittingOptimizer):
         aio: AioConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
         engine: str = "auto",
         verify: bool = True,
+        process_group: Any = None,
         **options: Any,
     ) -> None:
         _check_class(optimizer_class)
@@ -121,7 +131,8 @@ class OffloadedOptimizer(CommittingOptimizer):
         self._trials = Trials(self._pieces)
         self._passes = 0  # The offload counts calls of train() and eval() as steps.
         self._whole = False
-        directories, generation = place_of(nvme_path)
+        self._together = Together(process_group)
+        directories, place = place_of(nvme_path, self._together)
         self._start(
             PieceState(
                 directories_of(directories, "nvme_path"),
@@ -131,7 +142,7 @@ class OffloadedOptimizer(CommittingOptimizer):
                 bool(verify),
                 self._pieces,
                 state_dict_mode_of(state_dict_mode),
-                generation,
+                place,
             )
         )
         with self._closed_on_error():
@@ -172,7 +183,10 @@ class OffloadedOptimizer(CommittingOptimizer):
                 f"the commit is of an OffloadedOptimizer with {committed}, not with "
                 f"{optimizer_class.__name__}"
             )
-        return cls(optimizer_class, params, nvme_path=found, **options, **given)
+        options |= given
+        return cls._made(
+            found, lambda: cls(optimizer_class, params, nvme_path=found, **options)
+        )
 
     @classmethod
     def _kind(cls) -> str:

@@ -87,6 +87,25 @@ struct CommittedValue {
   bool operator==(const CommittedValue&) const = default;
 };
 
+/// Which commit of a store to go on from.
+struct CommitChoice {
+  std::uint64_t generation = 0;  ///< 0: the last that counts.
+  /// Later generations do not count, since not all processes have them. They
+  /// are given up. 0: all count.
+  std::uint64_t newest = 0;
+};
+
+/// What processes that commit together agree on. Each has a store of its own.
+struct CommitGroup {
+  /// The same in all: the greatest next_generation(). 0: there are no others.
+  std::uint64_t generation = 0;
+  /// Called once for each commit(), on its thread: with true when this
+  /// process's part is durable, with false if it has failed. It returns whether
+  /// all have said true. If it throws, nobody knows, and the store takes no
+  /// more writes.
+  std::function<bool(bool)> vote = {};
+};
+
 /// What a commit did.
 struct CommitReport {
   std::uint64_t generation = 0;  ///< Counted from 1.
@@ -227,10 +246,14 @@ class OptimizerOffload {
   /// Errors: IoError: ENOSPC before anything is written, EEXIST if another
   /// run's store has the name. StateError in a step, after a failure, and for a
   /// store without checksums. Those of the reader. The commit before is as it
-  /// was, and steps may go on, unless the error says otherwise.
+  /// was, and steps may go on, unless the error says otherwise. StateError if
+  /// another process of the group could not commit: then none has.
   CommitReport commit(std::uint64_t step, std::string document,
                       std::span<const CommittedValue> values,
-                      UpdateKernel& reader, std::size_t keep = 1);
+                      UpdateKernel& reader, std::size_t keep = 1,
+                      const CommitGroup& group = {});
+  /// The number that the next commit has at least.
+  std::uint64_t next_generation() const;
 
   /// What a commit says of itself.
   struct Committed {
@@ -242,19 +265,22 @@ class OptimizerOffload {
   /// The commits that are kept, oldest first. Errors: IoError (EIO) for a
   /// damaged one.
   std::vector<Committed> commits() const;
-  /// Those of the store that `options` names, of which nothing else is taken.
-  /// There is at least one. Errors: as resume().
-  static std::vector<Committed> find_commits(const TileOptions& options);
+  /// Those of the store that `options` names, of which nothing else is taken:
+  /// first what its last commit keeps, with itself at the end, then what the
+  /// one before it kept, if that can be read. Other processes may not have the
+  /// last one. Errors: as resume().
+  static std::vector<std::vector<Committed>> find_commits(
+      const TileOptions& options);
 
-  /// Goes on from a commit of the store that `options` names: from the last one
-  /// if `generation` is 0. Parameters have the numbers, state and steps that
-  /// they had then. tile_bytes is the store's own.
+  /// Goes on from a commit of the store that `options` names. Parameters have
+  /// the numbers, state and steps that they had then. tile_bytes is the store's
+  /// own.
   /// Errors: IoError: ENOENT if nothing was committed there, EAGAIN if another
   /// process uses it, EIO for damage. std::invalid_argument for files that are
   /// no such store, if there is no such generation, or if host_memory is too
   /// small for it.
-  static std::unique_ptr<OptimizerOffload> resume(const TileOptions& options,
-                                                  std::uint64_t generation = 0);
+  static std::unique_ptr<OptimizerOffload> resume(
+      const TileOptions& options, const CommitChoice& choice = {});
 
   /// Goes back to a commit that is kept, also after an error and in a step,
   /// which is given up. Parameters and state are as resume() finds them; those

@@ -1,0 +1,347 @@
+"""Several processes commit together: all have a commit, or none.
+
+The reference is the same training in the same processes without a break.
+"""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+import torch
+from optim_support import equal
+from ranks import Ranks
+from torch.distributed.fsdp import fully_shard
+
+import torch_ext
+from torch_ext import OffloadedAdamW, OffloadedOptimizer
+from torch_ext.optim._dtensor import local_of
+
+WORLD = 2
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    group = Ranks(WORLD)
+    yield group
+    group.close()
+
+
+def make_model(sharded, dtype=torch.float32):
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(64, 301), torch.nn.Tanh(), torch.nn.Linear(301, 33)
+    ).to(dtype)
+    if sharded:
+        fully_shard(model[0])
+        fully_shard(model)
+    return model
+
+
+def rank():
+    return torch.distributed.get_rank()
+
+
+def train(model, optimizer, steps):
+    for _ in range(steps):
+        x = torch.randn(16, 64).to(next(model.parameters()).dtype)
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def bits(model):
+    return [local_of(p).detach().clone() for p in model.parameters()]
+
+
+def made(model, path, **more):
+    return OffloadedAdamW(
+        model.named_parameters(), lr=1e-2, nvme_path=path, host_memory="1MiB", **more
+    )
+
+
+def commit(optimizer, step=None, **more):
+    return optimizer.commit(step, extra=torch_ext.rng_state(), **more)
+
+
+def resumed(path, sharded=True, dtype=torch.float32, **more):
+    model = make_model(sharded, dtype)
+    optimizer = OffloadedAdamW.resume(
+        path, model.named_parameters(), host_memory="1MiB", **more
+    )
+    torch_ext.set_rng_state(optimizer.committed_extra)
+    return model, optimizer
+
+
+def go_on(path, sharded, dtype, more):
+    whole = make_model(sharded, dtype)
+    with made(whole, path, **more) as optimizer:
+        torch.manual_seed(rank())
+        train(whole, optimizer, 8)
+    model = make_model(sharded, dtype)
+    with made(model, path, **more) as optimizer:
+        torch.manual_seed(rank())
+        train(model, optimizer, 4)
+        assert commit(optimizer).generation == 1
+        train(model, optimizer, 1)
+    model, optimizer = resumed(path, sharded, dtype)
+    with optimizer:
+        assert optimizer.committed_step == 4
+        train(model, optimizer, 4)
+        assert equal(bits(model), bits(whole))
+        assert commit(optimizer).step == 8
+    return sorted(os.listdir(path))
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "more"),
+    [(torch.float32, {}), (torch.bfloat16, {"state_format": "int8"})],
+    ids=["exact", "int8"],
+)
+def test_each_goes_on_where_it_was_committed(ranks, tmp_path, sharded, dtype, more):
+    (names, _) = ranks.run(go_on, tmp_path, sharded, dtype, more)
+    assert names == [f"state.r{i}-of-2.e0.d0.store" for i in range(WORLD)]
+
+
+def any_class(path):
+    def make():
+        model = make_model(sharded=False)
+        return model, OffloadedOptimizer(
+            torch.optim.RMSprop, model.named_parameters(), lr=1e-2, nvme_path=path
+        )
+
+    whole, optimizer = make()
+    with optimizer:
+        torch.manual_seed(rank())
+        train(whole, optimizer, 4)
+    model, optimizer = make()
+    with optimizer:
+        torch.manual_seed(rank())
+        train(model, optimizer, 2)
+        commit(optimizer)
+    model = make_model(sharded=False)
+    with OffloadedOptimizer.resume(
+        path, torch.optim.RMSprop, model.named_parameters()
+    ) as optimizer:
+        torch_ext.set_rng_state(optimizer.committed_extra)
+        train(model, optimizer, 2)
+        assert equal(bits(model), bits(whole))
+
+
+def test_any_class_commits_in_several_processes(ranks, tmp_path):
+    ranks.run(any_class, tmp_path)
+
+
+def refused(kind, call):
+    """Returns the text of the error, which each process has."""
+    with pytest.raises(kind) as caught:
+        call()
+    return str(caught.value)
+
+
+def one_fails(path):
+    model = make_model(sharded=True)
+    texts = []
+    with made(model, path) as optimizer:
+        train(model, optimizer, 1)
+        # Before anything is written: what one cannot keep, none commits.
+        extra = object() if rank() == 1 else None
+        texts.append(refused(TypeError, lambda: optimizer.commit(extra=extra)))
+        step = 5 + rank()
+        texts.append(refused(ValueError, lambda: optimizer.commit(step)))
+        assert commit(optimizer).generation == 1
+        kept = bits(model)
+        train(model, optimizer, 1)
+        # In the midst of it: the file of one is gone.
+        if rank() == 1:
+            os.unlink(store(path, 1))
+        texts.append(refused(FileNotFoundError, lambda: commit(optimizer)))
+        assert [c.step for c in optimizer.commits()] == [1]
+        train(model, optimizer, 1)
+        optimizer.rollback()
+        assert equal(bits(model), kept)
+    return texts
+
+
+def store(path, of_rank):
+    return f"{path}/state.r{of_rank}-of-{WORLD}.e0.d0.store"
+
+
+def test_what_one_cannot_commit_none_commits(ranks, tmp_path):
+    here, there = ranks.run(one_fails, tmp_path)
+    for texts, others in ((here, True), (there, False)):
+        assert "extra is a object" in texts[0]
+        assert "(step, keep) is (5, 1) on rank 0 and (6, 1) on rank 1" in texts[1]
+        assert "was removed" in texts[2]
+        assert ("rank 1: " in texts[0]) == others
+        assert ("rank 1: " in texts[2]) == others
+
+
+def a_full_drive(path, small):
+    model = make_model(sharded=True)
+    where = small if rank() == 1 else path
+    with made(model, where) as optimizer:
+        train(model, optimizer, 1)
+        commit(optimizer)
+        train(model, optimizer, 1)
+        more = torch.zeros(1 << 24) if rank() == 1 else None
+        text = refused(OSError, lambda: optimizer.commit(extra=more))
+        after = bits(model)
+        train(model, optimizer, 1)
+        assert commit(optimizer).step == 3
+        assert not equal(bits(model), after)
+        kept = bits(model)
+    model, optimizer = resumed(where)
+    with optimizer:
+        assert equal(bits(model), kept)
+    return text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_full_drive_of_one_is_an_error_of_all(ranks, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", small], check=True)
+    try:
+        here, there = ranks.run(a_full_drive, tmp_path, small)
+    finally:
+        subprocess.run(["umount", small], check=True)
+    assert "rank 1: " in here
+    assert "No space" in here
+    assert "No space" in there
+
+
+def goes_back(path):
+    model = make_model(sharded=True)
+    with made(model, path) as optimizer:
+        torch.manual_seed(rank())
+        kept = {}
+        for step in (1, 2, 3):
+            train(model, optimizer, 1)
+            commit(optimizer, keep=3)
+            kept[step] = bits(model)
+        text = refused(ValueError, lambda: optimizer.rollback(1 + rank()))
+        assert equal(bits(model), kept[3])
+        optimizer.rollback(2)
+        assert equal(bits(model), kept[2])
+        torch_ext.set_rng_state(optimizer.committed_extra)
+        train(model, optimizer, 1)
+        assert equal(bits(model), kept[3])
+    model, optimizer = resumed(path, step=1)
+    with optimizer:
+        assert equal(bits(model), kept[1])
+    return text
+
+
+def test_all_go_back_to_the_same_commit(ranks, tmp_path):
+    texts = ranks.run(goes_back, tmp_path)
+    assert all("generation of the commit is 1 on rank 0 and 2 on rank 1" in t for t in texts)
+
+
+def dies(path, at):
+    """Commits three times. Rank 1 ends in the third, before or after an exchange of it."""
+    model = make_model(sharded=False)
+    optimizer = made(model, path)
+    torch.manual_seed(rank())
+    train(model, optimizer, 1)
+    commit(optimizer)
+    train(model, optimizer, 1)
+    commit(optimizer)
+    train(model, optimizer, 1)
+    together, moments = optimizer._together, iter(MOMENTS)
+    exchange = together.exchange
+
+    def pass_by():
+        if next(moments) == at and rank() == 1:
+            os._exit(1)
+
+    def watched(value):
+        pass_by()
+        values = exchange(value)
+        pass_by()
+        return values
+
+    together.exchange = watched
+    commit(optimizer)
+    return "committed"
+
+
+def after_the_death(path):
+    whole = make_model(sharded=False)
+    other = f"{path}/other{rank()}"
+    os.makedirs(other)
+    with made(whole, other) as optimizer:
+        torch.manual_seed(rank())
+        train(whole, optimizer, 5)
+    model, optimizer = resumed(path, sharded=False)
+    with optimizer:
+        step = optimizer.committed_step
+        train(model, optimizer, 5 - step)
+        assert equal(bits(model), bits(whole))
+        generation = commit(optimizer, 5).generation
+    again, optimizer = resumed(path, sharded=False)
+    with optimizer:
+        assert optimizer.committed_step == 5
+        assert equal(bits(again), bits(whole))
+    return step, generation
+
+
+#: What is before and after the exchanges of a commit: errors, the step, generations, the vote.
+MOMENTS = ("start", "checked", "checked", "same step", "same step", "begin", "durable", "voted")
+
+
+# At "begin" the other goes on to its root, whose number is not used again.
+@pytest.mark.parametrize(
+    ("at", "step", "generation"), [("start", 2, 3), ("begin", 2, 4), ("durable", 3, 4)]
+)
+def test_if_one_is_killed_in_a_commit_all_have_the_same(tmp_path, at, step, generation):
+    group = Ranks(WORLD)
+    with pytest.raises(AssertionError, match="died"):
+        group.run(dies, tmp_path, at)
+    group = Ranks(WORLD)
+    assert group.run(after_the_death, tmp_path) == [(step, generation)] * WORLD
+    group.close()
+
+
+def without_a_shard(path):
+    model = make_model(sharded=False)
+    with made(model, path) as optimizer:
+        train(model, optimizer, 1)
+        commit(optimizer)
+    torch.distributed.barrier()
+    if rank() == 0:
+        shutil.move(store(path, 1), f"{path}/away")
+    torch.distributed.barrier()
+    text = refused(OSError, lambda: resumed(path, sharded=False))
+    nothing = refused(FileNotFoundError, lambda: resumed(f"{path}/nothing", sharded=False))
+    return text, nothing
+
+
+def test_shards_that_are_missing_are_named(ranks, tmp_path):
+    (tmp_path / "nothing").mkdir()
+    for text, _ in ranks.run(without_a_shard, tmp_path):
+        assert "the shards of rank 1 of 2 are missing" in text
+
+
+def a_group_of_its_own(path):
+    alone = [torch.distributed.new_group([i]) for i in range(WORLD)][rank()]
+    where = f"{path}/{rank()}"
+    os.makedirs(where)
+    model = make_model(sharded=False)
+    with made(model, where, process_group=alone) as optimizer:
+        train(model, optimizer, 1)
+        if rank() == 1:
+            optimizer.commit(7)
+    if rank() == 0:
+        return os.listdir(where)
+    model = make_model(sharded=False)
+    with OffloadedAdamW.resume(
+        where, model.named_parameters(), process_group=alone
+    ) as optimizer:
+        assert optimizer.committed_step == 7
+    return os.listdir(where)
+
+
+def test_a_process_may_commit_in_a_group_of_its_own(ranks, tmp_path):
+    assert ranks.run(a_group_of_its_own, tmp_path) == [[], ["state.r0-of-1.e0.d0.store"]]

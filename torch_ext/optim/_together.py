@@ -1,0 +1,108 @@
+"""The processes that commit together, and how one of them fails for all.
+
+Each process has a store of its own. What they do to it, all do or none. A call that fails in
+one process raises in all, so that none waits for another in its next collective. The error
+is of the same kind everywhere, and names the rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+_KINDS = (TypeError, ValueError, RuntimeError)
+
+
+class Together:
+    """This process's rank among those of a group of ``torch.distributed``, or alone."""
+
+    def __init__(self, group: Any = None) -> None:
+        """``group`` is the group, or None for that of all processes.
+
+        Raises:
+            ValueError: This process is not in it.
+        """
+        self._group = group
+        self.rank, self.world = 0, 1
+        if is_initialized():
+            self.rank = torch.distributed.get_rank(group)
+            self.world = torch.distributed.get_world_size(group)
+        elif group is not None:
+            raise ValueError("process_group is given, and torch.distributed is not initialized")
+        if self.rank < 0:
+            raise ValueError("this process is not in process_group")
+
+    def check(self, call: str) -> None:
+        """Raises RuntimeError if there are more processes than when this was made."""
+        if self.world > 1 or self._group is not None or not is_initialized():
+            return
+        if (now := torch.distributed.get_world_size()) > 1:
+            raise RuntimeError(
+                f"{call} in one of {now} processes: make the optimizer after "
+                f"init_process_group(), so that it knows of the others"
+            )
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Returns the ``value`` of each process, by rank. All call it."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        torch.distributed.all_gather_object(values, value, group=self._group)
+        return values
+
+    def agreed(self, call: Callable[[], T]) -> T:
+        """Returns what ``call`` returns here, if it raises in no process.
+
+        Raises:
+            Exception: What it raises in this process, or else in another one.
+        """
+        result, error = None, None
+        try:
+            result = call()
+        except Exception as raised:
+            error = raised
+        told = self.exchange(self.said(error))
+        if error is not None:
+            raise error
+        self.raise_for(told)
+        return result
+
+    def same(self, value: Any, what: str) -> None:
+        """Raises ValueError in all processes if they have different values."""
+        values = self.exchange(value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise ValueError(
+                    f"{what} is {values[0]} on rank 0 and {other} on rank {rank}: it must be "
+                    f"the same in all processes"
+                )
+
+    def said(self, error: Exception | None) -> tuple[Any, ...] | None:
+        """Returns what other processes are told about an error."""
+        if error is None:
+            return None
+        if isinstance(error, OSError) and error.errno is not None:
+            return (OSError, error.errno, error.strerror, error.filename)
+        kind = next((kind for kind in _KINDS if isinstance(error, kind)), RuntimeError)
+        return (kind, str(error))
+
+    def raise_for(self, told: list[tuple[Any, ...] | None]) -> None:
+        """Raises the error of the first process that has one."""
+        for rank, error in enumerate(told):
+            if error is None:
+                continue
+            kind, *details = error
+            if kind is OSError:
+                number, text, path = details
+                raise OSError(number, f"rank {rank}: {text}", path)
+            raise kind(f"rank {rank}: {details[0]}")
+
+
+def is_initialized() -> bool:
+    """Whether this process is one of several, or could be."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized()
