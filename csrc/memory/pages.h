@@ -1,6 +1,8 @@
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
+#include <span>
 
 #include "torch_ext/base/align.h"
 
@@ -16,5 +18,23 @@ std::byte* map_pages(std::size_t bytes, std::size_t page = page_size());
 /// Gives pages back. `bytes` and `page` are those that map_pages() got.
 void unmap_pages(std::byte* data, std::size_t bytes,
                  std::size_t page = page_size()) noexcept;
+
+/// Zeroed memory that direct I/O can take, until its end. Errors:
+/// map_pages()'s.
+class Pages {
+ public:
+  explicit Pages(std::size_t bytes)
+      : size_(align_up(std::max<std::size_t>(bytes, 1), page_size())),
+        data_(map_pages(size_)) {}
+  Pages(const Pages&) = delete;
+  Pages& operator=(const Pages&) = delete;
+  ~Pages() { unmap_pages(data_, size_); }
+
+  std::span<std::byte> first(std::size_t bytes) const { return {data_, bytes}; }
+
+ private:
+  std::size_t size_;
+  std::byte* data_;
+};
 
 }  // namespace torch_ext

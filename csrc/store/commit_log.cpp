@@ -41,7 +41,6 @@
 #include <cerrno>
 #include <ctime>
 #include <filesystem>
-#include <functional>
 #include <stdexcept>
 #include <utility>
 
@@ -54,23 +53,6 @@
 
 namespace torch_ext {
 namespace {
-
-/// Zeroed memory that direct I/O can take.
-class Pages {
- public:
-  explicit Pages(std::size_t bytes)
-      : size_(align_up(std::max<std::size_t>(bytes, 1), page_size())),
-        data_(map_pages(size_)) {}
-  Pages(const Pages&) = delete;
-  Pages& operator=(const Pages&) = delete;
-  ~Pages() { unmap_pages(data_, size_); }
-
-  std::span<std::byte> first(std::size_t bytes) const { return {data_, bytes}; }
-
- private:
-  std::size_t size_;
-  std::byte* data_;
-};
 
 StoreId random_id() {
   StoreId id;
@@ -100,24 +82,6 @@ std::string StoreName::of_file(std::size_t directory) const {
   return name + ".r" + std::to_string(rank) + "-of-" + std::to_string(world) +
          ".e" + std::to_string(epoch) + ".d" + std::to_string(directory) +
          ".store";
-}
-
-StoreHeader read_header(Store& store, std::size_t directory) {
-  const std::size_t bytes = align_up(kHeaderBytes, store.granule());
-  const Pages memory(bytes);
-  const std::string& path = store.file(directory).path();
-  const std::uint64_t size = store.file(directory).size();
-  try {
-    if (size < bytes) throw FormatError("it is not a store of torch_ext");
-    store.read_head(directory, 0, memory.first(bytes)).wait();
-    StoreHeader header = decode_header(memory.first(bytes));
-    if (size < Store::kHeadBytes) throw DamagedError("it was truncated");
-    return header;
-  } catch (const DamagedError& error) {
-    fail_damaged(path, error.what());
-  } catch (const FormatError& error) {
-    throw std::invalid_argument(path + ": " + error.what());
-  }
 }
 
 CommitLog::CommitLog(Store& store, StoreName name)
@@ -351,21 +315,24 @@ std::unique_ptr<CommitLog> CommitLog::open(Store& store, StoreName name,
   auto log = std::make_unique<CommitLog>(store, std::move(name));
   log->lock_ = FileLock(store.file());
   log->named_ = true;
-  const std::vector<Slot> slots = log->read_roots();
-  std::string damage = log->damage_;
-  for (const auto& [number, root] : slots) {
+  CommitReader reader(store);
+  log->header_ = reader.header();
+  log->check_name();
+  std::string damage;
+  for (const StoreDamage& root : reader.damage()) damage = root.what;
+  for (const auto& [number, root] : reader.slots()) {
     log->generation_ = std::max(log->generation_, root.generation);
   }
-  for (const auto& [number, root] : slots) {
+  for (const auto& [number, root] : reader.slots()) {
     if (root.kind == StoreRoot::Kind::kTombstone) continue;
     if (newest != 0 && root.generation > newest) continue;
-    try {
-      // What the commit before the last refers to may have been written since.
-      log->read_commit(root, /*check_all=*/!damage.empty());
-    } catch (const std::exception& error) {
+    // What the commit before the last refers to may have been written since.
+    const std::string fault =
+        log->take(reader.read(root), /*check_all=*/!damage.empty());
+    if (!fault.empty()) {
       damage += (damage.empty() ? "" : "; ") +
                 std::string("the commit of step ") + std::to_string(root.step) +
-                " cannot be read: " + error.what();
+                " cannot be read: " + fault;
       continue;
     }
     log->slot_ = number;
@@ -382,123 +349,47 @@ std::unique_ptr<CommitLog> CommitLog::open(Store& store, StoreName name,
                  .detail = "nothing was committed there"});
 }
 
-// The newest first.
-std::vector<CommitLog::Slot> CommitLog::read_roots() {
-  for (std::size_t i = 0; i < store_.directories(); ++i) {
-    const StoreHeader header = read_header(store_, i);
-    if (i == 0) header_ = header;
-    StoreHeader expected = header_;
-    expected.drive = static_cast<std::uint32_t>(i);
-    if (header != expected || header.weights != store_.weights() ||
-        header.granule != store_.granule() ||
-        header.block_size !=
-            static_cast<std::uint64_t>(store_.config().block_size) ||
-        header.rank != name_.rank || header.world != name_.world ||
-        header.epoch != name_.epoch) {
-      throw std::invalid_argument(
-          store_.file(i).path() +
-          ": it is not of this store, or the store was made with other "
-          "directories, weights or block_size");
-    }
+void CommitLog::check_name() const {
+  if (header_.rank == name_.rank && header_.world == name_.world &&
+      header_.epoch == name_.epoch) {
+    return;
   }
-  const std::size_t bytes = align_up(kHeaderBytes, store_.granule());
-  const Pages memory(bytes);
-  std::vector<Slot> slots;
-  for (std::size_t number = 0; number < 2; ++number) {
-    store_.read_head(0, kRootOffsets[number], memory.first(bytes)).wait();
-    auto root =
-        decode_root(memory.first(bytes), header_.store, store_.directories());
-    const auto is_zero = [](std::byte byte) { return byte == std::byte{0}; };
-    if (!root && !std::ranges::all_of(memory.first(bytes), is_zero)) {
-      damage_ = "root " + std::to_string(number) +
-                " is damaged, or was being written";
-    }
-    if (root) slots.push_back({number, std::move(*root)});
-  }
-  std::ranges::sort(slots, std::greater(),
-                    [](const Slot& slot) { return slot.root.generation; });
-  return slots;
+  throw std::invalid_argument(store_.file().path() +
+                              ": it is another store's file, under this name");
 }
 
-// Takes a root's commit, and those before it that are kept. After an error, it
-// has taken nothing.
-void CommitLog::read_commit(const StoreRoot& root, bool check_all) {
+// Takes a commit, and those before it that it keeps and that can be read.
+// Returns why not, and has then taken nothing. Errors: IoError if the machine
+// cannot read.
+std::string CommitLog::take(std::vector<CommitReader::Found> found,
+                            bool check_all) {
   std::vector<Commit> commits;
-  std::vector<Tables> all_tables;
-  adopted_.clear();
-  const auto read = [&](std::uint64_t sum, const std::vector<Place>& places) {
-    Tables tables;
-    CommitTable table = read_table(sum, places, tables);
-    Commit commit{table.generation,
-                  table.step,
-                  table.time,
-                  std::move(table.document),
-                  {}};
-    for (CommitTable::Item& item : table.extents) {
-      commit.extents.push_back(adopt(item.place, std::move(item.checksums)));
+  std::vector<Tables> tables;
+  std::vector<std::string> notes;
+  for (CommitReader::Found& each : found) {
+    const bool newest = &each == &found.back();
+    if (each.fault.empty() && check_all) {
+      try {
+        check_extents(each.commit);
+      } catch (const IoError& error) {
+        if (!is_loss(error.error())) throw;
+        each.fault = error.what();
+      }
     }
-    if (check_all) check_extents(commit);
-    commits.push_back(std::move(commit));
-    all_tables.push_back(std::move(tables));
-    return table.earlier;
-  };
-  for (const auto& earlier : read(root.table_checksum, root.tables)) {
-    try {
-      read(earlier.table_checksum, earlier.tables);
-    } catch (const std::exception& error) {
-      notes_.push_back("the kept commit of step " +
-                       std::to_string(earlier.step) +
-                       " cannot be read: " + error.what());
-    }
-  }
-  adopted_.clear();
-  // The newest was read first, and the others from the oldest on.
-  std::rotate(commits.begin(), commits.begin() + 1, commits.end());
-  std::rotate(all_tables.begin(), all_tables.begin() + 1, all_tables.end());
-  commits_ = std::move(commits);
-  tables_ = std::move(all_tables);
-}
-
-CommitTable CommitLog::read_table(std::uint64_t sum,
-                                  const std::vector<Place>& places,
-                                  Tables& tables) {
-  tables.checksum = sum;
-  std::vector<std::byte> bytes;
-  std::string damage;
-  for (const Place& place : places) {
-    tables.copies.push_back(adopt(place, {}));
-    if (!bytes.empty()) continue;
-    const auto& extent = tables.copies.back();
-    const Pages memory(extent->padded_size());
-    try {
-      store_.read_unchecked(extent, memory.first(extent->padded_size())).wait();
-    } catch (const IoError& error) {
-      damage = error.what();
+    if (newest && !each.fault.empty()) return each.fault;
+    if (!each.fault.empty()) {
+      notes.push_back("the kept commit of step " +
+                      std::to_string(each.commit.step) +
+                      " cannot be read: " + each.fault);
       continue;
     }
-    const auto read = memory.first(extent->size());
-    if (checksum(read) == sum) bytes.assign(read.begin(), read.end());
+    commits.push_back(std::move(each.commit));
+    tables.push_back({each.table_checksum, std::move(each.tables)});
   }
-  if (bytes.empty()) {
-    throw FormatError("both copies of its table are damaged" +
-                      (damage.empty() ? "" : ": " + damage));
-  }
-  return decode_table(
-      bytes, header_.store, store_.directories(),
-      [this](std::uint64_t size) { return store_.blocks_of(size); });
-}
-
-// Extents that several commits have are one.
-std::shared_ptr<Extent> CommitLog::adopt(const Place& place,
-                                         std::vector<std::uint64_t> checksums) {
-  const auto known = adopted_.find(place.offsets);
-  if (known != adopted_.end()) {
-    if (known->second->place() == place) return known->second;
-    throw FormatError("two extents lie in the same place");
-  }
-  auto extent = store_.adopt(place, std::move(checksums));
-  adopted_.emplace(place.offsets, extent);
-  return extent;
+  commits_ = std::move(commits);
+  tables_ = std::move(tables);
+  notes_.insert(notes_.end(), notes.begin(), notes.end());
+  return "";
 }
 
 void CommitLog::check_extents(const Commit& commit) {

@@ -4,31 +4,17 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
-#include <map>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
+#include "commit_reader.h"
 #include "io/file_lock.h"
 #include "store_format.h"
 #include "torch_ext/store/store.h"
 
 namespace torch_ext {
-
-/// A point to which a store can go back: extents that nobody writes, and a text
-/// that says what they are.
-struct Commit {
-  std::uint64_t generation = 0;
-  std::uint64_t step = 0;
-  std::int64_t time = 0;  ///< Seconds since 1970.
-  std::string document;
-  std::vector<std::shared_ptr<Extent>> extents;
-};
-
-/// Reads the header of a directory's file. Errors: IoError (EIO if it is
-/// damaged); std::invalid_argument if the file is no store of ours, or of a
-/// later version.
-StoreHeader read_header(Store& store, std::size_t directory = 0);
 
 /// The error of a commit that failed in another process only.
 inline constexpr const char* kOthersFailed =
@@ -106,16 +92,8 @@ class CommitLog {
             const std::exception_ptr& error);
   void give_names();
 
-  struct Slot {
-    std::size_t number = 0;
-    StoreRoot root;
-  };
-  std::vector<Slot> read_roots();
-  void read_commit(const StoreRoot& root, bool check_all);
-  CommitTable read_table(std::uint64_t checksum,
-                         const std::vector<Place>& places, Tables& tables);
-  std::shared_ptr<Extent> adopt(const Place& place,
-                                std::vector<std::uint64_t> checksums);
+  void check_name() const;
+  std::string take(std::vector<CommitReader::Found> found, bool check_all);
   void check_extents(const Commit& commit);
 
   Store& store_;
@@ -130,10 +108,7 @@ class CommitLog {
   std::exception_ptr refusal_;    ///< What all further commits throw.
   std::exception_ptr must_stop_;
   std::vector<std::string> notes_;
-  std::string damage_;  ///< What is wrong with the roots.
   std::uint64_t bytes_written_ = 0;
-  /// By place, while commits are read.
-  std::map<std::vector<std::uint64_t>, std::shared_ptr<Extent>> adopted_;
 };
 
 }  // namespace torch_ext

@@ -98,10 +98,12 @@ struct Store::Impl {
     }
     for (std::size_t i = 0; i < directories.size(); ++i) {
       const std::filesystem::path& path = directories[i].path;
-      add_drive(path, options.files.empty()
-                          ? File::scratch(path)
-                          : File::open(path / options.files[i],
-                                       File::Mode::kExisting));
+      add_drive(path,
+                options.files.empty()
+                    ? File::scratch(path)
+                    : File::open(path / options.files[i],
+                                 options.read_only ? File::Mode::kRead
+                                                   : File::Mode::kExisting));
     }
     config.validate();
     if (!is_aligned(config.block_size, granule)) {

@@ -147,11 +147,18 @@ std::vector<std::byte> encode(const StoreHeader& header) {
   return out.sealed(kHeaderBytes);
 }
 
+bool begins_as_header(std::span<const std::byte> bytes) {
+  return bytes.size() >= kHeaderMagic.size() &&
+         std::memcmp(bytes.data(), kHeaderMagic.data(), kHeaderMagic.size()) ==
+             0;
+}
+
 StoreHeader decode_header(std::span<const std::byte> bytes) {
-  Reader in(bytes.first(std::min(bytes.size(), kHeaderBytes)));
-  if (in.text(kHeaderMagic.size()) != kHeaderMagic) {
+  if (!begins_as_header(bytes)) {
     throw FormatError("it is not a store of torch_ext");
   }
+  Reader in(bytes.first(std::min(bytes.size(), kHeaderBytes)));
+  in.raw(kHeaderMagic.size());
   const auto version = in.number<std::uint32_t>();
   const auto reader = in.number<std::uint32_t>();
   if (reader > kVersion) {

@@ -99,6 +99,7 @@ std::vector<std::byte> encode(const StoreRoot& root);
 /// This has any length.
 std::vector<std::byte> encode(const CommitTable& table);
 
+bool begins_as_header(std::span<const std::byte> bytes);
 /// Errors: FormatError that says what is wrong. Nothing is allocated that is
 /// larger than `bytes`.
 StoreHeader decode_header(std::span<const std::byte> bytes);

@@ -45,6 +45,9 @@ struct StoreOptions {
   /// Empty, or for each directory the name of the file that the store takes
   /// over, in place of a scratch file. Its extents are those that adopt() gets.
   std::vector<std::string> files = {};
+  /// Opens `files` to be read only. Then the file system may be mounted so, and
+  /// writing fails.
+  bool read_only = false;
   /// Overrides `engine` if it is set. Tests put a faulty engine in here.
   IoEngineFactory engine_factory = {};
 };
