@@ -1,4 +1,4 @@
-"""The command line: `python -m torch_ext info [DIR] [--json]`."""
+"""The command line: `python -m torch_ext info`, and `verify` and `remove` of stores."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch_ext
+from torch_ext import _store_commands, _stores
 from torch_ext._size import size
 
 _Report = dict[str, Any]
@@ -25,24 +26,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m torch_ext", description=torch_ext.__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     info = commands.add_parser(
-        "info", help="what torch_ext finds on this machine, and which way it will take"
+        "info",
+        help="what torch_ext finds on this machine; with PATH, what the stores there hold",
+        description="Shows what torch_ext finds on this machine, and which way it will take. "
+        "If committed stores are in PATH, it shows what they hold instead. It takes no lock.",
     )
     info.add_argument(
-        "directory",
-        nargs="?",
-        default=".",
-        metavar="DIR",
-        help="a directory on the file system that will hold the tensors (default: this one)",
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help="a directory on the file system that will hold the tensors (default: this one); "
+        "or directories or files with stores",
     )
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=_info)
+    _store_commands.add_parsers(commands)
     options = parser.parse_args(arguments)
     return options.run(options)
 
 
 def _info(options: argparse.Namespace) -> int:
+    if len(options.paths) > 1 or any(map(_stores.holds_stores, options.paths)):
+        return _store_commands.run_info(options.paths, options.json)
     try:
-        report = collect(options.directory)
+        report = collect(options.paths[0] if options.paths else ".")
     except OSError as error:
         print(f"torch_ext: {error}", file=sys.stderr)
         return 1

@@ -7,6 +7,7 @@
 #include "bind_files.h"
 #include "bind_optimizer.h"
 #include "bind_state.h"
+#include "bind_store.h"
 #include "bind_swap.h"
 #include "errors.h"
 #include "signals.h"
@@ -21,4 +22,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_files(m);
   bind_state(m);
   bind_optimizer(m);
+  bind_store(m);
 }
