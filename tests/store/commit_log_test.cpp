@@ -286,8 +286,11 @@ TEST_F(CommitLogTest, ASecondOwnerIsRefused) {
 // A worker of a data loader may outlive the trainer that forked it.
 TEST_F(CommitLogTest, AForkedChildDoesNotKeepTheStore) {
   int ends[2];
+  int began[2];
   ASSERT_EQ(pipe(ends), 0);
+  ASSERT_EQ(pipe(began), 0);
   pid_t child = 0;
+  char byte = 0;
   {
     Training training(options());
     training.step();
@@ -295,12 +298,16 @@ TEST_F(CommitLogTest, AForkedChildDoesNotKeepTheStore) {
     child = fork();
     if (child == 0) {
       close(ends[1]);
-      char byte;
+      static_cast<void>(write(began[1], &byte, 1) == 1);
       static_cast<void>(read(ends[0], &byte, 1) == 0);
       _exit(0);
     }
   }
   close(ends[0]);
+  // The child lets go when it first runs.
+  ASSERT_EQ(read(began[0], &byte, 1), 1);
+  close(began[0]);
+  close(began[1]);
   EXPECT_NO_THROW(Training::resume(options()));
   close(ends[1]);
   waitpid(child, nullptr, 0);
