@@ -545,15 +545,15 @@ class OptimizerGroupTest : public OptimizerCommitTest {
                               barrier_.arrive_and_wait();
                               return votes_[generation];
                             }};
+    std::uint64_t acknowledged = 0;
     try {
       training.commit(1, group);
-      moments_[rank].back().acknowledged = generation;
+      acknowledged = generation;
       EXPECT_TRUE(good);
     } catch (const StateError& error) {
       EXPECT_STREQ(error.what(), "commit: another process could not commit");
     }
-    moments_[rank].push_back(
-        {disks_[rank].events(), moments_[rank].back().acknowledged});
+    moments_[rank].push_back({disks_[rank].events(), acknowledged});
     barrier_.arrive_and_wait();
   }
 
@@ -590,13 +590,16 @@ class OptimizerGroupTest : public OptimizerCommitTest {
     return true;
   }
 
-  std::uint64_t acknowledged(std::size_t rank, std::size_t events) const {
+  /// The last generation that a process may have acknowledged: all have voted.
+  std::uint64_t acknowledged(
+      const std::array<std::size_t, kRanks>& events) const {
     std::uint64_t last = 0;
-    for (std::size_t i = 1; i < moments_[rank].size(); i += 2) {
-      const Moment& moment = moments_[rank][i];
-      if (moment.events <= events && moment.acknowledged > 0) {
-        last = moment.acknowledged;
+    for (std::size_t i = 0; i < moments_[0].size(); i += 2) {
+      bool all = true;
+      for (std::size_t rank = 0; rank < kRanks; ++rank) {
+        all = all && events[rank] >= moments_[rank][i].events;
       }
+      if (all) last = std::max(last, moments_[0][i + 1].acknowledged);
     }
     return last;
   }
@@ -633,11 +636,10 @@ TEST_P(OptimizerGroupTest, ACrashLeavesTheSameCommitToAll) {
     }
     if (!can_be(events)) continue;
     ++states;
-    std::uint64_t least = 0;
+    const std::uint64_t least = acknowledged(events);
     std::array<std::unique_ptr<ForgetfulDisk>, kRanks> left;
     std::array<std::vector<std::uint64_t>, kRanks> roots;
     for (std::size_t rank = 0; rank < kRanks; ++rank) {
-      least = std::max(least, acknowledged(rank, events[rank]));
       left[rank] = disks_[rank].after_cut(
           events[rank], [&](const ForgetfulDisk::Unsynced&, std::size_t) {
             using Kept = ForgetfulDisk::Kept;
