@@ -47,6 +47,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/cut_point.h"
 #include "file_size_signal.h"
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/error.h"
@@ -447,8 +448,10 @@ void File::give_name(const std::string& name) {
                   : "");
   }
   if (name_ == nullptr) name_ = full.release();
+  cut_point("linked");
   if (retrying([&] { return fsync(fd()); }) != 0) fail("fsync", path(), errno);
   sync_directory(parent);
+  cut_point("named");
 }
 
 void sync_directory(const std::filesystem::path& directory) {

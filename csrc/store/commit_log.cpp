@@ -69,6 +69,10 @@ std::int64_t seconds_since_1970() {
 constexpr const char* kTaken =
     "a store of another run is there: resume it, remove it, or give another "
     "name or directory";
+constexpr const char* kTakenInPart =
+    "it is of another store, whose first directory has no file: a run ended "
+    "while it made its first commit, and you may remove this file; or that "
+    "directory is not there";
 
 [[noreturn]] void fail_damaged(const std::string& path,
                                const std::string& detail) {
@@ -112,6 +116,7 @@ void CommitLog::begin() {
   for (const std::uint64_t offset : kRootOffsets) {
     store_.write_head(0, offset, zeros.first(bytes)).wait();
   }
+  cut_point("header written");
   lock_ = FileLock(store_.file());
   header.drive = 0;
   header_ = std::move(header);
@@ -210,6 +215,7 @@ std::shared_ptr<Extent> CommitLog::write_table(
     try {
       store_.write(extent, 0, padded).wait();
       bytes_written_ += padded.size();
+      cut_point("copy written");
       return extent;
     } catch (const IoError& error) {
       // The store does not offer that space again.
@@ -285,10 +291,12 @@ void CommitLog::check() const {
     const auto name = parent / name_.of_file(i);
     const auto there = File::identify(name);
     if (named_ || !there || *there == file.identity()) continue;
+    const auto first = std::filesystem::path(store_.file().path())
+                           .replace_filename(name_.of_file(0));
     throw IoError({.op = "commit",
                    .path = name.string(),
                    .error = EEXIST,
-                   .detail = kTaken});
+                   .detail = File::identify(first) ? kTaken : kTakenInPart});
   }
 }
 
@@ -319,7 +327,9 @@ std::unique_ptr<CommitLog> CommitLog::open(Store& store, StoreName name,
   log->header_ = reader.header();
   log->check_name();
   std::string damage;
-  for (const StoreDamage& root : reader.damage()) damage = root.what;
+  for (const StoreDamage& root : reader.damage()) {
+    damage += (damage.empty() ? "" : "; ") + root.what;
+  }
   for (const auto& [number, root] : reader.slots()) {
     log->generation_ = std::max(log->generation_, root.generation);
   }

@@ -54,6 +54,18 @@ bool is_zero(std::span<const std::byte> bytes) {
       bytes, [](std::byte byte) { return byte == std::byte{0}; });
 }
 
+/// Whether an extent has two purposes in a commit.
+bool has_one_twice(const CommitReader::Found& found) {
+  std::vector<const Extent*> all;
+  for (const auto* list : {&found.tables, &found.commit.extents}) {
+    for (const auto& extent : *list) {
+      if (extent != nullptr && extent->size() > 0) all.push_back(extent.get());
+    }
+  }
+  std::ranges::sort(all);
+  return std::ranges::adjacent_find(all) != all.end();
+}
+
 }  // namespace
 
 bool is_loss(int error) noexcept {
@@ -93,15 +105,25 @@ CommitReader::CommitReader(Store& store) : store_(store) {
   for (std::size_t number = 0; number < 2; ++number) {
     roots_.push_back(read_root(number));
     const std::vector<std::byte>& bytes = roots_.back();
-    auto root = decode_root(bytes, header_.store, store_.directories());
-    if (!root && !is_zero(bytes)) {
+    const auto damaged = [&](const std::string& what) {
       damage_.push_back({.path = store_.file().path(),
                          .offset = kRootOffsets[number],
                          .length = kHeaderBytes,
-                         .what = "root " + std::to_string(number) +
-                                 " is damaged, or was being written"});
+                         .what = "root " + std::to_string(number) + what});
+    };
+    if (bytes.empty()) {
+      // A drive may be unable to read what was being written in a power cut.
+      damaged(" cannot be read");
+      continue;
     }
-    if (root) slots_.push_back({number, std::move(*root)});
+    auto root = decode_root(bytes, header_.store, store_.directories());
+    if (!root && !is_zero(bytes)) damaged(" is damaged, or was being written");
+    if (!root) continue;
+    if (!slots_.empty() && slots_[0].root.generation == root->generation) {
+      damaged(" is a copy of the other");
+      continue;
+    }
+    slots_.push_back({number, std::move(*root)});
   }
   std::ranges::sort(slots_, std::greater(),
                     [](const Slot& slot) { return slot.root.generation; });
@@ -125,10 +147,16 @@ void CommitReader::read_headers() {
   }
 }
 
+// Returns nothing if the drive cannot read it.
 std::vector<std::byte> CommitReader::read_root(std::size_t number) const {
   const std::size_t bytes = align_up(kHeaderBytes, store_.granule());
   const Pages memory(bytes);
-  store_.read_head(0, kRootOffsets[number], memory.first(bytes)).wait();
+  try {
+    store_.read_head(0, kRootOffsets[number], memory.first(bytes)).wait();
+  } catch (const IoError& error) {
+    if (!is_loss(error.error())) throw;
+    return {};
+  }
   const auto root = memory.first(kHeaderBytes);
   return {root.begin(), root.end()};
 }
@@ -152,10 +180,19 @@ std::vector<CommitReader::Found> CommitReader::read(const StoreRoot& root) {
   std::vector<CommitTable::Earlier> earlier;
   Found newest = read_commit(root.generation, root.step, root.table_checksum,
                              root.tables, earlier);
+  std::uint64_t next = 0;
   for (const CommitTable::Earlier& each : earlier) {
     std::vector<CommitTable::Earlier> not_kept;
     found.push_back(read_commit(each.generation, each.step, each.table_checksum,
                                 each.tables, not_kept));
+    if (each.generation < next || each.generation >= root.generation) {
+      found.back().fault = "it is out of order";
+      add_damage(each.tables[0], "the table of step " +
+                                     std::to_string(each.step) +
+                                     " is out of order");
+      continue;
+    }
+    next = each.generation + 1;
   }
   found.push_back(std::move(newest));
   adopted_.clear();
@@ -192,6 +229,9 @@ CommitReader::Found CommitReader::read_commit(
         found.fault = std::move(wrong);
       }
       found.commit.extents.push_back(std::move(extent));
+    }
+    if (found.fault.empty() && has_one_twice(found)) {
+      throw FormatError("two of its extents lie in the same place");
     }
   } catch (const FormatError& error) {
     // Its checksum is right, so this is not the drive's doing.

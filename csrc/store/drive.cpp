@@ -3,6 +3,7 @@
 #include <cerrno>
 #include <utility>
 
+#include "base/cut_point.h"
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/error.h"
 #include "torch_ext/store/store.h"
@@ -64,6 +65,7 @@ std::optional<std::uint64_t> Drive::take(std::uint64_t bytes, bool may_grow) {
       growth = missing;
       file->reserve(Store::kHeadBytes + old_size, growth);
     }
+    cut_point("space reserved");
     lock.lock();
     file_size_ += growth;
     space_.give(old_size, growth);

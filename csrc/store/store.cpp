@@ -29,6 +29,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "base/cut_point.h"
 #include "base/mutex.h"
 #include "drive.h"
 #include "stripe_map.h"
@@ -310,7 +311,9 @@ Ticket Store::Impl::submit(IoRequest::Op op, Request request, bool compare) {
   };
   if (parts.size() == 1) {
     parts[0].operation.on_done = std::move(last);
-    return parts[0].queue->submit(std::move(parts[0].operation));
+    Ticket ticket = parts[0].queue->submit(std::move(parts[0].operation));
+    if (op == IoRequest::Op::kWrite) cut_point("write issued");
+    return ticket;
   }
   const auto join = std::make_shared<Join>(parts.size(), std::move(last));
   Ticket ticket = join->ticket();
@@ -324,12 +327,14 @@ Ticket Store::Impl::submit(IoRequest::Op op, Request request, bool compare) {
   }
   for (std::size_t i = 0; i < parts.size(); ++i) {
     parts[i].queue->start(std::move(prepared[i]));
+    if (op == IoRequest::Op::kWrite) cut_point("write issued");
   }
   return ticket;
 }
 
 void Store::Impl::ended(IoRequest::Op op, Extent& extent, std::uint64_t length,
                         const std::exception_ptr& error) {
+  if (op == IoRequest::Op::kWrite) cut_point("write ended");
   const MutexLock lock(mutex);
   if (error == nullptr) {
     const bool read = op == IoRequest::Op::kRead;

@@ -216,6 +216,8 @@ std::optional<StoreRoot> decode_root(std::span<const std::byte> bytes,
   root.kind = static_cast<StoreRoot::Kind>(in.number<std::uint32_t>());
   in.number<std::uint32_t>();
   root.generation = in.number<std::uint64_t>();
+  // Nobody has counted that far, and there would be none after it.
+  if (root.generation == ~std::uint64_t{0}) return std::nullopt;
   root.step = in.number<std::uint64_t>();
   root.table_checksum = in.number<std::uint64_t>();
   if (root.kind == StoreRoot::Kind::kTombstone) return root;
