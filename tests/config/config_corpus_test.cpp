@@ -2,32 +2,18 @@
 
 #include <gtest/gtest.h>
 
-#include <cstddef>
-#include <cstdint>
-#include <filesystem>
-#include <fstream>
-#include <iterator>
-#include <string>
-
-extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data,
-                                      std::size_t size);
+#include "support/corpus.h"
 
 namespace torch_ext {
 namespace {
 
 TEST(ConfigCorpusTest, EveryTextIsReadOrRefusedInAFewWords) {
-  std::size_t files = 0;
-  for (const auto& entry :
-       std::filesystem::directory_iterator(TORCH_EXT_CONFIG_CORPUS)) {
-    SCOPED_TRACE(entry.path());
-    std::ifstream file(entry.path(), std::ios::binary);
-    const std::string text{std::istreambuf_iterator<char>(file), {}};
-    ASSERT_FALSE(file.bad());
-    LLVMFuzzerTestOneInput(reinterpret_cast<const std::uint8_t*>(text.data()),
-                           text.size());
-    ++files;
+  const auto inputs = test::corpus("config");
+  for (const auto& [name, data] : inputs) {
+    SCOPED_TRACE(name);
+    fuzz_config(data.data(), data.size());
   }
-  EXPECT_GE(files, 40u);
+  EXPECT_GE(inputs.size(), 40u);
 }
 
 }  // namespace
