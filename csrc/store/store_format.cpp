@@ -283,7 +283,8 @@ CommitTable decode_table(
     const auto sums =
         in.raw(blocks > bytes.size() ? bytes.size() + 1 : blocks * 8);
     item.checksums.resize(blocks);
-    std::memcpy(item.checksums.data(), sums.data(), sums.size());
+    std::ranges::copy(
+        sums, std::as_writable_bytes(std::span(item.checksums)).begin());
   }
   if (!in.at_end()) throw FormatError("it does not end where it should");
   return table;

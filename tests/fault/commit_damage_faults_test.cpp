@@ -520,6 +520,74 @@ TEST(CommitDamageFaults, ARootThatTheDriveCannotReadIsADamagedOne) {
   }
 }
 
+/// Puts another table, and a root that fits it, in the place of the newest.
+void replace_table(Victim& victim,
+                   const std::function<void(CommitTable&, StoreRoot&)>& edit) {
+  const std::size_t newest = victim.newest_slot();
+  StoreRoot root = victim.root(newest);
+  CommitTable table = decode_table(
+      victim.at(root.tables[0].offsets[0], root.tables[0].size), root.store, 1,
+      [&](std::uint64_t size) { return victim.store().blocks_of(size); });
+  edit(table, root);
+  const auto bytes = encode(table);
+  root.table_checksum = checksum(bytes);
+  for (Place& place : root.tables) {
+    place.size = bytes.size();
+    std::ranges::copy(bytes, victim.image.begin() +
+                                 static_cast<std::ptrdiff_t>(place.offsets[0]));
+  }
+  std::ranges::copy(
+      encode(root),
+      victim.image.begin() + static_cast<std::ptrdiff_t>(kRoots[newest]));
+  std::fill_n(
+      victim.image.begin() + static_cast<std::ptrdiff_t>(kRoots[1 - newest]),
+      kBlock, std::byte{0});
+}
+
+TEST(CommitDamageFaults, ATableThatLiesIsRefused) {
+  const auto error_of = [](const auto& edit) {
+    Victim victim("kk");
+    replace_table(victim, edit);
+    return victim.open().error;
+  };
+  EXPECT_EQ(error_of([](CommitTable&, StoreRoot&) {}), "");
+  const auto says = [&](const char* words, const auto& edit) {
+    const std::string error = error_of(edit);
+    EXPECT_NE(error.find(words), std::string::npos) << error;
+  };
+  says("lie in the same place", [](CommitTable& table, StoreRoot&) {
+    table.extents[1] = table.extents[0];
+  });
+  says("lie in the same place", [](CommitTable& table, StoreRoot& root) {
+    table.extents[1].place.offsets = root.tables[0].offsets;
+  });
+  says("another commit's",
+       [](CommitTable& table, StoreRoot&) { --table.generation; });
+  says("is damaged", [](CommitTable& table, StoreRoot& root) {
+    table.generation = root.generation = ~std::uint64_t{0};
+  });
+  says("cannot lie at", [](CommitTable& table, StoreRoot&) {
+    table.extents[1].place.offsets[0] = 0;
+  });
+  says("cannot lie at", [](CommitTable& table, StoreRoot&) {
+    table.extents[1].place.offsets[0] += 4096;
+  });
+  says("another store's",
+       [](CommitTable& table, StoreRoot&) { table.store[0] ^= std::byte{1}; });
+}
+
+// What is wrong with a commit that is kept does no harm to the last one.
+TEST(CommitDamageFaults, AKeptCommitThatIsOutOfOrderIsLeftOut) {
+  Victim victim("kk");
+  replace_table(victim, [](CommitTable& table, StoreRoot&) {
+    table.earlier[0].generation = table.generation;
+  });
+  const auto log = CommitLog::open(victim.store(), StoreName());
+  EXPECT_EQ(log->commits().size(), 1u);
+  ASSERT_EQ(log->notes().size(), 1u);
+  EXPECT_NE(log->notes()[0].find("out of order"), std::string::npos);
+}
+
 /// What a field of a hostile file may be.
 std::uint64_t hostile(std::mt19937_64& random, std::uint64_t before) {
   const std::uint64_t numbers[] = {0,
