@@ -193,10 +193,9 @@ class Victim {
 
   Outcome open() {
     Outcome outcome;
+    std::unique_ptr<CommitLog> log;
     try {
-      const auto log = CommitLog::open(*store_, StoreName());
-      outcome.step = log->commits().back().step;
-      outcome.wrong = judge(*log);
+      log = CommitLog::open(*store_, StoreName());
     } catch (const IoError& error) {
       outcome.error = error.what();
       if (error.error() != EIO || error.failure().path.empty()) {
@@ -207,8 +206,10 @@ class Victim {
     } catch (const std::exception& error) {
       outcome.wrong = std::string("another error: ") + error.what();
     }
-    if (outcome.step == 0 && outcome.error.size() < 20 &&
-        outcome.wrong.empty()) {
+    if (log != nullptr) {
+      outcome.step = log->commits().back().step;
+      outcome.wrong = judge(*log);
+    } else if (outcome.error.size() < 20 && outcome.wrong.empty()) {
       outcome.wrong = "an error that says nothing: " + outcome.error;
     }
     return outcome;
@@ -280,7 +281,11 @@ class Victim {
     if (log.notes().empty()) return "an earlier commit, and no note";
     for (std::size_t i = 0; i < kTiles; ++i) {
       AlignedBuffer bytes(kTile);
-      store_->read(found.extents[i], 0, bytes.bytes()).wait();
+      try {
+        store_->read(found.extents[i], 0, bytes.bytes()).wait();
+      } catch (const IoError& error) {
+        return std::string("it was opened: ") + error.what();
+      }
       if (!test::holds_pattern(bytes.bytes(), pattern_of(found.step, i))) {
         return "tile " + std::to_string(i) + " has other bytes";
       }

@@ -144,7 +144,7 @@ TEST_P(PowerCutFaults, AFileSystemThatIsShutDownLosesNoCommit) {
   for (std::size_t i = 0; i < times && !HasFailure() && !IsSkipped(); ++i) {
     const std::uint64_t seed = test::all_faults() ? std::random_device()() : 1;
     test::expect_well_in_child(
-        [&] { return cut_power(GetParam(), i * 5, cuts, seed); });
+        [&] { return cut_power(GetParam(), 3 + i * 5, cuts, seed); });
   }
 }
 

@@ -45,9 +45,9 @@ inline constexpr std::array<std::string_view, 9> kPointsOfEachCommit = {
     "write issued",  "write ended",   "copy written",
     "table written", "table flushed", kTornRoot,
     "root written",  "root flushed",  "committed"};
-/// Those of the first commit alone.
-inline constexpr std::array<std::string_view, 4> kPointsOfTheFirst = {
-    "space reserved", "header written", "linked", "named"};
+/// Those of the first commit alone, and the test's own, when it has told.
+inline constexpr std::array<std::string_view, 5> kPointsOfTheFirst = {
+    "space reserved", "header written", "linked", "named", "acknowledged"};
 
 /// Points for the training of one directory: first one of the first commit,
 /// then some of each commit, then a moment.
@@ -56,7 +56,7 @@ inline std::vector<Kill> plan_kills(std::size_t round, std::size_t drives,
   const std::string_view first =
       kPointsOfTheFirst[round % kPointsOfTheFirst.size()];
   const bool of_each_drive = first == "linked" || first == "named";
-  const bool last = drives == 1 || !of_each_drive || round / 4 % 2 == 0;
+  const bool last = drives == 1 || !of_each_drive || round / 5 % 2 == 0;
   std::vector<Kill> plan = {{first, last ? 1 : 2}};
   constexpr std::size_t kSome = 4;
   for (std::size_t i = 0; i < kSome; ++i) {
@@ -214,6 +214,7 @@ class CommitVictim {
         if (!tell(Message::kBegins, training->steps())) return 2;
         training->commit(keep_);
         if (!tell(Message::kIsCommitted, training->steps())) return 2;
+        cut_point("acknowledged");
       }
     } catch (const std::exception& error) {
       // Where the drive is cut off, this is what happens.
