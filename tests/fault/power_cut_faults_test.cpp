@@ -1,7 +1,11 @@
-// Trainings with commits on a file system that is shut down in their midst, as
-// a power cut would: what is only in its journal's buffers is gone. That is
-// names, sizes, and which blocks have been written. It cannot see whether the
-// drive was asked to flush: ForgetfulDisk does.
+// Trainings with commits on real file systems, in whose midst the power is cut.
+//
+// PowerCutFaults shuts the file system down: what is only in its log's buffers
+// is gone. That is names, sizes, and which blocks have been written. It cannot
+// see whether the drive was asked to flush.
+//
+// VolatileDriveFaults has a drive under the file system that loses what was
+// not flushed.
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
@@ -16,6 +20,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <memory>
+#include <optional>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -23,6 +29,7 @@
 
 #include "support/child.h"
 #include "support/commit_victim.h"
+#include "support/forgetful_drive.h"
 #include "support/temp_dir.h"
 #include "support/trials.h"
 
@@ -36,13 +43,19 @@ bool run(const std::string& command) {
 }
 
 /// A file system in a file, mounted where only this process sees it. Its loop
-/// device goes when the process does, at the latest.
+/// device goes when the process does, at the latest. With a seed, there is a
+/// drive in between that forgets.
 class LoopMount {
  public:
   /// Errors: std::runtime_error that says what the machine lacks.
-  explicit LoopMount(const std::string& type)
-      : type_(type), image_(dir_ / "image"), place_(dir_ / "place") {
+  explicit LoopMount(const std::string& type,
+                     std::optional<std::uint64_t> seed = std::nullopt)
+      : type_(type),
+        image_(dir_ / "image"),
+        place_(dir_ / "place"),
+        fuse_(dir_ / "fuse") {
     std::filesystem::create_directory(place_);
+    std::filesystem::create_directory(fuse_);
     const std::string size = type == "xfs" ? "300M" : "128M";
     if (!test::own_mounts()) throw std::runtime_error("may not mount");
     if (!run("command -v mkfs." + type)) {
@@ -52,17 +65,25 @@ class LoopMount {
              type + " -q " + image_.string())) {
       throw std::runtime_error("mkfs." + type + " failed");
     }
+    if (seed) drive_.emplace(image_, fuse_, *seed);
     if (!mount()) throw std::runtime_error("may not mount a loop device");
   }
   LoopMount(const LoopMount&) = delete;
   LoopMount& operator=(const LoopMount&) = delete;
   ~LoopMount() { umount2(place_.c_str(), MNT_DETACH); }
 
+  /// The blocks that the drive has lost.
+  std::uint64_t lost() const { return drive_ ? drive_->lost() : 0; }
+
   const std::filesystem::path& path() const { return place_; }
 
   /// Ends the file system as it is, without what its log has not written.
   /// Returns false if it cannot.
-  bool shut_down() const {
+  bool shut_down() {
+    if (drive_) {
+      drive_->cut();
+      return true;
+    }
     constexpr std::uint32_t kWithoutLog = 2;
     std::uint32_t how = kWithoutLog;
     const int fd = open(place_.c_str(), O_RDONLY | O_CLOEXEC);
@@ -82,12 +103,14 @@ class LoopMount {
       }
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
+    if (drive_) drive_->restart();
     if (!mount()) throw std::runtime_error("it cannot be mounted again");
   }
 
  private:
   bool mount() const {
-    return run("mount -t " + type_ + " -o loop " + image_.string() + " " +
+    const auto& file = drive_ ? drive_->file() : image_;
+    return run("mount -t " + type_ + " -o loop " + file.string() + " " +
                place_.string());
   }
 
@@ -95,15 +118,18 @@ class LoopMount {
   const std::string type_;
   const std::filesystem::path image_;
   const std::filesystem::path place_;
+  const std::filesystem::path fuse_;
+  std::optional<test::ForgetfulDrive> drive_;
 };
 
 /// Cuts the power of one file system some times. Returns what is wrong.
-std::string cut_power(const std::string& type, std::size_t round, int cuts,
-                      std::uint64_t seed) {
+std::string cut_power(const std::string& type, bool forgets, std::size_t round,
+                      int cuts, std::uint64_t seed) {
   std::mt19937_64 random(seed);
   std::unique_ptr<LoopMount> disk;
   try {
-    disk = std::make_unique<LoopMount>(type);
+    disk = std::make_unique<LoopMount>(
+        type, forgets ? std::optional(seed) : std::nullopt);
   } catch (const std::runtime_error& error) {
     return test::skip(error.what());
   }
@@ -130,9 +156,15 @@ std::string cut_power(const std::string& type, std::size_t round, int cuts,
     acknowledged += victim.acknowledged();
     std::filesystem::remove_all(folder);
   }
-  std::printf("[  FAULTS  ] %s: %d power cuts, %zu commits acknowledged\n",
+  std::printf("[  FAULTS  ] %s: %d power cuts, %zu commits acknowledged",
               type.c_str(), cuts, acknowledged);
+  if (forgets) {
+    std::printf(", %llu blocks lost",
+                static_cast<unsigned long long>(disk->lost()));
+  }
+  std::printf("\n");
   std::fflush(stdout);
+  if (forgets && disk->lost() == 0) return "the drive has lost nothing";
   return acknowledged > 0 ? "" : "nothing was committed";
 }
 
@@ -144,7 +176,16 @@ TEST_P(PowerCutFaults, AFileSystemThatIsShutDownLosesNoCommit) {
   for (std::size_t i = 0; i < times && !HasFailure() && !IsSkipped(); ++i) {
     const std::uint64_t seed = test::all_faults() ? std::random_device()() : 1;
     test::expect_well_in_child(
-        [&] { return cut_power(GetParam(), 3 + i * 5, cuts, seed); });
+        [&] { return cut_power(GetParam(), false, 3 + i * 5, cuts, seed); });
+  }
+}
+
+TEST(VolatileDriveFaults, WhatADriveDoesNotFlushIsNotCountedOn) {
+  if (!test::all_faults()) GTEST_SKIP() << "only in the long form";
+  for (std::size_t i = 0; i < 20 && !HasFailure() && !IsSkipped(); ++i) {
+    const std::uint64_t seed = std::random_device()();
+    test::expect_well_in_child(
+        [&] { return cut_power("ext4", true, i * 5, 20, seed); });
   }
 }
 
