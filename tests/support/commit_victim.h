@@ -69,9 +69,9 @@ inline std::vector<Kill> plan_kills(std::size_t round, std::size_t drives,
   return plan;
 }
 
-/// A training that is killed time and again. Each time, what is found must be
-/// the last commit that was acknowledged, or the one that was being made, and
-/// its bytes those of a training in memory; and training goes on.
+/// A training that is killed time and again. Each time, the last commit that
+/// was acknowledged must be found, or the one that was being made. Its bytes
+/// must be those of a training in memory, and training must go on.
 class CommitVictim {
  public:
   CommitVictim(const std::vector<std::filesystem::path>& directories,
