@@ -33,6 +33,7 @@ TEST(CommitKillFaults, AKillAtAnyPointLosesNoCommit) {
   std::size_t kills = 0;
   std::size_t acknowledged = 0;
   std::size_t being_made = 0;
+  std::size_t left_in_part = 0;
   for (std::size_t round = 0; kills < most; ++round) {
     const std::array<test::TempDir, 2> dirs;
     std::vector<std::filesystem::path> paths = {dirs[0].path()};
@@ -48,6 +49,7 @@ TEST(CommitKillFaults, AKillAtAnyPointLosesNoCommit) {
     }
     acknowledged += victim.acknowledged();
     being_made += victim.being_made();
+    left_in_part += victim.left_in_part();
   }
   std::printf(
       "[  FAULTS  ] %zu kills, %zu commits acknowledged, %zu times the one "
@@ -55,6 +57,9 @@ TEST(CommitKillFaults, AKillAtAnyPointLosesNoCommit) {
       kills, acknowledged, being_made);
   EXPECT_GT(acknowledged, kills / 4);
   EXPECT_GT(being_made, 0u);
+  if (!test::kSanitized) {
+    EXPECT_GT(left_in_part, 0u);
+  }
 }
 
 }  // namespace

@@ -56,8 +56,8 @@ inline std::vector<Kill> plan_kills(std::size_t round, std::size_t drives,
   const std::string_view first =
       kPointsOfTheFirst[round % kPointsOfTheFirst.size()];
   const bool of_each_drive = first == "linked" || first == "named";
-  const bool last = drives == 1 || !of_each_drive || round / 5 % 2 == 0;
-  std::vector<Kill> plan = {{first, last ? 1 : 2}};
+  const bool of_the_last = of_each_drive && drives == 2 && round / 10 % 2 == 1;
+  std::vector<Kill> plan = {{first, of_the_last ? 2 : 1}};
   constexpr std::size_t kSome = 4;
   for (std::size_t i = 0; i < kSome; ++i) {
     const std::string_view name =
@@ -115,6 +115,8 @@ class CommitVictim {
 
   std::size_t acknowledged() const { return heard_; }
   std::size_t being_made() const { return being_made_; }
+  /// How often a kill has left files of some drives only.
+  std::size_t left_in_part() const { return left_in_part_; }
 
  private:
   /// What a child says of the commit of a step.
@@ -152,6 +154,7 @@ class CommitVictim {
     CommitTraining training(options_);
     training.step();
     if (any) {
+      ++left_in_part_;
       try {
         training.commit();
         return "a file that was left was replaced";
@@ -271,6 +274,7 @@ class CommitVictim {
   std::uint64_t begun_ = 0;
   std::size_t heard_ = 0;
   std::size_t being_made_ = 0;
+  std::size_t left_in_part_ = 0;
 };
 
 }  // namespace torch_ext::test
