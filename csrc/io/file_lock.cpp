@@ -186,7 +186,10 @@ FileLock::~FileLock() {
   Locks& all = locks();
   const MutexLock lock(all.mutex);
   // In a forked child it is closed already, and the number may be another's.
-  if (all.held.erase(fd_) > 0) close(fd_);
+  if (all.held.erase(fd_) == 0) return;
+  // A child that has just been forked may not have closed its copy yet.
+  flock(fd_, LOCK_UN);
+  close(fd_);
 }
 
 }  // namespace torch_ext

@@ -93,7 +93,7 @@ class ForgetfulDrive {
 
   void start() {
     const int fuse = open("/dev/fuse", O_RDWR | O_CLOEXEC);
-    if (fuse < 0) throw std::runtime_error("there is no /dev/fuse");
+    if (fuse < 0) throw std::runtime_error("may not open /dev/fuse");
     const std::string how =
         "fd=" + std::to_string(fuse) + ",rootmode=40000,user_id=0,group_id=0";
     if (mount("drive", place_.c_str(), "fuse", 0, how.c_str()) != 0 ||
