@@ -1,0 +1,46 @@
+#include "torch_ext/memory/host_block.h"
+
+#include <sys/mman.h>
+
+#include <cerrno>
+
+#include "pages.h"
+#include "torch_ext/base/align.h"
+#include "torch_ext/base/error.h"
+
+namespace torch_ext {
+
+std::shared_ptr<std::byte> allocate_block(std::uint64_t bytes) {
+  if (bytes == 0) return nullptr;
+  std::byte* const data = map_pages(bytes);
+  return {data, [bytes](std::byte* freed) { unmap_pages(freed, bytes); }};
+}
+
+std::shared_ptr<std::byte> map_block(const File& file) {
+  const std::uint64_t bytes = file.size();
+  if (bytes == 0) return nullptr;
+  void* const memory =
+      mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE,
+           file.buffered_fd(), 0);
+  if (memory == MAP_FAILED) {
+    throw IoError(
+        {.op = "mmap", .path = file.path(), .length = bytes, .error = errno});
+  }
+  return {static_cast<std::byte*>(memory),
+          [bytes](std::byte* mapped) { munmap(mapped, bytes); }};
+}
+
+std::shared_ptr<std::byte> part_of(const std::shared_ptr<std::byte>& block,
+                                   std::uint64_t offset, std::uint64_t bytes) {
+  return {block.get() + offset, [block, bytes](std::byte* begin) {
+            const auto first = reinterpret_cast<std::uintptr_t>(begin);
+            const std::uintptr_t from = align_up(first, page_size());
+            const std::uintptr_t to = align_down(first + bytes, page_size());
+            if (from >= to) return;
+            // This only saves memory; what the kernel refuses, such as locked
+            // pages, ends with the block.
+            madvise(begin + (from - first), to - from, MADV_DONTNEED);
+          }};
+}
+
+}  // namespace torch_ext
