@@ -93,7 +93,7 @@ pip_install() {
 
 setup_python() {
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$python is older than Python 3.10: set PYTHON"
-  local parent='' wanted=("setuptools>=77,<82" ninja numpy "pytest>=8" pytest-timeout pytest-xdist hypothesis rich matplotlib)
+  local parent='' wanted=("setuptools>=77,<82" ninja numpy "pytest>=8" pytest-timeout pytest-xdist hypothesis rich matplotlib safetensors)
   if [ -z "${TORCH_VERSION:-}" ] && [ -n "${PYTHON:-}" ] && "$python" -c 'import torch' 2>/dev/null; then
     parent=$("$python" -c 'import site; print("\n".join(site.getsitepackages()))')
     torch='torch>=2.11'

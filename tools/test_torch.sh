@@ -69,9 +69,9 @@ if [ -z "$bits" ]; then
 fi
 python -m pytest "${tests[@]}" "$@" || status=1
 if [ -n "$bits" ]; then  # Otherwise tests of the packages do it.
-  load='import sys, torch_ext; print(torch_ext.load(build_directory="build/load").__file__)'
+  load='import sys, torch_ext; print(torch_ext.build(build_directory="build/load").__file__)'
   for time in first second; do
-    say "torch_ext.load(), for the $time time: $(python -c "$load")" || status=1
+    say "torch_ext.build(), for the $time time: $(python -c "$load")" || status=1
   done
 fi
 [ $status != 0 ] || say "torch $found: all passed"

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
         parse_size,
     )
     from torch_ext.handle import aio_handle, gds_handle
-    from torch_ext.jit import load
+    from torch_ext.jit import build
     from torch_ext.optim import OffloadedAdamW, OffloadedOptimizer
     from torch_ext.rng import rng_state, set_rng_state
     from torch_ext.swap import SwapTicket, TensorSwapper, TensorTicket
+    from torch_ext.tensor_file import load, load_metadata, save
 
 __version__ = "0.1.0"
 
@@ -40,12 +41,15 @@ _MODULE_OF = {
     "TensorSwapper": "swap",
     "TensorTicket": "swap",
     "aio_handle": "handle",
+    "build": "jit",
     "gds_handle": "handle",
     "get_aio_config": "config",
     "get_scalar_param": "config",
-    "load": "jit",
+    "load": "tensor_file",
+    "load_metadata": "tensor_file",
     "parse_size": "config",
     "rng_state": "rng",
+    "save": "tensor_file",
     "set_rng_state": "rng",
 }
 
@@ -59,13 +63,16 @@ __all__ = [
     "TensorTicket",
     "__version__",
     "aio_handle",
+    "build",
     "cmake_prefix_path",
     "gds_handle",
     "get_aio_config",
     "get_scalar_param",
     "load",
+    "load_metadata",
     "parse_size",
     "rng_state",
+    "save",
     "set_rng_state",
 ]
 

@@ -14,6 +14,6 @@ except ImportError as error:
     logging.getLogger("torch_ext").warning(
         "the compiled module cannot be used (%s); building it now, once", error
     )
-    _C = jit.load()
+    _C = jit.build()
 
 __all__ = ["_C"]

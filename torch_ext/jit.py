@@ -20,7 +20,7 @@ from typing import IO, Any
 _PACKAGE = Path(__file__).resolve().parent
 
 
-def load(
+def build(
     name: str = "torch_ext_C",
     verbose: bool = False,
     *,
@@ -142,13 +142,13 @@ def _check_compiler_and_python() -> None:
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         raise RuntimeError(
-            f"torch_ext.load() needs a C++20 compiler and found no {compiler!r}: type "
+            f"torch_ext.build() needs a C++20 compiler and found no {compiler!r}: type "
             f"`apt-get install g++`, or set CXX"
         )
     header = Path(sysconfig.get_path("include"), "Python.h")
     if not header.is_file():
         raise RuntimeError(
-            f"torch_ext.load() needs {header}: type `apt-get install python3-dev`"
+            f"torch_ext.build() needs {header}: type `apt-get install python3-dev`"
         )
 
 
@@ -159,7 +159,7 @@ def _ninja_on_path() -> Iterator[None]:
     if shutil.which("ninja") is None:
         beside = Path(sys.executable).parent
         if not (beside / "ninja").exists():
-            raise RuntimeError("torch_ext.load() needs ninja: type `pip install ninja`")
+            raise RuntimeError("torch_ext.build() needs ninja: type `pip install ninja`")
         os.environ["PATH"] = f"{beside}{os.pathsep}{before}"
     try:
         yield

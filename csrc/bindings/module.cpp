@@ -9,6 +9,7 @@
 #include "bind_state.h"
 #include "bind_store.h"
 #include "bind_swap.h"
+#include "bind_tensor_file.h"
 #include "errors.h"
 #include "signals.h"
 
@@ -20,6 +21,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_info(m);
   bind_swap(m);
   bind_files(m);
+  bind_tensor_file(m);
   bind_state(m);
   bind_optimizer(m);
   bind_store(m);

@@ -119,6 +119,12 @@ SwapTicket FileTransfer::read(const std::filesystem::path& path,
                       std::move(destination));
 }
 
+SwapTicket FileTransfer::read(int fd, std::uint64_t offset,
+                              DeviceBytes destination) {
+  return impl_->start(SwapOperation::Kind::kIn, fd, offset,
+                      std::move(destination));
+}
+
 void FileTransfer::drop_deleted() {
   impl_->core.owner().check();
   std::shared_ptr<FileCache> files;

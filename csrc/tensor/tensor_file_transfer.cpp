@@ -22,6 +22,13 @@ class TensorFileTransfer::Impl {
  public:
   explicit Impl(const FileTransferOptions& options) : swapper(options) {}
 
+  DeviceBytes destination(const at::Tensor& tensor) {
+    check_has_plain_memory(tensor, "read");
+    check_is_destination(tensor, "read");
+    if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+    return bytes.destination(tensor, "read");
+  }
+
   TensorBytes bytes;
   FileTransfer swapper;  // Last: its threads use what stands above.
 };
@@ -47,13 +54,14 @@ TensorTicket TensorFileTransfer::write(int fd, std::uint64_t offset,
 TensorTicket TensorFileTransfer::read(const std::filesystem::path& path,
                                       std::uint64_t offset,
                                       const at::Tensor& tensor) {
-  check_has_plain_memory(tensor, "read");
-  check_is_destination(tensor, "read");
-  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
   return TensorTicket(
-      impl_->swapper.read(path, offset,
-                          impl_->bytes.destination(tensor, "read")),
-      tensor);
+      impl_->swapper.read(path, offset, impl_->destination(tensor)), tensor);
+}
+
+TensorTicket TensorFileTransfer::read(int fd, std::uint64_t offset,
+                                      const at::Tensor& tensor) {
+  return TensorTicket(
+      impl_->swapper.read(fd, offset, impl_->destination(tensor)), tensor);
 }
 
 void TensorFileTransfer::drop_deleted() { impl_->swapper.drop_deleted(); }

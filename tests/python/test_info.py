@@ -231,7 +231,7 @@ def test_info_says_why_the_compiled_module_is_missing(
     def fail():
         raise RuntimeError("no C++ compiler")
 
-    monkeypatch.setattr("torch_ext.jit.load", fail)
+    monkeypatch.setattr("torch_ext.jit.build", fail)
     status, report = info(capsys, tmp_path)
     assert status == 0
     assert report["compiled_module"]["path"] is None
@@ -247,7 +247,7 @@ def test_info_says_why_the_compiled_module_is_missing(
 def test_missing_compiled_module_is_built_with_a_line_in_the_log(
     caplog, monkeypatch, without_native
 ):
-    monkeypatch.setattr("torch_ext.jit.load", lambda: _C)
+    monkeypatch.setattr("torch_ext.jit.build", lambda: _C)
     with caplog.at_level(logging.WARNING, "torch_ext"):
         native = importlib.import_module("torch_ext._native")
     assert native._C is _C

@@ -264,7 +264,7 @@ import importlib.util, sys, torch, torch_ext
 spec = importlib.util.spec_from_file_location("torch_ext._C", {str(built)!r})
 sys.modules["torch_ext._C"] = built = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(built)
-loaded = torch_ext.load()
+loaded = torch_ext.build()
 assert loaded.__file__ != built.__file__
 print(loaded.AioConfig() is not None and built.AioConfig() is not None)
 """
@@ -302,7 +302,7 @@ folder = Path(sys.argv[1])
 def compile(*arguments, **options):
     {body}
 cpp_extension.load = compile
-torch_ext.load("some", build_directory=folder)
+torch_ext.build("some", build_directory=folder)
 """
 
 
@@ -317,7 +317,7 @@ def test_load_gives_up_on_a_build_that_goes_on_and_names_its_process(tmp_path):
         assert builder.stdout.readline() == "compiles\n"
         told = f"process {builder.pid} has been.*{re.escape(str(tmp_path / 'torch_ext.lock'))}"
         with pytest.raises(TimeoutError, match=told):
-            torch_ext.load("some", build_directory=tmp_path, lock_timeout=0.2)
+            torch_ext.build("some", build_directory=tmp_path, lock_timeout=0.2)
     finally:
         builder.kill()
         builder.communicate()
@@ -342,7 +342,7 @@ def test_load_goes_on_where_a_killed_build_left_its_locks(tmp_path, monkeypatch)
         cpp_extension, "load", lambda *a, **k: found.append((tmp_path / "lock").exists())
     )
     with pytest.warns(UserWarning, match="compiling"):
-        torch_ext.load("some", build_directory=tmp_path, lock_timeout=0.2)
+        torch_ext.build("some", build_directory=tmp_path, lock_timeout=0.2)
     assert found == [False]
 
 
@@ -354,13 +354,13 @@ def test_load_says_that_it_compiles_before_it_does(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(cpp_extension, "load", lambda *a, **k: calls.append(a))
     with pytest.warns(UserWarning, match="compiling.*about a minute") as caught:
-        torch_ext.load("some", build_directory=tmp_path)
+        torch_ext.build("some", build_directory=tmp_path)
     assert str(tmp_path) in str(caught[0].message)
     assert caught[0].filename == __file__
     (tmp_path / "some.so").touch()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        torch_ext.load("some", build_directory=tmp_path)  # Built before: quick.
+        torch_ext.build("some", build_directory=tmp_path)  # Built before: quick.
     assert len(calls) == 2
 
 
@@ -392,7 +392,7 @@ def test_load_without_a_compiler_says_what_to_install(tmp_path, monkeypatch):
 
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RuntimeError, match=r"no-such-compiler.*apt-get install g\+\+"):
-        torch_ext.load(build_directory=tmp_path)
+        torch_ext.build(build_directory=tmp_path)
 
 
 def test_nothing_is_built_without_the_headers_of_python(tmp_path, monkeypatch):
@@ -401,7 +401,7 @@ def test_nothing_is_built_without_the_headers_of_python(tmp_path, monkeypatch):
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
     remedy = r"Python\.h.*apt-get install python3-dev"
     with pytest.raises(RuntimeError, match=remedy):
-        torch_ext.load(build_directory=tmp_path)
+        torch_ext.build(build_directory=tmp_path)
     check = setup_names()["check_headers"]
     with pytest.raises(SystemExit, match=remedy):
         check([])

@@ -75,6 +75,8 @@ class FileTransfer {
   /// is an EIO, and nothing is read. Errors: as write().
   SwapTicket read(const std::filesystem::path& path, std::uint64_t offset,
                   DeviceBytes destination);
+  /// The same through a descriptor, as write() does.
+  SwapTicket read(int fd, std::uint64_t offset, DeviceBytes destination);
 
   /// Closes kept files that are not in use and have been deleted, so that the
   /// disk gets their space back. Does nothing after close().

@@ -39,6 +39,7 @@ class TensorFileTransfer {
   /// device.
   TensorTicket read(const std::filesystem::path& path, std::uint64_t offset,
                     const at::Tensor& tensor);
+  TensorTicket read(int fd, std::uint64_t offset, const at::Tensor& tensor);
 
   /// See FileTransfer::drop_deleted.
   void drop_deleted();

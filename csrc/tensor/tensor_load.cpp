@@ -1,0 +1,187 @@
+// A safetensors file becomes tensors.
+//
+// - On the CPU the whole file, from the granule in which the data begin, is
+//   read into one block of memory. The block begins at a page, as the data's
+//   granule does in the file. So direct I/O moves all of it in place, in one
+//   operation of many requests.
+// - With a mapping, the block is the mapped file. Nothing is read yet.
+// - On a device each tensor is read into memory of its own, through page-locked
+//   buffers.
+//
+// A tensor is a part of the block. Files of others may have tensors at odd
+// addresses: those are copied out.
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/core/DeviceType.h>
+
+#include <cerrno>
+#include <cstddef>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+
+#include "dense_tensor.h"
+#include "file_dtypes.h"
+#include "file_transfers.h"
+#include "plain_modes.h"
+#include "torch_ext/base/align.h"
+#include "torch_ext/base/available_memory.h"
+#include "torch_ext/base/size.h"
+#include "torch_ext/io/file.h"
+#include "torch_ext/memory/host_block.h"
+#include "torch_ext/swap/safetensors.h"
+#include "torch_ext/tensor/tensor_file.h"
+#include "torch_ext/tensor/tensor_file_transfer.h"
+
+namespace torch_ext {
+namespace {
+
+/// What a tensor of the file is for torch.
+struct Kind {
+  c10::ScalarType dtype;
+  std::vector<std::int64_t> shape;
+};
+
+Kind kind_of(const SafetensorsHeader::Tensor& entry, const std::string& path) {
+  const auto dtype = torch_dtype_of(entry.dtype);
+  const std::string name = "tensor '" + entry.name.substr(0, 200) + "'";
+  if (!dtype) {
+    throw std::invalid_argument(path + ": " + name + " has the dtype " +
+                                entry.dtype + ", which torch has not");
+  }
+  Kind kind{*dtype, {entry.shape.begin(), entry.shape.end()}};
+  const auto packed = static_cast<std::int64_t>(packed_in_one(*dtype));
+  if (packed > 1) {
+    if (kind.shape.empty() || kind.shape.back() % packed != 0) {
+      throw std::invalid_argument(path + ": the last dimension of " + name +
+                                  " is odd, but torch keeps two 4-bit numbers "
+                                  "in one byte");
+    }
+    kind.shape.back() /= packed;
+  }
+  return kind;
+}
+
+/// The bytes of the file from `begin` on, in memory.
+struct Block {
+  std::shared_ptr<std::byte> memory;
+  std::uint64_t begin = 0;
+};
+
+Block read_block(const File& file, const SafetensorsHeader& header,
+                 std::uint64_t end, const TensorFileOptions& options) {
+  Block block;
+  block.begin = align_down(header.bytes, file.granule());
+  const std::uint64_t bytes = end - block.begin;
+  // A process that touches more is killed, or makes another one be killed.
+  const std::uint64_t left = available_memory() / 16 * 15;
+  if (bytes > left) {
+    throw IoError({.op = "load",
+                   .path = file.path(),
+                   .length = bytes,
+                   .error = ENOMEM,
+                   .detail = "the tensors take " + format_size(bytes) +
+                             " of memory, of which " + format_size(left) +
+                             " are left; mmap=True leaves them in the file"});
+  }
+  block.memory = allocate_block(bytes);
+  TensorFileTransfer transfer(transfer_options(options));
+  const at::Tensor whole = host_view(block.memory.get(), bytes, at::kByte);
+  wait_for(transfer.read(file.fd(), block.begin, whole), options);
+  return block;
+}
+
+at::Tensor in_block(const Block& block, std::uint64_t offset,
+                    std::uint64_t bytes, const Kind& kind) {
+  if (bytes == 0) return at::empty(kind.shape, host_options(kind.dtype));
+  const std::uint64_t place = offset - block.begin;
+  if (!is_aligned(block.memory.get() + place,
+                  c10::elementSize(kind.dtype))) {
+    const at::Tensor copy = at::empty(kind.shape, host_options(kind.dtype));
+    std::memcpy(copy.mutable_data_ptr(), block.memory.get() + place, bytes);
+    return copy;
+  }
+  auto part = part_of(block.memory, place, bytes);
+  void* const data = part.get();
+  return at::from_blob(
+      data, kind.shape,
+      [part = std::move(part)](void*) mutable { part.reset(); },
+      host_options(kind.dtype));
+}
+
+NamedTensors load_on_cpu(const File& file, const SafetensorsHeader& header,
+                         std::uint64_t end, bool mapped,
+                         const TensorFileOptions& options) {
+  Block block;
+  std::vector<Kind> kinds;
+  for (const auto& entry : header.tensors) {
+    kinds.push_back(kind_of(entry, file.path()));
+  }
+  if (end > header.bytes) {
+    block = mapped ? Block{map_block(file), 0}
+                   : read_block(file, header, end, options);
+  }
+  NamedTensors tensors;
+  for (std::size_t i = 0; i < kinds.size(); ++i) {
+    const auto& entry = header.tensors[i];
+    tensors.emplace_back(entry.name,
+                         in_block(block, header.bytes + entry.begin,
+                                  entry.end - entry.begin, kinds[i]));
+  }
+  return tensors;
+}
+
+NamedTensors load_on_device(const File& file, const SafetensorsHeader& header,
+                            c10::Device device,
+                            const TensorFileOptions& options) {
+  NamedTensors tensors;
+  for (const auto& entry : header.tensors) {
+    const Kind kind = kind_of(entry, file.path());
+    tensors.emplace_back(
+        entry.name,
+        at::empty(kind.shape,
+                  at::TensorOptions().dtype(kind.dtype).device(device)));
+  }
+  if (device.is_meta()) return tensors;
+  TensorFileTransfer transfer(transfer_options(options));
+  std::vector<TensorTicket> tickets;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    if (tensors[i].second.numel() == 0) continue;
+    tickets.push_back(transfer.read(file.fd(),
+                                    header.bytes + header.tensors[i].begin,
+                                    tensors[i].second));
+  }
+  for (const TensorTicket& ticket : tickets) wait_for(ticket, options);
+  return tensors;
+}
+
+}  // namespace
+
+NamedTensors load_tensors(const std::filesystem::path& path,
+                          const LoadTarget& target,
+                          const TensorFileOptions& options) {
+  const PlainModes plain;
+  if (target.mapped && !target.device.is_cpu()) {
+    throw std::invalid_argument("load: a mapping is on the CPU, not on " +
+                                target.device.str());
+  }
+  const File file = File::open(path, File::Mode::kRead);
+  const SafetensorsHeader header = read_safetensors_header(file);
+  std::uint64_t end = header.bytes;
+  for (const auto& entry : header.tensors) {
+    end = std::max(end, header.bytes + entry.end);
+  }
+  return naming(file.path(), [&] {
+    return target.device.is_cpu()
+               ? load_on_cpu(file, header, end, target.mapped, options)
+               : load_on_device(file, header, target.device, options);
+  });
+}
+
+FileMetadata load_metadata(const std::filesystem::path& path) {
+  return read_safetensors_header(File::open(path, File::Mode::kRead)).metadata;
+}
+
+}  // namespace torch_ext

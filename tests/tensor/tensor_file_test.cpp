@@ -1,0 +1,139 @@
+// What a failing drive makes of save_tensors() and load_tensors(). Values,
+// formats and refusals are tests of Python.
+
+#include "torch_ext/tensor/tensor_file.h"
+
+#include <ATen/ops/randint.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstddef>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "support/faulty_engine.h"
+#include "support/temp_dir.h"
+#include "torch_ext/base/error.h"
+
+namespace torch_ext {
+namespace {
+
+using test::Fault;
+using test::FaultScript;
+
+/// A path in a directory of its own. libtorch has a remove_all() that crashes
+/// in a directory which is not empty, and programs with libtorch get that one.
+struct Place {
+  Place() = default;
+  ~Place() { unlink(path.c_str()); }
+  test::TempDir directory;
+  std::filesystem::path path = directory / "x";
+};
+
+/// Options whose requests of `script` fail; blocks are small, so there are
+/// some.
+TensorFileOptions faulty(const std::shared_ptr<FaultScript>& script) {
+  TensorFileOptions options;
+  options.aio.block_size = std::uint64_t{256} << 10;
+  options.engine_factory =
+      test::faulty_factory("threads", script);
+  return options;
+}
+
+at::Tensor bytes(std::int64_t count) {
+  return at::randint(0, 256, {count},
+                     at::TensorOptions().dtype(at::kByte).device(at::kCPU));
+}
+
+NamedTensors some_tensors() {
+  // Large, small, with edges, and not contiguous.
+  return {{"large", bytes(3'000'001)},
+          {"small", bytes(10)},
+          {"other", bytes(2'000'003)},
+          {"strided", bytes(400'000).view({200, 2000}).t()}};
+}
+
+std::string content(const std::filesystem::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+std::size_t entries(const std::filesystem::path& directory) {
+  return static_cast<std::size_t>(
+      std::distance(std::filesystem::directory_iterator(directory),
+                    std::filesystem::directory_iterator()));
+}
+
+TEST(TensorFileTest, EachWriteThatFailsLeavesTheOldFileAndNoOther) {
+  const NamedTensors tensors = some_tensors();
+  auto script = std::make_shared<FaultScript>();
+  const Place place;
+  const std::filesystem::path& path = place.path;
+  save_tensors(path, tensors, {}, faulty(script));
+  const std::size_t requests = script->requests();
+  ASSERT_GT(requests, 15u);
+  const std::string whole = content(path);
+  std::ofstream(path) << "old";
+  for (std::size_t i = 0; i < requests; ++i) {
+    SCOPED_TRACE(i);
+    const int error = i % 2 == 0 ? EIO : ENOSPC;
+    script = std::make_shared<FaultScript>(test::only(i, Fault::fail(error)));
+    try {
+      save_tensors(path, tensors, {}, faulty(script));
+      FAIL() << "the failure was not reported";
+    } catch (const IoError& failure) {
+      EXPECT_EQ(failure.error(), error);
+      EXPECT_EQ(failure.failure().path, path.native());
+    }
+    EXPECT_EQ(content(path), "old");
+    EXPECT_EQ(entries(place.directory.path()), 1u);
+  }
+  // Fewer bytes than asked are no failure.
+  script = std::make_shared<FaultScript>(test::from(0, Fault::cut(4096)));
+  save_tensors(path, tensors, {}, faulty(script));
+  EXPECT_EQ(content(path), whole);
+}
+
+TEST(TensorFileTest, EachReadThatFailsIsAnErrorWithThePath) {
+  const Place place;
+  const std::filesystem::path& path = place.path;
+  save_tensors(path, some_tensors(), {});
+  auto script = std::make_shared<FaultScript>();
+  load_tensors(path, {}, faulty(script));
+  const std::size_t requests = script->requests();
+  ASSERT_GT(requests, 15u);
+  for (std::size_t i = 0; i < requests; ++i) {
+    script = std::make_shared<FaultScript>(test::only(i, Fault::fail(EIO)));
+    try {
+      load_tensors(path, {}, faulty(script));
+      FAIL() << i;
+    } catch (const IoError& failure) {
+      EXPECT_EQ(failure.error(), EIO);
+      EXPECT_EQ(failure.failure().path, path.native());
+    }
+  }
+}
+
+TEST(TensorFileTest, AnInterruptEndsASaveAndKeepsTheOldFile) {
+  const Place place;
+  std::ofstream(place.path) << "old";
+  const auto script =
+      std::make_shared<FaultScript>(test::only(2, Fault::held()));
+  TensorFileOptions options = faulty(script);
+  options.interrupt = [&script] {
+    script->release_all();
+    throw std::runtime_error("interrupted");
+  };
+  EXPECT_THROW(save_tensors(place.path, some_tensors(), {}, options),
+               std::runtime_error);
+  EXPECT_EQ(content(place.path), "old");
+  EXPECT_EQ(entries(place.directory.path()), 1u);
+}
+
+}  // namespace
+}  // namespace torch_ext
