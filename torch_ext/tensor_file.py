@@ -133,7 +133,9 @@ def _former_load(arguments: dict[str, Any]) -> Any:
 
 def _name_of(name: Any) -> str:
     if not isinstance(name, str):
-        raise TypeError(f"the names of tensors must be str, not {type(name).__name__}: {name!r}")
+        raise TypeError(
+            f"the names of tensors must be str, not {type(name).__name__}: {name!r}"
+        )
     return _utf8(name, "the name")
 
 

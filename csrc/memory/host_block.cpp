@@ -4,30 +4,48 @@
 
 #include <cerrno>
 
-#include "pages.h"
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/error.h"
 
 namespace torch_ext {
+namespace {
 
+std::shared_ptr<std::byte> unmapped_at_end(void* memory, std::uint64_t bytes) {
+  return {static_cast<std::byte*>(memory),
+          [bytes](std::byte* mapped) { munmap(mapped, bytes); }};
+}
+
+}  // namespace
+
+// It does not ask for huge pages. The kernel would make room for them first,
+// which takes longer than reading where the page cache has filled the memory.
 std::shared_ptr<std::byte> allocate_block(std::uint64_t bytes) {
   if (bytes == 0) return nullptr;
-  std::byte* const data = map_pages(bytes);
-  return {data, [bytes](std::byte* freed) { unmap_pages(freed, bytes); }};
+  void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) {
+    throw IoError({.op = "mmap", .length = bytes, .error = errno});
+  }
+  return unmapped_at_end(memory, bytes);
+}
+
+void populate([[maybe_unused]] std::byte* data,
+              [[maybe_unused]] std::uint64_t bytes) noexcept {
+#ifdef MADV_POPULATE_WRITE
+  madvise(data, bytes, MADV_POPULATE_WRITE);
+#endif
 }
 
 std::shared_ptr<std::byte> map_block(const File& file) {
   const std::uint64_t bytes = file.size();
   if (bytes == 0) return nullptr;
-  void* const memory =
-      mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE,
-           file.buffered_fd(), 0);
+  void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_NORESERVE, file.buffered_fd(), 0);
   if (memory == MAP_FAILED) {
     throw IoError(
         {.op = "mmap", .path = file.path(), .length = bytes, .error = errno});
   }
-  return {static_cast<std::byte*>(memory),
-          [bytes](std::byte* mapped) { munmap(mapped, bytes); }};
+  return unmapped_at_end(memory, bytes);
 }
 
 std::shared_ptr<std::byte> part_of(const std::shared_ptr<std::byte>& block,

@@ -42,13 +42,13 @@ struct Dtype {
 };
 
 constexpr std::array kDtypes = {
-    Dtype{"F4", 4},           Dtype{"F6_E2M3", 6},      Dtype{"F6_E3M2", 6},
-    Dtype{"BOOL", 8},         Dtype{"U8", 8},           Dtype{"I8", 8},
-    Dtype{"F8_E5M2", 8},      Dtype{"F8_E4M3", 8},      Dtype{"F8_E8M0", 8},
-    Dtype{"F8_E4M3FNUZ", 8},  Dtype{"F8_E5M2FNUZ", 8},  Dtype{"I16", 16},
-    Dtype{"U16", 16},         Dtype{"F16", 16},         Dtype{"BF16", 16},
-    Dtype{"I32", 32},         Dtype{"U32", 32},         Dtype{"F32", 32},
-    Dtype{"C64", 64},         Dtype{"F64", 64},         Dtype{"I64", 64},
+    Dtype{"F4", 4},          Dtype{"F6_E2M3", 6},     Dtype{"F6_E3M2", 6},
+    Dtype{"BOOL", 8},        Dtype{"U8", 8},          Dtype{"I8", 8},
+    Dtype{"F8_E5M2", 8},     Dtype{"F8_E4M3", 8},     Dtype{"F8_E8M0", 8},
+    Dtype{"F8_E4M3FNUZ", 8}, Dtype{"F8_E5M2FNUZ", 8}, Dtype{"I16", 16},
+    Dtype{"U16", 16},        Dtype{"F16", 16},        Dtype{"BF16", 16},
+    Dtype{"I32", 32},        Dtype{"U32", 32},        Dtype{"F32", 32},
+    Dtype{"C64", 64},        Dtype{"F64", 64},        Dtype{"I64", 64},
     Dtype{"U64", 64},
 };
 
@@ -236,7 +236,8 @@ std::uint64_t bytes_of(const SafetensorsHeader::Tensor& tensor) {
   }
   if (empty) return 0;
   if (reach % 8 != 0) {
-    refuse("tensor " + in_quotes(tensor.name) + " does not end with a whole byte");
+    refuse("tensor " + in_quotes(tensor.name) +
+           " does not end with a whole byte");
   }
   return reach / 8;
 }
@@ -301,7 +302,8 @@ std::string json_text(const std::string& text, const char* what) {
   try {
     return nlohmann::json(text).dump();
   } catch (const nlohmann::json::exception&) {
-    refuse("the " + std::string(what) + " " + in_quotes(text) + " is not UTF-8");
+    refuse("the " + std::string(what) + " " + in_quotes(text) +
+           " is not UTF-8");
   }
 }
 
@@ -329,8 +331,9 @@ std::string encode_safetensors(const SafetensorsHeader& header,
   }
   for (const SafetensorsHeader::Tensor& tensor : header.tensors) {
     if (tensor.name == kMetadata) {
-      refuse("no tensor can have the name '__metadata__', under which the file "
-             "keeps its metadata");
+      refuse(
+          "no tensor can have the name '__metadata__', under which the file "
+          "keeps its metadata");
     }
     text += std::exchange(comma, ",");
     text += json_text(tensor.name, "name") + ":{\"dtype\":\"" + tensor.dtype +
@@ -381,7 +384,7 @@ SafetensorsHeader read_safetensors_header(const File& file) {
   const std::uint64_t size = file.size();
   if (size < kLengthBytes) {
     refuse_file(file, "it has " + std::to_string(size) +
-                " bytes, and the length of the header alone takes 8");
+                          " bytes, and the length of the header alone takes 8");
   }
   const std::size_t granule = file.granule();
   const auto read = [&](std::uint64_t bytes) {
@@ -391,7 +394,8 @@ SafetensorsHeader read_safetensors_header(const File& file) {
     if (memory == nullptr) throw std::bad_alloc();
     // The rest is only missing if somebody has just cut the file.
     const std::size_t got = file.read(0, {memory.get(), room});
-    if (got < bytes) refuse_file(file, "it ends at byte " + std::to_string(got));
+    if (got < bytes)
+      refuse_file(file, "it ends at byte " + std::to_string(got));
     return memory;
   };
   auto memory = read(kLengthBytes);
@@ -401,12 +405,12 @@ SafetensorsHeader read_safetensors_header(const File& file) {
   }
   if (length > size - kLengthBytes) {
     refuse_file(file, "its header says that it has " + std::to_string(length) +
-                " bytes, and the file has " + std::to_string(size));
+                          " bytes, and the file has " + std::to_string(size));
   }
   if (length > kMostSafetensorsJson) {
     refuse_file(file, "its header of " + std::to_string(length) +
-                " bytes is longer than the format's limit of " +
-                std::to_string(kMostSafetensorsJson));
+                          " bytes is longer than the format's limit of " +
+                          std::to_string(kMostSafetensorsJson));
   }
   if (kLengthBytes + length > granule) memory = read(kLengthBytes + length);
   const std::string_view json(

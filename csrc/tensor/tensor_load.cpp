@@ -2,8 +2,8 @@
 //
 // - On the CPU the whole file, from the granule in which the data begin, is
 //   read into one block of memory. The block begins at a page, as the data's
-//   granule does in the file. So direct I/O moves all of it in place, in one
-//   operation of many requests.
+//   granule does in the file. So direct I/O moves all of it in place. New pages
+//   have to be zeroed: this thread does that, a step ahead of the reads.
 // - With a mapping, the block is the mapped file. Nothing is read yet.
 // - On a device each tensor is read into memory of its own, through page-locked
 //   buffers.
@@ -15,6 +15,7 @@
 #include <ATen/ops/from_blob.h>
 #include <c10/core/DeviceType.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstddef>
 #include <cstring>
@@ -37,6 +38,9 @@
 
 namespace torch_ext {
 namespace {
+
+/// Bytes whose pages are made while those before them are read.
+constexpr std::uint64_t kStep = std::uint64_t{16} << 20;
 
 /// What a tensor of the file is for torch.
 struct Kind {
@@ -88,8 +92,15 @@ Block read_block(const File& file, const SafetensorsHeader& header,
   }
   block.memory = allocate_block(bytes);
   TensorFileTransfer transfer(transfer_options(options));
-  const at::Tensor whole = host_view(block.memory.get(), bytes, at::kByte);
-  wait_for(transfer.read(file.fd(), block.begin, whole), options);
+  std::vector<TensorTicket> tickets;
+  for (std::uint64_t done = 0; done < bytes; done += kStep) {
+    std::byte* const data = block.memory.get() + done;
+    const std::uint64_t length = std::min(kStep, bytes - done);
+    populate(data, length);
+    tickets.push_back(transfer.read(file.fd(), block.begin + done,
+                                    host_view(data, length, at::kByte)));
+  }
+  for (const TensorTicket& ticket : tickets) wait_for(ticket, options);
   return block;
 }
 
@@ -97,8 +108,7 @@ at::Tensor in_block(const Block& block, std::uint64_t offset,
                     std::uint64_t bytes, const Kind& kind) {
   if (bytes == 0) return at::empty(kind.shape, host_options(kind.dtype));
   const std::uint64_t place = offset - block.begin;
-  if (!is_aligned(block.memory.get() + place,
-                  c10::elementSize(kind.dtype))) {
+  if (!is_aligned(block.memory.get() + place, c10::elementSize(kind.dtype))) {
     const at::Tensor copy = at::empty(kind.shape, host_options(kind.dtype));
     std::memcpy(copy.mutable_data_ptr(), block.memory.get() + place, bytes);
     return copy;
@@ -149,9 +159,8 @@ NamedTensors load_on_device(const File& file, const SafetensorsHeader& header,
   std::vector<TensorTicket> tickets;
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     if (tensors[i].second.numel() == 0) continue;
-    tickets.push_back(transfer.read(file.fd(),
-                                    header.bytes + header.tensors[i].begin,
-                                    tensors[i].second));
+    tickets.push_back(transfer.read(
+        file.fd(), header.bytes + header.tensors[i].begin, tensors[i].second));
   }
   for (const TensorTicket& ticket : tickets) wait_for(ticket, options);
   return tensors;

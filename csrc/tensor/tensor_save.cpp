@@ -83,8 +83,7 @@ void check_apart(const NamedTensors& tensors) {
   std::vector<Range> ranges;
   for (const auto& [name, tensor] : tensors) {
     if (tensor.numel() == 0) continue;
-    const auto* begin =
-        static_cast<const std::byte*>(tensor.const_data_ptr());
+    const auto* begin = static_cast<const std::byte*>(tensor.const_data_ptr());
     const std::uint64_t reach =
         end_in_storage(tensor) -
         static_cast<std::uint64_t>(tensor.storage_offset()) * tensor.itemsize();
@@ -129,10 +128,10 @@ class Writer {
         transfer_(transfer_options(options)) {}
 
   void add_text(const std::string& text) {
-    add_bytes(at::from_blob(const_cast<char*>(text.data()),
-                            {static_cast<std::int64_t>(text.size())},
-                            at::TensorOptions().dtype(at::kByte).device(
-                                at::kCPU)));
+    add_bytes(
+        at::from_blob(const_cast<char*>(text.data()),
+                      {static_cast<std::int64_t>(text.size())},
+                      at::TensorOptions().dtype(at::kByte).device(at::kCPU)));
   }
 
   void add(const at::Tensor& tensor) {
@@ -294,11 +293,11 @@ void save_tensors(const std::filesystem::path& path,
   header.metadata = metadata;
   const std::vector<std::size_t> order = lay_out(tensors, header);
   const std::string head = encode_safetensors(header, kDataAlignment);
-  const std::uint64_t size = std::accumulate(
-      header.tensors.begin(), header.tensors.end(), head.size(),
-      [](std::uint64_t sum, const auto& entry) {
-        return sum + (entry.end - entry.begin);
-      });
+  const std::uint64_t size =
+      std::accumulate(header.tensors.begin(), header.tensors.end(), head.size(),
+                      [](std::uint64_t sum, const auto& entry) {
+                        return sum + (entry.end - entry.begin);
+                      });
   NewFile file(path, size);
   naming(file.path(), [&] {
     Writer writer(file, size, options);

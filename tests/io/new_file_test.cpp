@@ -136,10 +136,9 @@ TEST(NewFileTest, WhatAKilledProcessLeftIsRemovedByTheNextFileOfThatName) {
   const TempDir directory;
   const std::string left = ".x.0123456789abcdef.torch_ext-new";
   const std::string lives = ".x.fedcba9876543210.torch_ext-new";
-  const std::set<std::string> others = {".y.0123456789abcdef.torch_ext-new",
-                                        ".x.0123.torch_ext-new",
-                                        "x.0123456789abcdef.torch_ext-new",
-                                        ".x.0123456789abcdef.other"};
+  const std::set<std::string> others = {
+      ".y.0123456789abcdef.torch_ext-new", ".x.0123.torch_ext-new",
+      "x.0123456789abcdef.torch_ext-new", ".x.0123456789abcdef.other"};
   for (const std::string& name : others) std::ofstream(directory / name);
   std::ofstream(directory / left);
   std::ofstream(directory / lives);
@@ -206,9 +205,9 @@ TEST(NewFileTest, ACallThatFailsLeavesTheOldFileAndNothingElse) {
 TEST(NewFileTest, AnErrorOfTheDirectorySaysThatTheNewFileIsThere) {
   const TempDir directory;
   std::ofstream(directory / "x") << "old";
-  const test::SyscallTrial trial = test::try_syscall(
-      {SYS_fsync, EIO, /*index=*/1, true},
-      [&](const auto&) { return replace(directory / "x"); });
+  const test::SyscallTrial trial =
+      test::try_syscall({SYS_fsync, EIO, /*index=*/1, true},
+                        [&](const auto&) { return replace(directory / "x"); });
   if (!trial.unavailable.empty()) GTEST_SKIP() << trial.unavailable;
   EXPECT_EQ(trial.text, "new!");
   EXPECT_EQ(names_in(directory.path()), std::set<std::string>{"x"});

@@ -83,7 +83,7 @@ def some_of_everything():
         "conjugate": torch.randn(5, dtype=torch.complex64).conj(),
         "negative": torch.randn(5, dtype=torch.complex64).conj().imag,
         "channels last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
-        "a name: \" \\ \n é \U0001f600 \0": torch.ones(1),
+        'a name: " \\ \n é \U0001f600 \0': torch.ones(1),
     }
 
 
@@ -122,7 +122,8 @@ def test_a_file_is_what_the_format_says(path):
             shape[-1] *= 2
         assert (entry["dtype"], entry["shape"]) == (names[tensor.dtype], shape)
         begin, last = end, entry["data_offsets"][1]
-        assert entry["data_offsets"][0] == begin and begin % tensor.dtype.itemsize == 0
+        assert entry["data_offsets"][0] == begin
+        assert begin % tensor.dtype.itemsize == 0
         assert data[begin:last] == raw(tensor), name
         end = last
     assert end == len(data)
@@ -136,14 +137,15 @@ def test_what_was_saved_is_loaded_in_order(path, mmap):
     assert list(loaded) == list(tensors)
     assert_the_same(loaded, tensors)
     for tensor in loaded.values():
-        assert tensor.is_contiguous() and not tensor.requires_grad
+        assert tensor.is_contiguous()
+        assert not tensor.requires_grad
         assert tensor.data_ptr() % tensor.dtype.itemsize == 0
 
 
 def test_the_library_reads_ours_bit_for_bit(path):
     safetensors = pytest.importorskip("safetensors.torch")
     tensors = some_of_everything()
-    metadata = {"format": "pt", "": "é\n\"", "long": "x" * 10000}
+    metadata = {"format": "pt", "": 'é\n"', "long": "x" * 10000}
     torch_ext.save(tensors, path, metadata=metadata)
     assert_the_same(safetensors.load_file(path), tensors)
     with safetensors.safe_open(path, "pt") as file:
@@ -167,6 +169,16 @@ def test_the_librarys_files_are_read_bit_for_bit(path, mmap):
     assert torch_ext.load_metadata(path) == {}
 
 
+def loaded_or_refused(path):
+    """Loads, or returns None for a ValueError that names the file."""
+    try:
+        return torch_ext.load(path, mmap=True)
+    except ValueError as error:
+        if str(path) in str(error):
+            return None
+        raise
+
+
 # What the library takes and we do not: 6-bit numbers, which torch lacks, and what no
 # writer makes.
 STRICTER = {"every_dtype", "shape_zero_and_huge", "shape_65_dimensions", "metadata_key_twice"}
@@ -181,12 +193,9 @@ def test_files_are_refused_where_the_library_refuses_them():
                 theirs = set(opened.keys())
         except library.SafetensorError:
             theirs = None
-        try:
-            ours = set(torch_ext.load(file))
-            taken += 1
-        except ValueError as error:
-            ours = None
-            assert str(file) in str(error)
+        loaded = loaded_or_refused(file)
+        ours = None if loaded is None else set(loaded)
+        taken += loaded is not None
         if ours is None and theirs is not None:
             only_theirs.add(file.name)
         else:
@@ -219,11 +228,8 @@ def test_every_corrupted_byte_of_a_header_is_refused_or_another_header(path):
         for at in range(end):
             file.seek(at)
             file.write(bytes([content[at] ^ 1 << at % 8]))
-            try:
-                loaded = torch_ext.load(path, mmap=True)
-            except ValueError as error:
-                assert str(path) in str(error)
-            else:
+            loaded = loaded_or_refused(path)
+            if loaded is not None:
                 assert sorted(each.nbytes for each in loaded.values()) == [2, 12]
             file.seek(at)
             file.write(content[at : at + 1])
@@ -342,7 +348,11 @@ REFUSED = {
     "a name": ({3: torch.ones(1)}, TypeError, "names of tensors must be str, not int"),
     "a surrogate": ({"\ud800": torch.ones(1)}, ValueError, "cannot be written in UTF-8"),
     "the metadata's name": ({"__metadata__": torch.ones(1)}, ValueError, "__metadata__"),
-    "complex128": ({"a": torch.ones(1, dtype=torch.complex128)}, TypeError, "'a' has the dtype"),
+    "complex128": (
+        {"a": torch.ones(1, dtype=torch.complex128)},
+        TypeError,
+        "'a' has the dtype",
+    ),
     "sparse": ({"a": torch.eye(2).to_sparse()}, TypeError, "save: tensor 'a': Sparse"),
     "meta": ({"a": torch.ones(1, device="meta")}, TypeError, "meta tensors are not supported"),
     "quantized": (
@@ -378,7 +388,12 @@ def test_a_dtensor_is_refused_with_the_remedy(path, tmp_path):
 
 @pytest.mark.parametrize(
     ("metadata", "error"),
-    [({"a": 1}, TypeError), ({1: "a"}, TypeError), (["a"], TypeError), ({"a": "\udc00"}, ValueError)],
+    [
+        ({"a": 1}, TypeError),
+        ({1: "a"}, TypeError),
+        (["a"], TypeError),
+        ({"a": "\udc00"}, ValueError),
+    ],
 )
 def test_metadata_is_text(path, metadata, error):
     with pytest.raises(error, match="metadata"):
@@ -413,7 +428,7 @@ def test_arguments_of_load_are_checked(path):
     with pytest.raises(RuntimeError):
         torch_ext.load(path, "no such device")
     for missing in (path.parent / "none", path / "x"):
-        with pytest.raises(OSError) as raised:
+        with pytest.raises(OSError, match="open") as raised:
             torch_ext.load(missing)
         assert raised.value.filename == os.fspath(missing)
     with pytest.raises(IsADirectoryError):
@@ -441,7 +456,8 @@ def test_a_link_is_followed_and_stays_one(path):
     link = path.parent / "latest"
     link.symlink_to(path.name)
     torch_ext.save({"a": torch.ones(1)}, link)
-    assert link.is_symlink() and path.is_file()
+    assert link.is_symlink()
+    assert path.is_file()
     assert torch_ext.load(link)["a"] == 1
 
 
@@ -465,7 +481,7 @@ def test_no_room_is_an_error_before_any_byte(path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, hard))
     try:
-        with pytest.raises(OSError) as raised:
+        with pytest.raises(OSError, match="fallocate") as raised:
             torch_ext.save({"a": torch.ones(MIB)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -494,9 +510,7 @@ def test_the_file_is_synced_then_named_then_the_directory_is_synced(path):
     if "ptrace" in ran.stderr:
         pytest.skip(ran.stderr)
     assert ran.returncode == 0, ran.stderr
-    calls = [
-        line.split(None, 1)[1] for line in log.read_text().splitlines() if " = 0" in line
-    ]
+    calls = [line.split(None, 1)[1] for line in log.read_text().splitlines() if " = 0" in line]
     linked = next(i for i, call in enumerate(calls) if call.startswith("linkat"))
     file, link, rename, directory = calls[linked - 1 : linked + 3]
     assert re.match(rf"fsync\(\d+<{path.parent}/[^>]*>", file), file
@@ -533,7 +547,9 @@ def test_a_kill_leaves_a_whole_file(path):
         (value,) = set(loaded["a"].unique().tolist()) | set(loaded["b"].unique().tolist())
         values.add(value)
         left = [name for name in os.listdir(path.parent) if name != path.name]
-        assert all(re.fullmatch(r"\.model\.safetensors\.\w{16}\.torch_ext-new", n) for n in left)
+        assert all(
+            re.fullmatch(r"\.model\.safetensors\.\w{16}\.torch_ext-new", n) for n in left
+        )
     assert values <= {1.0, 2.0}
     deadline = time.monotonic() + 60  # The lock goes when the process is quite gone.
     while len(os.listdir(path.parent)) > 1 and time.monotonic() < deadline:
@@ -546,7 +562,9 @@ def test_ctrl_c_ends_a_save_and_leaves_the_old_file(sim, path):
     old = path.read_bytes()
     large = torch.zeros(2 * MIB, device="sim")
     sim.hold_copies()
-    signal.signal(signal.SIGALRM, lambda *_: (sim.release_copies(), signal.raise_signal(signal.SIGINT)))
+    signal.signal(
+        signal.SIGALRM, lambda *_: (sim.release_copies(), signal.raise_signal(signal.SIGINT))
+    )
     signal.setitimer(signal.ITIMER_REAL, 0.2)
     with pytest.raises(KeyboardInterrupt):
         torch_ext.save({"a": large}, path)

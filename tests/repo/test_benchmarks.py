@@ -191,6 +191,38 @@ def test_commit_sets_its_time_beside_that_of_its_bytes(bench, disk, fake_fio):
     assert os.listdir(disk) == []
 
 
+def test_save_sets_durable_saves_and_cold_loads_beside_others(
+    bench, disk, fake_fio, monkeypatch, capsys
+):
+    pytest.importorskip("safetensors")
+    fake_fio(FIO)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    result = bench("save")
+    assert "DeepSpeed is not installed" in capsys.readouterr().err
+    rows = cells(result)
+    for operation, row in (("save", "save, durable"), ("load", "load, cold")):
+        (sample,) = result["measurements"][operation]
+        rate = sample["ours"]["gib_per_second"]
+        ours, *ratios, fast, _ = rows[row]
+        assert float(ours) == pytest.approx(rate, abs=0.01)
+        theirs = [
+            4,
+            *(sample[who]["gib_per_second"] for who in ("safetensors", "torch.save", "DCP")),
+        ]
+        assert [float(r) for r in ratios] == pytest.approx([rate / t for t in theirs], abs=0.01)
+        assert fast == "-"
+    assert os.listdir(disk) == []
+
+
+def test_a_loaded_file_with_other_bytes_is_an_error(module, tmp_path):
+    import torch
+
+    (tmp_path / "x").touch()
+    contender = module("save").Contender("wrong", None, lambda path: {"a": torch.zeros(3)})
+    with pytest.raises(RuntimeError, match="wrong: other bytes came back"):
+        contender.load_cold({"a": torch.ones(3)}, tmp_path / "x")
+
+
 def test_zero_step_sets_the_two_ops_side_by_side(module, disk, tmp_path, monkeypatch, capsys):
     (tmp_path / "deepspeed.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -17,7 +17,11 @@ BANNED = re.compile(r"torch/(extension|all|torch)\.h$")
 ALLOWED = {
     r"(libaio|linux/aio_abi)\.h$": ["csrc/io/"],
     r"liburing": ["csrc/io/"],
-    r"nlohmann/": ["csrc/config/", "csrc/optim/commit_document.cpp", "csrc/swap/safetensors.cpp"],
+    r"nlohmann/": [
+        "csrc/config/",
+        "csrc/optim/commit_document.cpp",
+        "csrc/swap/safetensors.cpp",
+    ],
     r"(dlfcn\.h$|cuda|driver_types)": ["csrc/device/"],
     r"xxhash": ["csrc/base/"],
     r"(torch|ATen|c10)/": ["include/torch_ext/tensor/", "csrc/tensor/", "csrc/bindings/"],

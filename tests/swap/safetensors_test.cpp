@@ -68,10 +68,11 @@ TEST(SafetensorsTest, AHeaderIsReadInItsOwnOrder) {
 // The names of the corpus say what each file is. These are whole files, as the
 // safetensors library sees them too; tests/python/test_save.py asks it.
 const std::set<std::string> kWhole = {
-    "empty_dict", "every_dtype", "metadata",    "metadata_null",
-    "name_empty", "name_nul",    "newlines",    "odd_address",
-    "one",        "order",       "padded",      "scalar",
-    "zero",       "unknown_field", "shape_64_dimensions"};
+    "empty_dict",    "every_dtype",   "metadata",
+    "metadata_null", "name_empty",    "name_nul",
+    "newlines",      "odd_address",   "one",
+    "order",         "padded",        "scalar",
+    "zero",          "unknown_field", "shape_64_dimensions"};
 
 TEST(SafetensorsTest, WholeFilesAreReadAndTheOthersRefusedByPath) {
   std::size_t refused = 0;
@@ -95,12 +96,15 @@ TEST(SafetensorsTest, ARefusalSaysWhatIsWrong) {
     const std::string refusal = refusal_of(kCorpus / name);
     EXPECT_NE(refusal.find(words), std::string::npos) << refusal;
   };
-  says("gap", "tensor 'b' begins at byte 2 of the data, but those before it "
-              "end at byte 1");
-  says("overlap", "begins at byte 1 of the data, but those before it end at "
-                  "byte 2");
-  says("trailing", "the tensors end at byte 1 of the data, of which there are "
-                   "2");
+  says("gap",
+       "tensor 'b' begins at byte 2 of the data, but those before it "
+       "end at byte 1");
+  says("overlap",
+       "begins at byte 1 of the data, but those before it end at "
+       "byte 2");
+  says("trailing",
+       "the tensors end at byte 1 of the data, of which there are "
+       "2");
   says("offsets_outside", "ends at byte 2 of the data, of which there are 1");
   says("wrong_size", "has 8 bytes, but dtype and shape make 4");
   says("name_twice", "has the tensor 'a' twice");
@@ -109,8 +113,9 @@ TEST(SafetensorsTest, ARefusalSaysWhatIsWrong) {
   says("shape_wraps_to_zero", "counts to more bytes than a file can have");
   says("shape_zero_and_huge", "counts to more bytes than a file can have");
   says("length_max", "its header says that it has 18446744073709551615 bytes");
-  says("length_of_file_and_one", "its header says that it has 3 bytes, and the "
-                                 "file has 10");
+  says("length_of_file_and_one",
+       "its header says that it has 3 bytes, and the "
+       "file has 10");
   says("nothing", "it has 0 bytes");
   says("nul_after", "a NUL byte");
   says("deep", "nested too deep");

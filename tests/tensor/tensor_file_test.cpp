@@ -40,8 +40,7 @@ struct Place {
 TensorFileOptions faulty(const std::shared_ptr<FaultScript>& script) {
   TensorFileOptions options;
   options.aio.block_size = std::uint64_t{256} << 10;
-  options.engine_factory =
-      test::faulty_factory("threads", script);
+  options.engine_factory = test::faulty_factory("threads", script);
   return options;
 }
 

@@ -9,10 +9,14 @@
 namespace torch_ext {
 
 /// Zeroed, private host memory that begins at a page's beginning. Its pages
-/// are taken when they are first touched. With 2 MiB or more they are huge
-/// pages, where there are some. Returns null for 0 bytes.
+/// are taken when they are first touched. Returns null for 0 bytes.
 /// Errors: IoError ("mmap"). Threads: any.
 std::shared_ptr<std::byte> allocate_block(std::uint64_t bytes);
+
+/// Makes pages of a block present now, on this thread, so that no I/O has to
+/// wait for them. `data` begins a page. Linux before 5.14 leaves it to whoever
+/// touches them. Threads: any; never fails.
+void populate(std::byte* data, std::uint64_t bytes) noexcept;
 
 /// The whole file as private memory: changes stay in this process, and are not
 /// written back. If the file is cut, or its drive fails, whoever reads the

@@ -24,7 +24,7 @@ struct SafetensorsHeader {
   };
   std::vector<Tensor> tensors = {};  ///< In the header's order.
   std::vector<std::pair<std::string, std::string>> metadata = {};
-  std::uint64_t bytes = 0;  ///< Of length and JSON: where the data begin.
+  std::uint64_t bytes = 0;  ///< Where the data begin: length and JSON.
 };
 
 /// The most bytes of JSON that readers of safetensors take.

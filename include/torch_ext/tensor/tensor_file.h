@@ -57,9 +57,9 @@ struct LoadTarget {
 /// Reads a safetensors file, whoever wrote it. On the CPU all tensors lie in
 /// one block of memory. Each has a storage of its own, and its whole pages go
 /// back when it ends. On "meta" nothing is read but the header.
-/// Errors: std::invalid_argument that begins with the path, for a file that is
-/// no whole safetensors file or has a dtype that torch has not; IoError (ENOMEM
-/// before memory is taken that is not there).
+/// Errors: std::invalid_argument, with the path first, for a file that is no
+/// whole safetensors file, or whose dtype torch lacks. IoError; it is ENOMEM
+/// where there is no memory for the tensors.
 NamedTensors load_tensors(const std::filesystem::path& path,
                           const LoadTarget& target = {},
                           const TensorFileOptions& options = {});
