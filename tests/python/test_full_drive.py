@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import torch_ext
 from torch_ext import OffloadedAdamW, OffloadedOptimizer, TensorSwapper, aio_handle
 from torch_ext.__main__ import collect
 
@@ -370,3 +371,21 @@ def test_unknown_modes_are_refused_by_name(nvme_dir):
             make(parameters, nvme_path=nvme_dir, state_dict_mode="file")
         with pytest.raises(TypeError, match="state_dict_mode must be a str"):
             make(parameters, nvme_path=nvme_dir, state_dict_mode=None)
+
+
+@KINDS
+def test_a_save_onto_a_full_drive_leaves_the_old_file_and_the_space(loop, kind):
+    place = loop(kind, 32)
+    path = place / "x.safetensors"
+    torch_ext.save({"a": torch.ones(1000)}, path)
+    fill(place, 8 * MIB)
+    before, names = free(place), set(os.listdir(place))
+    with pytest.raises(OSError, match=NO_SPACE) as raised:
+        torch_ext.save({"a": torch.zeros(16 * MIB, dtype=torch.uint8)}, path)
+    assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, os.fspath(path))
+    assert set(os.listdir(place)) == names
+    assert free(place) == before
+    assert torch_ext.load(path)["a"].sum() == 1000
+    torch_ext.save({"a": torch.full((MIB,), 2.0)}, path)
+    assert torch_ext.load(path)["a"].sum() == 2 * MIB
+    assert set(os.listdir(place)) == names
