@@ -1,6 +1,6 @@
-// libFuzzer's entry for safetensors files: any bytes are read or refused with
-// std::invalid_argument in a few words. What is read fills the file, and says
-// the same after it was written again.
+// Safetensors files: any bytes are read, or refused with std::invalid_argument
+// in a few words. What is read fills the file, and says the same after it was
+// written again.
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -8,11 +8,11 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
+#include "targets.h"
 #include "torch_ext/io/file.h"
 #include "torch_ext/swap/safetensors.h"
 
@@ -20,13 +20,7 @@ namespace {
 
 using torch_ext::File;
 using torch_ext::SafetensorsHeader;
-
-// More than this is not for a log.
-constexpr std::size_t kLongestMessage = 1000;
-
-void check(bool held) {
-  if (!held) std::abort();
-}
+using torch_ext::fuzz::check;
 
 File file_of(const std::uint8_t* data, std::size_t size) {
   const int fd = memfd_create("safetensors", MFD_CLOEXEC);
@@ -58,14 +52,14 @@ void check_header(const SafetensorsHeader& header, std::size_t size) {
 
 }  // namespace
 
-extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data,
-                                      std::size_t size) {
+bool fuzz_safetensors(const std::uint8_t* data, std::size_t size) {
   const File file = file_of(data, size);
   try {
     check_header(torch_ext::read_safetensors_header(file), size);
+    return true;
   } catch (const std::invalid_argument& error) {
     const std::size_t length = std::strlen(error.what());
-    check(length > 0 && length <= kLongestMessage);
+    check(length > 0 && length <= torch_ext::fuzz::kLongestMessage);
+    return false;
   }
-  return 0;
 }

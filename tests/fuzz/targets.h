@@ -10,6 +10,7 @@
 bool fuzz_config(const std::uint8_t* data, std::size_t size);
 bool fuzz_store(const std::uint8_t* data, std::size_t size);
 bool fuzz_document(const std::uint8_t* data, std::size_t size);
+bool fuzz_safetensors(const std::uint8_t* data, std::size_t size);
 
 namespace torch_ext::fuzz {
 

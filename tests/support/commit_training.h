@@ -53,7 +53,7 @@ class CommitTraining {
   static std::unique_ptr<CommitTraining> resume(const TileOptions& options) {
     std::unique_ptr<CommitTraining> training(new CommitTraining);
     training->offload_ = OptimizerOffload::resume(options);
-    training->step_ = training->offload_->committed().step;
+    training->step_ = training->offload_->commits().back().step;
     for (const std::uint64_t size : kSizes) {
       training->parameters_.emplace_back(size);
     }
@@ -94,8 +94,8 @@ class CommitTraining {
   /// Returns what is not as in memory; an empty text if nothing.
   std::string wrong() {
     const auto& [states, values] = expected(step_);
-    if (offload_->committed().document !=
-        "after " + std::to_string(offload_->committed().step)) {
+    if (offload_->commits().back().document !=
+        "after " + std::to_string(offload_->commits().back().step)) {
       return "the document is another's";
     }
     if (values != parameters_) return "a value is wrong";

@@ -1,32 +1,21 @@
-// The fuzzer's corpus, run by whatever compiler there is.
+// The fuzzer's corpus, run by whatever compiler there is. The library's verdict
+// on each of these files is in safetensors_test.cpp.
 
 #include <gtest/gtest.h>
 
-#include <cstddef>
-#include <cstdint>
-#include <filesystem>
-#include <fstream>
-#include <iterator>
-#include <string>
-
-extern "C" int fuzz_safetensors(const std::uint8_t* data, std::size_t size);
+#include "support/corpus.h"
 
 namespace torch_ext {
 namespace {
 
 TEST(SafetensorsCorpusTest, EveryFileIsReadOrRefusedInAFewWords) {
-  std::size_t files = 0;
-  for (const auto& entry :
-       std::filesystem::directory_iterator(TORCH_EXT_SAFETENSORS_CORPUS)) {
-    SCOPED_TRACE(entry.path());
-    std::ifstream file(entry.path(), std::ios::binary);
-    const std::string bytes{std::istreambuf_iterator<char>(file), {}};
-    ASSERT_FALSE(file.bad());
-    fuzz_safetensors(reinterpret_cast<const std::uint8_t*>(bytes.data()),
-                     bytes.size());
-    ++files;
+  const auto inputs = test::corpus("safetensors");
+  std::size_t read = 0;
+  for (const auto& [name, data] : inputs) {
+    read += fuzz_safetensors(data.data(), data.size()) ? 1 : 0;
   }
-  EXPECT_GE(files, 60u);
+  EXPECT_GE(inputs.size(), 60u);
+  EXPECT_GE(read, 10u);
 }
 
 }  // namespace

@@ -18,7 +18,8 @@ namespace {
 
 using test::TempDir;
 
-const std::filesystem::path kCorpus = TORCH_EXT_SAFETENSORS_CORPUS;
+const auto kCorpus =
+    std::filesystem::path(TORCH_EXT_FUZZ_CORPUS) / "safetensors";
 
 SafetensorsHeader read(const std::filesystem::path& path) {
   return read_safetensors_header(File::open(path, File::Mode::kRead));
