@@ -19,6 +19,7 @@ ALLOWED = {
     r"liburing": ["csrc/io/"],
     r"nlohmann/": [
         "csrc/config/",
+        "csrc/optim/adamw_commit.cpp",
         "csrc/optim/commit_document.cpp",
         "csrc/swap/safetensors.cpp",
     ],
