@@ -3,6 +3,10 @@
 //
 // state() shows steps and no tensors. What the caller does to it is found out
 // when the next call begins.
+//
+// A commit's document (AdamWCommit) calls parameters by names of Python's, or
+// by "group.index". Both are read by place: the i-th group's j-th parameter is
+// the one whose name stands there in the document.
 #include "torch_ext/tensor/offloaded_adamw.h"
 
 #include <ATen/ops/linalg_vector_norm.h>
@@ -10,11 +14,18 @@
 #include <ATen/ops/stack.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <exception>
+#include <filesystem>
+#include <functional>
+#include <limits>
+#include <numeric>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 #include <type_traits>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 
 #include "../base/mutex.h"
@@ -23,16 +34,143 @@
 #include "gradient_hook.h"
 #include "gradient_prefetch.h"
 #include "plain_modes.h"
+#include "state_checks.h"
+#include "torch_ext/io/file.h"
+#include "torch_ext/optim/adamw_commit.h"
 
 namespace torch_ext {
+namespace {
+
+using torch::optim::OptimizerParamGroup;
+
+AdamWCommit::Numbers numbers_of(const OffloadedAdamWOptions& options) {
+  const auto [beta1, beta2] = options.betas();
+  return {.lr = options.lr(),
+          .beta1 = beta1,
+          .beta2 = beta2,
+          .eps = options.eps(),
+          .weight_decay = options.weight_decay(),
+          .maximize = options.maximize()};
+}
+
+OffloadedAdamWOptions options_of(const AdamWCommit::Numbers& numbers) {
+  return OffloadedAdamWOptions(numbers.lr)
+      .betas({numbers.beta1, numbers.beta2})
+      .eps(numbers.eps)
+      .weight_decay(numbers.weight_decay)
+      .maximize(numbers.maximize);
+}
+
+/// Sets a group's options. Whoever holds a reference to them sees it.
+void set_options(OptimizerParamGroup& group,
+                 const AdamWCommit::Numbers& numbers) {
+  OffloadedAdamWOptions committed = options_of(numbers);
+  if (group.has_options()) {
+    if (auto* own = dynamic_cast<OffloadedAdamWOptions*>(&group.options())) {
+      *own = committed;
+      return;
+    }
+  }
+  group.set_options(
+      std::make_unique<OffloadedAdamWOptions>(std::move(committed)));
+}
+
+/// The name that Python gives to a parameter without one.
+std::string name_of(std::size_t group, std::size_t index) {
+  return std::to_string(group) + "." + std::to_string(index);
+}
+
+/// As Python calls it.
+std::string name_of(c10::ScalarType dtype) {
+  if (dtype == at::kFloat) return "float32";
+  if (dtype == at::kBFloat16) return "bfloat16";
+  if (dtype == at::kHalf) return "float16";
+  return c10::toString(dtype);
+}
+
+AdamWCommit::Kind kind_of(const at::Tensor& tensor) {
+  AdamWCommit::Kind kind{tensor.sizes().vec(), name_of(tensor.scalar_type()),
+                         std::vector<std::int64_t>(tensor.sizes().size())};
+  std::iota(kind.order.begin(), kind.order.end(), 0);
+  std::ranges::stable_sort(kind.order, std::greater(),
+                           [&](std::int64_t d) { return tensor.stride(d); });
+  std::erase_if(kind.order,
+                [&](std::int64_t d) { return tensor.size(d) == 1; });
+  return kind;
+}
+
+/// Returns in what a parameter differs from the one that was committed.
+std::vector<std::string> differences(const AdamWCommit::Kind& there,
+                                     const at::Tensor& parameter) {
+  if (!parameter.defined() || parameter.is_nested() ||
+      parameter.layout() != c10::Layout::Strided) {
+    return {"no plain memory"};
+  }
+  const AdamWCommit::Kind here = kind_of(parameter);
+  std::vector<std::string> found;
+  const auto compare = [&](const char* what, const auto& a, const auto& b) {
+    if (a == b) return;
+    std::ostringstream text;
+    text << what << " " << a << " there and " << b << " here";
+    found.push_back(text.str());
+  };
+  compare("shape", at::IntArrayRef(there.shape), at::IntArrayRef(here.shape));
+  compare("dtype", there.dtype, here.dtype);
+  compare("order", at::IntArrayRef(there.order), at::IntArrayRef(here.order));
+  return found;
+}
+
+/// Takes values that nobody asks for: all elements have the place of one.
+at::Tensor sink_for(const CommittedValue& value) {
+  for (const c10::ScalarType dtype :
+       {at::kByte, at::kShort, at::kInt, at::kLong, at::kComplexDouble}) {
+    if (c10::elementSize(dtype) != value.element_bytes) continue;
+    return at::empty({1}, host_options(dtype))
+        .expand({static_cast<std::int64_t>(value.elements)});
+  }
+  throw std::invalid_argument("OffloadedAdamW: the commit has a value of " +
+                              std::to_string(value.element_bytes) +
+                              " bytes for an element");
+}
+
+/// Returns the last of these commits, or the newest one of `step`.
+const OptimizerOffload::Committed& chosen(
+    const std::vector<OptimizerOffload::Committed>& commits,
+    std::optional<std::uint64_t> step) {
+  if (!step) return commits.back();
+  const auto found =
+      std::find_if(commits.rbegin(), commits.rend(),
+                   [&](const auto& commit) { return commit.step == *step; });
+  if (found != commits.rend()) return *found;
+  std::string there;
+  for (const OptimizerOffload::Committed& commit : commits) {
+    there += (there.empty() ? "" : ", ") + std::to_string(commit.step);
+  }
+  throw std::invalid_argument("OffloadedAdamW: there is no commit of step " +
+                              std::to_string(*step) +
+                              "; the steps of those kept are " + there);
+}
+
+/// The store's first file, for errors.
+std::filesystem::path store_of(const StateOptions& offload) {
+  const auto& directories = offload.nvme_path.all();
+  if (directories.empty()) return {};
+  return directories.front().path / StoreName().of_file(0);
+}
+
+}  // namespace
 
 class OffloadedAdamW::Impl {
   using ShownStates = std::remove_reference_t<
       decltype(std::declval<torch::optim::Optimizer&>().state())>;
 
  public:
-  Impl(OffloadedAdamW& optimizer, const StateOptions& offload)
+  Impl(OffloadedAdamW& optimizer, const StateOptions& offload,
+       std::uint64_t resume)
       : optimizer_(optimizer),
+        store_(store_of(offload)),
+        state_format_(offload.state_format),
+        seed_(offload.seed),
         offload_({.store = {.directory = offload.nvme_path,
                             .aio = offload.aio,
                             .engine = offload.engine,
@@ -40,7 +178,7 @@ class OffloadedAdamW::Impl {
                   .host_memory = offload.host_memory},
                  offload.state_format, offload.seed, offload.update_on,
                  prefetches(offload) ? early_bytes(param_groups()) : 0,
-                 offload.state_dict_mode),
+                 offload.state_dict_mode, resume),
         max_grad_norm_(offload.max_grad_norm),
         takes_(takes(offload)),
         backward_(offload_, takes_) {
@@ -49,11 +187,11 @@ class OffloadedAdamW::Impl {
                                   std::to_string(*max_grad_norm_));
     }
     if (takes_ || (prefetches(offload) && early_bytes(param_groups()) > 0)) {
-      on_gradient_ = std::make_shared<const GradientHook::Function>(
-          [this](const at::Tensor& parameter) { on_gradient(parameter); });
+      on_gradient_ = make_hook();
     }
     add_new_parameters();
     for (const auto& group : param_groups()) hyper_of(group);
+    if (resume == 0) warn_of_a_store();
   }
 
   at::Tensor step(const LossClosure& closure) {
@@ -141,7 +279,126 @@ class OffloadedAdamW::Impl {
     for (const auto& entry : saved) show(entry.parameter);
   }
 
-  OptimizerOffloadStats stats() { return offload_.offload().stats(); }
+  CommitReport commit(std::optional<std::uint64_t> step,
+                      const CommitOptions& options) {
+    constexpr auto kMost =
+        static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
+    if (backward_.is_open()) {
+      throw StateError(
+          "OffloadedAdamW: commit() between backward() and step(), with "
+          "kUpdate: call step() first, which ends the step that backward "
+          "began");
+    }
+    const std::uint64_t number = step.value_or(steps());
+    if (number > kMost) {
+      throw std::invalid_argument(
+          "OffloadedAdamW: step must be from 0 to 2**63 - 1, got " +
+          std::to_string(number));
+    }
+    if (options.keep < 1) {
+      throw std::invalid_argument("OffloadedAdamW: keep must be from 1, got 0");
+    }
+    add_new_parameters();
+    take_over_state();
+    note_state_without_group();
+    std::vector<at::Tensor> values;
+    const std::string document = adamw_commit_text(described(options, values));
+    const CommitReport report =
+        offload_.commit(number, document, values, options.keep);
+    committed_step_ = number;
+    committed_extra_ = options.extra;
+    return report;
+  }
+
+  std::vector<Committed> commits() {
+    std::vector<Committed> all;
+    for (const auto& commit : offload_.offload().commits()) {
+      all.push_back({commit.generation, commit.step, commit.time});
+    }
+    return all;
+  }
+
+  void rollback(std::optional<std::uint64_t> step) {
+    const auto commits = offload_.offload().commits();
+    if (commits.empty()) {
+      throw StateError("OffloadedAdamW: rollback(): nothing was committed yet");
+    }
+    const OptimizerOffload::Committed& commit = chosen(commits, step);
+    const AdamWCommit document =
+        parse_adamw_commit(commit.document, store_.string());
+    for (const auto& [name, entry] : document.parameters) {
+      if (!entry.kind || entry.value) continue;
+      throw std::invalid_argument(
+          "OffloadedAdamW: the commit of step " + std::to_string(commit.step) +
+          " has no parameters (include_parameters=false), so its state would "
+          "meet other ones: load the parameters that belong to it, and "
+          "resume()");
+    }
+    take_commit(commit, document);
+  }
+
+  /// Becomes what was committed. Nothing changes before everything has been
+  /// checked.
+  void take_commit(const OptimizerOffload::Committed& commit,
+                   const AdamWCommit& document) {
+    check_parameters(document);
+    const OptimizerOffload::Contents contents =
+        offload_.offload().contents(commit.generation);
+    std::vector<at::Tensor> values(contents.values.size());
+    std::vector<AdamWOffload::Committed> parameters;
+    for (std::size_t i = 0; i < param_groups().size(); ++i) {
+      check(hyper_of(document.groups[i].options));
+      for (std::size_t j = 0; j < param_groups()[i].params().size(); ++j) {
+        const at::Tensor& parameter = param_groups()[i].params()[j];
+        const auto& entry =
+            document.parameters.at(document.groups[i].parameters[j]);
+        parameters.push_back({{entry.slot, parameter}, entry.first});
+        if (!entry.value) continue;
+        naming(parameter, [&] {
+          torch_ext::check_parameter("OffloadedAdamW", parameter);
+        });
+        if (*entry.value >= values.size()) {
+          damaged("it has more values than the commit");
+        }
+        values[*entry.value] = parameter;
+      }
+    }
+    const std::vector<at::Tensor> written = values;
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      if (!values[i].defined()) values[i] = sink_for(contents.values[i]);
+    }
+    try {
+      offload_.take_commit(commit.generation, parameters, values,
+                           document.next_slot);
+    } catch (...) {
+      if (!offload_.in_step()) backward_.reset();
+      show_all();
+      throw;
+    }
+    backward_.reset();
+    for (const at::Tensor& parameter : written) {
+      if (!parameter.defined() || parameter.is_inference()) continue;
+      parameter.unsafeGetTensorImpl()->bump_version();
+    }
+    give_places(parameters);
+    for (std::size_t i = 0; i < param_groups().size(); ++i) {
+      set_options(param_groups()[i], document.groups[i].options);
+    }
+    static_cast<OffloadedAdamWOptions&>(optimizer_.defaults()) =
+        options_of(document.defaults);
+    for (const std::string& note : document.notes) offload_.note(note);
+    steps_before_ = commit.step - stats().steps;
+    committed_step_ = commit.step;
+    committed_extra_ = document.extra;
+  }
+
+  std::optional<std::uint64_t> committed_step() const {
+    return committed_step_;
+  }
+  const std::string& committed_extra() const { return committed_extra_; }
+  void note(const std::string& text) { offload_.note(text); }
+
+  OptimizerOffloadStats stats() const { return offload_.offload().stats(); }
   /// What the host memory is used for, also before the first step.
   OptimizerPlan plan() {
     add_new_parameters();
@@ -184,10 +441,183 @@ class OffloadedAdamW::Impl {
         places_.emplace(key, Place{added(parameter),
                                    c10::weak_intrusive_ptr<c10::TensorImpl>(
                                        parameter.getIntrusivePtr())});
-        if (on_gradient_ != nullptr && parameter.is_leaf() &&
-            parameter.requires_grad()) {
-          GradientHook::add(parameter, on_gradient_);
+        watch(parameter);
+      }
+    }
+  }
+
+  std::shared_ptr<const GradientHook::Function> make_hook() {
+    return std::make_shared<const GradientHook::Function>(
+        [this](const at::Tensor& parameter) { on_gradient(parameter); });
+  }
+
+  void watch(const at::Tensor& parameter) const {
+    if (on_gradient_ != nullptr && parameter.is_leaf() &&
+        parameter.requires_grad()) {
+      GradientHook::add(parameter, on_gradient_);
+    }
+  }
+
+  // Commits --------------------------------------------------------------
+
+  /// How many steps there have been, in this process and before.
+  std::uint64_t steps() const { return steps_before_ + stats().steps; }
+
+  void warn_of_a_store() {
+    // libtorch.so has functions of std::filesystem of its own, not all good.
+    if (!File::identify(store_)) return;
+    offload_.note(store_.string() +
+                  " was committed by another run. resume() goes on from it; "
+                  "this optimizer cannot commit as long as it is there");
+  }
+
+  void note_state_without_group() {
+    std::unordered_set<std::size_t> in_groups;
+    for (const auto& entry : entries()) in_groups.insert(entry.slot);
+    const bool any = std::ranges::any_of(places_, [&](const auto& known) {
+      const std::size_t slot = known.second.slot;
+      return offload_.has_state(slot) && !in_groups.contains(slot);
+    });
+    if (!any) return;
+    offload_.note(
+        "commit() leaves out the state of parameters that are in no group: "
+        "nothing could load it. Erase it from state() if they are gone");
+  }
+
+  /// Returns what a commit says besides the state. Adds the parameters that it
+  /// keeps to `values`.
+  AdamWCommit described(const CommitOptions& options,
+                        std::vector<at::Tensor>& values) const {
+    AdamWCommit said{
+        .state_format = state_format_,
+        .seed = seed_,
+        .next_slot = offload_.next_slot(),
+        .defaults = numbers_of(
+            static_cast<const OffloadedAdamWOptions&>(optimizer_.defaults())),
+        .extra = options.extra};
+    std::unordered_set<std::size_t> slots;
+    for (std::size_t i = 0; i < param_groups().size(); ++i) {
+      hyper_of(param_groups()[i]);  // What resume() would refuse is no commit.
+      AdamWCommit::Group& group = said.groups.emplace_back();
+      group.options = numbers_of(static_cast<const OffloadedAdamWOptions&>(
+          param_groups()[i].options()));
+      for (const at::Tensor& parameter : param_groups()[i].params()) {
+        const AdamWOffload::Parameter entry = entry_of(parameter);
+        if (!slots.insert(entry.slot).second) {
+          throw std::invalid_argument(
+              label_of(parameter) +
+              " is in the groups twice: a commit has each parameter once");
         }
+        group.parameters.push_back(name_of(i, group.parameters.size()));
+        AdamWCommit::Parameter& kept = said.parameters[group.parameters.back()];
+        kept.slot = entry.slot;
+        if (!is_kept(entry)) continue;  // Frozen ones are the caller's.
+        naming(parameter, [&] { offload_.check(entry); });
+        kept.kind = kind_of(parameter);
+        if (!options.include_parameters) continue;
+        kept.value = values.size();
+        values.push_back(parameter);
+      }
+    }
+    return said;
+  }
+
+  bool is_kept(const AdamWOffload::Parameter& parameter) const {
+    return parameter.tensor.requires_grad() ||
+           offload_.has_state(parameter.slot);
+  }
+
+  /// Throws the first ten parameters that differ from the commit's.
+  void check_parameters(const AdamWCommit& document) const {
+    std::vector<std::string> wrong;
+    std::unordered_set<const void*> seen;
+    const std::vector<OptimizerParamGroup>& here = param_groups();
+    for (std::size_t i = 0; i < std::max(here.size(), document.groups.size());
+         ++i) {
+      const std::size_t there =
+          i < document.groups.size() ? document.groups[i].parameters.size() : 0;
+      const std::size_t given = i < here.size() ? here[i].params().size() : 0;
+      for (std::size_t j = 0; j < std::max(there, given); ++j) {
+        std::string label =
+            "parameter " + std::to_string(j) + " of group " + std::to_string(i);
+        if (j >= there) {
+          wrong.push_back(label + " is not in the commit");
+          continue;
+        }
+        const std::string& name = document.groups[i].parameters[j];
+        if (name != name_of(i, j)) label += " ('" + name + "')";
+        if (j >= given) {
+          wrong.push_back(label + " is missing");
+          continue;
+        }
+        const at::Tensor& parameter = here[i].params()[j];
+        const AdamWCommit::Parameter& entry = document.parameters.at(name);
+        if (!seen.insert(parameter.unsafeGetTensorImpl()).second) {
+          wrong.push_back(label + " is in the groups twice");
+        }
+        if (entry.first != 0) {
+          wrong.push_back(label + " is a part of one in the commit");
+        }
+        if (!entry.kind) continue;  // A frozen one may differ.
+        for (const std::string& what : differences(*entry.kind, parameter)) {
+          wrong.push_back(label + " has " + what);
+        }
+      }
+    }
+    if (wrong.empty() && here.size() != document.groups.size()) {
+      wrong.push_back("there are " + std::to_string(here.size()) +
+                      " groups, and the commit has " +
+                      std::to_string(document.groups.size()));
+    }
+    if (wrong.empty()) return;
+    std::string text =
+        "OffloadedAdamW: the parameters are not those of the commit: ";
+    for (std::size_t i = 0; i < std::min<std::size_t>(wrong.size(), 10); ++i) {
+      text += (i == 0 ? "" : "; ") + wrong[i];
+    }
+    if (wrong.size() > 10) {
+      text += ", and " + std::to_string(wrong.size() - 10) + " more";
+    }
+    throw std::invalid_argument(text);
+  }
+
+  [[noreturn]] void damaged(const std::string& what) const {
+    throw IoError({.op = "read commit",
+                   .path = store_.string(),
+                   .error = EIO,
+                   .detail = "the commit's document is damaged: " + what});
+  }
+
+  /// Gives these parameters, and no others, the slots that they have now.
+  void give_places(const std::vector<AdamWOffload::Committed>& parameters) {
+    auto before = std::exchange(places_, {});
+    std::vector<at::Tensor> joined;
+    for (const auto& [parameter, first] : parameters) {
+      const at::Tensor& tensor = parameter.tensor;
+      const void* key = tensor.unsafeGetTensorImpl();
+      if (before.erase(key) == 0) joined.push_back(tensor);
+      places_.emplace(
+          key, Place{parameter.slot, c10::weak_intrusive_ptr<c10::TensorImpl>(
+                                         tensor.getIntrusivePtr())});
+    }
+    if (!before.empty() && on_gradient_ != nullptr) {
+      // One that has gone may come back, and must not have two hooks then.
+      on_gradient_ = make_hook();
+      joined.clear();
+      for (const auto& each : parameters) {
+        joined.push_back(each.parameter.tensor);
+      }
+    }
+    for (const at::Tensor& parameter : joined) watch(parameter);
+    show_all();
+  }
+
+  void show_all() {
+    shown_states().clear();
+    for (const auto& [key, place] : places_) {
+      const auto tensor = place.tensor.lock();
+      if (tensor && offload_.has_state(place.slot)) {
+        show({place.slot, at::Tensor(tensor)});
       }
     }
   }
@@ -496,24 +926,32 @@ class OffloadedAdamW::Impl {
           "OffloadedAdamW: a parameter group's options are not "
           "OffloadedAdamWOptions");
     }
-    const OffloadedAdamWOptions& options = *given;
-    const auto [beta1, beta2] = options.betas();
-    const auto check = [](bool good, const char* name, double value) {
+    AdamWHyper hyper = hyper_of(numbers_of(*given));
+    check(hyper);
+    return hyper;
+  }
+
+  static AdamWHyper hyper_of(const AdamWCommit::Numbers& numbers) {
+    return {.lr = numbers.lr,
+            .beta1 = numbers.beta1,
+            .beta2 = numbers.beta2,
+            .eps = numbers.eps,
+            .weight_decay = numbers.weight_decay,
+            .maximize = numbers.maximize};
+  }
+
+  static void check(const AdamWHyper& hyper) {
+    const auto check_one = [](bool good, const char* name, double value) {
       if (good) return;
       throw std::invalid_argument(std::string("OffloadedAdamW: ") + name +
                                   " is " + std::to_string(value));
     };
-    check(options.lr() >= 0, "lr", options.lr());
-    check(options.eps() >= 0, "eps", options.eps());
-    check(options.weight_decay() >= 0, "weight_decay", options.weight_decay());
-    check(beta1 >= 0 && beta1 < 1, "beta1", beta1);
-    check(beta2 >= 0 && beta2 < 1, "beta2", beta2);
-    return {.lr = options.lr(),
-            .beta1 = beta1,
-            .beta2 = beta2,
-            .eps = options.eps(),
-            .weight_decay = options.weight_decay(),
-            .maximize = options.maximize()};
+    const auto& [lr, beta1, beta2, eps, weight_decay, maximize] = hyper;
+    check_one(lr >= 0, "lr", lr);
+    check_one(eps >= 0, "eps", eps);
+    check_one(weight_decay >= 0, "weight_decay", weight_decay);
+    check_one(beta1 >= 0 && beta1 < 1, "beta1", beta1);
+    check_one(beta2 >= 0 && beta2 < 1, "beta2", beta2);
   }
 
   static std::optional<AdamWHyper> hyper_or_none(
@@ -526,6 +964,9 @@ class OffloadedAdamW::Impl {
   }
 
   OffloadedAdamW& optimizer_;
+  const std::filesystem::path store_;  // Its first file, if it has a name.
+  const StateFormat state_format_;
+  const std::uint64_t seed_;
   AdamWOffload offload_;
   std::unordered_map<const void*, Place> places_;
   const std::optional<double> max_grad_norm_;
@@ -536,6 +977,10 @@ class OffloadedAdamW::Impl {
   Mutex gradients_mutex_;  // For the hooks.
   at::Tensor grad_norm_;
   std::size_t accumulating_ = 0;
+  // Steps before the first of this object; below 0 after a rollback.
+  std::uint64_t steps_before_ = 0;
+  std::optional<std::uint64_t> committed_step_;
+  std::string committed_extra_;
 };
 
 namespace {
@@ -545,17 +990,23 @@ constexpr const char* kNoArchive =
 
 }  // namespace
 
-OffloadedAdamW::OffloadedAdamW(
-    const std::vector<torch::optim::OptimizerParamGroup>& groups,
-    OffloadedAdamWOptions defaults, const StateOptions& offload)
+OffloadedAdamW::OffloadedAdamW(const std::vector<OptimizerParamGroup>& groups,
+                               OffloadedAdamWOptions defaults,
+                               const StateOptions& offload,
+                               std::uint64_t resume)
     : Optimizer(groups,
                 std::make_unique<OffloadedAdamWOptions>(std::move(defaults))),
-      impl_(std::make_unique<Impl>(*this, offload)) {}
+      impl_(std::make_unique<Impl>(*this, offload, resume)) {}
+
+OffloadedAdamW::OffloadedAdamW(const std::vector<OptimizerParamGroup>& groups,
+                               OffloadedAdamWOptions defaults,
+                               const StateOptions& offload)
+    : OffloadedAdamW(groups, std::move(defaults), offload, /*resume=*/0) {}
 
 OffloadedAdamW::OffloadedAdamW(std::vector<at::Tensor> parameters,
                                OffloadedAdamWOptions defaults,
                                const StateOptions& offload)
-    : OffloadedAdamW({torch::optim::OptimizerParamGroup(std::move(parameters))},
+    : OffloadedAdamW({OptimizerParamGroup(std::move(parameters))},
                      std::move(defaults), offload) {}
 
 OffloadedAdamW::~OffloadedAdamW() = default;
@@ -584,6 +1035,79 @@ std::vector<OffloadedAdamW::ParameterState> OffloadedAdamW::state_dict() {
 void OffloadedAdamW::load_state_dict(
     const std::vector<ParameterState>& states) {
   impl_->load_state_dict(states);
+}
+
+CommitReport OffloadedAdamW::commit(std::optional<std::uint64_t> step,
+                                    const CommitOptions& options) {
+  return impl_->commit(step, options);
+}
+
+std::unique_ptr<OffloadedAdamW> OffloadedAdamW::resume(
+    std::vector<OptimizerParamGroup> groups, const StateOptions& offload,
+    std::optional<std::uint64_t> step) {
+  const StateOptions defaults;
+  const auto refuse = [](bool given, const char* name) {
+    if (!given) return;
+    throw std::invalid_argument(std::string("OffloadedAdamW: resume() takes no "
+                                            "StateOptions::") +
+                                name + ": the commit has it");
+  };
+  refuse(offload.state_format != defaults.state_format, "state_format");
+  refuse(offload.seed != defaults.seed, "seed");
+  const std::vector<OptimizerOffload::Committed> commits =
+      OptimizerOffload::find_commits({.store = {.directory = offload.nvme_path,
+                                                .aio = offload.aio,
+                                                .engine = offload.engine}});
+  const OptimizerOffload::Committed& commit = chosen(commits, step);
+  const AdamWCommit document =
+      parse_adamw_commit(commit.document, store_of(offload).string());
+  StateOptions with = offload;
+  with.state_format = document.state_format;
+  with.seed = document.seed;
+  bool others = false;
+  for (std::size_t i = 0; i < groups.size(); ++i) {
+    const bool there = i < document.groups.size();
+    const AdamWCommit::Numbers& numbers =
+        there ? document.groups[i].options : document.defaults;
+    if (groups[i].has_options()) {
+      const auto* given =
+          dynamic_cast<const OffloadedAdamWOptions*>(&groups[i].options());
+      others = others || given == nullptr || numbers_of(*given) != numbers;
+    }
+    set_options(groups[i], numbers);
+  }
+  std::unique_ptr<OffloadedAdamW> optimizer(new OffloadedAdamW(
+      groups, options_of(document.defaults), with, commit.generation));
+  optimizer->impl_->take_commit(commit, document);
+  if (others) {
+    optimizer->impl_->note(
+        "the options of the groups are the commit's, not those that resume() "
+        "was given");
+  }
+  return optimizer;
+}
+
+std::unique_ptr<OffloadedAdamW> OffloadedAdamW::resume(
+    std::vector<at::Tensor> parameters, const StateOptions& offload,
+    std::optional<std::uint64_t> step) {
+  return resume(std::vector{OptimizerParamGroup(std::move(parameters))},
+                offload, step);
+}
+
+void OffloadedAdamW::rollback(std::optional<std::uint64_t> step) {
+  impl_->rollback(step);
+}
+
+std::vector<OffloadedAdamW::Committed> OffloadedAdamW::commits() {
+  return impl_->commits();
+}
+
+std::optional<std::uint64_t> OffloadedAdamW::committed_step() const {
+  return impl_->committed_step();
+}
+
+const std::string& OffloadedAdamW::committed_extra() const {
+  return impl_->committed_extra();
 }
 
 void OffloadedAdamW::save(torch::serialize::OutputArchive&) const {

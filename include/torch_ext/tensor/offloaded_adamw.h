@@ -92,6 +92,16 @@ struct StateOptions {
 /// The former name, for one release.
 using OffloadOptions = StateOptions;
 
+/// What a commit keeps besides the state.
+struct CommitOptions {
+  /// A 16-bit parameter and what the state has of its master are one number:
+  /// without the parameters, resume() must find them as they are now.
+  bool include_parameters = true;
+  /// Any bytes, such as the state of a scheduler. Python reads them as bytes.
+  std::string extra = {};
+  std::size_t keep = 1;  ///< So many of the newest commits stay; at least 1.
+};
+
 /// What OffloadedAdamW shows in state(): steps, and no tensors. Erasing an
 /// entry starts the parameter's state anew. A step that is set counts from the
 /// next step on.
@@ -110,6 +120,11 @@ struct OffloadedAdamWParamState
 /// throw. state_dict() and load_state_dict() take their place. State belongs to
 /// its parameter for as long as that lives, also while the parameter is in no
 /// group.
+///
+/// commit() makes the state durable where it lies, and resume() goes on from it
+/// in another process. Python resumes what C++ has committed, and the other way
+/// round. In C++ a parameter is known by its place: its group, and its index
+/// there. docs/checkpoints.md says what a commit promises.
 /// Threads: one call at a time. Forked children: StateError.
 class OffloadedAdamW : public torch::optim::Optimizer {
  public:
@@ -168,6 +183,64 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   /// changed; IoError.
   void load_state_dict(const std::vector<ParameterState>& states);
 
+  /// Makes the state durable as it is now, and the parameters with it. A crash
+  /// at any time leaves this commit, or a later one, for resume(). The first
+  /// commit gives the files in nvme_path names, and takes space for a second
+  /// copy of state and parameters. `step` is the caller's number, up to 2^63 -
+  /// 1. None: how many steps there were, counted on from the commit that was
+  /// resumed or rolled back to.
+  /// Errors: IoError: ENOSPC before anything is written, EEXIST if another
+  /// run's store is there. std::invalid_argument for `step`, `keep`, options,
+  /// and for a parameter that is in the groups twice. StateError between
+  /// backward() and step() with kUpdate, after a failed step, and without
+  /// `verify`. The commit before is as it was, and steps may go on, unless the
+  /// error says otherwise.
+  CommitReport commit(std::optional<std::uint64_t> step = {},
+                      const CommitOptions& options = {});
+
+  /// Makes the optimizer that was committed in nvme_path, as it was then.
+  /// `groups` have the parameters in the places that they had. Their values are
+  /// written in place, and the options of the groups are the commit's. So are
+  /// state_format and seed, which `offload` leaves at their defaults. `step`
+  /// takes the newest commit of that number; none takes the last commit. What
+  /// Python has committed and C++ cannot keep is said in notes().
+  /// Errors: IoError: ENOENT if nothing was committed there, EAGAIN if another
+  /// process uses the store, EIO for damage. std::invalid_argument if the
+  /// parameters are others, of which ten are listed, or if there is no commit
+  /// of `step`. Those of the constructors. Some parameters may be the commit's
+  /// after an IoError.
+  static std::unique_ptr<OffloadedAdamW> resume(
+      std::vector<torch::optim::OptimizerParamGroup> groups,
+      const StateOptions& offload, std::optional<std::uint64_t> step = {});
+  static std::unique_ptr<OffloadedAdamW> resume(
+      std::vector<at::Tensor> parameters, const StateOptions& offload,
+      std::optional<std::uint64_t> step = {});
+
+  /// Goes back to a commit that is kept: state, parameters, and the groups'
+  /// options. `step` is as for resume(). It works after a failed step too, and
+  /// between backward() and step(). Gradients stay: call zero_grad(). Later
+  /// commits stay on the drive, until newer ones take their places.
+  /// Errors: StateError if nothing was committed. std::invalid_argument if
+  /// there is no commit of `step`, if it has no parameters, or if the groups
+  /// have others than it. Nothing has changed then. After an IoError parameters
+  /// may be half read, and each later call throws it until rollback() or
+  /// load_state_dict() has succeeded.
+  void rollback(std::optional<std::uint64_t> step = {});
+
+  /// A commit that is kept on the drive.
+  struct Committed {
+    std::uint64_t generation = 0;  ///< Counted from 1.
+    std::uint64_t step = 0;        ///< The caller's.
+    std::int64_t time = 0;         ///< Seconds since 1970.
+  };
+  /// All of them, oldest first. Errors: IoError (EIO) for a damaged one.
+  std::vector<Committed> commits();
+
+  /// The number of the commit that was made, resumed or rolled back to last.
+  std::optional<std::uint64_t> committed_step() const;
+  /// What was kept with it: CommitOptions::extra, or Python's bytes or str.
+  const std::string& committed_extra() const;
+
   /// Always throw StateError: there is no archive format.
   void save(torch::serialize::OutputArchive&) const override;
   void load(torch::serialize::InputArchive&) override;
@@ -182,6 +255,10 @@ class OffloadedAdamW : public torch::optim::Optimizer {
 
  private:
   class Impl;
+  /// `resume`: the generation that the store goes on from; 0: a new store.
+  OffloadedAdamW(const std::vector<torch::optim::OptimizerParamGroup>& groups,
+                 OffloadedAdamWOptions defaults, const StateOptions& offload,
+                 std::uint64_t resume);
   std::unique_ptr<Impl> impl_;
 };
 
