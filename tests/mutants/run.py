@@ -4,7 +4,7 @@ A patch begins with comment lines:
 
     # test: SwapperTest.*                 a GoogleTest filter, or
     # test: tests/python/test_x.py::test_y   a pytest node
-    # build: core                         core (default for GoogleTest) or python
+    # build: core                         core (default for GoogleTest), tensor or python
     # why: what goes wrong without the code that it removes
 
 Each is applied to a copy of the tree and built there. The test named must then fail. It must
@@ -92,7 +92,7 @@ class Copy:
         return done.returncode == 0
 
     def make(self, mutant: Mutant) -> bool:
-        targets = ["torch_ext_core_tests"]
+        targets = [f"torch_ext_{mutant.build}_tests"]
         if mutant.build == "python":
             targets = ["torch_ext_python", "torch_ext_sim"]
         done = self.run(
@@ -120,7 +120,7 @@ class Copy:
             ]
         else:
             command = [
-                self.build / "tests/torch_ext_core_tests",
+                self.build / f"tests/torch_ext_{mutant.build}_tests",
                 f"--gtest_filter={mutant.test}",
             ]
         return self.run(*command, timeout=TEST_TIMEOUT)

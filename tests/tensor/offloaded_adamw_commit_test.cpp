@@ -640,13 +640,19 @@ TEST_F(OffloadedAdamWCommitTest, OptionsComeBackWhereTheyWere) {
 }
 
 TEST_F(OffloadedAdamWCommitTest, AGraphSeesThatParametersHaveChanged) {
-  const Tensors parameters = make_parameters();
+  // The second is written element by element, past PyTorch's operators.
+  const Tensors parameters = {
+      at::ones({20, 30}).requires_grad_(true),
+      at::ones({20, 30}).t().requires_grad_(true),
+  };
   const auto optimizer = make(parameters);
   optimizer->commit();
-  const at::Tensor loss = parameters[0].square().sum();
-  optimizer->rollback();
-  EXPECT_TRUE(has(text_of<c10::Error>([&] { loss.backward(); }),
-                  "modified by an inplace operation"));
+  for (const at::Tensor& parameter : parameters) {
+    const at::Tensor loss = parameter.square().sum();
+    optimizer->rollback();
+    EXPECT_TRUE(has(text_of<c10::Error>([&] { loss.backward(); }),
+                    "modified by an inplace operation"));
+  }
 }
 
 TEST_F(OffloadedAdamWCommitTest, OtherLayoutsInMemoryComeBack) {
