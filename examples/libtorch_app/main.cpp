@@ -1,5 +1,8 @@
-// Swaps tensors to a drive and back, and trains a small model with AdamW's
-// state on the drive: libtorch_app DIR
+// libtorch_app DIR: swaps tensors to a drive and back, and trains a small model
+// with AdamW's state on the drive.
+//
+// libtorch_app --resume DIR: makes ten steps and commits them. The next call
+// goes on from there.
 
 #include <ATen/Context.h>
 #include <ATen/Functions.h>
@@ -7,9 +10,11 @@
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <cerrno>
 #include <cstdint>
 #include <cstdio>
 #include <exception>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -115,14 +120,48 @@ void train(const std::string& directory) {
               static_cast<unsigned long long>(stats.host_bytes_peak));
 }
 
+void go_on(const std::string& directory) {
+  constexpr std::uint64_t kSteps = 10;
+  const std::vector<at::Tensor> parameters = make_parameters();
+  const at::Tensor x = at::randn({32, 64});
+  const torch_ext::StateOptions offload{.nvme_path = directory,
+                                        .host_memory = 1 << 20};
+  std::unique_ptr<torch_ext::OffloadedAdamW> optimizer;
+  try {
+    optimizer = torch_ext::OffloadedAdamW::resume(parameters, offload);
+  } catch (const torch_ext::IoError& error) {
+    if (error.error() != ENOENT) throw;
+    optimizer = std::make_unique<torch_ext::OffloadedAdamW>(
+        parameters, torch_ext::OffloadedAdamWOptions(1e-2), offload);
+  }
+  const std::uint64_t first = optimizer->committed_step().value_or(0);
+  double last = 0;
+  for (std::uint64_t step = first; step < first + kSteps; ++step) {
+    optimizer->zero_grad();
+    const at::Tensor loss = loss_of(parameters, x);
+    loss.backward();
+    optimizer->step();
+    last = loss.item<double>();
+  }
+  optimizer->commit(first + kSteps);
+  std::printf("steps %llu to %llu, loss %.6f\n",
+              static_cast<unsigned long long>(first + 1),
+              static_cast<unsigned long long>(first + kSteps), last);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 2) {
-    std::fprintf(stderr, "usage: libtorch_app DIR\n");
+  const bool resumes = argc == 3 && std::string(argv[1]) == "--resume";
+  if (argc != 2 && !resumes) {
+    std::fprintf(stderr, "usage: libtorch_app [--resume] DIR\n");
     return 2;
   }
   try {
+    if (resumes) {
+      go_on(argv[2]);
+      return 0;
+    }
     swap_tensors(argv[1]);
     train(argv[1]);
   } catch (const std::exception& error) {
