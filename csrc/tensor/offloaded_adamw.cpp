@@ -178,7 +178,7 @@ class OffloadedAdamW::Impl {
                   .host_memory = offload.host_memory},
                  offload.state_format, offload.seed, offload.update_on,
                  prefetches(offload) ? early_bytes(param_groups()) : 0,
-                 offload.state_dict_mode, resume),
+                 offload.state_dict_mode, CommitChoice{.generation = resume}),
         max_grad_norm_(offload.max_grad_norm),
         takes_(takes(offload)),
         backward_(offload_, takes_) {
@@ -1057,7 +1057,8 @@ std::unique_ptr<OffloadedAdamW> OffloadedAdamW::resume(
   const std::vector<OptimizerOffload::Committed> commits =
       OptimizerOffload::find_commits({.store = {.directory = offload.nvme_path,
                                                 .aio = offload.aio,
-                                                .engine = offload.engine}});
+                                                .engine = offload.engine}})
+          .front();
   const OptimizerOffload::Committed& commit = chosen(commits, step);
   const AdamWCommit document =
       parse_adamw_commit(commit.document, store_of(offload).string());
