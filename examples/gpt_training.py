@@ -1,8 +1,9 @@
 """One training run of a small GPT on Python source text, in a process of its own.
 
-`train_gpt.py` starts this file twice, so that each run has a peak of memory of its own. The job
+`train_gpt.py` starts this file for each run, which so has a peak of memory of its own. The job
 comes as JSON in the only argument. Each line of output is one JSON object: "started", a "step"
-for every step, then "result" or "error".
+for every step, then "result" or "error". A run that commits also says "goes on" with the step
+after which it begins, and "commit" for each commit.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import sysconfig
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +38,7 @@ SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "encodings
 
 @dataclass
 class Job:
-    """What a run does. Only ``offloaded`` differs between the two."""
+    """What a run does. The first two differ in ``offloaded`` only."""
 
     offloaded: bool
     nvme_path: str
@@ -50,6 +53,9 @@ class Job:
     lr: float
     seed: int
     overlap_backward: str = ""  # "update": nothing is clipped, in neither run.
+    commit_every: int = 0  # Steps; 0: nothing outlives the process.
+    last_step: int = 0  # The run ends after it; 0: after all.
+    killed_in: int = 0  # The step in the midst of which the process is killed.
 
 
 def read_text() -> tuple[bytes, dict[str, Any]]:
@@ -172,20 +178,41 @@ class Batches:
 
 
 def make_optimizer(model: nn.Module, job: Job) -> torch.optim.Optimizer:
-    """Makes an AdamW with weight decay for the matrices only. State is where the job says."""
+    """Makes an AdamW with weight decay for the matrices only. State is where the job says.
+
+    If a killed run has committed, this goes on from there.
+    """
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim != 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     arguments = {"lr": job.lr, "betas": (0.9, 0.95), "weight_decay": 0.1}
     if not job.offloaded:
         return torch.optim.AdamW(groups, **arguments, fused=True)
-    return OffloadedAdamW(
-        groups,
-        **arguments,
-        nvme_path=job.nvme_path,
-        host_memory=job.host_memory,
-        overlap_backward=job.overlap_backward or False,
-    )
+    of_run = {
+        "host_memory": job.host_memory,
+        "overlap_backward": job.overlap_backward or False,
+    }
+    if job.commit_every:
+        try:
+            return OffloadedAdamW.resume(job.nvme_path, groups, **of_run)
+        except FileNotFoundError:
+            pass  # Nothing was committed yet.
+    return OffloadedAdamW(groups, **arguments, nvme_path=job.nvme_path, **of_run)
+
+
+def resume(
+    optimizer: OffloadedAdamW,
+    scheduler: torch.optim.lr_scheduler.LambdaLR,
+    batches: Batches,
+) -> int:
+    """Brings what else decides a step to where the commit was made. Returns its step."""
+    if optimizer.committed_step is None:
+        return 0
+    scheduler.load_state_dict(optimizer.committed_extra["scheduler"])
+    for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+        group["lr"] = lr
+    batches.generator.set_state(optimizer.committed_extra["batches"])
+    return optimizer.committed_step
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -262,6 +289,13 @@ class Recorder:
         )
 
 
+def kill_soon(recorder: Recorder) -> None:
+    """Kills this process when about half of an optimizer's step has passed."""
+    last = recorder.steps[-1] if recorder.steps else {"optimizer_start": 0.0, "end": 0.0}
+    half = (last["end"] - last["optimizer_start"]) / 2
+    threading.Timer(half, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
 def train(job: Job) -> dict[str, Any]:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # It is slow.
@@ -285,9 +319,13 @@ def train(job: Job) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     tell("started", parameters_count=parameters, text=source)
 
+    first = 0
+    if job.commit_every:
+        first = resume(optimizer, scheduler, batches)
+        tell("goes on", after=first)
     memory_before = memory("VmRSS")
     begin = time.perf_counter()
-    for _ in range(job.steps):
+    for number in range(first + 1, (job.last_step or job.steps) + 1):
         start = time.perf_counter()
         optimizer.zero_grad()
         loss = loss_of(model, batches.next())
@@ -299,7 +337,11 @@ def train(job: Job) -> dict[str, Any]:
             recorder.add_lanes(optimizer)
         synchronize(job.device)
         middle = time.perf_counter()
+        if number == job.killed_in:
+            kill_soon(recorder)
         optimizer.step()
+        if number == job.killed_in:
+            signal.pause()  # It was a short one. The kill comes.
         synchronize(job.device)
         end = time.perf_counter()
         scheduler.step()
@@ -313,6 +355,13 @@ def train(job: Job) -> dict[str, Any]:
         recorder.gradient = None
         recorder.steps.append(step)
         tell("step", loss=step["loss"])
+        if job.commit_every and number % job.commit_every == 0:
+            kept = {
+                "scheduler": scheduler.state_dict(),
+                "batches": batches.generator.get_state(),
+            }
+            done = optimizer.commit(number, extra=kept)
+            tell("commit", step=number, seconds=done.seconds, bytes=done.bytes_written)
     peak = memory("VmHWM")
 
     with torch.no_grad():

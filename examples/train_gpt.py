@@ -2,10 +2,11 @@
 
 Both runs have the same seed, text and hyper-parameters. Each has a process of its own. A table
 and a picture stand at the end. They say whether both gave the same losses and parameters, bit
-for bit.
+for bit. Then the first steps are made again, with commits. The process is killed in the midst
+of a step, and another one goes on from the last commit.
 
-Exit status: 0 if they did, 1 if they did not or if a run failed, 2 for wrong input. On another
-device than the CPU, equal bits are not promised, and nearly equal losses are enough.
+Exit status: 0 if all gave the same, 1 if they did not or if a run failed, 2 for wrong input. On
+another device than the CPU, equal bits are not promised, and nearly equal losses are enough.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,8 @@ HERE = Path(__file__).resolve().parent
 OUTPUT = HERE.parent / "demo-out"
 IN_RAM = {"tmpfs", "ramfs"}
 NAMES = {False: "AdamW in memory", True: "OffloadedAdamW"}
+#: How many steps the run that is killed makes, if there are as many.
+KILLED_STEPS = 12
 
 Run = dict[str, Any]
 
@@ -68,7 +72,8 @@ def make_parser() -> Parser:
         description="Trains a small GPT on the source text of Python's standard library, "
         "twice with the same seed: with torch.optim.AdamW(fused=True), and with "
         "torch_ext.OffloadedAdamW, whose state is on NVMe. Compares the two bit for bit.",
-        epilog="Exit status: 0 if losses and parameters are equal to the bit (on another "
+        epilog="A third run is killed in the midst of a step, and goes on from its last "
+        "commit. Exit status: 0 if losses and parameters are equal to the bit (on another "
         "device than the CPU: nearly), 1 if they are not or a run failed, 2 for wrong input.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -302,6 +307,49 @@ def run(job: dict[str, Any], offloaded: bool, progress: Progress) -> Run:
     return result
 
 
+def run_killed(job: dict[str, Any]) -> Run:
+    """Makes the first steps with commits, is killed in the midst of one, and goes on.
+
+    Returns the losses, by step, and what happened.
+    """
+    last = min(job["steps"], KILLED_STEPS)
+    every = max(last // 4, 1)
+    killed_in = min(2 * every + 1 + every // 2, last)
+    found: Run = {"steps": last, "killed_in": killed_in, "losses": {}, "commits": []}
+    with tempfile.TemporaryDirectory(prefix="train_gpt.", dir=job["nvme_path"]) as directory:
+        more = {"nvme_path": directory, "commit_every": every, "last_step": last}
+        run_until_the_end(job | more | {"killed_in": killed_in}, found)
+        run_until_the_end(job | more, found)
+    return found
+
+
+def run_until_the_end(job: dict[str, Any], found: Run) -> None:
+    """Runs a process that commits, and adds what it says until it ends or is killed."""
+    command = [sys.executable, str(HERE / "gpt_training.py")]
+    command.append(json.dumps(job | {"offloaded": True}))
+    number = 0
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        for line in process.stdout:
+            message = json.loads(line)
+            event = message.pop("event")
+            if event == "goes on":
+                found["resumed_after"] = number = message["after"]
+            elif event == "step":
+                number += 1
+                found["losses"].setdefault(number, []).append(message["loss"])
+            elif event == "commit":
+                found["commits"].append(message)
+            elif event == "error":
+                raise RunError(f"the killed run: {message['kind']}: {message['text']}")
+        if process.wait() != (-signal.SIGKILL if "killed_in" in job else 0):
+            errors.seek(0)
+            last = errors.read().decode(errors="replace").strip().splitlines()[-1:]
+            raise RunError(f"the killed run ended with {process.returncode}: {' '.join(last)}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(arguments)
@@ -319,13 +367,17 @@ def main(arguments: list[str] | None = None) -> int:
     begin = time.monotonic()
     try:
         runs = [run(job, offloaded, progress) for offloaded in (False, True)]
+        seconds = time.monotonic() - begin
+        print("once more with commits, and a kill", flush=True)
+        killed = run_killed(job)
     except RunError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
 
     import gpt_report
 
-    figures = gpt_report.summarize(job, runs, place, time.monotonic() - begin)
+    figures = gpt_report.summarize(job, runs, place, seconds)
+    figures["killed"] = gpt_report.summarize_killed(killed, runs[1])
     json_path = options.output / "train_gpt.json"
     json_path.write_text(json.dumps(figures, indent=1))
     print()

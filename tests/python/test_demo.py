@@ -52,6 +52,10 @@ def test_demo_trains_twice_and_compares(nvme_dir, overlap):
     assert figures["job"]["overlap_backward"] == overlap.replace("off", "")
     lanes = {lane for step in figures["timeline"] for lane, *_ in step}
     assert lanes == {"read", "update", "write"}
+    killed = figures["killed"]
+    assert killed["equal"] is True
+    assert (killed["killed_in"], killed["resumed_after"], killed["commits"]) == (3, 2, 4)
+    assert "killed in step 3, resumed after step 2: the losses of all 4 steps" in done.stdout
     assert [entry.name for entry in nvme_dir.iterdir()] == ["out"]
 
 
@@ -99,3 +103,22 @@ def test_hidden_share_is_that_of_the_time_outside_of_steps():
     assert gpt_report.hidden_share(transfers, [(1.5, 3), (7, 9)]) == 1 - 2.5 / 6
     assert gpt_report.hidden_share(transfers, [(0, 9)]) == 0
     assert gpt_report.hidden_share([], [(0, 9)]) is None
+
+
+def test_a_resumed_run_that_differs_or_lacks_a_step_is_not_equal():
+    undisturbed = {"steps": [{"loss": 3.0}, {"loss": 2.0}]}
+
+    def equal(losses):
+        killed = {
+            "losses": losses,
+            "steps": 2,
+            "killed_in": 2,
+            "resumed_after": 1,
+            "commits": [{"seconds": 1, "bytes": 2}],
+        }
+        return gpt_report.summarize_killed(killed, undisturbed)["equal"]
+
+    assert equal({1: [3.0], 2: [2.0, 2.0]})
+    assert not equal({1: [3.0], 2: [2.0, 2.0000000000000004]})
+    assert not equal({1: [float("nan")], 2: [2.0]})
+    assert not equal({1: [3.0]})
