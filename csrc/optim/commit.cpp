@@ -341,7 +341,8 @@ void check_files(const StoreOptions& how) {
   throw std::invalid_argument(
       directories[missing].path.string() + " has no " + how.files[missing] +
       ", but another directory has a file of this store: give all of them, in "
-      "the order in which it was made");
+      "the order in which it was made. If its first commit was cut off, remove "
+      "that file");
 }
 
 Found find(const TileOptions& options, std::uint64_t newest = 0) {

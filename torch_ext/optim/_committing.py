@@ -471,10 +471,14 @@ def find_common(
     if missing is not None and len(without) == together.world:
         raise missing
     if without:
+        unfinished = all(there in ([], [1]) for there in roots)
         raise OSError(
             errno.ENXIO,
             f"the shards of rank {', '.join(without)} of {together.world} are missing: give "
-            f"each process the directories that it had",
+            f"each process the directories that it had"
+            + (
+                ". Or the first commit was cut off: then remove the files" if unfinished else ""
+            ),
         )
     common = set(roots[0]).intersection(*roots[1:])
     if not common:

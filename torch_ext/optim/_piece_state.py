@@ -118,7 +118,13 @@ class PieceState:
         place: _C.StorePlace | None = None,
     ) -> None:
         self._offload = _C.PieceOffload(
-            directories, aio, host_memory, engine, verify, state_dict_mode, place or _C.StorePlace()
+            directories,
+            aio,
+            host_memory,
+            engine,
+            verify,
+            state_dict_mode,
+            place or _C.StorePlace(),
         )
         self._optimizer = optimizer
         self._slots: dict[int, _Slot] = {}

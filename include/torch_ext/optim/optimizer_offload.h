@@ -265,10 +265,10 @@ class OptimizerOffload {
   /// The commits that are kept, oldest first. Errors: IoError (EIO) for a
   /// damaged one.
   std::vector<Committed> commits() const;
-  /// Those of the store that `options` names, of which nothing else is taken:
-  /// first what its last commit keeps, with itself at the end, then what the
-  /// one before it kept, if that can be read. Other processes may not have the
-  /// last one. Errors: as resume().
+  /// Looks at the store that `options` names, and takes nothing. First comes
+  /// what its last commit keeps, with itself at the end. Then comes what the one
+  /// before it kept, if that can be read: other processes may not have the last
+  /// one. Errors: as resume().
   static std::vector<std::vector<Committed>> find_commits(
       const TileOptions& options);
 
