@@ -134,7 +134,9 @@ def make_contenders() -> list[Contender]:
 def save_dcp(tensors: Tensors, path: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
-    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(path), no_dist=True)
+    # Copies ahead are for tensors on a device, and these are not.
+    writer = dcp.FileSystemWriter(path, per_thread_copy_ahead=0)
+    dcp.save(tensors, storage_writer=writer, no_dist=True)
 
 
 def load_dcp(path: Path) -> Tensors:
