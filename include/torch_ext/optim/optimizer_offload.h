@@ -266,9 +266,9 @@ class OptimizerOffload {
   /// damaged one.
   std::vector<Committed> commits() const;
   /// Looks at the store that `options` names, and takes nothing. First comes
-  /// what its last commit keeps, with itself at the end. Then comes what the one
-  /// before it kept, if that can be read: other processes may not have the last
-  /// one. Errors: as resume().
+  /// what its last commit keeps, with itself at the end. Then comes what the
+  /// one before it kept, if that can be read: other processes may not have the
+  /// last one. Errors: as resume().
   static std::vector<std::vector<Committed>> find_commits(
       const TileOptions& options);
 
