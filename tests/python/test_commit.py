@@ -387,6 +387,78 @@ def test_without_checksums_there_is_no_commit(tmp_path):
         train(model, optimizer, 1)
 
 
+def test_a_number_of_thousands_of_digits_is_kept(tmp_path):
+    model = make_model()
+    with OffloadedAdamW(model.parameters(), **options(tmp_path)) as optimizer:
+        optimizer.commit(extra=-(10**5000))
+    with OffloadedAdamW.resume(tmp_path, model.parameters()) as optimizer:
+        assert optimizer.committed_extra == -(10**5000)
+
+
+def resized(model, optimizer):
+    weight = model[2].weight
+    weight.data = weight.data[:7].clone()
+
+
+def of_another_dtype(model, optimizer):
+    model[0].bias.data = model[0].bias.data.bfloat16()
+
+
+def with_a_bad_rate(model, optimizer):
+    optimizer.param_groups[0]["lr"] = float("nan")
+
+
+def without_an_option(model, optimizer):
+    del optimizer.param_groups[0]["eps"]
+
+
+def with_a_nameless_one(model, optimizer):
+    optimizer.param_groups[0]["params"].append(torch.nn.Parameter(torch.ones(3)))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (resized, "2.weight.*the state was made for a parameter with dtype"),
+        (of_another_dtype, "0.bias.*it has now dtype"),
+        (with_a_bad_rate, "Invalid learning rate: nan"),
+        (without_an_option, r"param_groups\[0\] has no option 'eps'"),
+        (with_a_nameless_one, "5 parameters and 4 param_names"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_could_not_be_resumed_is_no_commit(tmp_path, change, text):
+    """It would take the place of one that works."""
+    model = make_model()
+    with OffloadedAdamW(model.named_parameters(), **options(tmp_path)) as optimizer:
+        train(model, optimizer, 2)
+        optimizer.commit()
+        kept = bits(model)
+        change(model, optimizer)
+        with pytest.raises((ValueError, RuntimeError), match=text):
+            optimizer.commit()
+    model = make_model()
+    with OffloadedAdamW.resume(tmp_path, model.named_parameters()) as optimizer:
+        assert optimizer.committed_step == 2
+        assert equal(bits(model), kept)
+
+
+def test_a_model_may_have_a_module_called_module(tmp_path):
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(5))
+            self.module = torch.nn.Linear(4, 4)
+
+    model = Odd()
+    with OffloadedAdamW(model.named_parameters(), **options(tmp_path)) as optimizer:
+        optimizer.commit()
+        kept = bits(model)
+    model = Odd()
+    with OffloadedAdamW.resume(tmp_path, model.named_parameters()):
+        assert equal(bits(model), kept)
+
+
 def test_random_numbers_go_on(tmp_path):
     state = torch_ext.rng_state()
     drawn = [random.random(), np.random.rand(), torch.rand(1)]

@@ -213,3 +213,20 @@ def test_an_option_that_cannot_be_kept_is_named(tmp_path):
         with pytest.raises(TypeError, match=r"an option of Called\['how'\] is a builtin"):
             optimizer.commit()
         train(model, optimizer, 1)
+
+
+def test_what_could_not_be_resumed_is_no_commit(tmp_path):
+    model = make_model()
+    with OffloadedOptimizer(
+        torch.optim.Adam, model.named_parameters(), nvme_path=tmp_path
+    ) as optimizer:
+        train(model, optimizer, 1)
+        optimizer.commit()
+        kept = bits(model)
+        optimizer.param_groups[0]["amsgrad"] = True
+        with pytest.raises(ValueError, match=r"0.weight.*but the state was made for"):
+            optimizer.commit()
+    with OffloadedOptimizer.resume(
+        tmp_path, torch.optim.Adam, model.named_parameters()
+    ) as optimizer:
+        assert equal(bits(model), kept)

@@ -212,6 +212,33 @@ def test_a_full_drive_of_one_is_an_error_of_all(ranks, tmp_path):
     assert "No space" in there
 
 
+def closed_early(path):
+    model = make_model(sharded=False)
+    optimizer = made(model, path)
+    commit(optimizer)
+    if rank() == 1:
+        optimizer.close()
+    texts = [refused(RuntimeError, lambda: commit(optimizer))]
+    texts += [refused(RuntimeError, optimizer.rollback)]
+    optimizer.close()
+    more = {"lr": 1} if rank() == 1 else {}
+    texts += [refused(TypeError, lambda: resumed(path, False, **more))]
+    small = {"host_memory": "1KiB"} if rank() == 1 else {}
+    make = OffloadedAdamW.resume
+    texts += [refused(ValueError, lambda: make(path, model.named_parameters(), **small))]
+    make(path, model.named_parameters()).close()  # Nobody has kept the store.
+    return texts
+
+
+def test_nobody_waits_for_one_that_cannot_take_part(ranks, tmp_path):
+    here, there = ranks.run(closed_early, tmp_path)
+    assert all(text.startswith("rank 1: ") for text in here)
+    words = ("is closed", "is closed", "takes no 'lr'", "host_memory must be at least")
+    for text, word in zip(there, words, strict=True):
+        assert word in text
+        assert "rank" not in text
+
+
 def goes_back(path):
     model = make_model(sharded=True)
     with made(model, path) as optimizer:

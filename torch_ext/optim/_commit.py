@@ -31,21 +31,28 @@ _WRAPPERS = re.compile(
 def names_of(groups: Iterable[Mapping[str, Any]]) -> dict[Tensor, str]:
     """Returns the name under which each parameter is committed.
 
-    It is the model's, without what wrappers add, or "group.index".
+    It is the model's, without what wrappers add, or "group.index". A model may itself have what
+    looks like a wrapper: if two parameters then have one name, nothing is taken away.
 
     Raises:
-        ValueError: Two parameters have the same name.
+        ValueError: Two parameters have the same name, or some have none.
     """
-    names: dict[Tensor, str] = {}
-    owners: dict[str, Tensor] = {}
+    given: dict[Tensor, str] = {}
     for i, group in enumerate(groups):
-        given = group.get("param_names")
+        names = group.get("param_names")
+        if names and len(names) != len(group["params"]):
+            raise ValueError(
+                f"param_groups[{i}] has {len(group['params'])} parameters and {len(names)} "
+                f"param_names: give each a name there"
+            )
         for j, parameter in enumerate(group["params"]):
-            name = _WRAPPERS.sub("", given[j]) if given else f"{i}.{j}"
-            if owners.setdefault(name, parameter) is not parameter:
-                raise ValueError(f"two parameters are called {name!r}")
-            names[parameter] = name
-    return names
+            given[parameter] = names[j] if names else f"{i}.{j}"
+    short = {parameter: _WRAPPERS.sub("", name) for parameter, name in given.items()}
+    for chosen in (short, given):
+        if len(set(chosen.values())) == len(chosen):
+            return chosen
+    twice, _ = Counter(given.values()).most_common(1)[0]
+    raise ValueError(f"two parameters are called {twice!r}")
 
 
 #: Mappings that come back as what they were. A scheduler of torch's has a Counter.
@@ -71,7 +78,7 @@ class Packer:
             return value
         if type(value) is int:
             # JSON readers know numbers up to 2^53.
-            return value if abs(value) < 2**53 else {"int": str(value)}
+            return value if abs(value) < 2**53 else {"int": _text_of(value)}
         if type(value) is float:
             return value if math.isfinite(value) else {"float": repr(value)}
         if type(value) in _BYTES:
@@ -116,13 +123,20 @@ class Packer:
         return {"tensor": len(self.tensors) - 1} | described
 
 
+def _text_of(number: int) -> str:
+    try:
+        return str(number)
+    except ValueError:  # Python writes so many digits in a base of 2 only.
+        return hex(number)
+
+
 def unpack(value: Any, tensors: Mapping[int, Tensor]) -> Any:
     """Returns what ``Packer.pack`` was given."""
     if not isinstance(value, dict):
         return value
     kind, content = list(value.items())[0]  # noqa: RUF015 (an IndexError if it is empty)
     if kind == "int":
-        return int(content)
+        return int(content, 0)
     if kind == "float":
         return float(content)
     if kind in ("bytes", "bytearray"):

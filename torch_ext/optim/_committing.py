@@ -135,22 +135,24 @@ class CommittingOptimizer(OffloadedBase):
                 run's store is in ``nvme_path`` (FileExistsError). The commit before is as it
                 was, and steps go on, unless the text says otherwise.
             TypeError: ``extra`` cannot be kept. Nothing has changed then.
-            ValueError: ``step`` or ``keep`` is out of range, two parameters have one name, or
-                the processes are at different steps.
-            RuntimeError: Between backward and ``step()`` with "update", after a failed step, or
-                with ``verify=False``.
+            ValueError: ``step`` or ``keep`` is out of range, two parameters have one name, a
+                group has options that ``step()`` would refuse, or the processes are at
+                different steps.
+            RuntimeError: Between backward and ``step()`` with "update", after a failed step,
+                with ``verify=False``, or if a parameter no longer fits its state.
 
         What one process raises, all raise: the text names its rank.
         """
-        self._life.check()
-        self._together.check("commit()")
         tensors: list[Tensor] = []
 
         def prepare() -> tuple[int, int, str]:
+            self._life.check()
+            self._together.check("commit()")
             self._check_between_steps("commit()")
             at = self._steps() if step is None else whole_number(step, "step", 0)
             kept = whole_number(keep, "keep", 1)
             self._state.flush()
+            self._check_to_commit()
             self._numbers_of_saved("commit()")  # Warns of state that it leaves out.
             try:
                 return at, kept, json.dumps(self._document(tensors, include_parameters, extra))
@@ -229,10 +231,10 @@ class CommittingOptimizer(OffloadedBase):
             RuntimeError: Nothing was committed, or the optimizer is closed or belongs to
                 another process.
         """
-        self._life.check()
         together = self._together
 
         def choose() -> tuple[Commit, dict[str, Any]]:
+            self._life.check()
             if not (commits := self._offload.commits()):
                 raise RuntimeError("rollback(): nothing was committed yet")
             commit, document = chosen(commits, step, self._kind())
@@ -252,16 +254,16 @@ class CommittingOptimizer(OffloadedBase):
     @classmethod
     def _found(cls, path: Directories, step: int | None, options: Mapping[str, Any]) -> Found:
         """Returns the commit in ``path`` that ``resume()`` goes on from."""
-        for name in sorted(options.keys() & cls._of_commit):
-            raise TypeError(f"resume() takes no {name!r}: the commit has it")
         together = Together(options.get("process_group"))
-        directories = directories_of(path, "path")
-        aio = resolve_aio_config(options.get("aio"), stacklevel=4)
-        engine = engine_of(options.get("engine", "auto"))
 
         def look() -> list[list[Any]]:
+            for name in sorted(options.keys() & cls._of_commit):
+                raise TypeError(f"resume() takes no {name!r}: the commit has it")
             return _C.find_commits(
-                directories, aio, engine, _C.StorePlace(together.rank, together.world)
+                directories_of(path, "path"),
+                resolve_aio_config(options.get("aio"), stacklevel=7),
+                engine_of(options.get("engine", "auto")),
+                _C.StorePlace(together.rank, together.world),
             )
 
         return Found(path, *find_common(together, look, step, cls._kind()), together)
@@ -341,6 +343,10 @@ class CommittingOptimizer(OffloadedBase):
             "others": packer.pack(self._state.others(), "state"),
             "extra": packer.pack(extra, "extra"),
         }
+
+    def _check_to_commit(self) -> None:
+        """Raises what ``resume()`` would: a commit must not take a good one's place."""
+        raise NotImplementedError
 
     def _said(self, packer: Packer) -> dict[str, Any]:
         """Returns what a commit says of this class."""

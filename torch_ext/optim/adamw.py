@@ -300,6 +300,17 @@ class OffloadedAdamW(CommittingOptimizer):
     def _kind(cls) -> str:
         return _KIND
 
+    def _check_to_commit(self) -> None:
+        for i, group in enumerate(self.param_groups):
+            try:
+                check_group(group)
+            except KeyError as error:
+                raise ValueError(f"param_groups[{i}] has no option {error}") from None
+        with_state = [p for p in self._parameters() if self._has_state(p)]
+        with self._naming(with_state, self._check_part):
+            for p in with_state:
+                self._check_part(p)
+
     def _said(self, packer: Packer) -> dict[str, Any]:
         return dict(self._kept_options)
 

@@ -192,6 +192,18 @@ class OffloadedOptimizer(CommittingOptimizer):
     def _kind(cls) -> str:
         return "OffloadedOptimizer"
 
+    def _check_to_commit(self) -> None:
+        all_kept = self._check_groups(self.param_groups)
+        kept_of = {
+            p: (self._slots[p], p, kept)
+            for group, kept in zip(self.param_groups, all_kept, strict=True)
+            for p in group["params"]
+            if self._has_state(p)
+        }
+        with self._naming(kept_of, lambda p: self._offload.expect(*kept_of[p])):
+            for expected in kept_of.values():
+                self._offload.expect(*expected)
+
     def _said(self, packer: Packer) -> dict[str, Any]:
         options = packer.pack(self._pieces.options, f"an option of {self._pieces.name}")
         return {"optimizer": self._pieces.name, "options": options}
