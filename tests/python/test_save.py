@@ -562,13 +562,18 @@ def test_ctrl_c_ends_a_save_and_leaves_the_old_file(sim, path):
     old = path.read_bytes()
     large = torch.zeros(2 * MIB, device="sim")
     sim.hold_copies()
+    # What a shell has started in the background ignores Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(
         signal.SIGALRM, lambda *_: (sim.release_copies(), signal.raise_signal(signal.SIGINT))
     )
     signal.setitimer(signal.ITIMER_REAL, 0.2)
-    with pytest.raises(KeyboardInterrupt):
-        torch_ext.save({"a": large}, path)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            torch_ext.save({"a": large}, path)
+    finally:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, before)
     assert path.read_bytes() == old
     assert os.listdir(path.parent) == [path.name]
 
