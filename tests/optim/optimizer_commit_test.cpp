@@ -334,7 +334,7 @@ TEST_P(OptimizerCommitTest, GoesBackToEachCommitThatIsKept) {
     training.commit(4);
   }
   training.step();
-  for (const std::uint64_t generation : {4, 2, 2, 1, 3}) {
+  for (const std::uint64_t generation : {4u, 2u, 2u, 1u, 3u}) {
     training.rollback(generation);
     EXPECT_EQ(training.steps(), generation);
     EXPECT_EQ(training.wrong(), "");
