@@ -157,6 +157,7 @@ def fast_file_writer() -> Callable[[Tensors, Path], None] | None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         from deepspeed.io import FastFileWriter, FastFileWriterConfig
+        from deepspeed.io import fast_file_writer as module
         from deepspeed.ops.op_builder import AsyncIOBuilder
 
         op = AsyncIOBuilder().load()
@@ -169,6 +170,18 @@ def fast_file_writer() -> Callable[[Tensors, Path], None] | None:
     arguments = AIO["block_size"], AIO["queue_depth"], False, True, AIO["thread_count"]
     handle = op.aio_handle(*arguments)
     pinned = torch.zeros(64 * MIB, dtype=torch.uint8)
+
+    # Its helper for this has no version for the CPU.
+    class Utils:
+        def load(self) -> Any:
+            return self
+
+        def cast_to_byte_tensor(self, given: Any) -> Any:
+            if isinstance(given, list):
+                return [self.cast_to_byte_tensor(each) for each in given]
+            return given.view(-1).view(torch.uint8)
+
+    module.UtilsBuilder = Utils
 
     def save(tensors: Tensors, path: Path) -> None:
         config = FastFileWriterConfig(

@@ -254,10 +254,16 @@ class AdamWOffload(TensorOffload):
     def init(self, parameters: list[_Slot]) -> None: ...
 
 OTHERS_FAILED: str
+HOST_MEMORY_TOO_SMALL: str
 
 class StorePlace:
     def __init__(
-        self, rank: int = 0, world: int = 1, newest: int = 0, generation: int = 0
+        self,
+        rank: int = 0,
+        world: int = 1,
+        newest: int = 0,
+        generation: int = 0,
+        epoch: int = 0,
     ) -> None: ...
     @property
     def file(self) -> str: ...
@@ -279,3 +285,45 @@ def read_store(
     progress: Callable[[int, int], object] | None,
 ) -> dict[str, Any]: ...
 def remove_store(files: list[str | bytes | os.PathLike[str]], id: bytes) -> None: ...
+
+# source, slot, number of its values or None, begin, sizes, order
+_Shard = tuple[CommitSource, int, int | None, list[int], list[int], list[int]]
+_CommittedLayout = tuple[list[tuple[str, torch.dtype]], str]
+# slot, parameter, first, step or None, begin, shards, layout
+_Divided = tuple[
+    int, torch.Tensor, int, int | None, list[int], list[_Shard], _CommittedLayout
+]
+
+class CommitSource:
+    def __init__(
+        self,
+        files: list[str | bytes | os.PathLike[str]],
+        aio: AioConfig,
+        engine: str,
+        generation: int,
+    ) -> None: ...
+    @property
+    def document(self) -> str: ...
+    @property
+    def tile_bytes(self) -> int: ...
+    @property
+    def values(self) -> list[tuple[int, int]]: ...
+    @property
+    def steps(self) -> list[int | None]: ...
+    @property
+    def bytes_read(self) -> int: ...
+
+def list_commits(
+    files: list[str | bytes | os.PathLike[str]], aio: AioConfig, engine: str
+) -> list[list[tuple[int, int, int, str]]]: ...
+def take_divided(
+    offload: TensorOffload, parameters: list[_Divided], next_slot: int
+) -> None: ...
+def read_committed(
+    what: str,
+    shards: list[_Shard],
+    layout: _CommittedLayout,
+    dtype: torch.dtype,
+    begin: list[int],
+    out: torch.Tensor,
+) -> None: ...

@@ -22,6 +22,7 @@
 #include "bind_config.h"
 #include "errors.h"
 #include "gil.h"
+#include "optim/tile_layout.h"
 #include "store/commit_log.h"
 #include "tensor/piece_offload.h"
 #include "tensor/state_checks.h"
@@ -430,16 +431,18 @@ void bind_piece_offload(py::module_& m) {
 void bind_state(py::module_& m) {
   py::class_<StorePlace>(m, "StorePlace", py::module_local())
       .def(py::init([](std::uint32_t rank, std::uint32_t world,
-                       std::uint64_t newest, std::uint64_t generation) {
-             return StorePlace{{.rank = rank, .world = world},
+                       std::uint64_t newest, std::uint64_t generation,
+                       std::uint32_t epoch) {
+             return StorePlace{{.rank = rank, .world = world, .epoch = epoch},
                                {.generation = generation, .newest = newest}};
            }),
            py::arg("rank") = 0, py::arg("world") = 1, py::arg("newest") = 0,
-           py::arg("generation") = 0)
+           py::arg("generation") = 0, py::arg("epoch") = 0)
       .def_property_readonly("file", [](const StorePlace& place) {
         return place.name.of_file(0);
       });
   m.attr("OTHERS_FAILED") = torch_ext::kOthersFailed;
+  m.attr("HOST_MEMORY_TOO_SMALL") = torch_ext::kHostMemoryTooSmall;
   m.def(
       "find_commits",
       [](const Directories& directories, const AioConfig& aio,

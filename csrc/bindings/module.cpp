@@ -6,6 +6,7 @@
 #include "bind_config.h"
 #include "bind_files.h"
 #include "bind_optimizer.h"
+#include "bind_source.h"
 #include "bind_state.h"
 #include "bind_store.h"
 #include "bind_swap.h"
@@ -24,5 +25,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_tensor_file(m);
   bind_state(m);
   bind_optimizer(m);
+  bind_source(m);
   bind_store(m);
 }

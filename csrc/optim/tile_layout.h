@@ -33,6 +33,10 @@ inline bool is_chosen(std::size_t i, std::size_t tiles, std::size_t chosen) {
   return (i + 1) * chosen / tiles > i * chosen / tiles;
 }
 
+/// Begins the error of a host_memory that does not do.
+inline const std::string kHostMemoryTooSmall =
+    "optimizer: host_memory must be at least ";
+
 /// Shares out host_memory. There are few lane buffers, so that nearly all of a
 /// large budget is for tiles that stay. Yet they are large enough for requests
 /// that a drive likes. `tile_bytes` is a wish, or 0.
@@ -50,9 +54,8 @@ inline TilePlan plan_tiles(std::uint64_t host_memory, std::uint64_t scratch,
       align_up(tile_bytes > 0 ? tile_bytes : kSmallest, granule);
   const std::uint64_t needed = scratch + kFewest * smallest;
   if (host_memory < needed) {
-    throw std::invalid_argument("optimizer: host_memory must be at least " +
-                                std::to_string(needed) + " bytes (" +
-                                format_size(needed) + "), got " +
+    throw std::invalid_argument(kHostMemoryTooSmall + std::to_string(needed) +
+                                " bytes (" + format_size(needed) + "), got " +
                                 std::to_string(host_memory));
   }
   const std::uint64_t rest = host_memory - scratch;

@@ -98,6 +98,26 @@ StoreHeader read_header(Store& store, std::size_t directory) {
   return header;
 }
 
+StoreOptions options_to_read(const std::vector<std::filesystem::path>& files) {
+  StoreOptions options{.read_only = true};
+  for (std::size_t i = 0; i < files.size(); ++i) {
+    const std::filesystem::path path = absolute_path(files[i]);
+    const StoreHeader header = read_header(File::open(path, File::Mode::kRead));
+    if (header.drive != i || header.weights.size() != files.size()) {
+      throw std::invalid_argument(path.string() + ": it is the file of drive " +
+                                  std::to_string(header.drive) + " of " +
+                                  std::to_string(header.weights.size()) +
+                                  ", not of drive " + std::to_string(i) +
+                                  " of " + std::to_string(files.size()));
+    }
+    options.directory.all().push_back(
+        {path.parent_path(), static_cast<int>(header.weights[i])});
+    options.files.push_back(path.filename().string());
+    options.aio.block_size = header.block_size;
+  }
+  return options;
+}
+
 CommitReader::CommitReader(Store& store) : store_(store) {
   // What the store counts with: the files may have grown since.
   size_ = store_.stats().file_size + store_.directories() * Store::kHeadBytes;

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <map>
 #include <memory>
 #include <span>
@@ -48,6 +49,11 @@ bool is_store(const File& file);
 /// store of ours, or of a later version. A store's file must have a whole head.
 StoreHeader read_header(const File& file);
 StoreHeader read_header(Store& store, std::size_t directory = 0);
+
+/// How to open a store's files for reading. `files`: in the order of its
+/// drives. Errors: those of read_header(); std::invalid_argument if they are
+/// others.
+StoreOptions options_to_read(const std::vector<std::filesystem::path>& files);
 
 /// Reads the commits in a store's files. It takes no lock and writes nothing,
 /// so an owner may go on with the files: see moved_on().

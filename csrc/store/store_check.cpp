@@ -40,31 +40,11 @@ constexpr auto kBetweenReports = std::chrono::milliseconds(100);
 constexpr std::size_t kInFlight = 16;
 constexpr std::uint64_t kMemory = std::uint64_t{64} << 20;
 
-StoreOptions options_for(const std::vector<std::filesystem::path>& files) {
-  StoreOptions options{.read_only = true};
-  for (std::size_t i = 0; i < files.size(); ++i) {
-    const std::filesystem::path path = absolute_path(files[i]);
-    const StoreHeader header = read_header(File::open(path, File::Mode::kRead));
-    if (header.drive != i || header.weights.size() != files.size()) {
-      throw std::invalid_argument(path.string() + ": it is the file of drive " +
-                                  std::to_string(header.drive) + " of " +
-                                  std::to_string(header.weights.size()) +
-                                  ", not of drive " + std::to_string(i) +
-                                  " of " + std::to_string(files.size()));
-    }
-    options.directory.all().push_back(
-        {path.parent_path(), static_cast<int>(header.weights[i])});
-    options.files.push_back(path.filename().string());
-    options.aio.block_size = header.block_size;
-  }
-  return options;
-}
-
 class Examination {
  public:
   Examination(const std::vector<std::filesystem::path>& files,
               const StoreCheck& check)
-      : check_(check), store_(options_for(files)), reader_(store_) {}
+      : check_(check), store_(options_to_read(files)), reader_(store_) {}
 
   /// Errors: MovedOn.
   StoreReport run() {

@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <numeric>
 #include <span>
 #include <vector>
@@ -234,5 +235,21 @@ class OrderedReader {
   std::vector<std::int64_t> sizes_;  ///< Slowest dimension first.
   std::vector<std::int64_t> strides_;
 };
+
+/// Copies elements [first, first + count) of some tensor to host memory, as
+/// `dtype`. `raw`: memory for the time of the call. The order is agreed on.
+using ReadElements = std::function<void(
+    void* to, c10::ScalarType dtype, std::span<std::byte> raw,
+    std::uint64_t first, std::uint64_t count)>;
+
+/// Reads a tensor in the order that `strides` have.
+inline ReadElements read_in_order(const at::Tensor& source,
+                                  at::IntArrayRef strides) {
+  return [reader = OrderedReader(source, strides)](
+             void* to, c10::ScalarType dtype, std::span<std::byte> raw,
+             std::uint64_t first, std::uint64_t count) {
+    reader.copy_as(to, dtype, raw, first, count);
+  };
+}
 
 }  // namespace torch_ext

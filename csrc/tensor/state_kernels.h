@@ -159,10 +159,19 @@ class StateLoader final : public UpdateKernel {
       at::Tensor tensor = i < tensors.size() ? tensors[i] : at::Tensor();
       if (!tensor.defined() && fresh && layout.is_master(i)) tensor = parameter;
       source.readers.push_back(tensor.defined()
-                                   ? OrderedReader(tensor, parameter.strides())
-                                   : OrderedReader());
+                                   ? read_in_order(tensor, parameter.strides())
+                                   : ReadElements());
     }
     sources_.emplace(number, std::move(source));
+  }
+
+  /// Adds a parameter whose state is read in the order of its memory. The
+  /// readers count as the layout does; empty ones leave what there is.
+  void add(std::size_t number, const StateLayout& layout,
+           std::uint64_t first_element, std::vector<ReadElements> readers) {
+    readers.resize(layout.tensors());
+    sources_.emplace(number,
+                     Source{&layout, first_element, std::move(readers)});
   }
 
   void update(std::span<const StateSegment> segments) override {
@@ -171,9 +180,7 @@ class StateLoader final : public UpdateKernel {
     for (const StateSegment& segment : segments) {
       const Source& source = sources_.at(segment.parameter);
       for (std::size_t i = 0; i < source.readers.size(); ++i) {
-        if (source.readers[i].source().defined()) {
-          fill(segment, i, source, scratch);
-        }
+        if (source.readers[i]) fill(segment, i, source, scratch);
       }
     }
   }
@@ -182,13 +189,13 @@ class StateLoader final : public UpdateKernel {
   struct Source {
     const StateLayout* layout;
     std::uint64_t first_element;
-    std::vector<OrderedReader> readers = {};
+    std::vector<ReadElements> readers = {};
   };
 
   void fill(const StateSegment& segment, std::size_t tensor,
             const Source& source, const AdamWScratch& scratch) const {
     const StateLayout& layout = *source.layout;
-    const OrderedReader& reader = source.readers[tensor];
+    const ReadElements& read = source.readers[tensor];
     const bool is_master = layout.is_master(tensor);
     const bool as_it_is = is_master ? layout.master == MasterFormat::kFloat
                                     : layout.format == StateFormat::kExact;
@@ -198,12 +205,12 @@ class StateLoader final : public UpdateKernel {
       const std::uint64_t count = std::min(chunk, segment.count - done);
       const std::uint64_t first = segment.first + done;
       if (as_it_is) {
-        reader.copy_as(segment.fields[tensor] + done * c10::elementSize(dtype),
-                       dtype, scratch.staging(), first, count);
+        read(segment.fields[tensor] + done * c10::elementSize(dtype), dtype,
+             scratch.staging(), first, count);
         continue;
       }
       float* const values = scratch.state();
-      reader.copy_as_float(values, scratch.staging(), first, count);
+      read(values, at::kFloat, scratch.staging(), first, count);
       if (is_master) {
         // This is done even if the master does not round to the parameter,
         // which may be loaded after its state.

@@ -318,6 +318,49 @@ class TensorOffload {
     registered_ = offload_->parameters();
   }
 
+  /// A parameter of commits that were divided in another way.
+  struct Divided {
+    Committed committed;
+    std::uint64_t step = 0;
+    bool has_state = false;
+    /// What its state is made of, as they lie in memory: see StateLoader.
+    std::vector<ReadElements> tensors = {};
+  };
+
+  /// Becomes what other commits have of these parameters. There is no state
+  /// yet. All slots but those of `parameters` are gone. `next`: the next_slot()
+  /// of that time. Errors: std::invalid_argument, before anything has changed;
+  /// those of load() and of the readers.
+  void take_divided(const std::vector<Divided>& parameters, std::size_t next) {
+    const PlainModes plain;
+    std::map<std::size_t, Slot> slots;
+    for (const Divided& each : parameters) {
+      const auto& [slot, tensor] = each.committed.parameter;
+      if (each.has_state) check_parameter(name_, tensor);
+      if (slot >= next || !slots.emplace(slot, Slot{}).second) {
+        fail<std::invalid_argument>(name_, "the commit has no slot ", slot,
+                                    " for a parameter");
+      }
+      slots[slot].first = each.committed.first;
+    }
+    while (registered_ < next) {
+      registered_ = offload_->add_parameter(0, StateFields::floats(1)) + 1;
+    }
+    slots_ = std::move(slots);
+    next_slot_ = next;
+    StateLoader loader(make_scratch(), seed_);
+    std::vector<OptimizerOffload::ParameterStep> steps;
+    for (const Divided& each : parameters) {
+      if (!each.has_state) continue;
+      const Parameter& parameter = each.committed.parameter;
+      define(parameter);
+      loader.add(parameter.slot, layout_of(parameter.slot),
+                 each.committed.first, each.tensors);
+      steps.push_back({parameter.slot, each.step});
+    }
+    offload_->write_state(steps, loader);
+  }
+
   /// The slot that add() gives next.
   std::size_t next_slot() const { return next_slot_; }
 

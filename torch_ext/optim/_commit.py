@@ -14,6 +14,7 @@ import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,23 @@ from torch import Tensor
 
 from torch_ext.optim._dtensor import is_distributed
 from torch_ext.optim._state_dict import WAYS
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A commit that is on the drive.
+
+    ``generation`` counts the store's commits from 1, and ``step`` is the caller's number.
+    ``time`` is in seconds since 1970. ``bytes_written`` are those of the call on the drive,
+    padded, and ``seconds`` is its wall time. They are None for a commit that was found.
+    """
+
+    generation: int
+    step: int
+    time: int
+    bytes_written: int | None = None
+    seconds: float | None = None
+
 
 #: What wrappers put before the names of parameters.
 _WRAPPERS = re.compile(
@@ -229,6 +247,19 @@ def read_document(text: str, kind: str) -> dict[str, Any]:
     if found != kind:
         raise ValueError(f"the commit is of an {found}, not of an {kind}")
     return document
+
+
+def chosen(
+    commits: list[tuple[int, int, int, str]], step: int | None, kind: str
+) -> tuple[Commit, dict[str, Any]]:
+    """Returns the newest commit, or the newest one of ``step``, and what it says."""
+    if step is not None:
+        step = whole_number(step, "step", 0)
+    for generation, of_step, time, text in reversed(commits):
+        if step in (None, of_step):
+            return Commit(generation, of_step, time), read_document(text, kind)
+    there = ", ".join(str(of_step) for _, of_step, *_ in commits)
+    raise ValueError(f"there is no commit of step {step}; the steps of those kept are {there}")
 
 
 def check_parameters(

@@ -28,21 +28,35 @@ from torch_ext._checks import Directories, directories_of, engine_of
 from torch_ext._modes import plain_modes
 from torch_ext._native import _C
 from torch_ext._quiet import undisturbed
+from torch_ext._stores import StoreFiles
 from torch_ext.config import resolve_aio_config
+from torch_ext.optim._adamw_groups import as_lists
 from torch_ext.optim._base import OffloadedBase
 from torch_ext.optim._commit import (
+    Commit,
     Packer,
     check_parameters,
+    chosen,
     described,
     find_tensors,
     named,
     names_of,
-    read_document,
     sizes_of,
     unpack,
     ways_of,
     whole_document,
     whole_number,
+)
+from torch_ext.optim._division import (
+    Source,
+    box_of,
+    find_division,
+    find_source,
+    groups_of,
+    needless_stores,
+    next_epoch,
+    place_in_whole,
+    remove_stores,
 )
 from torch_ext.optim._dtensor import first_element, local_of
 from torch_ext.optim._together import Together
@@ -50,20 +64,8 @@ from torch_ext.optim._together import Together
 _logger = logging.getLogger("torch_ext")
 
 
-@dataclass(frozen=True)
-class Commit:
-    """A commit that is on the drive.
-
-    ``generation`` counts the store's commits from 1, and ``step`` is the caller's number.
-    ``time`` is in seconds since 1970. ``bytes_written`` are those of the call on the drive,
-    padded, and ``seconds`` is its wall time. They are None for a commit that was found.
-    """
-
-    generation: int
-    step: int
-    time: int
-    bytes_written: int | None = None
-    seconds: float | None = None
+#: Takes a commit's state and values: what has the state, and (slot, parameter, first element).
+Take = Callable[[Any, list[tuple[int, Tensor, int]]], None]
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,11 @@ class Found:
     #: The newest generation that all processes have.
     root: int
     together: Together
+    epoch: int = 0
+    #: The stores that have the commit, if its state is to be divided anew.
+    source: Source | None = None
+    #: Stores that are needless after the next commit.
+    needless: tuple[StoreFiles, ...] = ()
 
 
 class CommittingOptimizer(OffloadedBase):
@@ -94,6 +101,7 @@ class CommittingOptimizer(OffloadedBase):
         self._first_step = 0
         self.committed_step = None
         self.committed_extra = None
+        self._needless: tuple[StoreFiles, ...] = ()
 
     @undisturbed
     @plain_modes()
@@ -164,6 +172,8 @@ class CommittingOptimizer(OffloadedBase):
         at, kept, document = self._together.agreed(prepare)
         self._together.same((at, kept), "commit(): (step, keep)")
         done = Commit(*self._make(at, document, tensors, kept))
+        remove_stores(self._needless)
+        self._needless = ()
         self._log_notes()
         self.committed_step, self.committed_extra = done.step, extra
         return done
@@ -186,7 +196,7 @@ class CommittingOptimizer(OffloadedBase):
             return all_good
 
         try:
-            return self._offload.commit(step, document, tensors, keep, generation, vote)
+            done = self._offload.commit(step, document, tensors, keep, generation, vote)
         except Exception as error:
             if not voted:  # Nobody answers.
                 raise
@@ -195,6 +205,9 @@ class CommittingOptimizer(OffloadedBase):
             if refused:
                 together.raise_for(told)
             raise
+        # Another process may have failed after the vote, when it gave its files names.
+        together.raise_for(together.exchange(None))
+        return done
 
     @undisturbed
     def commits(self) -> list[Commit]:
@@ -252,21 +265,103 @@ class CommittingOptimizer(OffloadedBase):
         together.agreed(lambda: self._take_commit(commit, document))
 
     @classmethod
-    def _found(cls, path: Directories, step: int | None, options: Mapping[str, Any]) -> Found:
-        """Returns the commit in ``path`` that ``resume()`` goes on from."""
+    def _found(
+        cls,
+        path: Directories,
+        step: int | None,
+        params: Any,
+        options: dict[str, Any],
+        anew: bool = False,
+    ) -> Found:
+        """Returns the commit in ``path`` that ``resume()`` goes on from.
+
+        ``anew``: its state is to be divided anew, whatever the division was.
+        """
         together = Together(options.get("process_group"))
 
-        def look() -> list[list[Any]]:
+        def check() -> tuple[Any, ...]:
             for name in sorted(options.keys() & cls._of_commit):
                 raise TypeError(f"resume() takes no {name!r}: the commit has it")
-            return _C.find_commits(
-                directories_of(path, "path"),
-                resolve_aio_config(options.get("aio"), stacklevel=7),
-                engine_of(options.get("engine", "auto")),
-                _C.StorePlace(together.rank, together.world),
-            )
+            old = directories_of(path, "path")
+            new = options.get("nvme_path")
+            new = old if new is None else directories_of(new, "nvme_path")
+            aio = resolve_aio_config(options.get("aio"), stacklevel=8)
+            return old, new, aio, engine_of(options.get("engine", "auto"))
 
-        return Found(path, *find_common(together, look, step, cls._kind()), together)
+        old, new, *how = together.agreed(check)
+        moves = any(together.exchange(old != new))
+        division = find_division(together, old)
+        world = together.world
+        if division is None or (division.world == world and not (moves or anew)):
+            epoch = 0 if division is None else division.epoch
+            place = _C.StorePlace(together.rank, world, epoch=epoch)
+            commit, document, root = find_common(
+                together, lambda: _C.find_commits(old, *how, place), step, cls._kind()
+            )
+            same = together.agreed(lambda: cls._is_divided_as(document, params, options))
+            if all(together.exchange(same)):
+                stores = needless_stores(old, document)
+                return Found(path, commit, document, root, together, epoch, None, stores)
+        source = find_source(together, division, old, *how)
+        commit, document = source.choose(step, cls._kind(), may_be_used=moves)
+        epoch = max(together.exchange(next_epoch(new)))
+        stores = () if moves else tuple(source.stores.values())
+        return Found(
+            options["nvme_path"] if moves else path,
+            *(commit, document, 0, together, epoch, source, stores),
+        )
+
+    @classmethod
+    def _resumed(
+        cls,
+        path: Directories,
+        step: int | None,
+        params: Any,
+        options: dict[str, Any],
+        make: Callable[[Found, Any], Any],
+    ) -> Any:
+        """Returns the optimizer that ``make`` returns for a commit and parameters."""
+        params = as_lists(params)  # They are looked at more than once.
+        found = cls._found(path, step, params, options)
+        try:
+            return cls._made(found, lambda: make(found, params))
+        except ValueError as error:
+            # Its tiles are too large for this run's host_memory.
+            if found.source is not None or _C.HOST_MEMORY_TOO_SMALL not in str(error):
+                raise
+        found = cls._found(path, step, params, options, anew=True)
+        return cls._made(found, lambda: make(found, params))
+
+    @classmethod
+    def _is_divided_as(
+        cls, document: Mapping[str, Any], params: Any, options: Mapping[str, Any]
+    ) -> bool:
+        """Whether a run with these parameters divides state as a commit of this process does.
+
+        Parameters that are no parts of the same whole are left for others to refuse.
+        """
+        wanted = options.get("state_format")
+        with whole_document():
+            if wanted is not None and wanted != document.get("state_format"):
+                return False
+            committed = document["parameters"]
+            try:
+                named_parameters = names_of(groups_of(params)).items()
+            except (TypeError, ValueError):
+                return True
+            for parameter, name in named_parameters:
+                entry = committed.get(name, {})
+                if "shape" not in entry:
+                    continue
+                mine = described(local_of(parameter)) | box_of(parameter)
+                here, there = place_in_whole(mine), place_in_whole(entry)
+                parts = [
+                    (place[1], e["shape"], e["order"])
+                    for place, e in ((here, mine), (there, entry))
+                ]
+                if here[0] == there[0] and parts[0] != parts[1]:
+                    return False
+        return True
 
     @staticmethod
     def _made(found: Found, make: Callable[[], Any]) -> Any:
@@ -281,7 +376,7 @@ class CommittingOptimizer(OffloadedBase):
         return made[0]
 
     #: What a commit says, and so ``resume()`` does not take.
-    _of_commit: frozenset[str] = frozenset(("nvme_path",))
+    _of_commit: frozenset[str] = frozenset()
 
     @classmethod
     def _kind(cls) -> str:
@@ -315,6 +410,7 @@ class CommittingOptimizer(OffloadedBase):
             entry = {"slot": slot, "first": 0, "value": None}
             if self._is_kept(parameter):  # Frozen ones are the caller's.
                 entry |= {"first": first_element(parameter)} | described(part)
+                entry |= box_of(parameter)
                 if include_parameters:
                     entry["value"] = len(tensors)
                     tensors.append(part.detach())
@@ -337,6 +433,7 @@ class CommittingOptimizer(OffloadedBase):
             "class": self._kind(),
             "defaults": small.pack(self.defaults, "defaults"),
             "next": self._offload.next_slot(),
+            "replaces": [store.id.hex() for store in self._needless],
             "parameters": parameters,
             "groups": groups,
             "foreign": packer.pack({n: f for n, f in foreign.items() if f}, "state"),
@@ -356,9 +453,21 @@ class CommittingOptimizer(OffloadedBase):
         """Returns what a commit says of a parameter's state, besides what the drive has."""
         return {}
 
-    def _take_commit(self, commit: Commit, document: dict[str, Any]) -> None:
-        """Becomes what was committed. Nothing changes before everything has been checked."""
+    def _take_found(self, found: Found) -> None:
+        """Becomes what ``resume()`` has found."""
+        self._needless = found.needless
+        self._take_commit(found.commit, found.document, found.source)
+
+    def _take_commit(
+        self, commit: Commit, document: dict[str, Any], source: Source | None = None
+    ) -> None:
+        """Becomes what was committed. Nothing changes before everything has been checked.
+
+        ``source``: the stores that have it, if they are not this optimizer's.
+        """
         by_name = {name: p for p, name in names_of(self.param_groups).items()}
+        if source is not None:
+            document = source.document_for(by_name)
         local = {name: local_of(p) for name, p in by_name.items()}
         with whole_document():
             committed = document["parameters"]
@@ -378,7 +487,8 @@ class CommittingOptimizer(OffloadedBase):
             }
             packed = [document[key] for key in ("foreign", "others", "extra")]
             sizes = sizes_of(packed, values)
-            if sizes != self._offload.committed_values(commit.generation):
+            there = source or self._offload
+            if sizes != there.committed_values(commit.generation):
                 raise KeyError("values")  # Before memory is taken for them.
             # Their contents come below.
             tensors = find_tensors(packed) | values
@@ -387,7 +497,15 @@ class CommittingOptimizer(OffloadedBase):
             foreign = {by_name[name]: entry for name, entry in foreign.items()}
             next_slot = document["next"]
         ordered = [tensors[i] for i in range(len(sizes))]
-        self._take(commit.generation, entries, groups, ordered, next_slot)
+
+        def take(offload: Any, parts: list[tuple[int, Tensor, int]]) -> None:
+            with whole_document():
+                if source is not None:
+                    source.take(offload, parts, ordered, next_slot)
+                else:
+                    offload.take_commit(commit.generation, parts, ordered, next_slot)
+
+        self._take(take, entries, groups)
         for parameter, entry in entries.items():
             if entry["value"] is not None and not parameter.is_inference():
                 torch.autograd.graph.increment_version(parameter)
@@ -420,16 +538,14 @@ class CommittingOptimizer(OffloadedBase):
 
     def _take(
         self,
-        generation: int,
+        take: Take,
         entries: dict[Tensor, dict[str, Any]],
         groups: list[dict[str, Any]],
-        tensors: list[Tensor],
-        next_slot: int,
     ) -> None:
-        """Checks the groups. Then the offload goes back to the commit and fills ``tensors``."""
+        """Checks the groups. Then the offload takes the commit's state and values."""
         with whole_document():
             parts = [(e["slot"], local_of(p), e["first"]) for p, e in entries.items()]
-            self._offload.take_commit(generation, parts, tensors, next_slot)
+        take(self._offload, parts)
 
 
 def place_of(
@@ -437,10 +553,16 @@ def place_of(
 ) -> tuple[Directories, _C.StorePlace]:
     """Returns the directories, and which store is there."""
     if isinstance(nvme_path, Found):
+        found = nvme_path
+        is_new = found.source is not None
         place = _C.StorePlace(
-            together.rank, together.world, nvme_path.root, nvme_path.commit.generation
+            together.rank,
+            together.world,
+            newest=0 if is_new else found.root,
+            generation=0 if is_new else found.commit.generation,
+            epoch=found.epoch,
         )
-        return nvme_path.directories, place
+        return found.directories, place
     directory, _ = directories_of(nvme_path, "nvme_path")[0]
     place = _C.StorePlace(together.rank, together.world)
     first = Path(os.fsdecode(directory), place.file)
@@ -498,19 +620,6 @@ def find_common(
     commit, document = together.agreed(lambda: chosen(commits, step, kind))
     together.same(commit.generation, "resume(): the generation of the commit")
     return commit, document, root
-
-
-def chosen(
-    commits: list[tuple[int, int, int, str]], step: int | None, kind: str
-) -> tuple[Commit, dict[str, Any]]:
-    """Returns the newest commit, or the newest one of ``step``, and what it says."""
-    if step is not None:
-        step = whole_number(step, "step", 0)
-    for generation, of_step, time, text in reversed(commits):
-        if step in (None, of_step):
-            return Commit(generation, of_step, time), read_document(text, kind)
-    there = ", ".join(str(of_step) for _, of_step, *_ in commits)
-    raise ValueError(f"there is no commit of step {step}; the steps of those kept are {there}")
 
 
 def _lacks_values(entry: Mapping[str, Any]) -> bool:

@@ -9,7 +9,7 @@ same for all pieces; it reaches the group when the step has succeeded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -183,18 +183,16 @@ class PieceState:
 
     def take_commit(
         self,
-        generation: int,
+        take: Callable[[Any, list[tuple[int, Tensor, int]]], None],
         parts: list[tuple[int, Tensor, Kept | None, State | None]],
-        tensors: list[Tensor],
-        next_slot: int,
     ) -> None:
-        """Goes back to a commit. A part is a slot, its parameter, and its state, if any."""
+        """Takes a commit. A part is a slot, its parameter, and its state, if any."""
         try:
             for slot, _, kept, _ in parts:
                 if kept is not None:
                     self._describe_fields(slot, kept)
             given = [(slot, parameter, 0) for slot, parameter, *_ in parts]
-            self._offload.take_commit(generation, given, tensors, next_slot)
+            take(self._offload, given)
         except BaseException:
             for slot, own in self._slots.items():
                 if own.kept is not None:

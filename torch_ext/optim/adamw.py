@@ -39,7 +39,7 @@ from torch_ext.optim._adamw_groups import (
 )
 from torch_ext.optim._base import OffloadedBase
 from torch_ext.optim._commit import Packer, whole_document
-from torch_ext.optim._committing import CommittingOptimizer, Found, place_of
+from torch_ext.optim._committing import CommittingOptimizer, Found, Take, place_of
 from torch_ext.optim._dtensor import (
     check_parameter,
     first_element,
@@ -262,7 +262,7 @@ class OffloadedAdamW(CommittingOptimizer):
         with self._closed_on_error():
             super().__init__(params, defaults)
             if isinstance(nvme_path, Found):
-                self._take_commit(nvme_path.commit, nvme_path.document)
+                self._take_found(nvme_path)
 
     @classmethod
     def resume(
@@ -286,14 +286,17 @@ class OffloadedAdamW(CommittingOptimizer):
             OSError: Reading failed, or what is there is damaged. Some of the parameters may be
                 the commit's then.
         """
-        found = cls._found(path, step, options)
-        with whole_document():
-            kept = {name: found.document[name] for name in ("state_format", "seed")}
-        return cls._made(found, lambda: cls(params, nvme_path=found, **kept, **options))
+
+        def make(found: Found, params: Any) -> OffloadedAdamW:
+            with whole_document():
+                kept = {name: found.document[name] for name in ("state_format", "seed")}
+            wanted = {k: v for k, v in options.items() if v is not None or k not in kept}
+            return cls(params, **(kept | wanted | {"nvme_path": found}))
+
+        return cls._resumed(path, step, params, options, make)
 
     _of_commit = frozenset(
-        ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
-        + ("nvme_path", "state_format", "seed")
+        ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "seed")
     )
 
     @classmethod
@@ -316,16 +319,14 @@ class OffloadedAdamW(CommittingOptimizer):
 
     def _take(
         self,
-        generation: int,
+        take: Take,
         entries: dict[Tensor, dict[str, Any]],
         groups: list[dict[str, Any]],
-        tensors: list[Tensor],
-        next_slot: int,
     ) -> None:
         for group in groups:
             check_group(group)
         try:
-            super()._take(generation, entries, groups, tensors, next_slot)
+            super()._take(take, entries, groups)
         finally:
             if not self._offload.in_step():
                 self._release(self._backward.reset())

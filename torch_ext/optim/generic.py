@@ -20,7 +20,7 @@ from torch_ext._quiet import undisturbed
 from torch_ext.config import AioConfig, parse_size, resolve_aio_config
 from torch_ext.optim._base import OffloadedBase
 from torch_ext.optim._commit import Packer, name_of, unpack, whole_document
-from torch_ext.optim._committing import CommittingOptimizer, Found, place_of
+from torch_ext.optim._committing import CommittingOptimizer, Found, Take, place_of
 from torch_ext.optim._dtensor import is_distributed
 from torch_ext.optim._piece_state import MASTER, Group, Loaded, PieceState, Trained
 from torch_ext.optim._pieces import Kept, PieceOptimizer, options_of
@@ -149,7 +149,7 @@ class OffloadedOptimizer(CommittingOptimizer):
             super().__init__(params, self._pieces.defaults)
             self._whole = True
             if isinstance(nvme_path, Found):
-                self._take_commit(nvme_path.commit, nvme_path.document)
+                self._take_found(nvme_path)
             else:
                 self._check_groups(self.param_groups)
 
@@ -174,19 +174,19 @@ class OffloadedOptimizer(CommittingOptimizer):
             raise TypeError(
                 f"resume() takes no {name!r}: the commit has the options of the class"
             )
-        found = cls._found(path, step, options)
-        with whole_document():
-            committed = found.document["optimizer"]
-            given = unpack(found.document["options"], {})
-        if committed != optimizer_class.__name__:
-            raise ValueError(
-                f"the commit is of an OffloadedOptimizer with {committed}, not with "
-                f"{optimizer_class.__name__}"
-            )
-        options |= given
-        return cls._made(
-            found, lambda: cls(optimizer_class, params, nvme_path=found, **options)
-        )
+
+        def make(found: Found, params: Any) -> OffloadedOptimizer:
+            with whole_document():
+                committed = found.document["optimizer"]
+                given = unpack(found.document["options"], {})
+            if committed != optimizer_class.__name__:
+                raise ValueError(
+                    f"the commit is of an OffloadedOptimizer with {committed}, not with "
+                    f"{optimizer_class.__name__}"
+                )
+            return cls(optimizer_class, params, **(options | given | {"nvme_path": found}))
+
+        return cls._resumed(path, step, params, options, make)
 
     @classmethod
     def _kind(cls) -> str:
@@ -219,11 +219,9 @@ class OffloadedOptimizer(CommittingOptimizer):
 
     def _take(
         self,
-        generation: int,
+        take: Take,
         entries: dict[Tensor, dict[str, Any]],
         groups: list[dict[str, Any]],
-        tensors: list[Tensor],
-        next_slot: int,
     ) -> None:
         parts = []
         all_kept = self._check_groups(groups)
@@ -239,8 +237,7 @@ class OffloadedOptimizer(CommittingOptimizer):
                         f"{self._pieces.name} keeps {list(kept.names)} with these options; the "
                         f"commit has {list(own.names)} of {self._label_of(p)}"
                     )
-        with whole_document():
-            self._offload.take_commit(generation, parts, tensors, next_slot)
+        self._offload.take_commit(take, parts)
 
     def __getattr__(self, name: str) -> Any:
         pieces = self.__dict__.get("_pieces")

@@ -1,0 +1,430 @@
+"""How state is divided among processes and drives, and how a commit is divided anew.
+
+Each process commits the boxes of parameters that it has. A run that goes on in the same
+division takes its store as it is. Any other run reads the old stores: for each of its own boxes
+it finds the old boxes that meet it, in whatever stores they are, and makes new state of them, in
+a store of the next epoch. Its first commit makes the old stores needless, and they are removed.
+
+So files of several epochs may lie side by side after a crash. The newest epoch counts of which
+there are the stores of all processes: they get their names after the first commit has succeeded
+in all.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_ext import _stores
+from torch_ext._native import _C
+from torch_ext.optim._commit import Commit, chosen, described, read_document, whole_document
+from torch_ext.optim._dtensor import first_element, is_distributed, local_of
+from torch_ext.optim._together import Together
+
+_logger = logging.getLogger("torch_ext")
+
+_FILE = re.compile(r"state\.r(\d+)-of-(\d+)\.e(\d+)\.d\d+\.store")
+
+#: What AdamW keeps, beside a master.
+ADAMW_FIELDS = [("exp_avg", torch.float32), ("exp_avg_sq", torch.float32)]
+
+
+# Boxes -----------------------------------------------------------------------------------
+
+
+def box_of(parameter: Tensor) -> dict[str, Any]:
+    """Returns what a commit says of the place that this process's part has in the whole.
+
+    A parameter that is no DTensor is the whole itself, and nothing is said of it. ``begin`` is
+    None where the place cannot be told.
+    """
+    if not is_distributed(parameter):
+        return {}
+    begin = None
+    with suppress(ImportError, AttributeError, TypeError, ValueError, NotImplementedError):
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        shape, offset = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        if tuple(shape) == tuple(local_of(parameter).shape) and len(offset) == len(shape):
+            begin = [int(number) for number in offset]
+    return {"whole": list(parameter.shape), "begin": begin}
+
+
+class _Groups(torch.optim.Optimizer):
+    """Groups of parameters, as every optimizer takes them."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+
+def groups_of(params: Any) -> list[dict[str, Any]]:
+    """Returns the groups that ``params`` are. Raises: as an optimizer does."""
+    return _Groups(params).param_groups
+
+
+def place_in_whole(entry: Mapping[str, Any]) -> tuple[list[int], list[int] | None]:
+    """Returns the sizes of the whole, and where a committed part begins in it."""
+    shape = entry["shape"]
+    return entry.get("whole", shape), entry.get("begin", [0] * len(shape))
+
+
+def _meets(begin: list[int], sizes: list[int], other: list[int], others: list[int]) -> int:
+    """Returns how many elements two boxes have in common."""
+    return math.prod(
+        max(0, min(a + n, b + m) - max(a, b))
+        for a, n, b, m in zip(begin, sizes, other, others, strict=True)
+    )
+
+
+# Stores ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Division:
+    """Stores that were committed together, as far as their names tell."""
+
+    epoch: int
+    world: int
+
+
+def _seen(directories: Iterable[tuple[Any, int]]) -> set[tuple[int, int, int]]:
+    """Returns (epoch, world, rank) of the stores with files in ``directories``."""
+    seen = set()
+    for directory, _ in directories:
+        try:
+            names = os.listdir(directory)
+        except OSError:
+            continue  # Whoever opens it says what is wrong.
+        for name in map(os.fsdecode, names):
+            if match := _FILE.fullmatch(name):
+                rank, world, epoch = map(int, match.groups())
+                seen.add((epoch, world, rank))
+    return seen
+
+
+def next_epoch(directories: list[tuple[Any, int]]) -> int:
+    """Returns the least epoch of which no store is seen here."""
+    return max((epoch + 1 for epoch, *_ in _seen(directories)), default=0)
+
+
+def find_division(together: Together, directories: list[tuple[Any, int]]) -> Division | None:
+    """Returns the division to go on from, or None if there are no stores at all.
+
+    Raises:
+        ValueError: There are two, and neither is newer.
+        OSError: Stores of processes are missing (ENXIO).
+    """
+    seen: set[tuple[int, int, int]] = set().union(*together.exchange(_seen(directories)))
+    ranks: dict[Division, set[int]] = defaultdict(set)
+    for epoch, world, rank in seen:
+        ranks[Division(epoch, world)].add(rank)
+    if not ranks:
+        return None
+    whole = [d for d, there in ranks.items() if there >= set(range(d.world))]
+    if not whole:
+        newest = max(ranks, key=lambda d: (d.world == together.world, d.epoch, d.world))
+        if newest.world == together.world:
+            return newest  # find_common() says what is missing.
+        raise _missing(newest, ranks[newest])
+    newest_epoch = max(division.epoch for division in whole)
+    chosen = [division for division in whole if division.epoch == newest_epoch]
+    if len(chosen) > 1:
+        worlds = " and of ".join(str(d.world) for d in sorted(chosen, key=lambda d: d.world))
+        raise ValueError(
+            f"there are commits of {worlds} processes, and nothing says which is the newer: "
+            f"remove the stores that do not count (python -m torch_ext remove)"
+        )
+    last = max(division.epoch for division in ranks)
+    if newest_epoch < last and together.rank == 0:
+        _logger.warning(
+            "epoch %d of the state was cut off before all processes had their stores; the "
+            "commits of epoch %d are taken. Remove the files of the other (*.e%d.*.store)",
+            last,
+            newest_epoch,
+            last,
+        )
+    return chosen[0]
+
+
+def _missing(division: Division, there: Iterable[int], more: str = "") -> OSError:
+    lost = sorted(set(range(division.world)) - set(there))
+    return OSError(
+        errno.ENXIO,
+        f"the commit is of {division.world} processes, and the shards of rank "
+        f"{', '.join(map(str, lost))} are missing: give directories that have them all{more}",
+    )
+
+
+def _stores_in(
+    directories: list[tuple[Any, int]],
+) -> tuple[list[_stores.StoreFiles], list[_stores.Problem]]:
+    return _stores.find_stores([os.fsdecode(directory) for directory, _ in directories])
+
+
+def needless_stores(
+    directories: list[tuple[Any, int]], document: Mapping[str, Any]
+) -> tuple[_stores.StoreFiles, ...]:
+    """Returns the stores in whose place a commit says to be."""
+    replaces = document.get("replaces")
+    if not replaces:
+        return ()
+    stores, _ = _stores_in(directories)
+    return tuple(store for store in stores if store.id.hex() in replaces)
+
+
+def remove_stores(stores: Iterable[_stores.StoreFiles]) -> None:
+    """Removes stores whose state lies elsewhere now."""
+    for store in stores:
+        try:
+            _stores.remove(store)
+        except FileNotFoundError:
+            pass  # Another process was first.
+        except (OSError, ValueError) as error:
+            _logger.warning("%s is not needed any more, and stays: %s", store.path, error)
+
+
+# Commits of another division ---------------------------------------------------------------
+
+
+@dataclass
+class _Part:
+    """What one old store has of a parameter."""
+
+    rank: int
+    entry: dict[str, Any]
+
+    @property
+    def begin(self) -> list[int]:
+        begin = place_in_whole(self.entry)[1]
+        if begin is None:
+            raise ValueError(
+                "the commit does not say which part of a parameter each process has, so it can "
+                "be resumed only by as many processes in the same division"
+            )
+        return begin
+
+
+class Source:
+    """Commits that other stores have, to be divided anew. They are only read."""
+
+    def __init__(
+        self,
+        together: Together,
+        division: Division,
+        stores: dict[int, _stores.StoreFiles],
+        commits: dict[int, list[tuple[int, int, int, str]]],
+        how: tuple[Any, str],
+    ) -> None:
+        """``stores`` and ``commits`` go by rank, as far as they are seen here."""
+        self.together, self.division, self.stores = together, division, stores
+        self.generation = 0
+        self.documents: dict[int, dict[str, Any]] = {}
+        self._commits, self._how = commits, how
+        self._open: dict[int, _C.CommitSource] = {}
+        #: By slot: steps, where this process's part begins, its shards, their layout.
+        self._shards: dict[int, tuple[int | None, list[int], list[Any], Any]] = {}
+        self._sizes: dict[int, int] = {}  #: By slot, the elements of the part.
+        self._slots: dict[int, int] = {}  #: By the number of a parameter's values.
+
+    @property
+    def base(self) -> int:
+        """The rank whose document this process goes on from."""
+        seen = sorted(self.stores)
+        wanted = self.together.rank % self.division.world
+        return wanted if wanted in seen else seen[wanted % len(seen)]
+
+    def choose(
+        self, step: int | None, kind: str, may_be_used: bool
+    ) -> tuple[Commit, dict[str, Any]]:
+        """Chooses the newest commit, or that of ``step``."""
+
+        def choose_here() -> Commit:
+            commit, _ = chosen(self._commits[self.base], step, kind)
+            for rank, commits in self._commits.items():
+                (text,) = [t for g, _, _, t in commits if g == commit.generation]
+                self.documents[rank] = read_document(text, kind)
+                if not may_be_used and (owner := _C.store_owner(self.stores[rank].path)):
+                    raise BlockingIOError(
+                        errno.EAGAIN,
+                        f"another process uses the store: {owner}",
+                        self.stores[rank].path,
+                    )
+            return commit
+
+        commit = self.together.agreed(choose_here)
+        self.together.same(commit.generation, "resume(): the generation of the commit")
+        self.generation = commit.generation
+        return commit, self.documents[self.base]
+
+    def store(self, rank: int) -> _C.CommitSource:
+        if rank not in self._open:
+            self._open[rank] = _C.CommitSource(
+                self.stores[rank].paths, *self._how, self.generation
+            )
+        return self._open[rank]
+
+    def committed_values(self, generation: int) -> list[tuple[int, int]]:
+        """Returns elements and their bytes of all values, as the parameters here have them."""
+        values = list(self.store(self.base).values)
+        for number, slot in self._slots.items():
+            values[number] = (self._sizes[slot], values[number][1])
+        return values
+
+    def document_for(self, by_name: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Returns the document that these parameters would have had in such a commit.
+
+        What each part is made of is kept for ``take()``.
+        """
+        with whole_document():
+            document = dict(self.documents[self.base])
+            entries = dict(document["parameters"])
+            for name, entry in entries.items():
+                if "shape" not in entry or (parameter := by_name.get(name)) is None:
+                    continue
+                whole, _ = place_in_whole(entry)
+                here = described(local_of(parameter))
+                mine = box_of(parameter)
+                fits = whole == mine.get("whole", here["shape"])
+                place = {k: here[k] for k in ("shape", "order")} if fits else {"shape": whole}
+                entries[name] = {**entry, **place, "first": first_element(parameter)}
+                if fits:
+                    self._gather(name, entry, parameter, here["shape"], mine)
+            return document | {"parameters": entries}
+
+    def _gather(
+        self,
+        name: str,
+        entry: dict[str, Any],
+        parameter: Tensor,
+        sizes: list[int],
+        mine: dict[str, Any],
+    ) -> None:
+        """Finds the parts of which this process's part of a parameter is made."""
+        begin = mine.get("begin", [0] * len(sizes))
+        if begin is None:
+            raise ValueError(f"{name} is distributed in a way whose places cannot be told")
+        same_box: dict[tuple[int, ...], list[_Part]] = defaultdict(list)
+        for rank, document in self.documents.items():
+            part = _Part(rank, document["parameters"][name])
+            box = (*part.begin, *part.entry["shape"])
+            same_box[box].append(part)
+        shards, there, steps = [], 0, set()
+        needed = math.prod(sizes)
+        for parts in same_box.values():
+            part = parts[self.together.rank % len(parts)]
+            common = _meets(begin, sizes, part.begin, part.entry["shape"])
+            slot = part.entry["slot"]
+            if common == 0 and needed > 0:
+                continue
+            source = self.store(part.rank)
+            steps.add(source.steps[slot])
+            there += common
+            order = list(part.entry["order"])
+            shape = part.entry["shape"]
+            order += [dim for dim in range(len(shape)) if dim not in order]
+            if common:
+                value = part.entry["value"]
+                shards.append((source, slot, value, part.begin, shape, order))
+        if there < needed:
+            raise _missing(self.division, self.stores, f" (for {name})")
+        if len(steps) > 1:
+            raise ValueError(f"the shards of {name} are at different steps: {steps}")
+        layout: Any = (ADAMW_FIELDS, self.documents[self.base].get("state_format", "exact"))
+        if "fields" in entry:
+            fields = [(field, getattr(torch, dtype)) for field, dtype in entry["fields"]]
+            layout = (fields, "exact")
+        self._shards[entry["slot"]] = (steps.pop(), begin, shards, layout)
+        if entry["value"] is not None:
+            self._slots[entry["value"]] = entry["slot"]
+            self._sizes[entry["slot"]] = needed
+
+    def take(
+        self,
+        offload: _C.TensorOffload,
+        parts: list[tuple[int, Tensor, int]],
+        tensors: list[Tensor],
+        next_slot: int,
+    ) -> None:
+        """Makes state of what the old stores have, and fills ``tensors``."""
+        base = self.store(self.base)
+        if not 0 <= next_slot <= len(base.steps):
+            raise KeyError("next")
+        divided = []
+        for slot, tensor, first in parts:
+            step, begin, shards, layout = self._shards.get(
+                slot, (None, [], [], (ADAMW_FIELDS, "exact"))
+            )
+            divided.append((slot, tensor, first, step, begin, shards, layout))
+        _C.take_divided(offload, divided, next_slot)
+        for number, tensor in enumerate(tensors):
+            if number in self._slots:
+                _, begin, shards, layout = self._shards[self._slots[number]]
+            else:
+                shape = list(tensor.shape)
+                begin, layout = [0] * len(shape), ([], "exact")
+                shards = [(base, 0, number, begin, shape, list(range(len(shape))))]
+            _C.read_committed("value", shards, layout, tensor.dtype, begin, tensor)
+        self._open.clear()
+        self._shards.clear()
+
+
+def find_source(
+    together: Together,
+    division: Division,
+    directories: list[tuple[Any, int]],
+    aio: Any,
+    engine: str,
+) -> Source:
+    """Returns the newest commits that all stores of a division have.
+
+    Raises:
+        OSError: Stores are missing (ENXIO) or damaged, or have no commit in common (EIO).
+    """
+
+    def look() -> tuple[dict[int, _stores.StoreFiles], dict[int, Any], str]:
+        found, problems = _stores_in(directories)
+        wanted = {"world": division.world, "epoch": division.epoch}
+        stores = {
+            store.division["rank"]: store
+            for store in found
+            if store.division == store.division | wanted and store.missing() is None
+        }
+        problems += [p for store in found if (p := store.missing()) is not None]
+        lists = {r: _C.list_commits(s.paths, aio, engine) for r, s in stores.items()}
+        return stores, lists, "; ".join(map(str, problems))
+
+    stores, lists, problems = together.agreed(look)
+    roots: dict[int, list[int]] = {}
+    for seen in together.exchange({r: [c[-1][0] for c in kept] for r, kept in lists.items()}):
+        roots |= seen
+    if len(roots) < division.world:
+        raise _missing(division, roots, problems and f" ({problems})")
+    common = set(roots[0]).intersection(*roots.values())
+    if not common:
+        last = ", ".join(str(roots[rank][0]) for rank in sorted(roots))
+        raise OSError(
+            errno.EIO,
+            f"the processes had no commit in common; by rank, the last generations are {last}",
+        )
+    root = max(common)
+
+    def seen_here() -> None:
+        if not stores:
+            raise _missing(division, ())
+
+    together.agreed(seen_here)
+    commits = {r: next(k for k in kept if k[-1][0] == root) for r, kept in lists.items()}
+    return Source(together, division, stores, commits, (aio, engine))
