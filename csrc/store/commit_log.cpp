@@ -35,13 +35,17 @@
 
 #include "commit_log.h"
 
+#include <dirent.h>
 #include <sys/random.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <charconv>
 #include <ctime>
 #include <filesystem>
 #include <stdexcept>
+#include <string_view>
+#include <system_error>
 #include <utility>
 
 #include "base/cut_point.h"
@@ -86,6 +90,29 @@ std::string StoreName::of_file(std::size_t directory) const {
   return name + ".r" + std::to_string(rank) + "-of-" + std::to_string(world) +
          ".e" + std::to_string(epoch) + ".d" + std::to_string(directory) +
          ".store";
+}
+
+StoreName StoreName::newest_in(const std::filesystem::path& directory) const {
+  StoreName newest = *this;
+  DIR* const list = opendir(directory.empty() ? "." : directory.c_str());
+  if (list == nullptr) return newest;  // Whoever opens a file says why.
+  const std::string wanted = of_file(0);
+  const std::size_t begin = wanted.rfind(".e") + 2;
+  bool any = false;
+  while (const dirent* const entry = readdir(list)) {
+    const std::string_view file = entry->d_name;
+    if (!file.starts_with(wanted.substr(0, begin))) continue;
+    std::uint32_t number = 0;
+    const auto [end, error] =
+        std::from_chars(file.data() + begin, file.data() + file.size(), number);
+    StoreName other = *this;
+    other.epoch = number;
+    if (error != std::errc() || file != other.of_file(0)) continue;
+    if (!any || number > newest.epoch) newest.epoch = number;
+    any = true;
+  }
+  closedir(list);
+  return newest;
 }
 
 CommitLog::CommitLog(Store& store, StoreName name)

@@ -152,10 +152,11 @@ const OptimizerOffload::Committed& chosen(
 }
 
 /// The store's first file, for errors.
-std::filesystem::path store_of(const StateOptions& offload) {
+std::filesystem::path store_of(const StateOptions& offload,
+                               const StoreName& name) {
   const auto& directories = offload.nvme_path.all();
   if (directories.empty()) return {};
-  return directories.front().path / StoreName().of_file(0);
+  return directories.front().path / name.of_file(0);
 }
 
 }  // namespace
@@ -166,19 +167,21 @@ class OffloadedAdamW::Impl {
 
  public:
   Impl(OffloadedAdamW& optimizer, const StateOptions& offload,
-       std::uint64_t resume)
+       const Resumed& resume)
       : optimizer_(optimizer),
-        store_(store_of(offload)),
+        store_(store_of(offload, resume.name)),
         state_format_(offload.state_format),
         seed_(offload.seed),
         offload_({.store = {.directory = offload.nvme_path,
                             .aio = offload.aio,
                             .engine = offload.engine,
                             .verify = offload.verify},
-                  .host_memory = offload.host_memory},
+                  .host_memory = offload.host_memory,
+                  .name = resume.name},
                  offload.state_format, offload.seed, offload.update_on,
                  prefetches(offload) ? early_bytes(param_groups()) : 0,
-                 offload.state_dict_mode, CommitChoice{.generation = resume}),
+                 offload.state_dict_mode,
+                 CommitChoice{.generation = resume.generation}),
         max_grad_norm_(offload.max_grad_norm),
         takes_(takes(offload)),
         backward_(offload_, takes_) {
@@ -191,7 +194,7 @@ class OffloadedAdamW::Impl {
     }
     add_new_parameters();
     for (const auto& group : param_groups()) hyper_of(group);
-    if (resume == 0) warn_of_a_store();
+    if (resume.generation == 0) warn_of_a_store();
   }
 
   at::Tensor step(const LossClosure& closure) {
@@ -993,7 +996,7 @@ constexpr const char* kNoArchive =
 OffloadedAdamW::OffloadedAdamW(const std::vector<OptimizerParamGroup>& groups,
                                OffloadedAdamWOptions defaults,
                                const StateOptions& offload,
-                               std::uint64_t resume)
+                               const Resumed& resume)
     : Optimizer(groups,
                 std::make_unique<OffloadedAdamWOptions>(std::move(defaults))),
       impl_(std::make_unique<Impl>(*this, offload, resume)) {}
@@ -1001,7 +1004,7 @@ OffloadedAdamW::OffloadedAdamW(const std::vector<OptimizerParamGroup>& groups,
 OffloadedAdamW::OffloadedAdamW(const std::vector<OptimizerParamGroup>& groups,
                                OffloadedAdamWOptions defaults,
                                const StateOptions& offload)
-    : OffloadedAdamW(groups, std::move(defaults), offload, /*resume=*/0) {}
+    : OffloadedAdamW(groups, std::move(defaults), offload, Resumed()) {}
 
 OffloadedAdamW::OffloadedAdamW(std::vector<at::Tensor> parameters,
                                OffloadedAdamWOptions defaults,
@@ -1054,14 +1057,20 @@ std::unique_ptr<OffloadedAdamW> OffloadedAdamW::resume(
   };
   refuse(offload.state_format != defaults.state_format, "state_format");
   refuse(offload.seed != defaults.seed, "seed");
+  // Python gives the store another name when it divides the state anew.
+  StoreName name;
+  if (!offload.nvme_path.all().empty()) {
+    name = name.newest_in(offload.nvme_path.all().front().path);
+  }
   const std::vector<OptimizerOffload::Committed> commits =
       OptimizerOffload::find_commits({.store = {.directory = offload.nvme_path,
                                                 .aio = offload.aio,
-                                                .engine = offload.engine}})
+                                                .engine = offload.engine},
+                                      .name = name})
           .front();
   const OptimizerOffload::Committed& commit = chosen(commits, step);
   const AdamWCommit document =
-      parse_adamw_commit(commit.document, store_of(offload).string());
+      parse_adamw_commit(commit.document, store_of(offload, name).string());
   StateOptions with = offload;
   with.state_format = document.state_format;
   with.seed = document.seed;
@@ -1078,7 +1087,8 @@ std::unique_ptr<OffloadedAdamW> OffloadedAdamW::resume(
     set_options(groups[i], numbers);
   }
   std::unique_ptr<OffloadedAdamW> optimizer(new OffloadedAdamW(
-      groups, options_of(document.defaults), with, commit.generation));
+      groups, options_of(document.defaults), with,
+      Resumed{.name = name, .generation = commit.generation}));
   optimizer->impl_->take_commit(commit, document);
   if (others) {
     optimizer->impl_->note(

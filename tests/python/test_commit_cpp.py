@@ -20,13 +20,14 @@ PROGRAM = BUILD / "tests/torch_ext_tensor_tests"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMATS = ("exact", "bf16", "int8")
 #: What each case has apart from its dtype and its format.
-BEGUN_IN_CPP, NAMED, ODD = "cpp", "named", "odd"
+BEGUN_IN_CPP, NAMED, ODD, DIVIDED = "cpp", "named", "odd", "divided"
 CASES = [
     *[f"{dtype}-{state_format}" for dtype in DTYPES for state_format in FORMATS],
     f"{BEGUN_IN_CPP}-float32-exact",
     f"{BEGUN_IN_CPP}-bfloat16-int8",
     f"{NAMED}-float32-exact",
     f"{ODD}-float32-exact",
+    f"{DIVIDED}-bfloat16-int8",
 ]
 
 
@@ -64,7 +65,7 @@ def begin(case, folder):
         groups_of(case, parameters),
         lr=torch.tensor(1e-2, dtype=torch.float64) if case.startswith(ODD) else 1e-2,
         nvme_path=folder,
-        host_memory="1MiB",
+        host_memory="64MiB" if case.startswith(DIVIDED) else "1MiB",
         state_format=case.split("-")[-1],
         seed=7,
     )
@@ -77,6 +78,11 @@ def begin(case, folder):
             torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
             optimizer.state[parameters[0]]["slow_buffer"] = torch.ones(1000)
         optimizer.commit(extra=extra)
+    if case.startswith(DIVIDED):
+        # Smaller tiles are in a store of another name.
+        with OffloadedAdamW.resume(folder, parameters, host_memory="256KiB") as optimizer:
+            optimizer.commit(extra=extra)
+        assert os.listdir(folder) == ["state.r0-of-1.e1.d0.store"]
 
 
 def reference(case, folder):

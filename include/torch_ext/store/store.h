@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <filesystem>
 #include <functional>
 #include <memory>
 #include <span>
@@ -30,6 +31,10 @@ struct StoreName {
 
   /// "NAME.r0-of-1.e0.d0.store", in the directory of that number.
   std::string of_file(std::size_t directory) const;
+
+  /// This name with the greatest epoch of which there is a first file in the
+  /// first directory; with its own epoch if there is none.
+  StoreName newest_in(const std::filesystem::path& directory) const;
 };
 
 /// How to make a Store.

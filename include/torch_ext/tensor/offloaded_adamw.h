@@ -255,10 +255,14 @@ class OffloadedAdamW : public torch::optim::Optimizer {
 
  private:
   class Impl;
-  /// `resume`: the generation that the store goes on from; 0: a new store.
+  /// The commit that the store goes on from. No generation: the store is new.
+  struct Resumed {
+    StoreName name = {};
+    std::uint64_t generation = 0;
+  };
   OffloadedAdamW(const std::vector<torch::optim::OptimizerParamGroup>& groups,
                  OffloadedAdamWOptions defaults, const StateOptions& offload,
-                 std::uint64_t resume);
+                 const Resumed& resume);
   std::unique_ptr<Impl> impl_;
 };
 
