@@ -290,9 +290,7 @@ def remove_store(files: list[str | bytes | os.PathLike[str]], id: bytes) -> None
 _Shard = tuple[CommitSource, int, int | None, list[int], list[int], list[int]]
 _CommittedLayout = tuple[list[tuple[str, torch.dtype]], str]
 # slot, parameter, first, step or None, begin, shards, layout
-_Divided = tuple[
-    int, torch.Tensor, int, int | None, list[int], list[_Shard], _CommittedLayout
-]
+_Divided = tuple[int, torch.Tensor, int, int | None, list[int], list[_Shard], _CommittedLayout]
 
 class CommitSource:
     def __init__(

@@ -11,7 +11,6 @@ part durable, and a vote makes it count. They resume the newest generation that 
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -48,15 +47,19 @@ from torch_ext.optim._commit import (
     whole_number,
 )
 from torch_ext.optim._division import (
+    Division,
     Source,
+    UnfinishedError,
     box_of,
-    find_division,
+    find_divisions,
     find_source,
     groups_of,
     needless_stores,
+    newest_common,
     next_epoch,
     place_in_whole,
     remove_stores,
+    warn_of_unfinished,
 )
 from torch_ext.optim._dtensor import first_element, local_of
 from torch_ext.optim._together import Together
@@ -290,26 +293,33 @@ class CommittingOptimizer(OffloadedBase):
 
         old, new, *how = together.agreed(check)
         moves = any(together.exchange(old != new))
-        division = find_division(together, old)
-        world = together.world
-        if division is None or (division.world == world and not (moves or anew)):
-            epoch = 0 if division is None else division.epoch
-            place = _C.StorePlace(together.rank, world, epoch=epoch)
-            commit, document, root = find_common(
-                together, lambda: _C.find_commits(old, *how, place), step, cls._kind()
-            )
-            same = together.agreed(lambda: cls._is_divided_as(document, params, options))
-            if all(together.exchange(same)):
-                stores = needless_stores(old, document)
-                return Found(path, commit, document, root, together, epoch, None, stores)
-        source = find_source(together, division, old, *how)
-        commit, document = source.choose(step, cls._kind(), may_be_used=moves)
-        epoch = max(together.exchange(next_epoch(new)))
-        stores = () if moves else tuple(source.stores.values())
-        return Found(
-            options["nvme_path"] if moves else path,
-            *(commit, document, 0, together, epoch, source, stores),
-        )
+
+        def look_in(division: Division) -> Found:
+            if division.world == together.world and not (moves or anew):
+                place = _C.StorePlace(together.rank, division.world, epoch=division.epoch)
+                commit, document, root = find_common(
+                    together, lambda: _C.find_commits(old, *how, place), step, cls._kind()
+                )
+                same = together.agreed(lambda: cls._is_divided_as(document, params, options))
+                if all(together.exchange(same)):
+                    needless = needless_stores(old, document)
+                    return Found(
+                        path, commit, document, root, together, division.epoch, None, needless
+                    )
+            source = find_source(together, division, old, *how)
+            commit, document = source.choose(step, cls._kind(), may_be_used=moves)
+            epoch = max(together.exchange(next_epoch(new)))
+            needless = () if moves else tuple(source.stores.values())
+            where = options["nvme_path"] if moves else path
+            return Found(where, commit, document, 0, together, epoch, source, needless)
+
+        divisions = find_divisions(together, old) or [Division(0, together.world)]
+        for division, older in zip(divisions, divisions[1:], strict=False):
+            try:
+                return look_in(division)
+            except (FileNotFoundError, UnfinishedError):
+                warn_of_unfinished(together, division.epoch, older.epoch)
+        return look_in(divisions[-1])
 
     @classmethod
     def _resumed(
@@ -594,28 +604,10 @@ def find_common(
             return []
 
     found = together.agreed(look_here)
-    roots = together.exchange([kept[-1][0] for kept in found])
-    without = [str(rank) for rank, there in enumerate(roots) if not there]
-    if missing is not None and len(without) == together.world:
+    roots = dict(enumerate(together.exchange([kept[-1][0] for kept in found])))
+    if missing is not None and not any(roots.values()):
         raise missing
-    if without:
-        unfinished = all(there in ([], [1]) for there in roots)
-        raise OSError(
-            errno.ENXIO,
-            f"the shards of rank {', '.join(without)} of {together.world} are missing: give "
-            f"each process the directories that it had"
-            + (
-                ". Or the first commit was cut off: then remove the files" if unfinished else ""
-            ),
-        )
-    common = set(roots[0]).intersection(*roots[1:])
-    if not common:
-        raise OSError(
-            errno.EIO,
-            f"the processes have no commit in common; by rank, their last generations are "
-            f"{', '.join(str(there[0]) for there in roots)}",
-        )
-    root = max(common)
+    root = newest_common(roots, together.world)
     commits = next(kept for kept in found if kept[-1][0] == root)
     commit, document = together.agreed(lambda: chosen(commits, step, kind))
     together.same(commit.generation, "resume(): the generation of the commit")

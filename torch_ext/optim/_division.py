@@ -1,13 +1,12 @@
 """How state is divided among processes and drives, and how a commit is divided anew.
 
 Each process commits the boxes of parameters that it has. A run that goes on in the same
-division takes its store as it is. Any other run reads the old stores: for each of its own boxes
-it finds the old boxes that meet it, in whatever stores they are, and makes new state of them, in
-a store of the next epoch. Its first commit makes the old stores needless, and they are removed.
+division takes its store as it is. Any other run reads the old stores. For each of its own boxes
+it finds the old boxes that meet it, in whatever stores they are, and makes new state of them in
+a store of the next epoch. Its first commit makes the old stores needless: they are removed.
 
 So files of several epochs may lie side by side after a crash. The newest epoch counts of which
-there are the stores of all processes: they get their names after the first commit has succeeded
-in all.
+there are the stores of all processes, with a commit that all have.
 """
 
 from __future__ import annotations
@@ -120,11 +119,12 @@ def next_epoch(directories: list[tuple[Any, int]]) -> int:
     return max((epoch + 1 for epoch, *_ in _seen(directories)), default=0)
 
 
-def find_division(together: Together, directories: list[tuple[Any, int]]) -> Division | None:
-    """Returns the division to go on from, or None if there are no stores at all.
+def find_divisions(together: Together, directories: list[tuple[Any, int]]) -> list[Division]:
+    """Returns the divisions to go on from, the newest first. An older one counts only if the
+    newer ones have no commit.
 
     Raises:
-        ValueError: There are two, and neither is newer.
+        ValueError: There are two of an epoch, so that neither is newer.
         OSError: Stores of processes are missing (ENXIO).
     """
     seen: set[tuple[int, int, int]] = set().union(*together.exchange(_seen(directories)))
@@ -132,31 +132,72 @@ def find_division(together: Together, directories: list[tuple[Any, int]]) -> Div
     for epoch, world, rank in seen:
         ranks[Division(epoch, world)].add(rank)
     if not ranks:
-        return None
-    whole = [d for d, there in ranks.items() if there >= set(range(d.world))]
+        return []
+    whole = sorted(
+        (d for d, there in ranks.items() if there >= set(range(d.world))),
+        key=lambda d: (-d.epoch, d.world),
+    )
     if not whole:
         newest = max(ranks, key=lambda d: (d.world == together.world, d.epoch, d.world))
         if newest.world == together.world:
-            return newest  # find_common() says what is missing.
+            return [newest]  # find_common() says what is missing.
         raise _missing(newest, ranks[newest])
-    newest_epoch = max(division.epoch for division in whole)
-    chosen = [division for division in whole if division.epoch == newest_epoch]
-    if len(chosen) > 1:
-        worlds = " and of ".join(str(d.world) for d in sorted(chosen, key=lambda d: d.world))
+    if len(whole) > 1 and whole[0].epoch == whole[1].epoch:
         raise ValueError(
-            f"there are commits of {worlds} processes, and nothing says which is the newer: "
-            f"remove the stores that do not count (python -m torch_ext remove)"
+            f"there are commits of {whole[0].world} and of {whole[1].world} processes, and "
+            f"nothing says which is the newer: remove the stores that do not count "
+            f"(python -m torch_ext remove)"
         )
     last = max(division.epoch for division in ranks)
-    if newest_epoch < last and together.rank == 0:
-        _logger.warning(
-            "epoch %d of the state was cut off before all processes had their stores; the "
-            "commits of epoch %d are taken. Remove the files of the other (*.e%d.*.store)",
-            last,
-            newest_epoch,
-            last,
+    if whole[0].epoch < last:
+        warn_of_unfinished(together, last, whole[0].epoch)
+    return whole
+
+
+def warn_of_unfinished(together: Together, epoch: int, taken: int) -> None:
+    """Logs, once, that a division was cut off in its first commit."""
+    if together.rank > 0:
+        return
+    _logger.warning(
+        "epoch %d of the state was cut off before all processes had committed; the commits of "
+        "epoch %d are taken. Remove the files of the other (*.e%d.*.store)",
+        epoch,
+        taken,
+        epoch,
+    )
+
+
+class UnfinishedError(OSError):
+    """A first commit of several processes was cut off, or failed."""
+
+
+def newest_common(roots: Mapping[int, list[int]], world: int) -> int:
+    """Returns the newest generation that all processes have. ``roots`` has what each has.
+
+    Raises:
+        OSError: Shards are missing (ENXIO, and UnfinishedError after a first commit that did
+            not end), or the processes have no commit in common (EIO).
+    """
+    there = [roots.get(rank, []) for rank in range(world)]
+    without = [str(rank) for rank, generations in enumerate(there) if not generations]
+    if without:
+        unfinished = all(generations in ([], [1]) for generations in there)
+        raise (UnfinishedError if unfinished else OSError)(
+            errno.ENXIO,
+            f"the shards of rank {', '.join(without)} of {world} are missing: give "
+            f"each process the directories that it had"
+            + (
+                ". Or the first commit was cut off: then remove the files" if unfinished else ""
+            ),
         )
-    return chosen[0]
+    common = set(there[0]).intersection(*there[1:])
+    if not common:
+        raise OSError(
+            errno.EIO,
+            f"the processes have no commit in common; by rank, their last generations are "
+            f"{', '.join(str(generations[0]) for generations in there)}",
+        )
+    return max(common)
 
 
 def _missing(division: Division, there: Iterable[int], more: str = "") -> OSError:
@@ -381,6 +422,16 @@ class Source:
         self._shards.clear()
 
 
+def _commits_of(store: _stores.StoreFiles, aio: Any, engine: str) -> list[list[Any]]:
+    try:
+        return _C.list_commits(store.paths, aio, engine)
+    except FileNotFoundError as error:
+        if not os.path.exists(store.path):
+            raise
+        _logger.debug("%s", error)
+        return []  # It has a tombstone.
+
+
 def find_source(
     together: Together,
     division: Division,
@@ -403,7 +454,7 @@ def find_source(
             if store.division == store.division | wanted and store.missing() is None
         }
         problems += [p for store in found if (p := store.missing()) is not None]
-        lists = {r: _C.list_commits(s.paths, aio, engine) for r, s in stores.items()}
+        lists = {rank: _commits_of(store, aio, engine) for rank, store in stores.items()}
         return stores, lists, "; ".join(map(str, problems))
 
     stores, lists, problems = together.agreed(look)
@@ -412,14 +463,7 @@ def find_source(
         roots |= seen
     if len(roots) < division.world:
         raise _missing(division, roots, problems and f" ({problems})")
-    common = set(roots[0]).intersection(*roots.values())
-    if not common:
-        last = ", ".join(str(roots[rank][0]) for rank in sorted(roots))
-        raise OSError(
-            errno.EIO,
-            f"the processes had no commit in common; by rank, the last generations are {last}",
-        )
-    root = max(common)
+    root = newest_common(roots, division.world)
 
     def seen_here() -> None:
         if not stores:

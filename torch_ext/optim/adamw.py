@@ -277,9 +277,15 @@ class OffloadedAdamW(CommittingOptimizer):
         run was. ``step`` picks one of the commits that ``keep=`` has retained, by the caller's
         number; None takes the last one.
 
+        The run may be divided in another way: more processes or fewer, other shards, too little
+        ``host_memory`` for the tiles, another ``state_format``, or another ``nvme_path``, where
+        the state is to live from now on. Then new state is made of the old. The old stores are
+        removed by the first commit, but not if ``nvme_path`` is elsewhere.
+
         Raises:
             FileNotFoundError: Nothing was committed there.
             BlockingIOError: Another process uses the store.
+            OSError: The shards of some processes are missing (ENXIO): the text says whose.
             ValueError: The parameters are others. The text lists the first ten that differ. Or
                 there is no commit of ``step``: the text says which there are.
             ValueError, TypeError: As at construction.
