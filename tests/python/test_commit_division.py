@@ -421,7 +421,7 @@ def test_an_epoch_that_was_cut_off_does_not_count(tmp_path, caplog):
 
 
 def fail_to_commit(path):
-    """Divides a commit among two processes, of which the second votes against their first one."""
+    """Divides a commit among two processes, and the second votes against their commit."""
     model = make_model(torch.float32)
     with OffloadedAdamW.resume(path, model.named_parameters(), **OPTIONS) as optimizer:
         together = optimizer._together

@@ -115,33 +115,7 @@ class CommitTraining {
     return found;
   }
 
-  std::uint64_t steps() const { return step_; }
-  OptimizerOffload& offload() { return *offload_; }
-
- private:
-  static constexpr std::array<std::uint64_t, 5> kSizes = {5000, 300, 9000, 1,
-                                                          12000};
-  static constexpr std::uint32_t kFirst = 7;
   using Arrays = std::vector<std::vector<std::uint32_t>>;
-
-  struct Function final : UpdateKernel {
-    explicit Function(std::function<void(const StateSegment&)> work)
-        : work(std::move(work)) {}
-    void update(std::span<const StateSegment> segments) override {
-      for (const StateSegment& segment : segments) work(segment);
-    }
-    std::function<void(const StateSegment&)> work;
-  };
-
-  CommitTraining() = default;
-
-  /// A step of one element: each depends on the step before.
-  static void advance(std::uint32_t& state, std::uint32_t& value,
-                      std::uint64_t element, std::uint64_t step) {
-    state = state * 2'654'435'761u + static_cast<std::uint32_t>(element + step);
-    value = value * 31 + state;
-  }
-
   /// State and values after so many steps.
   static const std::pair<Arrays, Arrays>& expected(std::uint64_t steps) {
     static std::map<std::uint64_t, std::pair<Arrays, Arrays>> known;
@@ -160,6 +134,32 @@ class CommitTraining {
       }
     }
     return known.at(steps);
+  }
+
+  std::uint64_t steps() const { return step_; }
+  OptimizerOffload& offload() { return *offload_; }
+
+ private:
+  static constexpr std::array<std::uint64_t, 5> kSizes = {5000, 300, 9000, 1,
+                                                          12000};
+  static constexpr std::uint32_t kFirst = 7;
+
+  struct Function final : UpdateKernel {
+    explicit Function(std::function<void(const StateSegment&)> work)
+        : work(std::move(work)) {}
+    void update(std::span<const StateSegment> segments) override {
+      for (const StateSegment& segment : segments) work(segment);
+    }
+    std::function<void(const StateSegment&)> work;
+  };
+
+  CommitTraining() = default;
+
+  /// A step of one element: each depends on the step before.
+  static void advance(std::uint32_t& state, std::uint32_t& value,
+                      std::uint64_t element, std::uint64_t step) {
+    state = state * 2'654'435'761u + static_cast<std::uint32_t>(element + step);
+    value = value * 31 + state;
   }
 
   std::unique_ptr<OptimizerOffload> offload_;
