@@ -267,7 +267,13 @@ std::vector<std::byte> CommitReader::read_table(
   std::string last;
   for (const Place& place : places) {
     std::string wrong;
-    auto extent = adopt(place, {}, wrong);
+    std::shared_ptr<Extent> extent;
+    // A table is read once, however often a file refers to it.
+    if (adopted_.contains(place.offsets)) {
+      wrong = "two extents lie in the same place";
+    } else {
+      extent = adopt(place, {}, wrong);
+    }
     if (extent == nullptr) {
       found.fault = wrong;
     } else {

@@ -20,6 +20,8 @@
 #include "support/io_queue_test.h"
 #include "support/pattern.h"
 #include "support/temp_dir.h"
+#include "torch_ext/base/align.h"
+#include "torch_ext/base/checksum.h"
 #include "torch_ext/base/error.h"
 
 namespace torch_ext {
@@ -234,6 +236,48 @@ TEST_F(StoreCheckTest, EachBlockThatIsDamagedIsNamed) {
   EXPECT_EQ(report.damage[1].length, kTile) << "neighbours are one";
   EXPECT_EQ(report.damage[1].extent, 2u);
   EXPECT_EQ(report.checked, kTiles * kTile) << "it goes on after damage";
+}
+
+// A stranger's file: each of the commits that it keeps is the same table.
+TEST_F(StoreCheckTest, ATableIsReadOnceHoweverOftenAFileHasIt) {
+  StoreId id;
+  {
+    Owner owner({{dir_.path()}});
+    owner.step();
+    owner.commit();
+    id = check().header.store;
+  }
+  std::string file = bytes_of_file();
+  const auto put = [&file](const std::vector<std::byte>& bytes) {
+    file.resize(align_up(file.size(), kBlock));
+    const Place place{bytes.size(), 0, {file.size()}};
+    file.append(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+    file.resize(align_up(file.size(), kBlock));
+    return place;
+  };
+  CommitTable table{.store = id, .generation = 5, .step = 5};
+  table.document = std::string(std::size_t{1} << 20, ' ');
+  const std::vector<std::byte> large = encode(table);
+  const CommitTable::Earlier once{5, 5, checksum(large),
+                                  {put(large), put(large)}};
+  CommitTable newest{.store = id, .generation = 9, .step = 9};
+  newest.earlier.assign(50, once);
+  const std::vector<std::byte> small = encode(newest);
+  const std::vector<std::byte> root =
+      encode(StoreRoot{.store = id,
+                       .generation = 9,
+                       .step = 9,
+                       .table_checksum = checksum(small),
+                       .tables = {put(small), put(small)}});
+  file.replace(kRootOffsets[0], root.size(),
+               reinterpret_cast<const char*>(root.data()), root.size());
+  std::ofstream(files()[0], std::ios::binary) << file;
+
+  std::size_t bytes = 0;
+  for (const auto& found : check().commits) {
+    bytes += found.commit.document.size();
+  }
+  EXPECT_EQ(bytes, table.document.size());
 }
 
 TEST_F(StoreCheckTest, TheFileOfAnotherDriveIsChecked) {
