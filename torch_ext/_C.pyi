@@ -202,6 +202,18 @@ class TensorOffload:
         generation: int = 0,
         vote: Callable[[bool], bool] | None = None,
     ) -> tuple[int, int, int, int, float]: ...
+    def snapshot(
+        self,
+        directories: list[tuple[str | bytes | os.PathLike[str], int]],
+        place: str = "",
+        replace: bool = False,
+        vote: Callable[[bool], bool] | None = None,
+    ) -> tuple[int, bool, int, float]: ...
+    def look_at_snapshot(
+        self,
+        directories: list[tuple[str | bytes | os.PathLike[str], int]],
+        place: str = "",
+    ) -> str: ...
     def commits(self) -> list[tuple[int, int, int, str]]: ...
     def take_commit(
         self,

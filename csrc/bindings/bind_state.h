@@ -12,6 +12,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -180,6 +181,16 @@ class PythonFunction {
   std::optional<py::error_already_set> error_;
 };
 
+/// How a group votes: by a function of Python's, which must outlive it.
+std::function<bool(bool)> asking(PythonFunction& vote) {
+  return [&vote](bool good) {
+    bool all = false;
+    vote([&] { return py::bool_(good); },
+         [&](const py::object& result) { all = result.cast<bool>(); });
+    return all;
+  };
+}
+
 // Python gets tensors of its own over the same memory. Their Python objects are
 // gone when Python has let go of them, and not later, without the GIL.
 
@@ -314,16 +325,7 @@ void bind_tensor_offload(py::module_& m) {
              std::uint64_t generation, std::optional<py::function> asked) {
             torch_ext::CommitGroup group{.generation = generation};
             PythonFunction vote(asked ? std::move(*asked) : py::function());
-            if (generation != 0) {
-              group.vote = [&vote](bool good) {
-                bool all = false;
-                vote([&] { return py::bool_(good); },
-                     [&](const py::object& result) {
-                       all = result.cast<bool>();
-                     });
-                return all;
-              };
-            }
+            if (generation != 0) group.vote = asking(vote);
             const torch_ext::CommitReport report = vote.within([&] {
               return offload.commit(step, document, tensors, keep, group);
             });
@@ -333,6 +335,43 @@ void bind_tensor_offload(py::module_& m) {
           py::arg("step"), py::arg("document"), py::arg("tensors"),
           py::arg("keep"), py::arg("generation") = 0,
           py::arg("vote") = py::none())
+      .def(
+          "snapshot",
+          [](TensorOffload& offload, const Directories& directories,
+             std::string place, bool replace,
+             std::optional<py::function> asked) {
+            torch_ext::SnapshotGroup group{.place = std::move(place),
+                                           .replace = replace};
+            const bool votes = asked.has_value();
+            PythonFunction vote(votes ? std::move(*asked) : py::function());
+            if (votes) group.vote = asking(vote);
+            const torch_ext::SnapshotReport report = vote.within([&] {
+              return offload.offload().snapshot(to_list(directories), group);
+            });
+            return py::make_tuple(report.step, report.reflink, report.bytes,
+                                  report.seconds);
+          },
+          py::arg("directories"), py::arg("place") = "",
+          py::arg("replace") = false, py::arg("vote") = py::none())
+      .def(
+          "look_at_snapshot",
+          [](TensorOffload& offload, const Directories& directories,
+             const std::string& place) {
+            using Place = torch_ext::OptimizerOffload::SnapshotPlace;
+            switch (offload.offload().look_at_snapshot(to_list(directories),
+                                                       {.place = place})) {
+              case Place::kFree:
+                return "free";
+              case Place::kUnfinished:
+                return "unfinished";
+              case Place::kSnapshot:
+                return "snapshot";
+              case Place::kOther:
+                break;
+            }
+            return "other";
+          },
+          py::arg("directories"), py::arg("place") = "", release_gil())
       .def("commits",
            [](TensorOffload& offload) {
              return to_list(

@@ -682,6 +682,31 @@ void File::sync() const {
   throw IoError({.op = "fdatasync", .path = path_, .error = errno});
 }
 
+bool File::share(const File& from, std::uint64_t from_offset,
+                 std::uint64_t offset, std::uint64_t length) const {
+  struct file_clone_range range = {};
+  range.src_fd = from.fd();
+  range.src_offset = from_offset;
+  range.src_length = length;
+  range.dest_offset = offset;
+  if (retrying([&] { return ioctl(fd(), FICLONERANGE, &range); }) == 0) {
+    return true;
+  }
+  switch (errno) {
+    case EOPNOTSUPP:
+    case ENOTTY:
+    case ENOSYS:
+    case EXDEV:
+    case EINVAL:
+      return false;
+  }
+  throw IoError({.op = "ioctl(FICLONERANGE)",
+                 .path = path(),
+                 .offset = offset,
+                 .length = length,
+                 .error = errno});
+}
+
 void File::write(std::uint64_t offset, std::span<const std::byte> bytes) const {
   const int fd = buffered_fd();
   const FileSizeSignalBlocked signal_blocked;

@@ -302,6 +302,32 @@ CommitDocument read_document(const Commit& commit, const std::string& path) {
   }
 }
 
+/// Returns what `call` returns. If it fails before it has voted, this does.
+template <typename Call>
+auto voted(const std::function<bool(bool)>& of_group, Call call) {
+  bool has_voted = false;
+  CommitLog::Vote vote;
+  if (of_group) {
+    vote = [&] {
+      has_voted = true;
+      return of_group(true);
+    };
+  }
+  try {
+    return call(vote);
+  } catch (...) {
+    // The others wait for this process's vote.
+    if (of_group && !has_voted) {
+      try {
+        of_group(false);
+      } catch (...) {
+        // The first error says more.
+      }
+    }
+    throw;
+  }
+}
+
 const Commit& find_generation(const CommitLog& log, std::uint64_t generation) {
   const std::vector<Commit>& all = log.commits();
   const auto found =
@@ -469,31 +495,53 @@ CommitReport OptimizerOffload::commit(std::uint64_t step, std::string document,
                                       std::span<const CommittedValue> values,
                                       UpdateKernel& reader, std::size_t keep,
                                       const CommitGroup& group) {
-  bool voted = false;
-  CommitLog::Vote vote;
-  if (group.vote) {
-    vote = [&] {
-      voted = true;
-      return group.vote(true);
-    };
-  }
-  try {
+  return voted(group.vote, [&](const CommitLog::Vote& vote) {
     const Impl::Call call(*impl_);
     impl_->refuse_if_failed();
     impl_->refuse_in_step();
     return impl_->commit(step, std::move(document), values, reader, keep,
                          group.generation, vote);
-  } catch (...) {
-    // The others wait for this process's vote.
-    if (group.vote && !std::exchange(voted, true)) {
-      try {
-        group.vote(false);
-      } catch (...) {
-        // The first error says more.
-      }
-    }
-    throw;
+  });
+}
+
+SnapshotReport OptimizerOffload::snapshot(const DirectoryList& directory,
+                                          const SnapshotGroup& group) {
+  const auto start = std::chrono::steady_clock::now();
+  return voted(group.vote, [&](const CommitLog::Vote& vote) {
+    const Impl::Call call(*impl_);
+    StoreCopy copy = impl_->copy_to(directory, group.place);
+    const StoreCopy::Report made = copy.make(group.replace, vote);
+    const std::chrono::duration<double> seconds =
+        std::chrono::steady_clock::now() - start;
+    return SnapshotReport{.step = impl_->log->commits().back().step,
+                          .reflink = made.reflink,
+                          .bytes = made.bytes,
+                          .seconds = seconds.count()};
+  });
+}
+
+OptimizerOffload::SnapshotPlace OptimizerOffload::look_at_snapshot(
+    const DirectoryList& directory, const SnapshotGroup& group) const {
+  const Impl::Call call(*impl_);
+  switch (impl_->copy_to(directory, group.place).there()) {
+    case StoreCopy::There::kNothing:
+      return SnapshotPlace::kFree;
+    case StoreCopy::There::kUnfinished:
+      return SnapshotPlace::kUnfinished;
+    case StoreCopy::There::kCopy:
+      return SnapshotPlace::kSnapshot;
+    case StoreCopy::There::kOther:
+      break;
   }
+  return SnapshotPlace::kOther;
+}
+
+StoreCopy OptimizerOffload::Impl::copy_to(const DirectoryList& directory,
+                                          const std::string& place) {
+  if (log == nullptr || log->commits().empty()) {
+    throw StateError("snapshot: nothing was committed yet");
+  }
+  return {*store, *log, directory, place};
 }
 
 std::uint64_t OptimizerOffload::next_generation() const {

@@ -11,6 +11,7 @@
 #include "base/mutex.h"
 #include "base/owner_process.h"
 #include "store/commit_log.h"
+#include "store/store_copy.h"
 #include "tile_lanes.h"
 #include "tile_layout.h"
 #include "torch_ext/base/align.h"
@@ -132,6 +133,8 @@ class OptimizerOffload::Impl {
   const Commit& kept_commit(std::uint64_t generation) const REQUIRES(calls);
   CommitDocument document_of(const Commit& commit) const REQUIRES(calls);
   void read_values(UpdateKernel& kernel) REQUIRES(calls);
+  StoreCopy copy_to(const DirectoryList& directory, const std::string& place)
+      REQUIRES(calls);
   /// Whether a commit writes it, to another place than its present one.
   static bool is_written_anew(const Tile& tile) {
     return tile.committed && (tile.dirty || !tile.holds_state);

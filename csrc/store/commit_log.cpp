@@ -115,14 +115,14 @@ StoreName StoreName::newest_in(const std::filesystem::path& directory) const {
   return newest;
 }
 
-CommitLog::CommitLog(Store& store, StoreName name)
-    : store_(store), name_(std::move(name)) {}
+CommitLog::CommitLog(Store& store, StoreName name, std::optional<StoreId> id)
+    : store_(store), name_(std::move(name)), id_(id) {}
 
 // What the first commit does before all else. It leaves no trace outside.
 void CommitLog::begin() {
   if (header_.granule != 0) return;
   StoreHeader header{
-      .store = random_id(),
+      .store = id_ ? *id_ : random_id(),
       .run = random_id(),
       .rank = name_.rank,
       .world = name_.world,
@@ -152,7 +152,7 @@ void CommitLog::begin() {
 std::vector<Commit> CommitLog::add(std::uint64_t step, std::string document,
                                    std::vector<std::shared_ptr<Extent>> extents,
                                    std::size_t keep, std::uint64_t least,
-                                   const Vote& vote) {
+                                   const Vote& vote, std::int64_t time) {
   if (keep < 1) {
     throw std::invalid_argument("commit: keep must be at least 1, got 0");
   }
@@ -160,8 +160,8 @@ std::vector<Commit> CommitLog::add(std::uint64_t step, std::string document,
   begin();
 
   generation_ = std::max(generation_ + 1, least);
-  Commit commit{generation_, step, seconds_since_1970(), std::move(document),
-                std::move(extents)};
+  Commit commit{generation_, step, time != 0 ? time : seconds_since_1970(),
+                std::move(document), std::move(extents)};
   CommitTable table{.store = header_.store,
                     .generation = commit.generation,
                     .step = step,

@@ -5,6 +5,7 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -28,7 +29,8 @@ inline constexpr const char* kOthersFailed =
 class CommitLog {
  public:
   /// For a store of scratch files. Nothing happens before the first commit.
-  CommitLog(Store& store, StoreName name);
+  /// `id`: the store's; none is a random one.
+  CommitLog(Store& store, StoreName name, std::optional<StoreId> id = {});
 
   /// For a store that was made with the files of `name`: becomes their owner,
   /// reads the commits, and takes their extents.
@@ -50,7 +52,8 @@ class CommitLog {
   /// Makes these extents durable, with a new generation. All their writes have
   /// ended. Returns the commits beyond the newest `keep` (>= 1), whose extents
   /// may be written again. `least`: the least number that the generation may
-  /// have, which makes it the same in all processes.
+  /// have, which makes it the same in all processes. `time`: the commit's; 0 is
+  /// now.
   /// Errors: IoError: EEXIST if another run's store has the name, ENOENT if the
   /// file was removed, and what the drive says. The last commit is what it was
   /// then, unless must_stop() is set. If only the names failed, commits() has
@@ -58,10 +61,15 @@ class CommitLog {
   std::vector<Commit> add(std::uint64_t step, std::string document,
                           std::vector<std::shared_ptr<Extent>> extents,
                           std::size_t keep = 1, std::uint64_t least = 0,
-                          const Vote& vote = {});
+                          const Vote& vote = {}, std::int64_t time = 0);
 
   /// The generation that add() tries next.
   std::uint64_t next_generation() const noexcept { return generation_ + 1; }
+
+  /// The store's id. REQUIRES: there is a commit.
+  const StoreId& id() const noexcept { return header_.store; }
+  /// What its files are called.
+  const StoreName& name() const noexcept { return name_; }
 
   /// Oldest first.
   const std::vector<Commit>& commits() const noexcept { return commits_; }
@@ -98,6 +106,7 @@ class CommitLog {
 
   Store& store_;
   const StoreName name_;
+  const std::optional<StoreId> id_;  ///< What was asked for.
   StoreHeader header_;
   FileLock lock_;
   bool named_ = false;

@@ -89,6 +89,8 @@ class Join {
 struct Store::Impl {
   explicit Impl(const StoreOptions& options)
       : config(options.aio),
+        wanted_engine(options.engine),
+        engine_factory(options.engine_factory),
         verify(options.verify),
         stripes(weights_of(options.directory)) {
     const auto& directories = options.directory.all();
@@ -145,6 +147,8 @@ struct Store::Impl {
              const std::exception_ptr& error);
 
   AioConfig config;
+  const std::string wanted_engine;
+  const IoEngineFactory engine_factory;
   bool verify;
   StripeMap stripes;
   std::vector<std::unique_ptr<Drive>> drives;
@@ -391,16 +395,19 @@ std::shared_ptr<Extent> Store::allocate(std::uint64_t bytes, bool may_grow) {
     throw std::invalid_argument("store: an extent of " + std::to_string(bytes) +
                                 " bytes");
   }
+  const std::uint64_t first =
+      impl_->next_slot.fetch_add(blocks_of(bytes)) % impl_->stripes.period();
+  return allocate_at(first, bytes, may_grow);
+}
+
+std::shared_ptr<Extent> Store::allocate_at(std::uint64_t first_slot,
+                                           std::uint64_t bytes, bool may_grow) {
   std::shared_ptr<Extent> extent(new Extent);
-  const std::uint64_t block = impl_->config.block_size;
-  const std::uint64_t padded = align_up(bytes, granule());
-  const std::uint64_t blocks = align_up(padded, block) / block;
-  if (impl_->verify) extent->checksums_.resize(blocks);
+  if (impl_->verify) extent->checksums_.resize(blocks_of(bytes));
   extent->offsets_.assign(impl_->drives.size(), kNoSpace);
-  extent->first_slot_ =
-      impl_->next_slot.fetch_add(blocks) % impl_->stripes.period();
+  extent->first_slot_ = first_slot;
   extent->size_ = bytes;
-  extent->padded_size_ = padded;
+  extent->padded_size_ = align_up(bytes, granule());
   // If a drive has no space, the extent gives back what it took of the drives
   // before.
   extent->store_ = impl_;
@@ -451,6 +458,44 @@ std::shared_ptr<Extent> Store::adopt(const Place& place,
     extent->checksums_.resize(blocks);
   }
   return extent;
+}
+
+std::shared_ptr<Extent> Store::allocate_like(const Place& place) {
+  try {
+    return allocate_at(place.first_slot % impl_->stripes.period(), place.size,
+                       true);
+  } catch (...) {
+    trim();
+    throw;
+  }
+}
+
+bool Store::share(const Extent& from, const std::shared_ptr<Extent>& extent) {
+  const Impl& theirs = *from.store_;
+  if (from.padded_size_ != extent->padded_size_ ||
+      from.offsets_.size() != extent->offsets_.size()) {
+    return false;
+  }
+  for (std::size_t i = 0; i < extent->offsets_.size(); ++i) {
+    const std::uint64_t part = impl_->bytes_on(i, *extent);
+    if (part != theirs.bytes_on(i, from)) return false;
+    if (part == 0) continue;
+    if (!impl_->drives[i]->file->share(*theirs.drives[i]->file,
+                                       from.offsets_[i], extent->offsets_[i],
+                                       part)) {
+      return false;
+    }
+  }
+  extent->checksums_ = from.checksums_;
+  return true;
+}
+
+StoreOptions Store::options_for(const DirectoryList& directory) const {
+  return {.directory = directory,
+          .aio = impl_->config,
+          .engine = impl_->wanted_engine,
+          .verify = impl_->verify,
+          .engine_factory = impl_->engine_factory};
 }
 
 std::uint64_t Store::blocks_of(std::uint64_t bytes) const noexcept {

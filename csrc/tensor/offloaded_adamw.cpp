@@ -313,6 +313,10 @@ class OffloadedAdamW::Impl {
     return report;
   }
 
+  SnapshotReport snapshot(const DirectoryList& directory) {
+    return offload_.offload().snapshot(directory);
+  }
+
   std::vector<Committed> commits() {
     std::vector<Committed> all;
     for (const auto& commit : offload_.offload().commits()) {
@@ -1107,6 +1111,10 @@ std::unique_ptr<OffloadedAdamW> OffloadedAdamW::resume(
 
 void OffloadedAdamW::rollback(std::optional<std::uint64_t> step) {
   impl_->rollback(step);
+}
+
+SnapshotReport OffloadedAdamW::snapshot(const DirectoryList& directory) {
+  return impl_->snapshot(directory);
 }
 
 std::vector<OffloadedAdamW::Committed> OffloadedAdamW::commits() {

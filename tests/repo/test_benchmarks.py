@@ -214,6 +214,40 @@ def test_save_sets_durable_saves_and_cold_loads_beside_others(
     assert os.listdir(disk) == []
 
 
+def test_power_cuts_say_what_they_leave(bench, disk):
+    result = bench("power_cuts", "--contenders", "ours", "torch.save")
+    if result is None or not result["tables"]:
+        pytest.skip("no file system can be shut down here")
+    ours, theirs = (cells(result)[name] for name in ("torch_ext.save", "torch.save"))
+    assert ours[:3] == ["new 1"] * 3
+    assert ours[3] in ("new 1", "old 1")
+    assert theirs[0] == "new 1", "without a cut"
+    assert theirs[1] in ("lost 1", "damaged 1")
+    assert {m["outcome"] for m in result["measurements"]} >= {"new", "lost"}
+    assert os.listdir(disk) == []
+
+
+@pytest.mark.parametrize(
+    ("found", "outcome"),
+    [(1, "old"), (2, "new"), (3, "damaged"), (FileNotFoundError, "lost"), (OSError, "damaged")],
+)
+def test_what_is_left_is_compared_with_both_saves(module, found, outcome):
+    worker = module("power_cuts_worker")
+    contender = worker.Contender(64)
+
+    def load(place):
+        if isinstance(found, int):
+            return contender.expected(found)
+        raise found("no")
+
+    contender.load = load
+    assert worker.look(contender, Path("x"), 2)[0] == outcome
+    contender.load = lambda place: contender.expected(1) | {
+        "layers.0": contender.expected(2)["layers.0"]
+    }
+    assert worker.look(contender, Path("x"), 2)[0] == "damaged", "of both"
+
+
 def test_a_loaded_file_with_other_bytes_is_an_error(module, tmp_path):
     import torch
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -66,9 +66,30 @@ from torch_ext.optim._together import Together
 
 _logger = logging.getLogger("torch_ext")
 
+T = TypeVar("T")
+
 
 #: Takes a commit's state and values: what has the state, and (slot, parameter, first element).
 Take = Callable[[Any, list[tuple[int, Tensor, int]]], None]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A commit that was made a store of its own.
+
+    ``step`` is the commit's. ``way`` is "reflink" if the snapshot shares blocks with the
+    original, or "copied". ``bytes`` are those of state and parameters, padded, and ``seconds``
+    is the call's wall time.
+    """
+
+    step: int
+    way: str
+    bytes: int
+    seconds: float
+
+    @classmethod
+    def of(cls, step: int, reflink: bool, count: int, seconds: float) -> Snapshot:
+        return cls(step, "reflink" if reflink else "copied", count, seconds)
 
 
 @dataclass(frozen=True)
@@ -189,6 +210,13 @@ class CommittingOptimizer(OffloadedBase):
         if together.world == 1:
             return self._offload.commit(step, document, tensors, keep)
         generation = max(together.exchange(self._offload.next_generation()))
+        return self._voted(
+            lambda vote: self._offload.commit(step, document, tensors, keep, generation, vote)
+        )
+
+    def _voted(self, call: Callable[[Callable[[bool], bool]], T]) -> T:
+        """Returns what ``call`` returns, which asks all processes with the vote it is given."""
+        together = self._together
         good, voted = True, False
 
         def vote(mine: bool) -> bool:
@@ -199,7 +227,7 @@ class CommittingOptimizer(OffloadedBase):
             return all_good
 
         try:
-            done = self._offload.commit(step, document, tensors, keep, generation, vote)
+            done = call(vote)
         except Exception as error:
             if not voted:  # Nobody answers.
                 raise
@@ -211,6 +239,75 @@ class CommittingOptimizer(OffloadedBase):
         # Another process may have failed after the vote, when it gave its files names.
         together.raise_for(together.exchange(None))
         return done
+
+    @undisturbed
+    @plain_modes()
+    def snapshot(self, path: Directories) -> Snapshot:
+        """Makes the last commit a store of its own in ``path``, which ``resume(path)`` takes.
+
+        It is durable when this returns. Nothing that happens to one of the two stores changes
+        the other: the snapshot can be moved, or removed. It has what the last commit has, and
+        not the steps since then.
+
+        On xfs and btrfs it takes no space at first, if ``path`` is on the file system of
+        ``nvme_path``: both stores share blocks until one of them is written there. Later steps
+        then need space that nobody has reserved. Elsewhere all bytes are read, checked and
+        written. Either way there must be space for a copy.
+
+        Several processes call this together: each makes its own, and all have one, or none.
+
+        Args:
+            path: A directory that has no store of this name, or as many as ``nvme_path``, with
+                the same weights.
+
+        Returns:
+            What was made: the ``step`` of the commit, whether it was by ``"reflink"`` or
+            ``"copied"`` (``way``), its ``bytes`` and ``seconds``.
+
+        Raises:
+            FileExistsError: There is a store in ``path``.
+            OSError: There is no room (before much is written), the drive failed, or the commit
+                is damaged. Nothing is in ``path`` then, and this store is as it was.
+            ValueError: ``path`` has another number of directories, or other weights.
+            RuntimeError: Nothing was committed, or the optimizer is closed or belongs to
+                another process.
+
+        What one process raises, all raise: the text names its rank.
+        """
+        together, offload = self._together, self._offload
+
+        def look() -> tuple[list[tuple[str | bytes, int]], list[tuple[int, int]]]:
+            self._life.check()
+            together.check("snapshot()")
+            directories = directories_of(path, "path")
+            offload.look_at_snapshot(directories)  # Raises what is wrong with them.
+            found = [os.stat(directory) for directory, _ in directories]
+            return directories, [(each.st_dev, each.st_ino) for each in found]
+
+        directories, places = together.agreed(look)
+        if together.world == 1:
+            return Snapshot.of(*offload.snapshot(directories))
+        # A snapshot of a call that was killed is known by where all of it should be.
+        place = json.dumps(together.exchange(places))
+        there = together.exchange(
+            together.agreed(lambda: offload.look_at_snapshot(directories, place))
+        )
+
+        def refuse() -> None:
+            if there[together.rank] == "other" or set(there) == {"snapshot"}:
+                raise FileExistsError(
+                    errno.EEXIST,
+                    "snapshot: a store is there already: remove it, or give another directory",
+                    os.fspath(directories[0][0]),
+                )
+
+        together.agreed(refuse)
+        generation = offload.commits()[-1][0]
+        together.same(generation, "snapshot(): the generation of the last commit")
+        return self._voted(
+            # Where some have theirs and others none, a call was killed in between.
+            lambda vote: Snapshot.of(*offload.snapshot(directories, place, True, vote))
+        )
 
     @undisturbed
     def commits(self) -> list[Commit]:

@@ -143,6 +143,13 @@ class File {
   /// meanwhile.
   /// Errors: IoError, with size, bytes and blocks as they were.
   void grow(std::uint64_t offset, std::uint64_t length) const;
+  /// Gives a range the bytes of another file's range by sharing its blocks
+  /// (FICLONERANGE). Whoever writes there first gets blocks of its own. Returns
+  /// false, with nothing changed, where that cannot be: on most file systems,
+  /// from one to another, or for offsets that are no multiples of a block.
+  /// Errors: IoError.
+  bool share(const File& from, std::uint64_t from_offset, std::uint64_t offset,
+             std::uint64_t length) const;
   /// Writes all of `bytes` at `offset`, on this thread and through the page
   /// cache. Errors: IoError; a prefix may then be written.
   void write(std::uint64_t offset, std::span<const std::byte> bytes) const;

@@ -115,6 +115,25 @@ struct CommitReport {
   double seconds = 0;
 };
 
+/// What processes that make a snapshot together agree on.
+struct SnapshotGroup {
+  std::string place = {};  ///< The same in all: where each makes its own.
+  /// Replaces a whole snapshot of this process, since others have none: that
+  /// call was killed.
+  bool replace = false;
+  /// As in CommitGroup.
+  std::function<bool(bool)> vote = {};
+};
+
+/// What snapshot() did.
+struct SnapshotReport {
+  std::uint64_t step = 0;  ///< The commit's.
+  /// It shares blocks with the original. Else all bytes were copied.
+  bool reflink = false;
+  std::uint64_t bytes = 0;  ///< Of state and values, padded.
+  double seconds = 0;
+};
+
 /// Optimizer state on disk. A parameter's state is a few fields, each with
 /// something for every element. State is cut into tiles. A tile's fields lie
 /// side by side, so a tile is one large read and one large write. Three lanes
@@ -310,6 +329,31 @@ class OptimizerOffload {
   /// back to last, as commit() did. Errors: as read_state(); StateError if
   /// there is no commit.
   void read_values(UpdateKernel& kernel);
+
+  /// Makes the last commit a store of its own in other directories: as many,
+  /// of the same weights. resume() takes it, and nothing that happens to one of
+  /// the two stores changes the other. Where the file system can, the two share
+  /// blocks until one of them writes there; else the bytes are read, checked
+  /// and written. A step may be open, and an earlier call may have failed.
+  /// Memory: eight blocks of block_size.
+  /// Errors: StateError if nothing was committed. std::invalid_argument for
+  /// other directories. IoError: EEXIST if a store is there, ENOSPC before a
+  /// byte is written, also where blocks would be shared, EIO for damage.
+  /// Nothing is there then, and this store is as it was. StateError if another
+  /// process of the group has failed: then none has a snapshot.
+  SnapshotReport snapshot(const DirectoryList& directory,
+                          const SnapshotGroup& group = {});
+
+  /// What is where snapshot() would put its files.
+  enum class SnapshotPlace {
+    kFree,
+    kUnfinished,  ///< What a snapshot() there that was killed has left.
+    kSnapshot,    ///< A snapshot of this store.
+    kOther,       ///< Another store, or another file.
+  };
+  /// Errors: as snapshot(), before it writes.
+  SnapshotPlace look_at_snapshot(const DirectoryList& directory,
+                                 const SnapshotGroup& group = {}) const;
 
   /// How many numbers add_parameter() has given.
   std::size_t parameters() const;

@@ -184,6 +184,20 @@ class Store {
   std::shared_ptr<Extent> adopt(const Place& place,
                                 std::vector<std::uint64_t> checksums);
 
+  /// Space for an extent as large as that at `place`, in a store of the same
+  /// weights and block_size. Its blocks go to the directories in the same way.
+  /// Errors: as allocate().
+  std::shared_ptr<Extent> allocate_like(const Place& place);
+
+  /// Gives an extent of this store the bytes and checksums of another store's,
+  /// by sharing blocks: see File::share(). It was made by allocate_like().
+  /// Returns false where that cannot be; its bytes are undefined then. Errors:
+  /// IoError.
+  bool share(const Extent& from, const std::shared_ptr<Extent>& extent);
+
+  /// How to make a store in other directories that is like this one.
+  StoreOptions options_for(const DirectoryList& directory) const;
+
   /// How many checksums an extent of `bytes` bytes has.
   std::uint64_t blocks_of(std::uint64_t bytes) const noexcept;
 
@@ -214,6 +228,8 @@ class Store {
   friend class Extent;
   struct Impl;
   std::shared_ptr<Extent> allocate(std::uint64_t bytes, bool may_grow);
+  std::shared_ptr<Extent> allocate_at(std::uint64_t first_slot,
+                                      std::uint64_t bytes, bool may_grow);
 
   std::shared_ptr<Impl> impl_;
 };

@@ -227,6 +227,12 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   /// load_state_dict() has succeeded.
   void rollback(std::optional<std::uint64_t> step = {});
 
+  /// Makes the last commit a store of its own in another directory, or in
+  /// others, one for each of nvme_path with the same weights. It is durable
+  /// when this returns, and resume() takes it. See OptimizerOffload::snapshot()
+  /// for how, and for the errors.
+  SnapshotReport snapshot(const DirectoryList& directory);
+
   /// A commit that is kept on the drive.
   struct Committed {
     std::uint64_t generation = 0;  ///< Counted from 1.

@@ -1,0 +1,65 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "commit_log.h"
+#include "torch_ext/store/directories.h"
+#include "torch_ext/store/store.h"
+
+namespace torch_ext {
+
+/// A store that shall have one commit of another. store_copy.cpp tells how it
+/// is made.
+/// Threads: one at a time. The store that is copied must outlive the object.
+class StoreCopy {
+ public:
+  /// In `to`, under the name that the store of `log` has. `place`: more of what
+  /// tells this copy from others, such as where other processes make theirs.
+  /// Errors: std::invalid_argument if there are not as many directories as the
+  /// store has, with its weights. IoError if there is no such directory.
+  StoreCopy(Store& from, const CommitLog& log, DirectoryList to,
+            const std::string& place = {});
+
+  /// What has the names of the copy's files.
+  enum class There {
+    kNothing,
+    kUnfinished,  ///< What a call that was killed has left of this copy.
+    kCopy,        ///< This copy, whole as far as names tell.
+    kOther,       ///< Another store, or anything else.
+  };
+  /// Errors: IoError if a file cannot be read.
+  There there() const;
+
+  struct Report {
+    bool reflink = false;     ///< Blocks are shared. Else bytes were copied.
+    std::uint64_t bytes = 0;  ///< Of the extents, padded.
+  };
+  /// Makes a commit of the log durable there, the last one. An unfinished copy
+  /// is replaced. `replace`: a whole one too, since other processes have none.
+  /// `vote`: as in CommitLog::add().
+  /// Errors: IoError: EEXIST if another file has the name, ENOSPC before a byte
+  /// is written, EIO if an extent is damaged. No file has a name then, except
+  /// where `vote` throws: nobody knows whether the copy counts.
+  Report make(bool replace = false, const CommitLog::Vote& vote = {});
+
+ private:
+  std::string path(std::size_t directory) const;
+  bool is_mine(std::size_t directory) const;
+  void make_way(bool replace) const;
+  std::vector<std::shared_ptr<Extent>> reserve(Store& store) const;
+  bool share(Store& store,
+             const std::vector<std::shared_ptr<Extent>>& extents) const;
+  void copy(Store& store,
+            const std::vector<std::shared_ptr<Extent>>& extents) const;
+  void take_names(const Store& store) const noexcept;
+
+  Store& from_;
+  const CommitLog& log_;
+  const DirectoryList to_;
+  StoreId id_;
+};
+
+}  // namespace torch_ext
