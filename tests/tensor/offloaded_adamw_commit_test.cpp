@@ -296,6 +296,37 @@ TEST_F(OffloadedAdamWCommitTest, ARunInMemoryGivesTheSame) {
             fast.lr());
 }
 
+TEST_F(OffloadedAdamWCommitTest, ASnapshotGoesOnAsTheOriginalDoes) {
+  const StoreDir elsewhere;
+  InMemory reference(std::vector(4, OffloadedAdamWOptions(1e-2)));
+  reference.train(0, 4);
+  const Tensors first = make_parameters();
+  const auto original = make(first);
+  train(first, *original, 0, 2);
+  EXPECT_TRUE(has(
+      text_of<StateError>([&] { original->snapshot(elsewhere.path()); }),
+      "nothing was committed"));
+  original->commit();
+  train(first, *original, 2, 3);
+  const SnapshotReport report = original->snapshot(elsewhere.path());
+  EXPECT_EQ(report.step, 2u);
+  EXPECT_TRUE(is_file(elsewhere / kFile));
+  EXPECT_TRUE(has(
+      text_of<IoError>([&] { original->snapshot(elsewhere.path()); }),
+      "it is there already"));
+  StateOptions there = offload();
+  there.nvme_path = elsewhere.path();
+  const Tensors second = make_parameters();
+  const auto copy = OffloadedAdamW::resume(second, there);
+  train(second, *copy, 2, 4);
+  train(first, *original, 3, 4);
+  for (const auto& [parameters, optimizer] :
+       {std::pair(&first, original.get()), {&second, copy.get()}}) {
+    EXPECT_TRUE(equal(*parameters, reference.parameters()));
+    expect_equal(state_of(*optimizer), reference.state());
+  }
+}
+
 TEST_F(OffloadedAdamWCommitTest, EachKeptCommitCanBeGoneBackTo) {
   InMemory reference(std::vector(4, OffloadedAdamWOptions(1e-2)));
   const Tensors parameters = make_parameters();
