@@ -1,15 +1,15 @@
-"""What is there after a power cut: torch_ext beside torch.save, safetensors, DCP and DeepSpeed.
+"""What a power cut leaves of saves: torch_ext, torch.save, safetensors, DCP and DeepSpeed.
 
-Each contender saves twice into one place, as its documentation says. The first save is given the
-time to reach the drive, as minutes of training would. The power is cut at one of three moments:
-when the first save has just returned, when the second has, and while the second is under way.
-Then the file system is mounted again, the contender's own reader looks, and all values are
-compared with those of both saves.
+Each contender saves twice into one place, as its documentation says. The first save is given
+the time to reach the drive, as minutes of training would. The power is cut at one of three
+moments: when the first save has just returned, when the second has, and while the second is
+under way. Then the file system is mounted again, the contender's own reader looks, and all
+values are compared with those of both saves.
 
-The cut is a shutdown of the file system without its log, ext4 and xfs, in a file that is mounted
-by a loop device. What was in the page cache is lost then, and so are names and sizes that were
-not synced. Whether the drive was asked to flush does not show: direct writes count as durable.
-VolatileDriveFaults (tests/fault) has a drive that forgets.
+The cut is a shutdown of the file system without its log, ext4 and xfs, in a file that is
+mounted by a loop device. What was in the page cache is lost then, and so are names and sizes
+that were not synced. Whether the drive was asked to flush does not show: direct writes count as
+durable. VolatileDriveFaults (tests/fault) has a drive that forgets.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -50,6 +51,8 @@ def main() -> None:
     if (reason := why_not()) is not None:
         common.say(f"power_cuts: {reason}")
         return
+    # What ends this process ends the worker and removes the files too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     machine = common.machine(options.directory)
     measurements: list[Json] = []
     with common.work_folder(options.directory) as folder:
@@ -60,7 +63,9 @@ def main() -> None:
     tables = [tabulate(fs, options, measurements) for fs in options.file_systems]
     tables = [t for t in tables if t["rows"]]
     common.publish(
-        "power_cuts", options, {"machine": machine, "measurements": measurements, "tables": tables}
+        "power_cuts",
+        options,
+        {"machine": machine, "measurements": measurements, "tables": tables},
     )
 
 
@@ -68,7 +73,7 @@ def parse() -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.set_defaults(rounds=20)
     parser.add_argument(
-        "--size", type=common.size, default=32 * MIB, help="of what is saved (32 MiB)"
+        "--size", type=common.size, default=16 * MIB, help="of what is saved (16 MiB)"
     )
     parser.add_argument("--file-systems", nargs="+", default=["ext4", "xfs"])
     parser.add_argument(
@@ -122,7 +127,7 @@ def tabulate(file_system: str, options: argparse.Namespace, measurements: list[J
             if (m["contender"], m["file_system"]) == (contender, file_system)
         ]
         if any("absent" in m for m in mine):
-            # Of a file system that cannot be had, there is no table.
+            # There is no table of a file system that cannot be had.
             if not any(m.get("no_file_system") for m in mine):
                 rows.append([CONTENDERS[contender], *["not installed"] * len(MOMENTS)])
             continue

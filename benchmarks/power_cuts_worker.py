@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import functools
 import json
 import os
 import random
@@ -35,7 +36,7 @@ PARTS = 4
 SECONDS = 120  # For a child. It is generous.
 
 
-class Absent(Exception):
+class AbsentError(Exception):
     """What the machine lacks, in words."""
 
 
@@ -44,11 +45,12 @@ def main() -> None:
     torch.set_num_threads(1)  # Children are forked, and threads are not.
     try:
         contender = CONTENDERS[job["contender"]](job["bytes"])
+        contender.get_ready()
         with LoopDisk(Path(job["folder"]), job["file_system"]) as disk:
             for moment in job["moments"]:
                 run(job, contender, disk, moment)
-    except Absent as reason:
-        tell(absent=str(reason), no_file_system=isinstance(reason, NoFileSystem))
+    except AbsentError as reason:
+        tell(absent=str(reason), no_file_system=isinstance(reason, NoFileSystemError))
 
 
 def tell(**said: Any) -> None:
@@ -94,8 +96,11 @@ def folder_for(disk: LoopDisk, name: str) -> Iterator[Path]:
 
 
 @contextmanager
-def child(work: Callable[[int], None]) -> Iterator[int]:
-    """Runs ``work`` in a child, and gives what it writes to its descriptor. Ends it at last."""
+def child(work: Callable[[int], None], is_cut_off: bool = False) -> Iterator[int]:
+    """Runs ``work`` in a child, and gives what it writes to its descriptor. Ends it at last.
+
+    ``is_cut_off``: errors are what happens.
+    """
     ours, theirs = os.pipe()
     number = os.fork()
     if number == 0:
@@ -105,7 +110,8 @@ def child(work: Callable[[int], None]) -> Iterator[int]:
             work(theirs)
             status = 0
         except BaseException:
-            traceback.print_exc()
+            if not is_cut_off:
+                traceback.print_exc()
         finally:
             os._exit(status)
     os.close(theirs)
@@ -150,7 +156,7 @@ def save_in_child(
             disk.cut()
         os.write(told, str(seconds).encode() if moment == "timed" else b"cut")
 
-    with child(work) as told:
+    with child(work, is_cut_off=moment == "under way") as told:
         said = heard(told, SECONDS)
         if moment == "under way" and said == b"begins":
             time.sleep(delay)
@@ -197,7 +203,7 @@ def same(found: Tensors, expected: Tensors) -> bool:
 # The disk ---------------------------------------------------------------------------
 
 
-class NoFileSystem(Absent):
+class NoFileSystemError(AbsentError):
     pass
 
 
@@ -215,9 +221,9 @@ class LoopDisk:
         if self._libc.unshare(new_mounts) != 0 or self._libc.mount(
             b"none", b"/", None, private | recursive, None
         ):
-            raise NoFileSystem("this process may not have mounts of its own")
+            raise NoFileSystemError("this process may not have mounts of its own")
         if shutil.which(f"mkfs.{self._type}", path=_path()) is None:
-            raise NoFileSystem(f"mkfs.{self._type} is not installed")
+            raise NoFileSystemError(f"mkfs.{self._type} is not installed")
         self.place.mkdir(exist_ok=True)
         with self._image.open("wb") as file:
             file.truncate(1 << 30)  # It is sparse.
@@ -238,7 +244,7 @@ class LoopDisk:
         while True:
             try:
                 return _command("umount", self.place)
-            except NoFileSystem:
+            except NoFileSystemError:
                 if time.monotonic() > end:
                     raise
             time.sleep(0.01)
@@ -277,17 +283,22 @@ def _command(*words: str | Path) -> None:
         words, capture_output=True, text=True, check=False, env=os.environ | {"PATH": _path()}
     )
     if done.returncode != 0:
-        raise NoFileSystem(f"{' '.join(map(str, words))}: {done.stderr.strip()}")
+        raise NoFileSystemError(f"{' '.join(map(str, words))}: {done.stderr.strip()}")
 
 
 # Contenders -------------------------------------------------------------------------
 
 
 class Contender:
-    """Saves tensors under a path, and finds them. Errors of the start: Absent."""
+    """Saves tensors under a path, and finds them. Errors of the start: AbsentError."""
 
     def __init__(self, size: int) -> None:
         self.elements = size // 4 // PARTS
+
+    def get_ready(self) -> None:
+        """Makes here what each child would have to make."""
+        for version in (1, 2):
+            self.expected(version)
 
     def begin(self, place: Path) -> None:
         """Called in the child that will save."""
@@ -295,6 +306,7 @@ class Contender:
     def prepare(self, version: int) -> None:
         self.tensors = self.expected(version)
 
+    @functools.cache  # noqa: B019 - it lives as long as the process
     def expected(self, version: int) -> Tensors:
         """Returns what that save has."""
         tensors = {f"layers.{i}": drawn(self.elements, version, i) for i in range(PARTS)}
@@ -314,6 +326,7 @@ class Contender:
         return type(self).__name__
 
 
+@functools.cache
 def drawn(elements: int, *seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(hash(seed) % (1 << 62))
     return torch.randn(elements, generator=generator)
@@ -341,7 +354,9 @@ class Safetensors(Contender):
         try:
             import safetensors.torch
         except ImportError:
-            raise Absent("safetensors is not installed (pip install safetensors)") from None
+            raise AbsentError(
+                "safetensors is not installed (pip install safetensors)"
+            ) from None
         self._library = safetensors.torch
 
     def save(self, place: Path) -> None:
@@ -404,9 +419,9 @@ class DeepSpeed(Contender):
 
             self._op = AsyncIOBuilder().load()
         except ImportError:
-            raise Absent("DeepSpeed is not installed (pip install deepspeed)") from None
+            raise AbsentError("DeepSpeed is not installed (pip install deepspeed)") from None
         except Exception as error:
-            raise Absent(f"DeepSpeed's op cannot be had: {error}") from None
+            raise AbsentError(f"DeepSpeed's op cannot be had: {error}") from None
         self._io = fast_file_writer
         # It has no build for the CPU, and only views tensors as bytes.
         fast_file_writer.UtilsBuilder = _ViewsAsBytes
@@ -452,11 +467,14 @@ class Commit(Contender):
         )
 
     def _first(self) -> dict[str, torch.nn.Parameter]:
-        return {f"p{i}": torch.nn.Parameter(drawn(self.elements, 0, i)) for i in range(PARTS)}
+        return {
+            f"p{i}": torch.nn.Parameter(drawn(self.elements, 0, i).clone())
+            for i in range(PARTS)
+        }
 
     def _step(self, optimizer: Any, parameters: dict[str, Any], version: int) -> None:
         for i, parameter in enumerate(parameters.values()):
-            parameter.grad = drawn(self.elements, version, i)
+            parameter.grad = drawn(self.elements, version, i).clone()
         optimizer.step()
 
     def prepare(self, version: int) -> None:
@@ -473,6 +491,7 @@ class Commit(Contender):
         )
         return self._all_of(optimizer, parameters)
 
+    @functools.cache  # noqa: B019 - it lives as long as the process
     def expected(self, version: int) -> Tensors:
         parameters = self._first()
         optimizer = torch.optim.AdamW(list(parameters.values()), lr=1e-2, fused=True)

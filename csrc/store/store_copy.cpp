@@ -262,7 +262,7 @@ void StoreCopy::make_way(bool replace) const {
 std::vector<std::shared_ptr<Extent>> StoreCopy::reserve(Store& store) const {
   const Commit& commit = log_.commits().back();
   std::uint64_t bytes = 0;
-  // Of both copies of the table, about.
+  // What both copies of the table take, about.
   std::uint64_t of_tables = 2 * commit.document.size();
   for (const auto& extent : commit.extents) {
     bytes += extent->padded_size();

@@ -35,7 +35,7 @@ class StoreCopy {
 
   struct Report {
     bool reflink = false;     ///< Blocks are shared. Else bytes were copied.
-    std::uint64_t bytes = 0;  ///< Of the extents, padded.
+    std::uint64_t bytes = 0;  ///< The extents', padded.
   };
   /// Makes a commit of the log durable there, the last one. An unfinished copy
   /// is replaced. `replace`: a whole one too, since other processes have none.

@@ -77,7 +77,8 @@ std::size_t count(const Paths& directories) {
 /// Returns what is wrong with a store that must have been committed after so
 /// many steps. It trains on, too.
 std::string wrong_with(const Paths& directories, std::uint64_t steps) {
-  const StoreReport report = read_store(files_in(directories), {.extents = true});
+  const StoreReport report =
+      read_store(files_in(directories), {.extents = true});
   if (!report.damage.empty()) return report.damage[0].what;
   if (report.commits.size() != 1) return "it has other commits too";
   const auto training =
@@ -205,7 +206,7 @@ TEST_P(SnapshotTest, AStoreThatIsThereIsNotReplaced) {
     EXPECT_EQ(error_of([&] { offload.snapshot(listed(paths)); }), EEXIST);
   }
   EXPECT_TRUE(bytes_of(files_in(there_)[0]) == before);
-  // Of several drives, another store may have one name only.
+  // Where there are several drives, another file may have one name only.
   for (const auto& file : files_in(there_)) std::filesystem::remove(file);
   std::ofstream(files_in(there_).back()) << "somebody's";
   EXPECT_EQ(offload.look_at_snapshot(listed(there_)), Place::kOther);
@@ -221,7 +222,8 @@ TEST_P(SnapshotTest, WhatCannotBeIsRefused) {
   training.commit();
   Paths more = there_;
   more.push_back(dirs_[0].path());
-  EXPECT_THROW(training.offload().snapshot(listed(more)), std::invalid_argument);
+  EXPECT_THROW(training.offload().snapshot(listed(more)),
+               std::invalid_argument);
   EXPECT_THROW(training.offload().snapshot(listed({})), std::invalid_argument);
   DirectoryList heavy = listed(there_);
   if (there_.size() == 2) {
@@ -409,8 +411,8 @@ TEST_P(SnapshotTest, ASystemCallThatFailsLeavesNothing) {
             } catch (const std::exception&) {
               return "";  // That is not what is tried here.
             }
-            const int error = error_of(
-                [&] { training->offload().snapshot(listed(there_)); });
+            const int error =
+                error_of([&] { training->offload().snapshot(listed(there_)); });
             repair();
             if (error != 0 && count(there_) != 0) {
               return "after an error something is there";

@@ -111,7 +111,9 @@ def contents(path, model):
             extent, offset = found.tile_of(name, values=values)
             at = extent.offsets[0] + offset
             parts.append(found.data[at : extent.offsets[0] + found.padded(extent)])
-        assert parts[1][: parameter.nbytes][:4096] == parameter.detach().numpy().tobytes()[:4096]
+        # A large parameter goes on in another tile.
+        first = min(parameter.nbytes, 4096)
+        assert parts[1][:first] == parameter.detach().numpy().tobytes()[:first]
         all_of[name] = parts
     return found, all_of
 
@@ -162,7 +164,7 @@ def test_several_drives_have_as_many(tmp_path):
         train(model, optimizer, 1)
         optimizer.commit(1)
         kept = bits(model)
-        for wrong in ([*copies], [*copies][0], {path: 1 for path in copies}):
+        for wrong in ([*copies], [*copies][0], dict.fromkeys(copies, 1)):
             with pytest.raises(ValueError, match="2 directories of the weights 2, 1"):
                 optimizer.snapshot(wrong)
         optimizer.snapshot(copies)

@@ -242,9 +242,9 @@ def test_what_is_left_is_compared_with_both_saves(module, found, outcome):
 
     contender.load = load
     assert worker.look(contender, Path("x"), 2)[0] == outcome
-    contender.load = lambda place: contender.expected(1) | {
-        "layers.0": contender.expected(2)["layers.0"]
-    }
+    contender.load = lambda place: (
+        contender.expected(1) | {"layers.0": contender.expected(2)["layers.0"]}
+    )
     assert worker.look(contender, Path("x"), 2)[0] == "damaged", "of both"
 
 

@@ -303,17 +303,17 @@ TEST_F(OffloadedAdamWCommitTest, ASnapshotGoesOnAsTheOriginalDoes) {
   const Tensors first = make_parameters();
   const auto original = make(first);
   train(first, *original, 0, 2);
-  EXPECT_TRUE(has(
-      text_of<StateError>([&] { original->snapshot(elsewhere.path()); }),
-      "nothing was committed"));
+  EXPECT_TRUE(
+      has(text_of<StateError>([&] { original->snapshot(elsewhere.path()); }),
+          "nothing was committed"));
   original->commit();
   train(first, *original, 2, 3);
   const SnapshotReport report = original->snapshot(elsewhere.path());
   EXPECT_EQ(report.step, 2u);
   EXPECT_TRUE(is_file(elsewhere / kFile));
-  EXPECT_TRUE(has(
-      text_of<IoError>([&] { original->snapshot(elsewhere.path()); }),
-      "it is there already"));
+  EXPECT_TRUE(
+      has(text_of<IoError>([&] { original->snapshot(elsewhere.path()); }),
+          "it is there already"));
   StateOptions there = offload();
   there.nvme_path = elsewhere.path();
   const Tensors second = make_parameters();

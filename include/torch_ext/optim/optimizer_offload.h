@@ -130,7 +130,7 @@ struct SnapshotReport {
   std::uint64_t step = 0;  ///< The commit's.
   /// It shares blocks with the original. Else all bytes were copied.
   bool reflink = false;
-  std::uint64_t bytes = 0;  ///< Of state and values, padded.
+  std::uint64_t bytes = 0;  ///< What state and values have, padded.
   double seconds = 0;
 };
 
