@@ -92,8 +92,28 @@ def state_dict_mode_of(value: str) -> str:
     """Returns the argument ``state_dict_mode``."""
     if not isinstance(value, str):
         raise TypeError(f"state_dict_mode must be a str, not {type(value).__name__}")
-    if value not in ("tensors", "mapped"):
-        raise ValueError(f'state_dict_mode must be "tensors" or "mapped", got {value!r:.80}')
+    if value not in ("tensors", "mapped", "commit"):
+        raise ValueError(
+            f'state_dict_mode must be "tensors", "mapped" or "commit", got {value!r:.80}'
+        )
+    return value
+
+
+def keep_commits_of(value: int | None, state_dict_mode: str) -> int:
+    """Returns the argument ``keep_commits``, with its default."""
+    if state_dict_mode != "commit":
+        if value is not None:
+            raise ValueError(
+                f'keep_commits is for state_dict_mode="commit", not for {state_dict_mode!r}; '
+                f"commit() has keep="
+            )
+        return 1
+    if value is None:
+        return 2
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"keep_commits must be an int, not {type(value).__name__}")
+    if not 1 <= value < 2**63:
+        raise ValueError(f"keep_commits must be from 1 to 2**63 - 1, got {value}")
     return value
 
 

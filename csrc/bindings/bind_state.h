@@ -390,6 +390,12 @@ void bind_tensor_offload(py::module_& m) {
           },
           py::arg("generation"), py::arg("parameters"), py::arg("tensors"),
           py::arg("next"), release_gil())
+      .def(
+          "renew",
+          [](TensorOffload& offload, std::uint64_t generation) {
+            offload.offload().renew(generation);
+          },
+          py::arg("generation"), release_gil())
       .def("next_slot", &TensorOffload::next_slot)
       .def("next_generation",
            [](TensorOffload& offload) {

@@ -331,7 +331,7 @@ auto voted(const std::function<bool(bool)>& of_group, Call call) {
 const Commit& find_generation(const CommitLog& log, std::uint64_t generation) {
   const std::vector<Commit>& all = log.commits();
   const auto found =
-      generation == 0 ? std::prev(all.end())
+      generation == 0 ? std::ranges::max_element(all, {}, &Commit::generation)
                       : std::ranges::find(all, generation, &Commit::generation);
   if (found != all.end()) return *found;
   throw std::invalid_argument("commit: there is no generation " +
@@ -345,6 +345,7 @@ std::vector<OptimizerOffload::Committed> describe(const CommitLog& log,
     all.push_back({commit.generation, commit.step, commit.time,
                    read_document(commit, path).of_caller});
   }
+  std::ranges::sort(all, {}, &OptimizerOffload::Committed::generation);
   return all;
 }
 
@@ -450,6 +451,12 @@ std::vector<OptimizerOffload::Committed> OptimizerOffload::commits() const {
   const Impl::Call call(*impl_);
   if (impl_->log == nullptr) return {};
   return describe(*impl_->log, impl_->store->file().path());
+}
+
+void OptimizerOffload::renew(std::uint64_t generation) {
+  const Impl::Call call(*impl_);
+  impl_->kept_commit(generation);
+  impl_->log->renew(generation);
 }
 
 OptimizerOffload::Contents OptimizerOffload::contents(

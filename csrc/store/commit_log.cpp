@@ -224,6 +224,16 @@ std::vector<Commit> CommitLog::add(std::uint64_t step, std::string document,
   return dropped;
 }
 
+void CommitLog::renew(std::uint64_t generation) {
+  const auto found =
+      std::ranges::find(commits_, generation, &Commit::generation);
+  if (found == commits_.end()) return;
+  const auto place = found - commits_.begin();
+  std::rotate(found, found + 1, commits_.end());
+  std::rotate(tables_.begin() + place, tables_.begin() + place + 1,
+              tables_.end());
+}
+
 CommitLog::Tables CommitLog::write_tables(const std::vector<std::byte>& bytes) {
   const std::uint64_t padded = align_up(bytes.size(), store_.granule());
   const Pages memory(padded);

@@ -63,6 +63,10 @@ class CommitLog {
                           std::size_t keep = 1, std::uint64_t least = 0,
                           const Vote& vote = {}, std::int64_t time = 0);
 
+  /// Makes a commit the last of those kept to go, as if it were the newest. The
+  /// next commit makes this durable. There is such a commit.
+  void renew(std::uint64_t generation);
+
   /// The generation that add() tries next.
   std::uint64_t next_generation() const noexcept { return generation_ + 1; }
 
@@ -71,7 +75,7 @@ class CommitLog {
   /// What its files are called.
   const StoreName& name() const noexcept { return name_; }
 
-  /// Oldest first.
+  /// In the order in which they go: oldest first, but for renew().
   const std::vector<Commit>& commits() const noexcept { return commits_; }
 
   /// Set if nobody can say which commit the drive has. Then nothing may be

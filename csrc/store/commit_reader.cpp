@@ -16,6 +16,7 @@
 #include <cerrno>
 #include <functional>
 #include <optional>
+#include <set>
 #include <stdexcept>
 #include <utility>
 
@@ -200,19 +201,18 @@ std::vector<CommitReader::Found> CommitReader::read(const StoreRoot& root) {
   std::vector<CommitTable::Earlier> earlier;
   Found newest = read_commit(root.generation, root.step, root.table_checksum,
                              root.tables, earlier);
-  std::uint64_t next = 0;
+  std::set<std::uint64_t> seen;
   for (const CommitTable::Earlier& each : earlier) {
     std::vector<CommitTable::Earlier> not_kept;
     found.push_back(read_commit(each.generation, each.step, each.table_checksum,
                                 each.tables, not_kept));
-    if (each.generation < next || each.generation >= root.generation) {
+    if (each.generation >= root.generation ||
+        !seen.insert(each.generation).second) {
       found.back().fault = "it is out of order";
       add_damage(each.tables[0], "the table of step " +
                                      std::to_string(each.step) +
                                      " is out of order");
-      continue;
     }
-    next = each.generation + 1;
   }
   found.push_back(std::move(newest));
   adopted_.clear();

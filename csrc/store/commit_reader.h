@@ -84,8 +84,8 @@ class CommitReader {
     /// be no document, and nulls for extents and tables.
     std::string fault;
   };
-  /// Reads the commit of a root, and those before it that it keeps. Oldest
-  /// first. It does not read extents. What is wrong with the commits is in
+  /// Reads the commit of a root, and those before it that it keeps. They come
+  /// in the order in which they go, that of the root last. It does not read extents. What is wrong with the commits is in
   /// `fault` and in damage(). REQUIRES: nothing is left of an earlier call.
   /// Errors: IoError if the machine cannot read.
   std::vector<Found> read(const StoreRoot& root);

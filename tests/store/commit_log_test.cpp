@@ -277,6 +277,49 @@ TEST_F(CommitLogTest, KeptCommitsAreFoundAgain) {
   EXPECT_EQ(steps, (std::vector<std::uint64_t>{2, 3, 4}));
 }
 
+// A process that goes on from an older commit, and dies before anybody refers
+// to its own ones, must find that older commit again: however often it happens.
+TEST_F(CommitLogTest, ARenewedCommitIsTheLastToGo) {
+  const auto generations = [](Training& training) {
+    std::vector<std::uint64_t> all;
+    for (const Commit& commit : training.log().commits()) {
+      all.push_back(commit.generation);
+    }
+    return all;
+  };
+  using Generations = std::vector<std::uint64_t>;
+  {
+    Training training(options());
+    for (int i = 0; i < 3; ++i) {
+      training.step();
+      training.commit(3);
+    }
+  }
+  for (std::uint64_t next = 4; next < 8; ++next) {
+    const auto again = Training::resume(options());
+    again->log().renew(1);
+    again->step();
+    again->commit(3);
+    const Generations all = generations(*again);
+    ASSERT_EQ(all, (Generations{next - 1, 1, next}));
+  }
+  const auto last = Training::resume(options());
+  EXPECT_EQ(generations(*last), (Generations{6, 1, 7}));
+  for (const Commit& commit : last->log().commits()) {
+    EXPECT_EQ(commit.document, "step " + std::to_string(commit.step));
+    for (const auto& extent : commit.extents) {
+      AlignedBuffer bytes(kTile);
+      last->store().read(extent, 0, bytes.bytes()).wait();
+    }
+  }
+  // Without that it would be gone, as any other.
+  last->step();
+  last->commit(3);
+  last->step();
+  last->commit(3);
+  EXPECT_EQ(generations(*last), (Generations{7, 8, 9}));
+}
+
 TEST_F(CommitLogTest, ASecondOwnerIsRefused) {
   Training training(options());
   training.step();

@@ -17,7 +17,7 @@ from torch_ext._quiet import undisturbed
 from torch_ext.optim._dtensor import check_parameter, is_distributed, local_gradient, local_of
 from torch_ext.optim._plan import OffloadPlan
 from torch_ext.optim._state import OptimizerState
-from torch_ext.optim._state_dict import check_state_dict, labelled_parameters
+from torch_ext.optim._state_dict import COMMIT, check_state_dict, labelled_parameters
 
 _logger = logging.getLogger("torch_ext")
 
@@ -36,8 +36,12 @@ class OffloadedBase(Closable, torch.optim.Optimizer):
     _instead = ": take its state_dict()"
 
     def _start(self, offload: Any) -> None:
-        self._slots = {}
         self._state = OptimizerState._of(self)
+        self._bind(offload)
+
+    def _bind(self, offload: Any) -> None:
+        """Takes an offload in which no parameter has a slot yet."""
+        self._slots = {}
         self._offload = offload
         self._own(offload, "optimizer")
 
@@ -118,6 +122,8 @@ class OffloadedBase(Closable, torch.optim.Optimizer):
 
         Raises:
             OSError: Reading or writing failed, now or since the last call.
+            FileExistsError: With ``state_dict_mode="commit"``, before the first step: another
+                run has committed in ``nvme_path``, so this one could not.
             RuntimeError: A gradient is sparse, or a DTensor on another mesh or with other
                 placements than its parameter. Or a tensor of ``state`` was read, and written to
                 after the next step. Or the optimizer is closed or belongs to another process.
@@ -128,6 +134,7 @@ class OffloadedBase(Closable, torch.optim.Optimizer):
             Exception: What that class raises. The state is half updated then.
         """
         self._life.check()
+        self._check_may_step()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -138,12 +145,16 @@ class OffloadedBase(Closable, torch.optim.Optimizer):
     def _step(self) -> None:
         raise NotImplementedError
 
+    def _check_may_step(self) -> None:
+        """Raises OSError if training would end in a state that cannot be saved."""
+
     @torch._disable_dynamo
     @plain_modes()
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as the class that runs in memory does: either loads the other's.
 
-        ``state_dict_mode`` says where its tensors are. bfloat16 and float16 parameters also
+        ``state_dict_mode`` says where its tensors are. With "commit" there are none: it refers
+        to a commit, and only ``load_state_dict()`` of these classes takes it. bfloat16 and float16 parameters also
         have ``master_param``, in float32. ``exp_avg`` and ``exp_avg_sq`` of ``OffloadedAdamW``
         are float32 whatever the parameter is. State of a DTensor is a DTensor, with the same
         mesh and placements.
@@ -152,6 +163,7 @@ class OffloadedBase(Closable, torch.optim.Optimizer):
             OSError: Reading failed, or there is no room for a copy: no memory (ENOMEM) or no
                 space. All is as before then.
             RuntimeError: As for ``step``.
+            OSError, TypeError, ValueError: With "commit", as for ``commit()``.
         """
         self._life.check()
         self._check_may_save()
@@ -171,12 +183,16 @@ class OffloadedBase(Closable, torch.optim.Optimizer):
     def _saved(self) -> dict[str, Any]:
         self._state.flush()
         number_of = self._numbers_of_saved()
+        groups = self._packed_groups(number_of)
+        state = {number_of[p]: entry for p, entry in self._saved_states(number_of).items()}
+        return {"state": self._with_foreign(state, number_of), "param_groups": groups}
+
+    def _packed_groups(self, number_of: Mapping[Tensor, int]) -> list[dict[str, Any]]:
         groups = []
         for group in self.param_groups:
             packed = {key: value for key, value in group.items() if key != "params"}
             groups.append(packed | {"params": [number_of[p] for p in group["params"]]})
-        state = {number_of[p]: entry for p, entry in self._saved_states(number_of).items()}
-        return {"state": self._with_foreign(state, number_of), "param_groups": groups}
+        return groups
 
     def _saved_states(self, parameters: Iterable[Tensor]) -> dict[Tensor, dict[str, Any]]:
         """Returns the state of each of these parameters that has one."""
@@ -193,9 +209,18 @@ class OffloadedBase(Closable, torch.optim.Optimizer):
         whose ``master_param`` is missing, or does not round to it, is its own master. Keys that
         the class does not keep stay in ``state``.
 
+        A dict of ``state_dict_mode="commit"`` leads to its commit, in ``nvme_path`` or where it
+        was. This optimizer becomes the owner of that store, whatever its own mode is. So
+        counters begin anew. If it has the commit itself, it goes back to it. All processes call
+        this together.
+
         Raises:
             ValueError, TypeError: The state does not fit. Nothing has changed then. The text
                 names the parameter.
+            ValueError: The commit is gone: the text says which there are. Or another store is
+                in ``nvme_path``: it names both. Nothing has changed then.
+            FileNotFoundError, BlockingIOError: The store is nowhere, or another process uses
+                it. Nothing has changed then.
             RuntimeError: As for ``step``.
             OSError: Writing failed. The old state is gone.
         """
@@ -207,11 +232,18 @@ class OffloadedBase(Closable, torch.optim.Optimizer):
             if changed is not None:
                 state_dict = changed
         check_state_dict(state_dict)
-        self._load(state_dict)
+        if COMMIT in state_dict:
+            self._load_reference(state_dict)
+        else:
+            self._load(state_dict)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _load_reference(self, state_dict: dict[str, Any]) -> None:
+        """Takes a commit that the dict refers to."""
         raise NotImplementedError
 
     def stats(self) -> dict[str, int | float]:

@@ -118,6 +118,8 @@ class CommittingOptimizer(OffloadedBase):
     committed_extra: Any
 
     _together: Together
+    #: ``commit()`` keeps at least so many.
+    _keep_commits = 1
 
     def _start(self, offload: Any) -> None:
         super()._start(offload)
@@ -156,7 +158,8 @@ class CommittingOptimizer(OffloadedBase):
             extra: What else shall be kept, such as the state of a scheduler and
                 ``torch_ext.rng_state()``: dict, list, tuple, str, bytes, numbers, bool, None
                 and tensors.
-            keep: How many of the newest commits stay on the drive, from 1.
+            keep: How many of the newest commits stay on the drive, from 1; not fewer than
+                ``keep_commits``.
 
         Returns:
             What was committed: its ``generation``, ``step``, ``time``, ``bytes_written`` and
@@ -182,7 +185,7 @@ class CommittingOptimizer(OffloadedBase):
             self._together.check("commit()")
             self._check_between_steps("commit()")
             at = self._steps() if step is None else whole_number(step, "step", 0)
-            kept = whole_number(keep, "keep", 1)
+            kept = max(whole_number(keep, "keep", 1), self._keep_commits)
             self._state.flush()
             self._check_to_commit()
             self._numbers_of_saved("commit()")  # Warns of state that it leaves out.
@@ -563,14 +566,19 @@ class CommittingOptimizer(OffloadedBase):
     def _take_found(self, found: Found) -> None:
         """Becomes what ``resume()`` has found."""
         self._needless = found.needless
-        self._take_commit(found.commit, found.document, found.source)
+        self._take_commit(found.commit, found.document, source=found.source)
 
     def _take_commit(
-        self, commit: Commit, document: dict[str, Any], source: Source | None = None
+        self,
+        commit: Commit,
+        document: dict[str, Any],
+        groups: list[dict[str, Any]] | None = None,
+        source: Source | None = None,
     ) -> None:
         """Becomes what was committed. Nothing changes before everything has been checked.
 
-        ``source``: the stores that have it, if they are not this optimizer's.
+        ``groups``: those to have, in place of the commit's. ``source``: the stores that have
+        it, if they are not this optimizer's.
         """
         by_name = {name: p for p, name in names_of(self.param_groups).items()}
         if source is not None:
@@ -585,8 +593,10 @@ class CommittingOptimizer(OffloadedBase):
                     raise ValueError(
                         f"{name} is another part of a parameter than in the commit"
                     )
-            defaults = self.defaults | unpack(document["defaults"], {}) | ways_of(self.defaults)
-            groups = self._committed_groups(document, by_name, ways_of(defaults))
+            defaults = self.defaults
+            if groups is None:
+                defaults = defaults | unpack(document["defaults"], {}) | ways_of(defaults)
+                groups = self._committed_groups(document, by_name, ways_of(defaults))
             values = {
                 entry["value"]: local[name]
                 for name, entry in committed.items()
@@ -656,9 +666,9 @@ class CommittingOptimizer(OffloadedBase):
 
 
 def place_of(
-    nvme_path: Directories | Found, together: Together
+    nvme_path: Directories | Found, together: Together, warns: bool = True
 ) -> tuple[Directories, _C.StorePlace]:
-    """Returns the directories, and which store is there."""
+    """Returns the directories, and which store is there. Warns of another run's."""
     if isinstance(nvme_path, Found):
         found = nvme_path
         is_new = found.source is not None
@@ -673,7 +683,7 @@ def place_of(
     directory, _ = directories_of(nvme_path, "nvme_path")[0]
     place = _C.StorePlace(together.rank, together.world)
     first = Path(os.fsdecode(directory), place.file)
-    if first.exists():
+    if warns and first.exists():
         _logger.warning(
             "%s was committed by another run. resume() goes on from it; this optimizer cannot "
             "commit as long as it is there",

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: The key under which a state_dict() refers to a commit.
+COMMIT = "torch_ext_commit"
+
 #: These say how torch computes, not what. They are this process's own, whatever is loaded.
 WAYS = ("foreach", "capturable", "differentiable", "fused")
 

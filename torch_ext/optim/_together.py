@@ -7,6 +7,7 @@ is of the same kind everywhere, and names the rank.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -27,6 +28,8 @@ class Together:
             ValueError: This process is not in it.
         """
         self._group = group
+        #: Its rank, of an object that asks no other.
+        self._alone_as: int | None = None
         self.rank, self.world = 0, 1
         if is_initialized():
             self.rank = torch.distributed.get_rank(group)
@@ -36,9 +39,21 @@ class Together:
         if self.rank < 0:
             raise ValueError("this process is not in process_group")
 
+    def alone(self) -> Together:
+        """Returns this process as one that asks no other."""
+        alone = copy.copy(self)
+        alone._alone_as = self.rank if self.world > 1 else None
+        alone.rank, alone.world = 0, 1
+        return alone
+
     def check(self, call: str) -> None:
-        """Raises RuntimeError if there are more processes than when this was made."""
-        if self.world > 1 or self._group is not None or not is_initialized():
+        """Raises RuntimeError if this process may not call it, or there are more by now."""
+        if self._alone_as:
+            raise RuntimeError(
+                f'{call} in rank {self._alone_as}: with state_dict_mode="commit" rank 0 commits '
+                f"for all"
+            )
+        if self.world > 1 or self._alone_as == 0 or self._group is not None or not is_initialized():
             return
         if (now := torch.distributed.get_world_size()) > 1:
             raise RuntimeError(
@@ -53,6 +68,27 @@ class Together:
         values = [None] * self.world
         torch.distributed.all_gather_object(values, value, group=self._group)
         return values
+
+    def from_first(self, call: Callable[[], Any]) -> Any:
+        """Returns what ``call`` returns in rank 0, the only one that calls it. All call this.
+
+        Raises:
+            Exception: What it raises there.
+        """
+        if self.world == 1:
+            return call()
+        told: list[Any] = [None, None]
+        error = None
+        if self.rank == 0:
+            try:
+                told[0] = call()
+            except Exception as raised:
+                error, told[1] = raised, self.said(raised)
+        torch.distributed.broadcast_object_list(told, group=self._group, group_src=0)
+        if error is not None:
+            raise error
+        self.raise_for([told[1]])
+        return told[0]
 
     def agreed(self, call: Callable[[], T]) -> T:
         """Returns what ``call`` returns here, if it raises in no process.

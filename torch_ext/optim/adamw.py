@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -14,11 +15,9 @@ from torch import Tensor
 
 from torch_ext._checks import (
     Directories,
-    directories_of,
     engine_of,
     max_grad_norm_of,
     seed_of,
-    state_dict_mode_of,
     state_format_of,
     update_on_of,
 )
@@ -39,7 +38,7 @@ from torch_ext.optim._adamw_groups import (
 )
 from torch_ext.optim._base import OffloadedBase
 from torch_ext.optim._commit import Packer, whole_document
-from torch_ext.optim._committing import CommittingOptimizer, Found, Take, place_of
+from torch_ext.optim._committing import Found, Take
 from torch_ext.optim._dtensor import (
     check_parameter,
     first_element,
@@ -54,8 +53,8 @@ from torch_ext.optim._overlap import (
     overlap_of,
     with_gradient,
 )
+from torch_ext.optim._reference import ReferringOptimizer
 from torch_ext.optim._state_dict import foreign_of, labelled_parameters, others_of, paired
-from torch_ext.optim._together import Together
 
 _logger = logging.getLogger("torch_ext")
 
@@ -66,7 +65,7 @@ _NAMES = frozenset(("step", *_TENSORS[:2]))
 _KIND = "OffloadedAdamW"
 
 
-class OffloadedAdamW(CommittingOptimizer):
+class OffloadedAdamW(ReferringOptimizer):
     """``torch.optim.AdamW`` whose state lives in a file on an NVMe drive.
 
     For float32 parameters on the CPU, the result equals that of
@@ -166,6 +165,16 @@ class OffloadedAdamW(CommittingOptimizer):
             cost memory as far as they are touched. If the drive did not take all bytes,
             ``state_dict()`` raises OSError. But if the drive fails while they are in use, the
             system ends the process (SIGBUS), as with every mapped file: save them at once.
+
+            With "commit" there are none. ``state_dict()`` commits the state where it is,
+            without the parameters, and says where that is: a kilobyte for a trainer to save
+            beside the parameters. ``load_state_dict()`` goes back to that commit. Load the
+            parameters that were saved with it, too. Before the first step it is the groups
+            alone. Of several processes with the same parameters (DistributedDataParallel),
+            rank 0 commits for all, and all load its ``state_dict()``. See docs/checkpoints.md.
+        keep_commits: With "commit", how many of the newest commits stay on the drive; None: 2.
+            One that was loaded counts as the newest. A checkpoint that is being written refers
+            to a commit already, so take one more than there are complete checkpoints.
         aio: What ``get_aio_config`` takes or returns. None: the defaults.
         engine: "auto", or one that ``python -m torch_ext info`` lists.
         verify: Whether checksums are kept and compared on reading.
@@ -174,7 +183,8 @@ class OffloadedAdamW(CommittingOptimizer):
 
     Raises:
         OSError: The directory cannot be used.
-        ValueError: A value is out of range, or a parameter is not dense.
+        ValueError: A value is out of range, or a parameter is not dense. Or options exclude
+            each other.
         TypeError: A parameter cannot be optimized.
 
     Example:
@@ -205,6 +215,7 @@ class OffloadedAdamW(CommittingOptimizer):
         seed: int = 0,
         update_on: str = "cpu",
         state_dict_mode: str = "tensors",
+        keep_commits: int | None = None,
         aio: AioConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
         engine: str = "auto",
         verify: bool = True,
@@ -237,27 +248,23 @@ class OffloadedAdamW(CommittingOptimizer):
         if overlap and not self._takes:
             params = as_lists(params)
             early_bytes = min(early_bytes_of(params), 2**63)
-        self._together = Together(process_group)
-        directories, place = place_of(nvme_path, self._together)
-        self._start(
-            _C.AdamWOffload(
-                directories_of(directories, "nvme_path"),
-                resolve_aio_config(aio, stacklevel=3),
-                parse_size(host_memory),
-                engine_of(engine),
-                bool(verify),
-                state_format_of(state_format),
-                seed_of(seed),
-                update_on_of(update_on),
-                early_bytes,
-                state_dict_mode_of(state_dict_mode),
-                place,
-            )
+        self._hooks = self._takes or early_bytes > 0
+        directories, place = self._place(
+            nvme_path, process_group, state_dict_mode, keep_commits, verify
         )
-        self._backward = _C.BackwardStep(self._offload, self._takes)
-        self._overlap: Overlap | None = None
-        if self._takes or early_bytes:
-            self._overlap = Overlap(self._on_gradient, self._backward)
+        self._make_offload = partial(
+            _C.AdamWOffload,
+            aio=resolve_aio_config(aio, stacklevel=3),
+            host_memory=parse_size(host_memory),
+            engine=engine_of(engine),
+            verify=bool(verify),
+            state_format=state_format_of(state_format),
+            seed=seed_of(seed),
+            update_on=update_on_of(update_on),
+            early_bytes=early_bytes,
+            state_dict_mode="tensors" if self._refers else state_dict_mode,
+        )
+        self._start(self._make_offload(directories=directories, place=place))
         self._kept_options = {"seed": seed_of(seed), "state_format": state_format}
         with self._closed_on_error():
             super().__init__(params, defaults)
@@ -323,6 +330,16 @@ class OffloadedAdamW(CommittingOptimizer):
     def _said(self, packer: Packer) -> dict[str, Any]:
         return dict(self._kept_options)
 
+    def _check_same_kind(self, document: dict[str, Any]) -> None:
+        for name, own in self._kept_options.items():
+            with whole_document():
+                committed = document[name]
+            if committed != own:
+                raise ValueError(
+                    f"the commit has {name}={committed!r}, this optimizer {own!r}: make it "
+                    f"with the commit's"
+                )
+
     def _take(
         self,
         take: Take,
@@ -343,8 +360,26 @@ class OffloadedAdamW(CommittingOptimizer):
     def _new_slot(self, parameter: Tensor) -> int:
         if parameter.requires_grad:
             check_parameter(parameter)
+        self._check_replicated(parameter)
         part, first = local_of(parameter), first_element(parameter)
         return self._offload.add(part, parameter.requires_grad, first)
+
+    def _bind(self, offload: Any) -> None:
+        super()._bind(offload)
+        self._backward = _C.BackwardStep(offload, self._takes)
+        self._overlap: Overlap | None = None
+        if self._hooks:
+            self._overlap = Overlap(self._on_gradient, self._backward)
+
+    def _unbind(self) -> None:
+        if self._overlap is not None:
+            self._overlap.stop()
+
+    def _leave(self, before: Mapping[str, Any]) -> None:
+        if before["_overlap"] is not None:
+            before["_overlap"].stop()
+        self._release(before["_backward"].reset())
+        super()._leave(before)
 
     def _watch(self, parameters: list[Tensor]) -> None:
         if self._overlap is not None:
@@ -448,17 +483,15 @@ class OffloadedAdamW(CommittingOptimizer):
             states[parameter] = entry
         return states
 
+    def _merged_groups(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+        pairs = paired(
+            self.param_groups, state_dict["param_groups"], state_dict["state"], _TENSORS
+        )
+        return [merged(group, saved, self.defaults) for group, saved in pairs]
+
     @undisturbed
     def _load(self, state_dict: dict[str, Any]) -> None:
-        groups = [
-            merged(group, saved, self.defaults)
-            for group, saved in paired(
-                self.param_groups,
-                state_dict["param_groups"],
-                state_dict["state"],
-                _TENSORS,
-            )
-        ]
+        groups = self._merged_groups(state_dict)
         ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         entries, foreign = [], {}
         for key, (label, p) in zip(ids, labelled_parameters(self.param_groups), strict=True):
@@ -498,6 +531,7 @@ class OffloadedAdamW(CommittingOptimizer):
         """Begins a step that takes gradients, unless one has begun."""
         if not self._is_between_steps():
             return
+        self._check_may_step()
         self._state.flush()
         trained = [p for p in self._parameters() if p.requires_grad]
         with self._naming(trained, self._check_part):

@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ext._checks import Directories, directories_of, engine_of, state_dict_mode_of
+from torch_ext._checks import Directories, engine_of
 from torch_ext._modes import plain_modes
 from torch_ext._native import _C
 from torch_ext._quiet import undisturbed
 from torch_ext.config import AioConfig, parse_size, resolve_aio_config
 from torch_ext.optim._base import OffloadedBase
 from torch_ext.optim._commit import Packer, name_of, unpack, whole_document
-from torch_ext.optim._committing import CommittingOptimizer, Found, Take, place_of
+from torch_ext.optim._committing import Found, Take
 from torch_ext.optim._dtensor import is_distributed
 from torch_ext.optim._piece_state import MASTER, Group, Loaded, PieceState, Trained
 from torch_ext.optim._pieces import Kept, PieceOptimizer, options_of
 from torch_ext.optim._plan import OffloadPlan
+from torch_ext.optim._reference import ReferringOptimizer
 from torch_ext.optim._state_dict import (
     WAYS,
     check_saved_tensor,
@@ -34,7 +35,6 @@ from torch_ext.optim._state_dict import (
     others_of,
     paired,
 )
-from torch_ext.optim._together import Together
 from torch_ext.optim._trial import Trials
 from torch_ext.optim._values import differing
 
@@ -44,6 +44,7 @@ _MOST_FIELDS = 5
 _OF_THIS_RUN = {
     "host_memory",
     "state_dict_mode",
+    "keep_commits",
     "aio",
     "engine",
     "verify",
@@ -51,7 +52,7 @@ _OF_THIS_RUN = {
 }
 
 
-class OffloadedOptimizer(CommittingOptimizer):
+class OffloadedOptimizer(ReferringOptimizer):
     """An optimizer class of torch, or of yours, whose state lives in a file on an NVMe drive.
 
     The class updates pieces of parameters: 1-D float32 tensors on the CPU, with their gradients
@@ -91,6 +92,7 @@ class OffloadedOptimizer(CommittingOptimizer):
         host_memory: The most bytes of host memory for state. 768 KiB of it (less of a small
             budget) are for what the class computes in between.
         state_dict_mode: As for ``OffloadedAdamW``.
+        keep_commits: As for ``OffloadedAdamW``.
         aio: What ``get_aio_config`` takes or returns. None: the defaults.
         engine: "auto", or one that ``python -m torch_ext info`` lists.
         verify: Whether checksums are kept and compared on reading.
@@ -119,6 +121,7 @@ class OffloadedOptimizer(CommittingOptimizer):
         nvme_path: Directories,
         host_memory: int | str = "512MiB",
         state_dict_mode: str = "tensors",
+        keep_commits: int | None = None,
         aio: AioConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
         engine: str = "auto",
         verify: bool = True,
@@ -129,22 +132,20 @@ class OffloadedOptimizer(CommittingOptimizer):
         check_ways(f"OffloadedOptimizer({optimizer_class.__name__})", options)
         self._pieces = PieceOptimizer(optimizer_class, options)
         self._trials = Trials(self._pieces)
-        self._passes = 0  # The offload counts calls of train() and eval() as steps.
         self._whole = False
-        self._together = Together(process_group)
-        directories, place = place_of(nvme_path, self._together)
-        self._start(
-            PieceState(
-                directories_of(directories, "nvme_path"),
-                resolve_aio_config(aio, stacklevel=3),
-                parse_size(host_memory),
-                engine_of(engine),
-                bool(verify),
-                self._pieces,
-                state_dict_mode_of(state_dict_mode),
-                place,
-            )
+        directories, place = self._place(
+            nvme_path, process_group, state_dict_mode, keep_commits, verify
         )
+        self._make_offload = partial(
+            PieceState,
+            aio=resolve_aio_config(aio, stacklevel=3),
+            host_memory=parse_size(host_memory),
+            engine=engine_of(engine),
+            verify=bool(verify),
+            optimizer=self._pieces,
+            state_dict_mode="tensors" if self._refers else state_dict_mode,
+        )
+        self._start(self._make_offload(directories=directories, place=place))
         with self._closed_on_error():
             super().__init__(params, self._pieces.defaults)
             self._whole = True
@@ -179,11 +180,7 @@ class OffloadedOptimizer(CommittingOptimizer):
             with whole_document():
                 committed = found.document["optimizer"]
                 given = unpack(found.document["options"], {})
-            if committed != optimizer_class.__name__:
-                raise ValueError(
-                    f"the commit is of an OffloadedOptimizer with {committed}, not with "
-                    f"{optimizer_class.__name__}"
-                )
+            _check_same_class(committed, optimizer_class.__name__)
             return cls(optimizer_class, params, **(options | given | {"nvme_path": found}))
 
         return cls._resumed(path, step, params, options, make)
@@ -207,6 +204,11 @@ class OffloadedOptimizer(CommittingOptimizer):
     def _said(self, packer: Packer) -> dict[str, Any]:
         options = packer.pack(self._pieces.options, f"an option of {self._pieces.name}")
         return {"optimizer": self._pieces.name, "options": options}
+
+    def _check_same_kind(self, document: dict[str, Any]) -> None:
+        with whole_document():
+            committed = document["optimizer"]
+        _check_same_class(committed, self._pieces.name)
 
     def _said_of_state(self, slot: int, packer: Packer, where: str) -> dict[str, Any]:
         kept = self._offload.kept(slot)
@@ -238,6 +240,10 @@ class OffloadedOptimizer(CommittingOptimizer):
                         f"commit has {list(own.names)} of {self._label_of(p)}"
                     )
         self._offload.take_commit(take, parts)
+
+    def _bind(self, offload: PieceState) -> None:
+        super()._bind(offload)
+        self._passes = 0  # The offload counts calls of train() and eval() as steps.
 
     def __getattr__(self, name: str) -> Any:
         pieces = self.__dict__.get("_pieces")
@@ -351,13 +357,17 @@ class OffloadedOptimizer(CommittingOptimizer):
         found = zip(kept_of, states, strict=True)
         return {p: state for p, state in found if state is not None}
 
+    def _merged_groups(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+        fields = {name for kept in self._trials.kept(self.param_groups) for name in kept.fields}
+        saved, state = state_dict["param_groups"], state_dict["state"]
+        pairs = paired(self.param_groups, saved, state, fields)
+        return [_merged(*both) for both in pairs]
+
     @undisturbed
     def _load(self, state_dict: dict[str, Any]) -> None:
         state = state_dict["state"]
         saved = state_dict["param_groups"]
-        fields = {name for kept in self._trials.kept(self.param_groups) for name in kept.fields}
-        pairs = paired(self.param_groups, saved, state, fields)
-        groups = [_merged(*both) for both in pairs]
+        groups = self._merged_groups(state_dict)
         labels = iter(labelled_parameters(self.param_groups))
         loaded, foreign = [], {}
         all_kept = self._check_groups(groups)
@@ -463,6 +473,13 @@ class OffloadedOptimizer(CommittingOptimizer):
             read.append(Loaded(slot, parameter, kept, values))
         self._offload.forget(outgrown)
         self._offload.change(read)
+
+
+def _check_same_class(committed: str, name: str) -> None:
+    if committed != name:
+        raise ValueError(
+            f"the commit is of an OffloadedOptimizer with {committed}, not with {name}"
+        )
 
 
 def _committed_kept(entry: Mapping[str, Any], kept: Kept) -> Kept:
