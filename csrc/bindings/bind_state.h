@@ -396,6 +396,12 @@ void bind_tensor_offload(py::module_& m) {
             offload.offload().renew(generation);
           },
           py::arg("generation"), release_gil())
+      .def(
+          "same_commit",
+          [](TensorOffload& offload, const std::string& document) {
+            return offload.offload().same_commit(document);
+          },
+          py::arg("document"), release_gil())
       .def("next_slot", &TensorOffload::next_slot)
       .def("next_generation",
            [](TensorOffload& offload) {

@@ -459,6 +459,27 @@ void OptimizerOffload::renew(std::uint64_t generation) {
   impl_->log->renew(generation);
 }
 
+std::uint64_t OptimizerOffload::same_commit(const std::string& document) {
+  const Impl::Call call(*impl_);
+  impl_->refuse_if_failed();
+  impl_->refuse_in_step();
+  if (impl_->log == nullptr) return 0;
+  impl_->log->check();
+  impl_->lanes->settle();
+  std::vector<std::shared_ptr<Extent>> extents;
+  for (const auto& tile : impl_->tiles) {
+    if (!tile->committed || tile->dirty) return 0;
+    extents.push_back(tile->extent);
+  }
+  const std::string text = impl_->document_of(document);
+  for (const Commit& commit : impl_->log->commits()) {
+    if (commit.extents == extents && commit.document == text) {
+      return commit.generation;
+    }
+  }
+  return 0;
+}
+
 OptimizerOffload::Contents OptimizerOffload::contents(
     std::uint64_t generation) const {
   const Impl::Call call(*impl_);

@@ -63,8 +63,8 @@ class CommitLog {
                           std::size_t keep = 1, std::uint64_t least = 0,
                           const Vote& vote = {}, std::int64_t time = 0);
 
-  /// Makes a commit the last of those kept to go, as if it were the newest. The
-  /// next commit makes this durable. There is such a commit.
+  /// Makes a commit that is kept the last one to go, as the newest is. The next
+  /// commit makes this durable.
   void renew(std::uint64_t generation);
 
   /// The generation that add() tries next.

@@ -85,8 +85,9 @@ class CommitReader {
     std::string fault;
   };
   /// Reads the commit of a root, and those before it that it keeps. They come
-  /// in the order in which they go, that of the root last. It does not read extents. What is wrong with the commits is in
-  /// `fault` and in damage(). REQUIRES: nothing is left of an earlier call.
+  /// in the order in which they go, that of the root last. It does not read
+  /// extents. What is wrong with the commits is in `fault` and in damage().
+  /// REQUIRES: nothing is left of an earlier call.
   /// Errors: IoError if the machine cannot read.
   std::vector<Found> read(const StoreRoot& root);
 

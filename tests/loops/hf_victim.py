@@ -1,4 +1,4 @@
-"""Trains with Hugging Face's Trainer, and may die. Run by test_commit_reference.py.
+"""Trains with Hugging Face's Trainer, and may die. Run by test_killed_trainers.py.
 
 Prints "step NUMBER LOSS" for each step. With several processes, rank 0 does.
 """

@@ -1,4 +1,4 @@
-"""Trains with Lightning, and may die. Run by test_commit_reference.py.
+"""Trains with Lightning, and may die. Run by test_killed_trainers.py.
 
 Prints "step NUMBER LOSS" for each step.
 """
@@ -29,11 +29,15 @@ class Network(lightning.LightningModule):
         super().__init__()
         self._steps, self._place = steps, place
         self.layers = torch.nn.Sequential(
-            torch.nn.Linear(WIDTH, 4 * WIDTH), torch.nn.GELU(), torch.nn.Linear(4 * WIDTH, WIDTH)
+            torch.nn.Linear(WIDTH, 4 * WIDTH),
+            torch.nn.GELU(),
+            torch.nn.Linear(4 * WIDTH, WIDTH),
         )
 
     def training_step(self, batch, index):
-        (x,) = batch
+        # Lightning begins the data anew when it resumes, so they come from the step's number.
+        generator = torch.Generator().manual_seed(self.global_step)
+        x = torch.randn(BATCH, WIDTH, generator=generator)
         loss = torch.nn.functional.mse_loss(self.layers(x), x.roll(1, 1))
         print("step", self.global_step + 1, repr(loss.item()), flush=True)
         return loss
@@ -94,8 +98,8 @@ def main():
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    data = torch.utils.data.TensorDataset(torch.randn(options.steps * BATCH, WIDTH))
-    trainer.fit(network, torch.utils.data.DataLoader(data, BATCH), ckpt_path=options.resume)
+    data = torch.utils.data.TensorDataset(torch.zeros(options.steps))
+    trainer.fit(network, torch.utils.data.DataLoader(data), ckpt_path=options.resume)
 
 
 if __name__ == "__main__":

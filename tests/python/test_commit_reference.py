@@ -1,7 +1,7 @@
 """A state_dict() that refers to a commit: what a trainer saves and loads in its own way.
 
-The reference is torch.optim.AdamW in memory, with ordinary checkpoints at the same steps, or the
-same training without a break.
+The reference is torch.optim.AdamW in memory, with ordinary checkpoints at the same steps, or
+the same training without a break.
 """
 
 import copy
@@ -19,7 +19,6 @@ from ranks import Ranks
 from test_commit import bits, equal, make_model, options, the_same_state, train
 from torch.distributed.fsdp import fully_shard
 
-import torch_ext
 from torch_ext import OffloadedAdamW, OffloadedOptimizer
 
 KEY = "torch_ext_commit"
@@ -82,17 +81,22 @@ def tensors_of(optimizer, path):
         return reader.state_dict()
 
 
-@pytest.mark.parametrize("host_memory", ["240KiB", "64MiB"])
+OF_ADAMW = [
+    ("AdamW", more, dtype, host_memory)
+    for more in ({}, {"state_format": "int8", "seed": 3}, {"overlap_backward": "update"})
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for host_memory in ("240KiB", "64MiB")
+]
+
+
 @pytest.mark.parametrize(
-    ("kind", "more"),
+    ("kind", "more", "dtype", "host_memory"),
     [
-        ("AdamW", {}),
-        ("AdamW", {"state_format": "int8", "seed": 3}),
-        ("AdamW", {"overlap_backward": "update"}),
-        ("RMSprop", {"momentum": 0.9}),
+        *OF_ADAMW,
+        ("RMSprop", {"momentum": 0.9}, torch.float32, "240KiB"),
+        ("RMSprop", {"momentum": 0.9}, torch.bfloat16, "64MiB"),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_training_goes_on_bit_for_bit(tmp_path, kind, more, dtype, host_memory):
     more = more | {"host_memory": host_memory}
     whole = make_model(dtype)
@@ -273,6 +277,42 @@ def test_commits_of_the_callers_own_do_not_push_it_out_early(tmp_path):
         assert optimizer.committed_step == 1
 
 
+@pytest.mark.parametrize("host_memory", ["240KiB", "64MiB"])
+def test_what_has_not_changed_is_not_committed_again(tmp_path, host_memory):
+    """A trainer may save several checkpoints of one step."""
+    model = make_model()
+    with made(tmp_path, model, host_memory=host_memory) as optimizer:
+
+        def generation():
+            return optimizer.state_dict()[KEY]["generation"]
+
+        train(model, optimizer, 1)
+        checkpoint = saved(model, optimizer)
+        assert [generation(), generation()] == [1, 1]
+        optimizer.param_groups[0]["lr"] = 0.5
+        assert [generation(), generation()] == [2, 2]
+        first = optimizer.state[model[0].weight]
+        first["exp_avg"] = torch.full_like(first["exp_avg"], 0.25)
+        assert [generation(), generation()] == [3, 3]
+        train(model, optimizer, 1)
+        assert [generation(), generation()] == [4, 4]
+        optimizer.state["others"] = torch.ones(1000)  # Which is not compared.
+        assert [generation(), generation()] == [5, 6]
+        del optimizer.state["others"]
+        assert generation() == 7
+        state_dict = optimizer.state_dict()
+        train(model, optimizer, 1)
+        assert generation() == 8
+        # It counts as the newest when it is loaded, and when it is referred to again.
+        optimizer.load_state_dict(state_dict)
+        assert [generation(), generation()] == [7, 7]
+        assert [c.generation for c in optimizer.commits()] == [7, 8]
+        train(model, optimizer, 1)
+        assert generation() == 9
+        assert [c.generation for c in optimizer.commits()] == [7, 9]
+    assert torch.load(io.BytesIO(checkpoint), weights_only=True)["optimizer"][KEY]["step"] == 1
+
+
 def test_a_store_may_move(tmp_path, caplog):
     old, new, empty = (tmp_path / name for name in ("old", "new", "empty"))
     for path in (old, new, empty):
@@ -344,7 +384,9 @@ def test_several_drives_with_weights(tmp_path):
     with made(tmp_path, model) as optimizer:  # By what the checkpoint says.
         loaded(checkpoint, model, optimizer)
         assert optimizer.committed_step == 1
-        assert optimizer.state_dict()[KEY]["directories"] == [[str(p), w] for p, w in drives.items()]
+        assert optimizer.state_dict()[KEY]["directories"] == [
+            [str(p), w] for p, w in drives.items()
+        ]
 
 
 def test_a_checkpoint_of_another_run_names_both(tmp_path):
@@ -360,7 +402,10 @@ def test_a_checkpoint_of_another_run_names_both(tmp_path):
         torch.load(io.BytesIO(c), weights_only=True)["optimizer"][KEY]["store"]
         for c in checkpoints
     ]
-    text = f"refers to the store {ids[0]}, which was {paths[0]}.*{paths[1]}.* is another one, {ids[1]}"
+    text = (
+        f"refers to the store {ids[0]}, which was {paths[0]}.*{paths[1]}.* is another one, "
+        f"{ids[1]}"
+    )
     model = other_model()
     with made(paths[1], model) as optimizer:
         with pytest.raises(ValueError, match=text):
@@ -378,9 +423,7 @@ def test_before_the_first_step_it_is_the_groups_alone(tmp_path):
     with made(tmp_path, model) as optimizer:
         state_dict = optimizer.state_dict()
         assert state_dict.keys() == {"state", "param_groups"}
-        expected = torch.optim.AdamW(
-            model.named_parameters(), lr=1e-2, fused=True
-        ).state_dict()
+        expected = torch.optim.AdamW(model.named_parameters(), lr=1e-2, fused=True).state_dict()
         assert state_dict == expected
         optimizer.load_state_dict(state_dict)
         assert os.listdir(tmp_path) == []
@@ -434,9 +477,11 @@ def test_who_owns_the_store_keeps_it(tmp_path):
         train(model, owner, 1)
         checkpoint = saved(model, owner)
         other = other_model()
-        with made(tmp_path, other) as optimizer:
-            with pytest.raises(BlockingIOError, match="this one, on"):
-                loaded(checkpoint, other, optimizer)
+        with (
+            made(tmp_path, other) as optimizer,
+            pytest.raises(BlockingIOError, match="this one, on"),
+        ):
+            loaded(checkpoint, other, optimizer)
         train(model, owner, 1)
         owner.state_dict()
 
@@ -506,7 +551,8 @@ def test_what_does_not_fit_changes_nothing(tmp_path):
 def test_nothing_that_others_keep_is_dropped(tmp_path):
     model = make_model()
     with OffloadedAdamW(
-        model.named_parameters(), **options(tmp_path, state_dict_mode="commit", lr=torch.tensor(0.02))
+        model.named_parameters(),
+        **options(tmp_path, state_dict_mode="commit", lr=torch.tensor(0.02)),
     ) as optimizer:
         optimizer.param_groups[0]["initial_lr"] = 0.5
         optimizer.param_groups[0]["mine"] = ("a", 1)
@@ -702,7 +748,8 @@ def as_a_trainer_does(path, kind, dtype, more):
         random = torch.get_rng_state()
         if rank() == 0:  # It alone is asked.
             torch.save(
-                {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path / "last"
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict()},
+                path / "last",
             )
         torch.distributed.barrier()
         train_together(model, optimizer, 1)
@@ -771,9 +818,11 @@ def what_fails_for_one_fails_for_all(path):
         with pytest.raises(ValueError, match="parameters are not those of the commit"):
             optimizer.load_state_dict(state_dict)
     # An optimizer of another mode has a store for each process.
-    with made(nvme, make_model(), state_dict_mode="tensors") as optimizer:
-        with pytest.raises(ValueError, match='takes an optimizer with state_dict_mode="commit"'):
-            optimizer.load_state_dict(state_dict)
+    with (
+        made(nvme, make_model(), state_dict_mode="tensors") as optimizer,
+        pytest.raises(ValueError, match='takes an optimizer with state_dict_mode="commit"'),
+    ):
+        optimizer.load_state_dict(state_dict)
 
 
 def shared(value):

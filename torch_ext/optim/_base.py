@@ -153,11 +153,12 @@ class OffloadedBase(Closable, torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as the class that runs in memory does: either loads the other's.
 
-        ``state_dict_mode`` says where its tensors are. With "commit" there are none: it refers
-        to a commit, and only ``load_state_dict()`` of these classes takes it. bfloat16 and float16 parameters also
+        ``state_dict_mode`` says where its tensors are. bfloat16 and float16 parameters also
         have ``master_param``, in float32. ``exp_avg`` and ``exp_avg_sq`` of ``OffloadedAdamW``
         are float32 whatever the parameter is. State of a DTensor is a DTensor, with the same
         mesh and placements.
+
+        With "commit" it has no tensors: it refers to a commit, and only these classes take it.
 
         Raises:
             OSError: Reading failed, or there is no room for a copy: no memory (ENOMEM) or no

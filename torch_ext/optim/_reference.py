@@ -1,24 +1,26 @@
 """A state_dict() that refers to a commit, for trainers that save and load in their own way.
 
-The state is on the drive already. So ``state_dict()`` commits it, without the parameters, which
-the trainer saves, and says where it is: the store, the generation and the directories. That is a
-kilobyte, whatever the model. ``load_state_dict()`` goes back to that generation. An optimizer
-that has just been made has a store of its own by then, without names and without anything in it.
-It leaves that and becomes the owner of the one that is meant, or nothing changes.
+The state is on the drive already. So ``state_dict()`` commits it, without the parameters,
+which the trainer saves, and says where it is: the store, the generation and the directories.
+That is a kilobyte, whatever the model. ``load_state_dict()`` goes back to that generation. An
+optimizer that has just been made has a store of its own by then, without names and without
+anything in it. It leaves that and becomes the owner of the one that is meant, or nothing
+changes.
 
-A trainer's folder refers to a generation from outside, where the store cannot see it. It is there
-before the folder is complete, and the folder before is the one to go back to if it never becomes
-so. That can happen again and again. So the last ``keep_commits`` generations stay, and one that
-was loaded counts as the newest: it goes after as many further ones.
+A trainer's folder refers to a generation from outside, where the store cannot see it. It is
+there before the folder is complete, and the folder before is the one to go back to if it
+never becomes so. That can happen again and again. So the last ``keep_commits`` generations
+stay, and one that was loaded counts as the newest: it goes after as many further ones.
 
 Of several processes with the same parameters, as under DistributedDataParallel, trainers ask
-rank 0 only, where a vote would hang. So rank 0 commits alone. All load: rank 0 sends the others
-what it has found.
+rank 0 only, where a vote would hang. So rank 0 commits alone. All load: rank 0 sends the
+others what it has found.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -87,7 +89,7 @@ class Reference:
         store, numbers = packed.get("store"), [packed.get(n) for n in ("generation", "step")]
         directories = packed.get("directories")
         try:
-            places = directories_of({path: weight for path, weight in directories}, what)
+            places = directories_of(dict(directories), what)
         except (TypeError, ValueError):
             places = []
         if (
@@ -190,8 +192,28 @@ class ReferringOptimizer(CommittingOptimizer):
         return {"state": {}, "param_groups": groups, COMMIT: reference}
 
     def _committed_reference(self) -> Reference:
-        done = self.commit(include_parameters=False, keep=self._keep_commits)
+        done = self._same_commit()
+        if done is None:
+            done = self.commit(include_parameters=False, keep=self._keep_commits)
         return Reference(self._own_store(), done.generation, done.step, self._directories)
+
+    def _same_commit(self) -> Commit | None:
+        """Returns the commit that is of the state as it is now, if there is one.
+
+        A trainer may save two checkpoints of a step: of one more commit, an older one would go.
+        """
+        self._check_to_commit()
+        tensors: list[Tensor] = []
+        document = self._document(tensors, include_parameters=False, extra=None)
+        if tensors:
+            return None
+        generation = self._offload.same_commit(json.dumps(document))
+        for found in self.commits() if generation else ():
+            if found.generation == generation and found.step == self._steps():
+                self._offload.renew(generation)
+                self.committed_step, self.committed_extra = found.step, None
+                return found
+        return None
 
     def _own_store(self) -> str | None:
         """Returns the id of the store with this optimizer's commits, if it has any."""
@@ -233,7 +255,7 @@ class ReferringOptimizer(CommittingOptimizer):
             commit, document = self._find(commits, reference, self._directories)
             self._take_commit(commit, document, groups)
         else:
-            self._adopt(reference, groups)
+            self._move_to(reference, groups)
         self._offload.renew(reference.generation)
         for parameter, values in foreign.items():
             self._state[parameter].update(values)
@@ -241,7 +263,7 @@ class ReferringOptimizer(CommittingOptimizer):
             self._state[key] = value
         self._let_go()
 
-    def _adopt(self, reference: Reference, groups: list[dict[str, Any]]) -> None:
+    def _move_to(self, reference: Reference, groups: list[dict[str, Any]]) -> None:
         """Becomes the owner of a store that was found, or stays as it is."""
         directories = self._directories_of(reference)
         place = _C.StorePlace()
@@ -286,8 +308,8 @@ class ReferringOptimizer(CommittingOptimizer):
         there = ", ".join(f"{number} (step {step})" for number, step, *_ in commits)
         raise ValueError(
             f"the loaded state_dict refers to generation {reference.generation} (step "
-            f"{reference.step}) of {self._first_file(where)}, which is gone; there are {there}. "
-            f"keep_commits says how many are kept"
+            f"{reference.step}) of {self._first_file(where)}, which is gone; there are "
+            f"{there}. keep_commits says how many are kept"
         )
 
     def _directories_of(self, reference: Reference) -> _Places:
@@ -340,7 +362,7 @@ class ReferringOptimizer(CommittingOptimizer):
         raise NotImplementedError
 
     def _check_same_kind(self, document: dict[str, Any]) -> None:
-        """Raises ValueError if this optimizer was made with options that are not the commit's."""
+        """Raises ValueError if the commit was made with other options than this optimizer."""
 
     # Several processes -----------------------------------------------------------------------
 
@@ -398,7 +420,7 @@ class ReferringOptimizer(CommittingOptimizer):
 
 
 def _store_in(path: Path) -> str | None:
-    """Returns the id of a file's store. None if there is no file, "" for one of somebody else."""
+    """Returns the id of a file's store. None: there is no file. "": it is somebody else's."""
     try:
         header = _C.store_header(path)
     except FileNotFoundError:

@@ -50,10 +50,15 @@ class Together:
         """Raises RuntimeError if this process may not call it, or there are more by now."""
         if self._alone_as:
             raise RuntimeError(
-                f'{call} in rank {self._alone_as}: with state_dict_mode="commit" rank 0 commits '
-                f"for all"
+                f'{call} in rank {self._alone_as}: with state_dict_mode="commit", '
+                f"rank 0 commits for all"
             )
-        if self.world > 1 or self._alone_as == 0 or self._group is not None or not is_initialized():
+        if (
+            self.world > 1
+            or self._alone_as == 0
+            or self._group is not None
+            or not is_initialized()
+        ):
             return
         if (now := torch.distributed.get_world_size()) > 1:
             raise RuntimeError(

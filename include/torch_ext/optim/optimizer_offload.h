@@ -284,10 +284,14 @@ class OptimizerOffload {
   /// The commits that are kept, oldest first. Errors: IoError (EIO) for a
   /// damaged one.
   std::vector<Committed> commits() const;
-  /// Makes a commit that is kept the last to go, as if it were the newest: what
-  /// refers to it from outside is good until `keep` further commits. Errors:
+  /// Makes a commit that is kept the last one to go, as the newest is: what
+  /// refers to it from outside is good for `keep` - 1 further commits. Errors:
   /// std::invalid_argument if there is no such generation.
   void renew(std::uint64_t generation);
+  /// The commit that is kept and that commit() without values would make again,
+  /// bit for bit; 0 if there is none. Errors: those of commit() before it
+  /// writes.
+  std::uint64_t same_commit(const std::string& document);
   /// Looks at the store that `options` names, and takes nothing. First comes
   /// what its last commit keeps, with itself at the end. Then comes what the
   /// one before it kept, if that can be read: other processes may not have the
