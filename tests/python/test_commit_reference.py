@@ -794,6 +794,10 @@ def test_rank_0_commits_for_all(ranks, tmp_path, kind, dtype, more):
         assert optimizer.committed_step == 3
 
 
+def moments(model, optimizer):
+    return [optimizer.state[p]["exp_avg"] for p in model.parameters() if p in optimizer.state]
+
+
 def what_fails_for_one_fails_for_all(path):
     model = make_model()
     nvme = path / f"nvme{rank()}"
@@ -806,8 +810,10 @@ def what_fails_for_one_fails_for_all(path):
             ({"generation": 7}, "generation 7 .* which is gone; there are 1"),
             ({"store": "00"}, "refers to the store 00"),
         ]:
+            before = [t.clone() for t in moments(model, optimizer)]
             with pytest.raises(ValueError, match=text):
                 optimizer.load_state_dict(broken(state_dict, **changes))
+            assert equal(moments(model, optimizer), before)
         train_together(model, optimizer, 1)
     # One of them has other parameters.
     model = torch.nn.Sequential(torch.nn.Linear(64, 300 + rank()))
@@ -815,7 +821,7 @@ def what_fails_for_one_fails_for_all(path):
         model.named_parameters(), **options(nvme, state_dict_mode="commit")
     ) as optimizer:
         state_dict["param_groups"][0]["params"] = [0, 1]
-        with pytest.raises(ValueError, match="parameters are not those of the commit"):
+        with pytest.raises(ValueError, match="on rank 0: all processes must have the same"):
             optimizer.load_state_dict(state_dict)
     # An optimizer of another mode has a store for each process.
     with (

@@ -238,14 +238,7 @@ class ReferringOptimizer(CommittingOptimizer):
                 f"the loaded state_dict refers to a commit: in one of {self._replicas.world} "
                 f'processes it takes an optimizer with state_dict_mode="commit"'
             )
-        self._replicas.agreed(lambda: self._take_in_first(reference, state_dict))
-        self._share(reference, state_dict)
-
-    def _take_in_first(self, reference: Reference, state_dict: dict[str, Any]) -> None:
-        if self._replicas.rank == 0:
-            self._take_reference(reference, state_dict)
-        else:
-            self._load({"state": {}, "param_groups": state_dict["param_groups"]})
+        self._load_together(reference, state_dict)
 
     def _take_reference(self, reference: Reference, state_dict: dict[str, Any]) -> None:
         groups = self._merged_groups(state_dict)
@@ -366,13 +359,23 @@ class ReferringOptimizer(CommittingOptimizer):
 
     # Several processes -----------------------------------------------------------------------
 
-    def _share(self, reference: Reference, state_dict: dict[str, Any]) -> None:
-        """Hands rank 0's state to the other processes, one parameter at a time."""
+    def _load_together(self, reference: Reference, state_dict: dict[str, Any]) -> None:
+        """Takes the commit in rank 0, and hands its state to the others, one by one."""
         first = self._replicas.rank == 0
         names = names_of(self.param_groups)
         own = [(name, described(local_of(p))) for p, name in names.items()]
         theirs = self._replicas.from_first(lambda: own)
         self._replicas.agreed(lambda: self._check_replica(own, theirs))
+
+        def take() -> None:
+            if first:
+                self._take_reference(reference, state_dict)
+            else:
+                self._merged_groups(state_dict)
+
+        self._replicas.agreed(take)
+        nothing = {"state": {}, "param_groups": state_dict["param_groups"]}
+        self._replicas.agreed(lambda: first or self._load(nothing))
         for p in names:
             entry = self._replicas.from_first(lambda p=p: self._entry_of(p))
             self._replicas.agreed(lambda p=p, e=entry: first or self._take_entry(p, e))
