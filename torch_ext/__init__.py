@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from torch_ext.handle import aio_handle, gds_handle
     from torch_ext.jit import build
-    from torch_ext.optim import OffloadedAdamW, OffloadedOptimizer
+    from torch_ext.optim import Commit, OffloadedAdamW, OffloadedOptimizer
     from torch_ext.rng import rng_state, set_rng_state
     from torch_ext.swap import SwapTicket, TensorSwapper, TensorTicket
     from torch_ext.tensor_file import load, load_metadata, save
@@ -35,6 +35,7 @@ cmake_prefix_path = str(Path(__file__).parent / "share" / "cmake")
 _MODULE_OF = {
     "AIO_DEFAULT_DICT": "config",
     "AioConfig": "config",
+    "Commit": "optim",
     "OffloadedAdamW": "optim",
     "OffloadedOptimizer": "optim",
     "SwapTicket": "swap",
@@ -56,6 +57,7 @@ _MODULE_OF = {
 __all__ = [
     "AIO_DEFAULT_DICT",
     "AioConfig",
+    "Commit",
     "OffloadedAdamW",
     "OffloadedOptimizer",
     "SwapTicket",

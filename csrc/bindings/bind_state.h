@@ -29,6 +29,7 @@
 #include "tensor/state_checks.h"
 #include "tensor/tensor_offload.h"
 #include "torch_ext/base/checksum.h"
+#include "waits.h"
 
 namespace {
 
@@ -268,6 +269,42 @@ std::uint64_t checksum_of(const at::Tensor& tensor) {
       {static_cast<const std::byte*>(dense.const_data_ptr()), dense.nbytes()});
 }
 
+py::tuple to_tuple(const torch_ext::CommitReport& report) {
+  return py::make_tuple(report.generation, report.step, report.time,
+                        report.bytes_written, report.seconds);
+}
+
+void bind_commit_ticket(py::module_& m) {
+  using torch_ext::CommitTicket;
+  py::class_<CommitTicket>(m, "CommitTicket", py::module_local())
+      .def(
+          "wait_source",
+          [](const CommitTicket& ticket, const py::object& timeout) {
+            wait_interruptibly(ticket, timeout, [&](auto slice) {
+              return ticket.wait_source_for(slice);
+            });
+            const ReleasedGil released;
+            ticket.wait_source();
+          },
+          py::arg("timeout") = py::none())
+      .def(
+          "wait",
+          [](const CommitTicket& ticket, const py::object& timeout) {
+            wait_interruptibly(ticket, timeout, [&](auto slice) {
+              return ticket.wait_for(slice);
+            });
+            return to_tuple(without_gil([&] { return ticket.wait(); }));
+          },
+          py::arg("timeout") = py::none())
+      .def_property_readonly("generation", &CommitTicket::generation)
+      .def("done", &CommitTicket::done)
+      .def("report", [](const CommitTicket& ticket) -> py::object {
+        const auto report = ticket.report();
+        if (!report) return py::none();
+        return to_tuple(*report);
+      });
+}
+
 void bind_tensor_offload(py::module_& m) {
   py::class_<TensorOffload, std::unique_ptr<TensorOffload, DeleteWithoutGil>>(
       m, "TensorOffload", py::module_local())
@@ -329,8 +366,7 @@ void bind_tensor_offload(py::module_& m) {
             const torch_ext::CommitReport report = vote.within([&] {
               return offload.commit(step, document, tensors, keep, group);
             });
-            return py::make_tuple(report.generation, report.step, report.time,
-                                  report.bytes_written, report.seconds);
+            return to_tuple(report);
           },
           py::arg("step"), py::arg("document"), py::arg("tensors"),
           py::arg("keep"), py::arg("generation") = 0,
@@ -372,6 +408,15 @@ void bind_tensor_offload(py::module_& m) {
             return "other";
           },
           py::arg("directories"), py::arg("place") = "", release_gil())
+      .def(
+          "start_commit",
+          [](TensorOffload& offload, std::uint64_t step,
+             const std::string& document,
+             const std::vector<at::Tensor>& tensors, std::size_t keep) {
+            return offload.start_commit(step, document, tensors, keep);
+          },
+          py::arg("step"), py::arg("document"), py::arg("tensors"),
+          py::arg("keep"), release_gil())
       .def("commits",
            [](TensorOffload& offload) {
              return to_list(
@@ -406,7 +451,8 @@ void bind_tensor_offload(py::module_& m) {
       .def("next_generation",
            [](TensorOffload& offload) {
              return offload.offload().next_generation();
-           })
+           },
+           release_gil())
       .def(
           "committed_values",
           [](TensorOffload& offload, std::uint64_t generation) {
@@ -519,6 +565,7 @@ void bind_state(py::module_& m) {
         torch_ext::check_parameter(optimizer, parameter);
       },
       py::arg("optimizer"), py::arg("parameter"));
+  bind_commit_ticket(m);
   bind_tensor_offload(m);
   bind_piece_offload(m);
 }

@@ -5,10 +5,11 @@
 // (TileLanes). So a step moves as many bytes as without commits. When a later
 // commit has become durable, the places of the one before are spares again.
 //
-// commit() writes what is not on the drive yet: the values, and the resident
+// A commit writes what is not on the drive yet: the values, and the resident
 // tiles that have changed. It sees to it first that every tile has a place now
 // and a spare afterwards, so that a full drive refuses here and not in a step.
-// CommitLog does the rest.
+// CommitLog does the rest. running_commit.cpp has the order of all that, and
+// what may go on beside it.
 //
 // Values are laid out in tiles of their own, and pass through the same buffers
 // in a round of their own.
@@ -148,82 +149,6 @@ std::string OptimizerOffload::Impl::document_of(const std::string& of_caller) {
   return make_document(layout, all, of_caller);
 }
 
-CommitReport OptimizerOffload::Impl::commit(
-    std::uint64_t step, std::string document,
-    std::span<const CommittedValue> wanted, UpdateKernel& reader,
-    std::size_t keep, std::uint64_t least_generation,
-    const CommitLog::Vote& vote) {
-  const auto start = std::chrono::steady_clock::now();
-  if (!store->verifies()) {
-    throw StateError(
-        "commit: this optimizer was made without checksums (verify=false), "
-        "without which a commit could not be trusted");
-  }
-  if (keep < 1) {
-    throw std::invalid_argument("commit: keep must be at least 1, got 0");
-  }
-  lanes->settle();  // Writes of the last step.
-  if (log == nullptr) log = std::make_unique<CommitLog>(*store, name);
-  log->check();  // Before values are written.
-  const auto written = [this]() REQUIRES(calls) {
-    return store->stats().bytes_written + log->bytes_written();
-  };
-  const std::uint64_t written_before = written();
-  lay_out_values(wanted);
-  make_room_for_commit(keep, /*commits_now=*/true);
-  TileLanes::Round round;
-  round.read = round.repeat = false;
-  round.for_commit = true;
-  visit_values(std::move(round), reader);
-  lanes->write_residents(tiles);
-  lanes->settle();
-
-  std::vector<Tile*> all = tile_pointers(tiles);
-  for (const auto& tile : value_tiles) all.push_back(tile.get());
-  std::vector<std::shared_ptr<Extent>> extents;
-  for (const Tile* tile : all) extents.push_back(tile->extent);
-
-  const auto last = [this]() REQUIRES(calls) {
-    return log->commits().empty() ? 0 : log->commits().back().generation;
-  };
-  const std::uint64_t before = last();
-  std::vector<Commit> dropped;
-  std::exception_ptr error;
-  try {
-    dropped = log->add(step, document_of(document), std::move(extents), keep,
-                       least_generation, vote);
-  } catch (...) {
-    error = std::current_exception();
-  }
-  if (last() != before) {
-    lanes->set_committed(tiles);
-    lanes->set_committed(value_tiles);
-    owners[last()] = std::move(all);
-  }
-  for (Commit& commit : dropped) {
-    const auto& owners_of_it = owners[commit.generation];
-    for (std::size_t i = 0; i < owners_of_it.size(); ++i) {
-      const std::shared_ptr<Extent> extent = std::move(commit.extents[i]);
-      Tile* const tile = owners_of_it[i];
-      // It may be a later commit's, too.
-      if (tile != nullptr && extent.use_count() == 1 &&
-          tile->spares.size() < keep) {
-        tile->spares.push_back(extent);
-      }
-    }
-    owners.erase(commit.generation);
-  }
-  if (log->must_stop() != nullptr) refusal = log->must_stop();
-  if (error != nullptr) std::rethrow_exception(error);
-  const std::chrono::duration<double> seconds =
-      std::chrono::steady_clock::now() - start;
-  return {.generation = last(),
-          .step = step,
-          .time = log->commits().back().time,
-          .bytes_written = written() - written_before,
-          .seconds = seconds.count()};
-}
-
 // Makes parameters and tiles of a commit. There are no tiles yet.
 void OptimizerOffload::Impl::take_commit(const Commit& commit,
                                          const CommitDocument& document) {
@@ -299,32 +224,6 @@ CommitDocument read_document(const Commit& commit, const std::string& path) {
                    .path = path,
                    .error = EIO,
                    .detail = error.what()});
-  }
-}
-
-/// Returns what `call` returns. If it fails before it has voted, this does.
-template <typename Call>
-auto voted(const std::function<bool(bool)>& of_group, Call call) {
-  bool has_voted = false;
-  CommitLog::Vote vote;
-  if (of_group) {
-    vote = [&] {
-      has_voted = true;
-      return of_group(true);
-    };
-  }
-  try {
-    return call(vote);
-  } catch (...) {
-    // The others wait for this process's vote.
-    if (of_group && !has_voted) {
-      try {
-        of_group(false);
-      } catch (...) {
-        // The first error says more.
-      }
-    }
-    throw;
   }
 }
 
@@ -519,19 +418,6 @@ void OptimizerOffload::rollback(std::uint64_t generation,
   }
 }
 
-CommitReport OptimizerOffload::commit(std::uint64_t step, std::string document,
-                                      std::span<const CommittedValue> values,
-                                      UpdateKernel& reader, std::size_t keep,
-                                      const CommitGroup& group) {
-  return voted(group.vote, [&](const CommitLog::Vote& vote) {
-    const Impl::Call call(*impl_);
-    impl_->refuse_if_failed();
-    impl_->refuse_in_step();
-    return impl_->commit(step, std::move(document), values, reader, keep,
-                         group.generation, vote);
-  });
-}
-
 SnapshotReport OptimizerOffload::snapshot(const DirectoryList& directory,
                                           const SnapshotGroup& group) {
   const auto start = std::chrono::steady_clock::now();
@@ -578,7 +464,7 @@ std::uint64_t OptimizerOffload::next_generation() const {
 }
 
 std::size_t OptimizerOffload::parameters() const {
-  const Impl::Call call(*impl_);
+  const Impl::Call call(*impl_, Impl::After::kNoCommit);
   return impl_->parameters.size();
 }
 

@@ -95,7 +95,7 @@ void OptimizerOffload::Impl::give_up_open_step() {
 }
 
 void OptimizerOffload::begin_step(UpdateKernel& kernel) {
-  const Impl::Call call(*impl_);
+  const Impl::Call call(*impl_, Impl::After::kWritten);
   impl_->refuse_if_failed();
   impl_->refuse_in_step();
   impl_->activate({});
@@ -118,7 +118,7 @@ void OptimizerOffload::begin_step(UpdateKernel& kernel) {
 }
 
 void OptimizerOffload::release(std::size_t parameter) {
-  const Impl::Call call(*impl_);
+  const Impl::Call call(*impl_, Impl::After::kNoCommit);
   if (impl_->open_kernel == nullptr) {
     throw StateError("optimizer: no step has begun");
   }
@@ -126,7 +126,7 @@ void OptimizerOffload::release(std::size_t parameter) {
 }
 
 void OptimizerOffload::end_step() {
-  const Impl::Call call(*impl_);
+  const Impl::Call call(*impl_, Impl::After::kWritten);
   if (impl_->open_kernel == nullptr) {
     throw StateError("optimizer: no step has begun");
   }
@@ -141,7 +141,7 @@ void OptimizerOffload::end_step() {
 }
 
 void OptimizerOffload::abandon_step() {
-  const Impl::Call call(*impl_, /*when_closed=*/true);
+  const Impl::Call call(*impl_, Impl::After::kEvenClosed);
   impl_->give_up_open_step();
 }
 

@@ -10,6 +10,7 @@
 
 #include "base/mutex.h"
 #include "base/owner_process.h"
+#include "running_commit.h"
 #include "store/commit_log.h"
 #include "store/store_copy.h"
 #include "tile_lanes.h"
@@ -65,15 +66,24 @@ class OptimizerOffload::Impl {
       : Impl(options, std::make_unique<Store>(options.store),
              options.tile_bytes) {}
 
+  /// How far a commit that goes on must be before a call begins. See
+  /// running_commit.cpp.
+  enum class After {
+    kCommit,      ///< It has ended.
+    kWritten,     ///< It does not touch tiles any more.
+    kNoCommit,    ///< Anywhere: the call touches nothing that it uses.
+    kEvenClosed,  ///< Anywhere, and the object may be closed.
+  };
   /// Takes the lock of the calls. Hold it while the object is used.
   /// Errors: StateError (forked, closed).
   class SCOPED_LOCK Call {
    public:
-    explicit Call(Impl& impl, bool when_closed = false) ACQUIRE(impl.calls)
+    explicit Call(Impl& impl, After after = After::kCommit) ACQUIRE(impl.calls)
         : lock_(impl.own_calls()) {
-      if (impl.closed && !when_closed) {
+      if (impl.closed && after != After::kEvenClosed) {
         throw StateError("this optimizer is closed");
       }
+      impl.wait_for_commit(after);
     }
     ~Call() RELEASE() = default;
 
@@ -87,7 +97,13 @@ class OptimizerOffload::Impl {
   }
 
   void refuse_if_failed() REQUIRES(calls) {
-    if (refusal != nullptr) std::rethrow_exception(refusal);
+    if (refusal != nullptr) {
+      if (failed_commit != nullptr &&
+          failed_commit->ended.ticket().error() == refusal) {
+        failed_commit->error_seen = true;
+      }
+      std::rethrow_exception(refusal);
+    }
     // A write, or a read ahead, may have failed since the last call.
     if (const auto error = lanes->failure()) {
       refusal = with_remedy(error);
@@ -116,11 +132,16 @@ class OptimizerOffload::Impl {
   Counts counts(std::span<const std::size_t> numbers) const REQUIRES(calls);
   void set_counts(std::span<const std::size_t> numbers, const Counts& counts)
       REQUIRES(calls);
-  CommitReport commit(std::uint64_t step, std::string document,
-                      std::span<const CommittedValue> values,
-                      UpdateKernel& reader, std::size_t keep,
-                      std::uint64_t least_generation,
-                      const CommitLog::Vote& vote) REQUIRES(calls);
+  /// Checks what a commit is asked for, lays out its values, and fills in its
+  /// document.
+  void prepare_commit(RunningCommit& commit,
+                      std::span<const CommittedValue> wanted) REQUIRES(calls);
+  /// Makes a commit. On the calling thread, or on a thread of its own that does
+  /// not hold `calls`: running_commit.cpp says what keeps the calls away.
+  CommitReport make_commit(RunningCommit& commit) UNCHECKED_THREADS;
+  void run_commit(RunningCommit& commit) noexcept UNCHECKED_THREADS;
+  void wait_for_commit(After after) REQUIRES(calls);
+  void throw_unseen_error() REQUIRES(calls);
   void lay_out_values(std::span<const CommittedValue> values) REQUIRES(calls);
   /// `commits_now`: a commit follows, which writes values.
   void make_room_for_commit(std::size_t keep, bool commits_now) REQUIRES(calls);
@@ -188,6 +209,11 @@ class OptimizerOffload::Impl {
   UpdateKernel* open_kernel GUARDED_BY(calls) = nullptr;
   std::future<void> updated GUARDED_BY(calls);
   std::vector<std::size_t> newcomers GUARDED_BY(calls);
+  /// Made by the first start_commit(). Its commit, until a call has found that
+  /// it has ended. The last one that failed, if its error may be unseen.
+  std::unique_ptr<Updater> committer GUARDED_BY(calls);
+  std::unique_ptr<RunningCommit> running GUARDED_BY(calls);
+  std::shared_ptr<CommitTicket::State> failed_commit GUARDED_BY(calls);
   /// Null before the first commit.
   std::unique_ptr<CommitLog> log GUARDED_BY(calls);
   std::vector<CommittedValue> values GUARDED_BY(calls);

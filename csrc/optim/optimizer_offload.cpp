@@ -291,7 +291,7 @@ void check_definition(std::uint64_t elements, const StateFields& fields) {
 
 std::size_t OptimizerOffload::add_parameter(std::uint64_t elements,
                                             const StateFields& fields) {
-  const Impl::Call call(*impl_);
+  const Impl::Call call(*impl_, Impl::After::kNoCommit);
   check_definition(elements, fields);
   const MutexLock parameters_lock(impl_->parameters_mutex);
   Impl::Parameter parameter{.elements = elements, .fields = fields};
@@ -330,7 +330,7 @@ void OptimizerOffload::remove_parameter(std::size_t parameter) {
 
 void OptimizerOffload::step(std::span<const std::size_t> active,
                             UpdateKernel& kernel) {
-  const Impl::Call call(*impl_);
+  const Impl::Call call(*impl_, Impl::After::kWritten);
   impl_->refuse_if_failed();
   impl_->refuse_in_step();
   impl_->activate(active);
@@ -403,7 +403,7 @@ void OptimizerOffload::change_state(std::span<const ParameterStep> parameters,
 void OptimizerOffload::read_state(UpdateKernel& kernel) {
   std::vector<std::size_t> all;
   {
-    const Impl::Call call(*impl_);
+    const Impl::Call call(*impl_, Impl::After::kNoCommit);
     for (std::size_t i = 0; i < impl_->parameters.size(); ++i) {
       if (impl_->parameters[i].has_state) all.push_back(i);
     }
@@ -413,7 +413,7 @@ void OptimizerOffload::read_state(UpdateKernel& kernel) {
 
 void OptimizerOffload::read_state(std::span<const std::size_t> parameters,
                                   UpdateKernel& kernel) {
-  const Impl::Call call(*impl_);
+  const Impl::Call call(*impl_, Impl::After::kWritten);
   impl_->refuse_if_failed();
   impl_->refuse_in_step();
   impl_->activate(parameters);
@@ -451,12 +451,12 @@ void OptimizerOffload::write_state(std::span<const ParameterStep> parameters,
 }
 
 bool OptimizerOffload::has_state(std::size_t parameter) const {
-  const Impl::Call call(*impl_, /*when_closed=*/true);
+  const Impl::Call call(*impl_, Impl::After::kEvenClosed);
   return impl_->parameter(parameter).has_state;
 }
 
 std::uint64_t OptimizerOffload::step_of(std::size_t parameter) const {
-  const Impl::Call call(*impl_, /*when_closed=*/true);
+  const Impl::Call call(*impl_, Impl::After::kEvenClosed);
   return impl_->parameter(parameter).step;
 }
 
@@ -467,19 +467,19 @@ std::span<std::byte> OptimizerOffload::scratch() {
 }
 
 void OptimizerOffload::pin_scratch(const std::shared_ptr<Device>& device) {
-  const Impl::Call call(*impl_);
+  const Impl::Call call(*impl_, Impl::After::kWritten);
   BufferPool* const pool = impl_->scratch_pool();
   if (pool != nullptr) impl_->pin(*pool, device);
 }
 
 void OptimizerOffload::pin_tiles(const std::shared_ptr<Device>& device) {
-  const Impl::Call call(*impl_);
+  const Impl::Call call(*impl_, Impl::After::kWritten);
   impl_->pin(*impl_->pool, device);
 }
 
 OptimizerPlan OptimizerOffload::plan(std::span<const std::size_t> parameters,
                                      const ScratchFor& scratch_for) const {
-  const Impl::Call call(*impl_, /*when_closed=*/true);
+  const Impl::Call call(*impl_, Impl::After::kEvenClosed);
   OptimizerPlan plan =
       describe(impl_->plan, impl_->lay_out(parameters, impl_->plan.tile_bytes),
                impl_->host_memory, impl_->scratch_bytes, impl_->granule);
@@ -495,12 +495,12 @@ OptimizerPlan OptimizerOffload::plan(std::span<const std::size_t> parameters,
 }
 
 OptimizerOffloadStats OptimizerOffload::stats() const {
-  const Impl::Call call(*impl_, /*when_closed=*/true);
+  const Impl::Call call(*impl_, Impl::After::kEvenClosed);
   return impl_->closed ? impl_->last_stats : impl_->snapshot();
 }
 
 std::vector<LaneEvent> OptimizerOffload::timeline() const {
-  const Impl::Call call(*impl_, /*when_closed=*/true);
+  const Impl::Call call(*impl_, Impl::After::kEvenClosed);
   return impl_->closed ? impl_->last_timeline : impl_->lanes->timeline();
 }
 
@@ -513,11 +513,13 @@ const std::string& OptimizerOffload::engine() const noexcept {
 }
 
 void OptimizerOffload::close() {
-  const Impl::Call call(*impl_, /*when_closed=*/true);
+  const Impl::Call call(*impl_, Impl::After::kEvenClosed);
   if (impl_->closed) return;
+  impl_->wait_for_commit(Impl::After::kCommit);
   impl_->closed = true;
   impl_->give_up_open_step();
   impl_->updater.reset();
+  impl_->committer.reset();
   const std::exception_ptr error = impl_->lanes->clear();
   impl_->last_stats = impl_->snapshot();
   impl_->last_timeline = impl_->lanes->timeline();
@@ -535,6 +537,7 @@ void OptimizerOffload::close() {
   if (error != nullptr && impl_->refusal == nullptr) {
     std::rethrow_exception(error);
   }
+  impl_->throw_unseen_error();
 }
 
 }  // namespace torch_ext

@@ -30,6 +30,7 @@ struct Tile {
     kReady,    ///< `buffer` waits for its turn.
     kBusy,     ///< A kernel works on `buffer`.
     kWriting,  ///< The disk takes from `buffer`.
+    kHeld,     ///< `buffer` is written when the commit in the making ends.
   };
 
   std::size_t number = 0;
@@ -38,9 +39,13 @@ struct Tile {
   bool resident = false;    ///< Stays in memory after its first visit.
   bool holds_state = true;  ///< Else values, for a commit.
   /// Null for a resident tile before the first commit. Guarded by TileLanes'
-  /// lock while transfers run, like the two after it.
+  /// lock while transfers run, like the three after it.
   std::shared_ptr<Extent> extent;
-  bool committed = false;  ///< `extent` is a commit's: it is not written again.
+  /// `extent` is a commit's, or one in the making may get it: it is not written
+  /// again.
+  bool committed = false;
+  /// What a commit in the making would be the first to have. Else null.
+  std::shared_ptr<Extent> proposed;
   std::vector<std::shared_ptr<Extent>> spares;  ///< Where it may be written.
   std::size_t active_segments = 0;              ///< Released in the open step.
 

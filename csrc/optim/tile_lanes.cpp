@@ -14,6 +14,8 @@
 // No visit may wait without end. So one rule holds: a tile that has a buffer
 // gives it back without help, or is visited before all tiles that wait for one.
 //   - A transfer in flight ends; a tile that is written gives its buffer back.
+//     So does one whose write is held: the commit ends, and needs no buffer for
+//     that.
 //   - A tile that the round waits for is visited. A tile that was read ahead
 //     for another order is kept only if its place is among the first `lanes_`.
 //   - A resident tile keeps its buffer while that holds the only copy of its
@@ -23,8 +25,12 @@
 // Every other tile is dismissed: it gives its buffer back at once, or when its
 // read ends. A tile leaves a round only through dismiss() or after its visit.
 //
-// What a commit refers to is never written. After a commit, a tile's next write
-// goes to one of its spares. There is one: the commit has seen to it.
+// What a commit refers to is never written, and neither is what one in the
+// making will refer to. Between begin_commit() and end_commit() a tile's write
+// goes to one of its spares. If it has none, its only other place is that of
+// the commit before, which a crash may still need: the write is held (kHeld)
+// until the commit has ended. After a commit there is a spare: the commit has
+// seen to it. running_commit.cpp tells the rest.
 
 #include "tile_lanes.h"
 
@@ -336,9 +342,45 @@ void TileLanes::settle() {
   if (error != nullptr) std::rethrow_exception(error);
 }
 
-void TileLanes::set_committed(const TileList& tiles) {
+void TileLanes::begin_commit(const std::vector<Tile*>& tiles) {
   const MutexLock lock(mutex_);
-  for (const auto& tile : tiles) tile->committed = true;
+  committing_ = true;
+  for (Tile* tile : tiles) {
+    if (!tile->committed) tile->proposed = tile->extent;
+    tile->committed = true;
+  }
+}
+
+void TileLanes::end_commit(const std::vector<Tile*>& tiles, CommitEnd end) {
+  const MutexLock lock(mutex_);
+  committing_ = false;
+  for (Tile* tile : tiles) {
+    const std::shared_ptr<Extent> proposed = std::move(tile->proposed);
+    if (end.made || proposed == nullptr) continue;
+    if (tile->extent == proposed) {
+      tile->committed = false;
+    } else {
+      tile->spares.push_back(proposed);  // It was written elsewhere meanwhile.
+    }
+  }
+  for (auto& [tile, freed] : end.freed) {
+    const std::shared_ptr<Extent> extent = std::move(freed);
+    // It may be a later commit's, too.
+    if (tile != nullptr && extent.use_count() == 1 &&
+        tile->spares.size() < end.most_spares) {
+      tile->spares.push_back(extent);
+    }
+  }
+  if (end.must_stop != nullptr) fail(end.must_stop, true);
+  for (Tile* tile : std::exchange(held_, {})) {
+    if (lost_) {
+      let_go(*tile);
+    } else {
+      begin_write(*tile);
+    }
+  }
+  pump();
+  changed_.notify_all();
 }
 
 // Gives a tile another place if its present one is a commit's.
@@ -396,6 +438,15 @@ void TileLanes::start_read(Tile& tile) {
 }
 
 void TileLanes::start_write(Tile& tile) {
+  if (committing_ && tile.committed && tile.spares.empty()) {
+    tile.state = Tile::State::kHeld;
+    held_.push_back(&tile);
+  } else {
+    begin_write(tile);
+  }
+}
+
+void TileLanes::begin_write(Tile& tile) {
   tile.state = Tile::State::kWriting;
   tile.start = now();
   try {

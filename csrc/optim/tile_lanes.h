@@ -3,6 +3,8 @@
 #include <cstddef>
 #include <exception>
 #include <functional>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "base/mutex.h"
@@ -86,9 +88,24 @@ class TileLanes {
   /// written for a commit, after which nothing is lost; failure().
   void settle();
 
-  /// Counts the extents of these tiles as a commit's. Their next writes go to
-  /// spares. Called after settle().
-  void set_committed(const TileList& tiles);
+  /// A commit in the making refers to the present extents of these tiles.
+  /// Their next writes go to spares, or are held where there is none. Called
+  /// after settle(), on any thread.
+  void begin_commit(const std::vector<Tile*>& tiles);
+
+  /// How the commit has ended.
+  struct CommitEnd {
+    bool made = false;  ///< Else `tiles` may be written where they are.
+    /// If set, no extent may be written any more: it becomes failure().
+    std::exception_ptr must_stop = nullptr;
+    /// What no commit needs now, unless somebody else refers to it, and the
+    /// tiles whose places these were; null if a tile has gone.
+    std::vector<std::pair<Tile*, std::shared_ptr<Extent>>> freed = {};
+    std::size_t most_spares = 1;  ///< Of a tile.
+  };
+  /// Ends what begin_commit() began, for the same tiles, and begins the writes
+  /// that were held. Called on any thread.
+  void end_commit(const std::vector<Tile*>& tiles, CommitEnd end);
 
   /// Forgets tiles that hold no state any more, once their transfers have
   /// ended. Called between rounds.
@@ -153,6 +170,7 @@ class TileLanes {
   void fail(std::exception_ptr error, bool lost) REQUIRES(mutex_);
   void fail_read(std::exception_ptr error) REQUIRES(mutex_);
   void move_from_commit(Tile& tile) REQUIRES(mutex_);
+  void begin_write(Tile& tile) REQUIRES(mutex_);
   void leave_round(MutexLock& lock) REQUIRES(mutex_);
   void note(LaneEvent::Lane lane, const Tile& tile, double end) noexcept
       REQUIRES(mutex_);
@@ -179,6 +197,10 @@ class TileLanes {
   std::size_t in_flight_ GUARDED_BY(mutex_) = 0;
   std::size_t writes_in_flight_ GUARDED_BY(mutex_) = 0;
   std::exception_ptr commit_failure_ GUARDED_BY(mutex_);
+  /// Between begin_commit() and end_commit().
+  bool committing_ GUARDED_BY(mutex_) = false;
+  /// Tiles whose writes wait for end_commit().
+  std::vector<Tile*> held_ GUARDED_BY(mutex_);
   /// Stops all until the next round.
   std::exception_ptr failure_ GUARDED_BY(mutex_);
   bool lost_ GUARDED_BY(mutex_) = false;  ///< It is failure() too.

@@ -14,7 +14,9 @@ class Updater {
  public:
   using Job = std::packaged_task<void()>;
 
-  Updater() : thread_(start_thread("torch_ext step", [this] { run(); })) {}
+  /// `name` is the thread's: see start_thread().
+  explicit Updater(const char* name = "torch_ext step")
+      : thread_(start_thread(name, [this] { run(); })) {}
   ~Updater() {
     start({});
     thread_.join();

@@ -284,6 +284,42 @@ class OffloadedAdamW::Impl {
 
   CommitReport commit(std::optional<std::uint64_t> step,
                       const CommitOptions& options) {
+    const ToCommit what = to_commit(step, options);
+    const CommitReport report =
+        offload_.commit(what.step, what.document, what.values, options.keep);
+    note_commit();  // The one before: it has ended.
+    committed_step_ = what.step;
+    committed_extra_ = options.extra;
+    return report;
+  }
+
+  CommitTicket start_commit(std::optional<std::uint64_t> step,
+                            const CommitOptions& options) {
+    const ToCommit what = to_commit(step, options);
+    CommitTicket ticket = offload_.start_commit(what.step, what.document,
+                                                what.values, options.keep);
+    note_commit();
+    started_ = Started{ticket, options.extra};
+    return ticket;
+  }
+
+  /// What start_commit() has begun counts once it has ended well.
+  void note_commit() const {
+    if (!started_ || !started_->ticket.done()) return;
+    if (const auto report = started_->ticket.report()) {
+      committed_step_ = report->step;
+      committed_extra_ = started_->extra;
+    }
+    started_.reset();
+  }
+
+  struct ToCommit {
+    std::uint64_t step = 0;
+    std::string document;
+    std::vector<at::Tensor> values;
+  };
+  ToCommit to_commit(std::optional<std::uint64_t> step,
+                     const CommitOptions& options) {
     constexpr auto kMost =
         static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
     if (backward_.is_open()) {
@@ -304,13 +340,9 @@ class OffloadedAdamW::Impl {
     add_new_parameters();
     take_over_state();
     note_state_without_group();
-    std::vector<at::Tensor> values;
-    const std::string document = adamw_commit_text(described(options, values));
-    const CommitReport report =
-        offload_.commit(number, document, values, options.keep);
-    committed_step_ = number;
-    committed_extra_ = options.extra;
-    return report;
+    ToCommit what{.step = number, .document = {}, .values = {}};
+    what.document = adamw_commit_text(described(options, what.values));
+    return what;
   }
 
   SnapshotReport snapshot(const DirectoryList& directory) {
@@ -395,14 +427,19 @@ class OffloadedAdamW::Impl {
         options_of(document.defaults);
     for (const std::string& note : document.notes) offload_.note(note);
     steps_before_ = commit.step - stats().steps;
+    started_.reset();
     committed_step_ = commit.step;
     committed_extra_ = document.extra;
   }
 
   std::optional<std::uint64_t> committed_step() const {
+    note_commit();
     return committed_step_;
   }
-  const std::string& committed_extra() const { return committed_extra_; }
+  const std::string& committed_extra() const {
+    note_commit();
+    return committed_extra_;
+  }
   void note(const std::string& text) { offload_.note(text); }
 
   OptimizerOffloadStats stats() const { return offload_.offload().stats(); }
@@ -986,8 +1023,13 @@ class OffloadedAdamW::Impl {
   std::size_t accumulating_ = 0;
   // Steps before the first of this object; below 0 after a rollback.
   std::uint64_t steps_before_ = 0;
-  std::optional<std::uint64_t> committed_step_;
-  std::string committed_extra_;
+  struct Started {
+    CommitTicket ticket;
+    std::string extra;
+  };
+  mutable std::optional<Started> started_;
+  mutable std::optional<std::uint64_t> committed_step_;
+  mutable std::string committed_extra_;
 };
 
 namespace {
@@ -1042,6 +1084,11 @@ std::vector<OffloadedAdamW::ParameterState> OffloadedAdamW::state_dict() {
 void OffloadedAdamW::load_state_dict(
     const std::vector<ParameterState>& states) {
   impl_->load_state_dict(states);
+}
+
+CommitTicket OffloadedAdamW::start_commit(std::optional<std::uint64_t> step,
+                                          const CommitOptions& options) {
+  return impl_->start_commit(step, options);
 }
 
 CommitReport OffloadedAdamW::commit(std::optional<std::uint64_t> step,

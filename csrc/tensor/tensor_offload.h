@@ -262,6 +262,21 @@ class TensorOffload {
                             kernel, keep, group);
   }
 
+  /// Begins the same, and returns at once: see
+  /// OptimizerOffload::start_commit(). On a device, the tensors are read after
+  /// what the calling thread has queued there so far.
+  CommitTicket start_commit(std::uint64_t step, const std::string& document,
+                            const std::vector<at::Tensor>& tensors,
+                            std::size_t keep) {
+    const PlainModes plain;
+    auto kernel = std::make_unique<ValueKernel>(
+        tensors, ValueKernel::Direction::kToCommit);
+    kernel->read_later();
+    return offload_->start_commit(step, document,
+                                  ValueKernel::values_of(tensors),
+                                  std::move(kernel), keep);
+  }
+
   /// A parameter of a commit, with the slot that it had then, and where it
   /// begins in the whole of which it is a shard.
   struct Committed {

@@ -57,11 +57,7 @@ class CommitTraining {
     for (const std::uint64_t size : kSizes) {
       training->parameters_.emplace_back(size);
     }
-    Function take([&](const StateSegment& segment) {
-      std::copy_n(
-          segment.field<std::uint32_t>(0), segment.count,
-          training->parameters_[segment.parameter].data() + segment.first);
-    });
+    Function take = training->values_from_commit();
     training->offload_->read_values(take);
     return training;
   }
@@ -70,26 +66,44 @@ class CommitTraining {
     ++step_;
     std::vector<std::size_t> all(kSizes.size());
     std::iota(all.begin(), all.end(), 0);
-    Function update([&](const StateSegment& segment) {
-      for (std::uint64_t i = 0; i < segment.count; ++i) {
-        advance(segment.field<std::uint32_t>(0)[i],
-                parameters_[segment.parameter][segment.first + i],
-                segment.first + i, segment.step);
-      }
-    });
+    Function update = update_of_step();
     offload_->step(all, update);
   }
 
+  /// The same step, whose parameters become active one by one.
+  void open_step() {
+    ++step_;
+    Function update = update_of_step();
+    offload_->begin_step(update);
+    for (std::size_t i = kSizes.size(); i-- > 0;) offload_->release(i);
+    offload_->end_step();
+  }
+
+  /// Says that the last step has failed and changed nothing.
+  void take_back() { --step_; }
+
   void commit(std::size_t keep = 1) {
-    std::vector<CommittedValue> values;
-    for (const std::uint64_t size : kSizes) values.push_back({size, 4});
-    Function give([&](const StateSegment& segment) {
-      std::copy_n(parameters_[segment.parameter].data() + segment.first,
-                  segment.count, segment.field<std::uint32_t>(0));
-    });
-    offload_->commit(step_, "after " + std::to_string(step_), values, give,
+    Function give = values_to_commit();
+    offload_->commit(step_, "after " + std::to_string(step_), values(), give,
                      keep);
   }
+
+  CommitTicket start_commit(std::size_t keep = 1) {
+    return offload_->start_commit(
+        step_, "after " + std::to_string(step_), values(),
+        std::make_unique<Function>(values_to_commit()), keep);
+  }
+
+  void rollback(std::uint64_t generation) {
+    Function take = values_from_commit();
+    offload_->rollback(generation, take);
+    step_ = generation_step(generation);
+  }
+
+  /// Called with each segment, before a commit reads the value, and after a
+  /// step has updated it.
+  std::function<void(const StateSegment&)> on_read = {};
+  std::function<void(const StateSegment&)> on_update = {};
 
   /// Returns what is not as in memory; an empty text if nothing.
   std::string wrong() {
@@ -154,6 +168,41 @@ class CommitTraining {
   };
 
   CommitTraining() = default;
+
+  Function update_of_step() {
+    return Function([this](const StateSegment& segment) {
+      for (std::uint64_t i = 0; i < segment.count; ++i) {
+        advance(segment.field<std::uint32_t>(0)[i],
+                parameters_[segment.parameter][segment.first + i],
+                segment.first + i, segment.step);
+      }
+      if (on_update) on_update(segment);
+    });
+  }
+  static std::vector<CommittedValue> values() {
+    std::vector<CommittedValue> values;
+    for (const std::uint64_t size : kSizes) values.push_back({size, 4});
+    return values;
+  }
+  Function values_to_commit() {
+    return Function([this](const StateSegment& segment) {
+      if (on_read) on_read(segment);
+      std::copy_n(parameters_[segment.parameter].data() + segment.first,
+                  segment.count, segment.field<std::uint32_t>(0));
+    });
+  }
+  Function values_from_commit() {
+    return Function([this](const StateSegment& segment) {
+      std::copy_n(segment.field<std::uint32_t>(0), segment.count,
+                  parameters_[segment.parameter].data() + segment.first);
+    });
+  }
+  std::uint64_t generation_step(std::uint64_t generation) {
+    for (const auto& commit : offload_->commits()) {
+      if (commit.generation == generation) return commit.step;
+    }
+    return 0;
+  }
 
   /// A step of one element: each depends on the step before.
   static void advance(std::uint32_t& state, std::uint32_t& value,

@@ -14,30 +14,72 @@ import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torch_ext._native import _C
 from torch_ext.optim._dtensor import is_distributed
 from torch_ext.optim._state_dict import WAYS
 
 
 @dataclass(frozen=True)
 class Commit:
-    """A commit that is on the drive.
+    """A commit that is on the drive, or on its way there.
 
     ``generation`` counts the store's commits from 1, and ``step`` is the caller's number.
-    ``time`` is in seconds since 1970. ``bytes_written`` are those of the call on the drive,
-    padded, and ``seconds`` is its wall time. They are None for a commit that was found.
+    ``time`` is in seconds since 1970. ``bytes_written`` are those of the commit on the drive,
+    padded, and ``seconds`` is its wall time. The last two are None for a commit that was found.
+
+    A commit that was made with ``wait=False`` goes on behind the caller:
+
+    * ``wait_source(timeout=None)`` returns when others than the optimizer may change the
+      parameters, and the tensors in ``extra``.
+    * ``wait(timeout=None)`` returns when the commit is durable.
+    * ``done()`` tells whether it has ended, well or not. It never blocks.
+
+    ``time``, ``bytes_written`` and ``seconds`` are None before one of them has told that it is
+    durable. The waits raise the commit's error: those of ``commit()``. They raise TimeoutError
+    after ``timeout`` seconds, while the commit goes on, and KeyboardInterrupt on Ctrl-C.
     """
 
     generation: int
     step: int
-    time: int
+    time: int | None
     bytes_written: int | None = None
     seconds: float | None = None
+    _ticket: _C.CommitTicket | None = field(default=None, repr=False, compare=False)
+
+    def wait_source(self, timeout: float | None = None) -> None:
+        """Returns when others than the optimizer may change what is committed."""
+        _C.to_seconds(timeout)
+        if self._ticket is not None:
+            self._ticket.wait_source(timeout)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Returns when the commit is durable."""
+        _C.to_seconds(timeout)
+        if self._ticket is not None:
+            self._note(self._ticket.wait(timeout))
+
+    def done(self) -> bool:
+        """Whether the commit has ended, well or not. Never blocks."""
+        if self._ticket is None:
+            return True
+        ended = self._ticket.done()
+        self._note(self._ticket.report())
+        return ended
+
+    def _note(self, report: tuple[int, int, int, int, float] | None) -> None:
+        if report is None:
+            return
+        for name, value in zip(_REPORTED, (*report, None), strict=True):
+            object.__setattr__(self, name, value)
+
+
+_REPORTED = ("generation", "step", "time", "bytes_written", "seconds", "_ticket")
 
 
 #: What wrappers put before the names of parameters.

@@ -11,6 +11,7 @@ part durable, and a vote makes it count. They resume the newest generation that 
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -112,22 +113,48 @@ class Found:
 class CommittingOptimizer(OffloadedBase):
     """An optimizer whose state can outlive the process."""
 
-    #: The caller's number of the commit that was made, resumed or rolled back to last.
-    committed_step: int | None
-    #: What was kept with it.
-    committed_extra: Any
-
     _together: Together
     #: ``commit()`` keeps at least so many.
     _keep_commits = 1
+    #: See committed_step and committed_extra.
+    _committed: tuple[int | None, Any]
+    #: What commit(wait=False) has begun, and its extra.
+    _begun: tuple[Commit, Any] | None
 
     def _start(self, offload: Any) -> None:
         super()._start(offload)
         # The number of the step before the first of this object.
         self._first_step = 0
-        self.committed_step = None
-        self.committed_extra = None
+        self._committed = None, None
+        self._begun = None
         self._needless: tuple[StoreFiles, ...] = ()
+
+    @property
+    def committed_step(self) -> int | None:
+        """The caller's number of the commit that was made, resumed or rolled back to last.
+
+        One that ``commit(wait=False)`` has begun counts once it is durable.
+        """
+        self._note_begun()
+        return self._committed[0]
+
+    @property
+    def committed_extra(self) -> Any:
+        """What was kept with it."""
+        self._note_begun()
+        return self._committed[1]
+
+    def _note_begun(self) -> None:
+        if self._begun is not None and self._begun[0].done():
+            commit, extra = self._begun
+            self._begun = None
+            if commit.time is not None:
+                self._has_committed(commit, extra)
+
+    def _has_committed(self, commit: Commit, extra: Any) -> None:
+        self._committed = commit.step, extra
+        remove_stores(self._needless)
+        self._needless = ()
 
     @undisturbed
     @plain_modes()
@@ -138,6 +165,7 @@ class CommittingOptimizer(OffloadedBase):
         include_parameters: bool = True,
         extra: Any = None,
         keep: int = 1,
+        wait: bool = True,
     ) -> Commit:
         """Makes the state durable, as it is now, and the parameters with it.
 
@@ -160,10 +188,17 @@ class CommittingOptimizer(OffloadedBase):
                 and tensors.
             keep: How many of the newest commits stay on the drive, from 1; not fewer than
                 ``keep_commits``.
+            wait: False returns before the commit is durable. It goes on behind the next forward
+                and backward pass. Until the ``wait_source()`` of what is returned, only this
+                optimizer may change the parameters and the tensors in ``extra``. The next
+                ``step()`` waits until they have been copied, and the first gradient with
+                "update" does. An error of the drive is raised by the ``wait()`` of what is
+                returned, or else by the next ``commit()`` or by ``close()``. Several processes
+                wait, whatever this says.
 
         Returns:
             What was committed: its ``generation``, ``step``, ``time``, ``bytes_written`` and
-            ``seconds``.
+            ``seconds``. See ``Commit``.
 
         Raises:
             OSError: There is no room (before a byte is written), the drive failed, or another
@@ -198,11 +233,16 @@ class CommittingOptimizer(OffloadedBase):
 
         at, kept, document = self._together.agreed(prepare)
         self._together.same((at, kept), "commit(): (step, keep)")
-        done = Commit(*self._make(at, document, tensors, kept))
-        remove_stores(self._needless)
-        self._needless = ()
+        if wait or self._together.world > 1:
+            done = Commit(*self._make(at, document, tensors, kept))
+            self._begun = None
+            self._has_committed(done, extra)
+        else:
+            ticket = self._offload.start_commit(at, document, tensors, kept)
+            self._note_begun()
+            done = Commit(ticket.generation, at, None, _ticket=ticket)
+            self._begun = done, extra
         self._log_notes()
-        self.committed_step, self.committed_extra = done.step, extra
         return done
 
     def _make(
@@ -636,7 +676,7 @@ class CommittingOptimizer(OffloadedBase):
         self.param_groups = groups
         self._state.loaded(foreign, others)
         self._first_step = commit.step - int(self.stats()["steps"])
-        self.committed_step, self.committed_extra = commit.step, extra
+        self._begun, self._committed = None, (commit.step, extra)
 
     def _committed_groups(
         self, document: Mapping[str, Any], by_name: Mapping[str, Tensor], ways: dict[str, Any]

@@ -119,6 +119,11 @@ def next_epoch(directories: list[tuple[Any, int]]) -> int:
     return max((epoch + 1 for epoch, *_ in _seen(directories)), default=0)
 
 
+def newest_epoch(directories: list[tuple[Any, int]]) -> int:
+    """Returns the newest epoch of a store of one process that is seen here, or 0."""
+    return max((e for e, world, _ in _seen(directories) if world == 1), default=0)
+
+
 def find_divisions(together: Together, directories: list[tuple[Any, int]]) -> list[Division]:
     """Returns the divisions to go on from, the newest first. An older one counts only if the
     newer ones have no commit.

@@ -42,6 +42,7 @@ from torch_ext._native import _C
 from torch_ext._quiet import undisturbed
 from torch_ext.optim._commit import described, names_of, read_document
 from torch_ext.optim._committing import Commit, CommittingOptimizer, Found, place_of
+from torch_ext.optim._division import newest_epoch
 from torch_ext.optim._dtensor import is_distributed, local_of
 from torch_ext.optim._state_dict import COMMIT, foreign_of, labelled_parameters, others_of
 from torch_ext.optim._together import Together
@@ -211,7 +212,7 @@ class ReferringOptimizer(CommittingOptimizer):
         for found in self.commits() if generation else ():
             if found.generation == generation and found.step == self._steps():
                 self._offload.renew(generation)
-                self.committed_step, self.committed_extra = found.step, None
+                self._committed = found.step, None
                 return found
         return None
 
@@ -223,7 +224,8 @@ class ReferringOptimizer(CommittingOptimizer):
 
     @staticmethod
     def _first_file(directories: _Places) -> Path:
-        return Path(os.fsdecode(directories[0][0]), _C.StorePlace().file)
+        place = _C.StorePlace(epoch=newest_epoch(directories))
+        return Path(os.fsdecode(directories[0][0]), place.file)
 
     # Loading ----------------------------------------------------------------------------
 
@@ -259,12 +261,13 @@ class ReferringOptimizer(CommittingOptimizer):
     def _move_to(self, reference: Reference, groups: list[dict[str, Any]]) -> None:
         """Becomes the owner of a store that was found, or stays as it is."""
         directories = self._directories_of(reference)
-        place = _C.StorePlace()
+        epoch = newest_epoch(directories)
+        place = _C.StorePlace(epoch=epoch)
         made = self._make_offload.keywords
         kept = _C.find_commits(directories, made["aio"], made["engine"], place)[0]
         commit, document = self._find(kept, reference, directories)
         newest = kept[-1][0]
-        place = _C.StorePlace(newest=newest, generation=commit.generation)
+        place = _C.StorePlace(newest=newest, generation=commit.generation, epoch=epoch)
         offload = self._make_offload(directories=directories, place=place)
         before = dict(self.__dict__)
         self._bind(offload)
@@ -394,7 +397,7 @@ class ReferringOptimizer(CommittingOptimizer):
         for key, value in rest[1].items():
             self._state[key] = value
         self._first_step = reference.step - int(self.stats()["steps"])
-        self.committed_step, self.committed_extra = reference.step, rest[2]
+        self._committed = reference.step, rest[2]
 
     def _check_replica(self, own: list[Any], first: list[Any]) -> None:
         for mine, other in zip(own, first, strict=False):

@@ -1,14 +1,18 @@
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "torch_ext/base/error.h"
 #include "torch_ext/device/device.h"
+#include "torch_ext/io/ticket.h"
 #include "torch_ext/optim/update_kernel.h"
 #include "torch_ext/store/store.h"
 
@@ -132,6 +136,44 @@ struct SnapshotReport {
   bool reflink = false;
   std::uint64_t bytes = 0;  ///< What state and values have, padded.
   double seconds = 0;
+};
+
+/// A commit that goes on behind the caller. Copies share it. Dropping it
+/// cancels nothing. Threads: any. Forked children: StateError.
+class CommitTicket {
+ public:
+  using Timeout = Ticket::Timeout;
+
+  /// Returns when all values have been read: others than the optimizer may
+  /// change them from then on. Errors: those of wait(), if it has failed before
+  /// that.
+  void wait_source(Timeout timeout = std::nullopt) const;
+
+  /// Returns when the commit is durable. Errors: those of
+  /// OptimizerOffload::commit(), at each call; TimeoutError after `timeout`,
+  /// while the commit goes on.
+  CommitReport wait(Timeout timeout = std::nullopt) const;
+
+  /// Wait for at most `timeout`. Return whether wait() and wait_source() would
+  /// now return or throw.
+  bool wait_for(std::chrono::nanoseconds timeout) const;
+  bool wait_source_for(std::chrono::nanoseconds timeout) const;
+  /// The error that wait() throws after `timeout`, for callers of wait_for().
+  static TimeoutError timed_out(std::chrono::nanoseconds timeout);
+
+  /// The number that it has if it ends well.
+  std::uint64_t generation() const;
+  /// Whether it has ended, well or not. Never blocks.
+  bool done() const;
+  /// What it did; nothing before it has ended well. Never blocks.
+  std::optional<CommitReport> report() const;
+
+ private:
+  friend class OptimizerOffload;
+  friend struct RunningCommit;
+  struct State;
+  explicit CommitTicket(std::shared_ptr<State> state);
+  std::shared_ptr<State> state_;
 };
 
 /// Optimizer state on disk. A parameter's state is a few fields, each with
@@ -271,6 +313,25 @@ class OptimizerOffload {
                       std::span<const CommittedValue> values,
                       UpdateKernel& reader, std::size_t keep = 1,
                       const CommitGroup& group = {});
+  /// Begins a commit of the state and the values as they are now, and returns
+  /// at once. A thread of this object makes it. Its error is thrown by the
+  /// ticket, or else by the next commit(), start_commit() or close(), which
+  /// then does nothing more than that. Meanwhile:
+  /// - The values must not change before wait_source() returns, except by this
+  ///   object's steps. `reader` is called on that thread, after enter_thread().
+  /// - step(), begin_step() and read_state() wait until the values have been
+  ///   read, and the tiles in memory have been written. Then they read and
+  ///   update. Their writes wait for the end of the commit where only the
+  ///   commit before has the space.
+  /// - All other calls wait for its end, but not those that only ask, and not
+  ///   add_parameter().
+  /// Errors of this call: those of earlier calls, StateError and
+  /// std::invalid_argument as commit(), EEXIST.
+  CommitTicket start_commit(std::uint64_t step, std::string document,
+                            std::span<const CommittedValue> values,
+                            std::unique_ptr<UpdateKernel> reader,
+                            std::size_t keep = 1);
+
   /// The number that the next commit has at least.
   std::uint64_t next_generation() const;
 

@@ -33,14 +33,14 @@ class UpdateKernel {
  public:
   virtual ~UpdateKernel() = default;
 
-  /// In each step that begin_step() began, the thread of OptimizerOffload calls
-  /// this before it calls update().
+  /// A thread of OptimizerOffload calls this before it calls update(): in each
+  /// step that begin_step() began, and in each commit that start_commit() began.
   virtual void enter_thread() {}
 
   /// Works on segments of one tile, in place. No two of them have elements in
   /// common. Threads: the one that called OptimizerOffload or, between
-  /// begin_step() and end_step(), OptimizerOffload's own. Errors: any; the
-  /// state is lost then.
+  /// begin_step() and end_step() and after start_commit(), OptimizerOffload's
+  /// own. Errors: any; the state is lost then, but not where it is only read.
   virtual void update(std::span<const StateSegment> segments) = 0;
 };
 

@@ -198,6 +198,16 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   CommitReport commit(std::optional<std::uint64_t> step = {},
                       const CommitOptions& options = {});
 
+  /// Begins a commit of what there is now, and returns at once. It goes on
+  /// behind the next forward and backward pass. Its error is thrown by the
+  /// ticket, or else by the next commit(), start_commit() or close(). Only this
+  /// optimizer may change the parameters before the ticket's wait_source() has
+  /// returned. step() waits until they have been copied; so does the first
+  /// gradient with kUpdate. Errors of this call: as commit(), but those of the
+  /// drive come later.
+  CommitTicket start_commit(std::optional<std::uint64_t> step = {},
+                            const CommitOptions& options = {});
+
   /// Makes the optimizer that was committed in nvme_path, as it was then.
   /// `groups` have the parameters in the places that they had. Their values are
   /// written in place, and the options of the groups are the commit's. So are
