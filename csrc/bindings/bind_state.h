@@ -448,11 +448,12 @@ void bind_tensor_offload(py::module_& m) {
           },
           py::arg("document"), release_gil())
       .def("next_slot", &TensorOffload::next_slot)
-      .def("next_generation",
-           [](TensorOffload& offload) {
-             return offload.offload().next_generation();
-           },
-           release_gil())
+      .def(
+          "next_generation",
+          [](TensorOffload& offload) {
+            return offload.offload().next_generation();
+          },
+          release_gil())
       .def(
           "committed_values",
           [](TensorOffload& offload, std::uint64_t generation) {

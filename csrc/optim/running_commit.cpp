@@ -7,7 +7,8 @@
 //
 // A commit has three phases:
 //
-// 1. The last step's writes end. Every tile gets a place and a spare. The values
+// 1. The last step's writes end. Every tile gets a place and a spare. The
+// values
 //    and the resident tiles that have changed are written.
 // 2. CommitLog makes it durable: table, flush, root, flush.
 // 3. If that went well, the places of commits that are dropped become spares of
@@ -16,8 +17,8 @@
 //
 // commit() goes through them on the calling thread, with the lock of the calls.
 // start_commit() leaves them to the thread of `committer`, which never takes
-// that lock: a step that holds it may wait for phase 3. So who may touch what is
-// a matter of turns:
+// that lock: a step that holds it may wait for phase 3. So who may touch what
+// is a matter of turns:
 //
 // - In phase 1, the commit alone touches the lanes, all tiles, the log and the
 //   owners of extents, and reads the caller's values.
@@ -65,10 +66,10 @@ bool CommitTicket::wait_source_for(std::chrono::nanoseconds timeout) const {
 }
 
 TimeoutError CommitTicket::timed_out(std::chrono::nanoseconds timeout) {
-  return TimeoutError("the commit has not got so far within " +
-                      std::to_string(static_cast<double>(timeout.count()) /
-                                     1e9) +
-                      " s; it goes on");
+  return TimeoutError(
+      "the commit has not got so far within " +
+      std::to_string(static_cast<double>(timeout.count()) / 1e9) +
+      " s; it goes on");
 }
 
 void CommitTicket::wait_source(Timeout timeout) const {
@@ -92,9 +93,7 @@ CommitReport CommitTicket::wait(Timeout timeout) const {
   return state_->report;
 }
 
-std::uint64_t CommitTicket::generation() const {
-  return state_->generation;
-}
+std::uint64_t CommitTicket::generation() const { return state_->generation; }
 
 bool CommitTicket::done() const {
   state_->owner.check();
@@ -268,8 +267,8 @@ CommitTicket OptimizerOffload::start_commit(
   commit->own_reader = std::move(reader);
   impl_->prepare_commit(*commit, values);
   impl_->running = std::move(commit);
-  impl_->committer->start(Updater::Job(
-      [impl = impl_.get(), &running = *impl_->running] {
+  impl_->committer->start(
+      Updater::Job([impl = impl_.get(), &running = *impl_->running] {
         impl->run_commit(running);
       }));
   return CommitTicket(impl_->running->state);
