@@ -3,6 +3,9 @@
 Each round makes a step and a commit, and a commit when nothing has changed. Then
 `state_dict()` is saved with `torch.save` and fsync, and a new optimizer resumes. fio writes and
 reads as many bytes as the commit wrote.
+
+Then there are two iterations: some computing, which takes the place of forward and backward, and
+a step. Before the second one, a commit begins that nobody waits for.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ def main() -> None:
             place = folder / state_format
             place.mkdir()
             cases[name] = measure(options, place, dtype, state_format)
-    tables = [tabulate(options, cases)]
+    tables = [tabulate(options, cases), tabulate_beside(cases)]
     common.publish(
         "commit", options, {"machine": machine, "measurements": cases, "tables": tables}
     )
@@ -72,6 +75,13 @@ def measure(
         sample |= {"commit": done.seconds, "bytes": done.bytes_written, "parameters": size}
         sample["nothing changed"] = optimizer.commit(include_parameters=False).seconds
         optimizer.commit()
+        sample["without"] = iteration(optimizer, 1.2 * done.seconds)
+        start = time.perf_counter()
+        begun = optimizer.commit(wait=False)
+        called = time.perf_counter() - start
+        sample["beside"] = {"call": called} | iteration(optimizer, 1.2 * done.seconds)
+        begun.wait()
+        sample["beside"]["commit"] = begun.seconds
         sample["torch.save"] = seconds_of(partial(save, optimizer, folder / "saved"))
         optimizer.close()
         start = time.perf_counter()
@@ -88,6 +98,18 @@ def measure(
         samples.append(sample)
     optimizer.close()
     return samples
+
+
+def iteration(optimizer: Any, seconds: float) -> Json:
+    """Computes for so long, and makes a step."""
+    a = torch.randn(128, 128)
+
+    def compute() -> None:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            a @ a
+
+    return {"compute": seconds_of(compute), "step": seconds_of(optimizer.step)}
 
 
 def save(optimizer: Any, path: Path) -> None:
@@ -143,6 +165,41 @@ def tabulate(options: argparse.Namespace, cases: dict[str, list[Json]]) -> Json:
         ],
         rows,
     )
+
+
+def tabulate_beside(cases: dict[str, list[Json]]) -> Json:
+    rows = []
+    for name, samples in cases.items():
+        beside, without = [s["beside"] for s in samples], [s["without"] for s in samples]
+        pairs = list(zip(beside, without, strict=True))
+        rows.append(
+            [
+                name,
+                common.cell([1e3 * b["call"] for b in beside], 1),
+                common.cell([1e3 * b["commit"] for b in beside], 0),
+                common.cell([1e3 * w["step"] for w in without], 0),
+                common.cell([1e3 * b["step"] for b in beside], 0),
+                common.cell([(b["step"] - w["step"]) / b["commit"] for b, w in pairs], 2),
+                common.cell([sum_of(b) / sum_of(w) for b, w in pairs], 2),
+            ]
+        )
+    return common.table(
+        "commit(wait=False), then computing for 1.2 times a commit, and a step",
+        [
+            "parameters, state",
+            "the call, ms",
+            "the commit, ms",
+            "step without, ms",
+            "step, ms",
+            "step waits, of the commit",
+            "iteration / without",
+        ],
+        rows,
+    )
+
+
+def sum_of(sample: Json) -> float:
+    return sum(sample.get(part, 0.0) for part in ("call", "compute", "step"))
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@
 //   commit knows them by address.
 //
 // Impl::Call keeps the turns. It waits for the end of the commit, unless the
-// call says that less will do: After::kWritten, the end of phase 1, for calls
-// that visit state; After::kNoCommit for those that touch none of all that.
+// call says that less will do. After::kWritten is the end of phase 1, for calls
+// that visit state. After::kNoCommit is for those that touch none of all that.
 // Therefore a step never updates a parameter or a resident tile that the commit
 // has not yet copied or written. And TileLanes holds the write of a tile that
 // has no spare until phase 3.
@@ -126,8 +126,10 @@ void OptimizerOffload::Impl::prepare_commit(
 
 CommitReport OptimizerOffload::Impl::make_commit(RunningCommit& commit) {
   const auto start = std::chrono::steady_clock::now();
-  const auto written = [this] { return store->stats().bytes_written; };
-  const auto last = [this] {
+  const auto written = [this]() REQUIRES(calls) {
+    return store->stats().bytes_written;
+  };
+  const auto last = [this]() REQUIRES(calls) {
     return log->commits().empty() ? 0 : log->commits().back().generation;
   };
 

@@ -34,7 +34,7 @@ struct RunningCommit {
   std::uint64_t least_generation = 0;
   CommitLog::Vote vote;
   UpdateKernel* reader = nullptr;
-  std::unique_ptr<UpdateKernel> own_reader;  ///< Of start_commit().
+  std::unique_ptr<UpdateKernel> own_reader;  ///< start_commit() has one.
 
   std::shared_ptr<CommitTicket::State> state =
       std::make_shared<CommitTicket::State>();

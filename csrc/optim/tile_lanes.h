@@ -101,7 +101,7 @@ class TileLanes {
     /// What no commit needs now, unless somebody else refers to it, and the
     /// tiles whose places these were; null if a tile has gone.
     std::vector<std::pair<Tile*, std::shared_ptr<Extent>>> freed = {};
-    std::size_t most_spares = 1;  ///< Of a tile.
+    std::size_t most_spares = 1;  ///< A tile has so many.
   };
   /// Ends what begin_commit() began, for the same tiles, and begins the writes
   /// that were held. Called on any thread.

@@ -103,7 +103,7 @@ class ValueKernel final : public UpdateKernel {
 
   const Direction direction_;
   std::vector<OrderedReader> tensors_;
-  std::deque<Stream> streams_;  ///< Of read_later(): one for each device.
+  std::deque<Stream> streams_;  ///< One for each device, after read_later().
 };
 
 }  // namespace torch_ext

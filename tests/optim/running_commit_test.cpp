@@ -139,8 +139,8 @@ class RunningCommitTest : public testing::TestWithParam<int> {
 
   static bool all_stay() { return GetParam() >= 13; }
   /// How many elements a step updates at least, while it can write no tile. The
-  /// 13 tiles have 2,048, but for the gaps between parameters. Eight buffers, or
-  /// all three, are for tiles that do not stay.
+  /// 13 tiles have 2,048, but for the gaps between parameters. Eight buffers,
+  /// or all three, are for tiles that do not stay.
   static std::size_t updatable() {
     constexpr std::size_t kAll = 26301;
     return all_stay() ? kAll : GetParam() == 3 ? 2 * 2048 : 7 * 2048;
@@ -181,7 +181,8 @@ TEST_P(RunningCommitTest, StepsAndCommitsFollowEachOtherWithoutAWait) {
   EXPECT_EQ(resumed->wrong(), "");
 }
 
-TEST_P(RunningCommitTest, ItTakesNoMoreSpaceAndWritesNoMoreThanOneThatIsWaitedFor) {
+TEST_P(RunningCommitTest,
+       ItTakesNoMoreSpaceAndWritesNoMoreThanOneThatIsWaitedFor) {
   std::vector<std::uint64_t> sizes;
   std::vector<std::uint64_t> written;
   for (const bool waits : {true, false}) {
@@ -195,8 +196,8 @@ TEST_P(RunningCommitTest, ItTakesNoMoreSpaceAndWritesNoMoreThanOneThatIsWaitedFo
       bytes += ticket.wait().bytes_written;
     }
     training.offload().close();
-    sizes.push_back(std::filesystem::file_size(
-        dir_.path() / StoreName().of_file(0)));
+    sizes.push_back(
+        std::filesystem::file_size(dir_.path() / StoreName().of_file(0)));
     written.push_back(bytes);
     std::filesystem::remove(dir_.path() / StoreName().of_file(0));
   }
@@ -209,7 +210,7 @@ TEST_P(RunningCommitTest, AStepReadsAndUpdatesWhileTheFlushIsHeld) {
   CommitTraining training(scripted());
   settle(training);
   Holds holds(script_);
-  for (const std::size_t flush : {0U, 1U}) {  // Of the table, or of the root.
+  for (const std::size_t flush : {0U, 1U}) {  // The table's, or the root's.
     SCOPED_TRACE(flush);
     holds.hold(IoRequest::Op::kSync, 1, /*skip=*/flush);
     std::atomic<std::size_t> elements = 0;
@@ -319,9 +320,7 @@ TEST_P(RunningCommitTest, OtherCallsWaitForItsEnd) {
       {"add_state", [&] { offload.add_state({{late}}); }},
       {"forget", [&] { offload.forget_state({{late}}); }},
       {"redefine",
-       [&] {
-         offload.redefine_parameter(late, 2000, StateFields::floats(1));
-       }},
+       [&] { offload.redefine_parameter(late, 2000, StateFields::floats(1)); }},
       {"remove", [&] { offload.remove_parameter(late); }},
       {"rollback", [&] { training.rollback(offload.next_generation() - 1); }},
       {"close", [&] { offload.close(); }},
@@ -423,8 +422,7 @@ TEST_P(RunningCommitCutTest, ACutBesideStepsLosesNoCommit) {
       const CommitTicket ticket = training.start_commit(keep);
       ASSERT_TRUE(eventually([&] { return holds.has_one(); }));
       std::future<void> step = in_thread([&] { training.step(); });
-      ASSERT_TRUE(
-          eventually([&] { return elements >= updatable(); }));
+      ASSERT_TRUE(eventually([&] { return elements >= updatable(); }));
       never([&] { return is_ready(step); });
       holds.release();
       step.get();
@@ -576,7 +574,8 @@ TEST_P(RunningCommitFaultTest, IfNobodyKnowsTheOutcomeNothingIsWritten) {
   holds.release();
   step.get();
   EXPECT_THROW(ticket.wait(), IoError);
-  const std::string unknown = "whether this commit is on the drive is not known";
+  const std::string unknown =
+      "whether this commit is on the drive is not known";
   if (!all_stay()) {
     EXPECT_NE(error.find(unknown), std::string::npos) << error;
   }

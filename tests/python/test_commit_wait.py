@@ -18,7 +18,7 @@ import torch
 
 from torch_ext import Commit, OffloadedAdamW, OffloadedOptimizer
 
-BUDGETS = ["240KiB", "1MiB", "64MiB"]  # None, some or all of the state stays in memory.
+BUDGETS = ["240KiB", "64MiB"]  # None or all of the state stays in memory.
 
 
 def make_model(dtype=torch.float32):
@@ -57,8 +57,15 @@ def options(path, **more):
 
 
 @pytest.mark.parametrize("host_memory", BUDGETS)
-@pytest.mark.parametrize("state_format", ["exact", "bf16", "int8"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "state_format"),
+    [
+        (torch.float32, "exact"),
+        (torch.bfloat16, "exact"),
+        (torch.float16, "bf16"),
+        (torch.bfloat16, "int8"),
+    ],
+)
 @pytest.mark.parametrize("overlap", [False, "update"])
 def test_steps_that_do_not_wait_change_neither_the_run_nor_the_commit(
     tmp_path, dtype, state_format, overlap, host_memory

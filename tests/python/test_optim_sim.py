@@ -203,6 +203,25 @@ def test_work_after_the_step_is_that_of_the_callers_stream(sim, nvme_dir):
         assert is_all(seen, 1.0)
 
 
+def test_a_commit_that_goes_on_has_what_was_queued_before_it(sim, nvme_dir):
+    weight, optimizer = one(sim, nvme_dir)
+    optimizer.step()
+    sim.settle()
+    sim.hold()
+    with torch.no_grad():
+        weight.fill_(7.0)  # Queued; the device is late.
+    commit = optimizer.commit(wait=False)
+    with pytest.raises(TimeoutError, match=r"within 0\.1\d* s; it goes on"):
+        commit.wait_source(0.1)
+    assert not commit.done()
+    sim.release()
+    optimizer.step()
+    assert is_all(weight, 6.0)
+    commit.wait()
+    optimizer.rollback()
+    assert is_all(weight, 7.0)
+
+
 def test_a_parameter_may_be_dropped_after_the_step(sim, nvme_dir):
     weight, optimizer = one(sim, nvme_dir)
     sim.hold_copies_after(2)

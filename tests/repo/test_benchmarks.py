@@ -188,6 +188,13 @@ def test_commit_sets_its_time_beside_that_of_its_bytes(bench, disk, fake_fio):
     expected = (sample["commit"] - 0.03) / sample["fio write"]
     assert ratio == pytest.approx(expected, abs=0.01)
     assert to_save == pytest.approx(sample["torch.save"] / sample["commit"], abs=0.1)
+    beside, without = sample["beside"], sample["without"]
+    *_, share, ratio = map(float, cells(result, table=1)["fp32, exact"])
+    waits = (beside["step"] - without["step"]) / beside["commit"]
+    assert share == pytest.approx(waits, abs=0.01)
+    seconds = beside["call"] + beside["compute"] + beside["step"]
+    assert ratio == pytest.approx(seconds / (without["compute"] + without["step"]), abs=0.01)
+    assert beside["compute"] >= sample["commit"]
     assert os.listdir(disk) == []
 
 

@@ -257,6 +257,42 @@ TEST_F(OffloadedAdamWCommitTest, TwoStepsACommitAndTwoMoreAreFourSteps) {
   }
 }
 
+TEST_F(OffloadedAdamWCommitTest, StepsGoOnBesideACommit) {
+  for (const auto overlap : {OverlapBackward::kOff, OverlapBackward::kUpdate}) {
+    const StoreDir here;
+    StateOptions with = offload();
+    with.nvme_path = here.path();
+    with.overlap_backward = overlap;
+    InMemory reference(std::vector(4, OffloadedAdamWOptions(1e-2)));
+    const Tensors parameters = make_parameters();
+    {
+      OffloadedAdamW optimizer(parameters, OffloadedAdamWOptions(1e-2), with);
+      std::optional<CommitTicket> last;
+      for (std::uint64_t step = 0; step < 4; ++step) {
+        train(parameters, optimizer, step, step + 1);
+        last = optimizer.start_commit({}, {.extra = std::to_string(step)});
+      }
+      reference.train(0, 4);
+      const Tensors committed = copies(reference.parameters());
+      train(parameters, optimizer, 4, 6);
+      last->wait_source();
+      EXPECT_EQ(last->wait().step, 4u);
+      EXPECT_EQ(optimizer.committed_step(), 4u);
+      EXPECT_EQ(optimizer.committed_extra(), "3");
+      reference.train(4, 6);
+      EXPECT_TRUE(equal(parameters, reference.parameters()));
+      optimizer.rollback();
+      EXPECT_TRUE(equal(parameters, committed));
+      train(parameters, optimizer, 4, 5);
+      optimizer.start_commit();
+    }  // It ends first.
+    const Tensors found = make_parameters();
+    const auto optimizer = OffloadedAdamW::resume(found, with);
+    EXPECT_EQ(optimizer->committed_step(), 5u);
+    EXPECT_TRUE(equal(found, parameters));
+  }
+}
+
 TEST_F(OffloadedAdamWCommitTest, ARunInMemoryGivesTheSame) {
   const auto slow = OffloadedAdamWOptions(1e-3)
                         .betas({0.8, 0.9})

@@ -34,7 +34,8 @@ class UpdateKernel {
   virtual ~UpdateKernel() = default;
 
   /// A thread of OptimizerOffload calls this before it calls update(): in each
-  /// step that begin_step() began, and in each commit that start_commit() began.
+  /// step that begin_step() began, and in each commit that start_commit()
+  /// began.
   virtual void enter_thread() {}
 
   /// Works on segments of one tile, in place. No two of them have elements in
