@@ -145,7 +145,7 @@ class ReferringOptimizer(CommittingOptimizer):
         given, place = place_of(nvme_path, self._together, warns=not self._refers)
         directories = directories_of(given, "nvme_path")
         # The current directory may be another one later.
-        self._directories = [(os.path.abspath(path), weight) for path, weight in directories]
+        self._directories = [(_absolute(path), weight) for path, weight in directories]
         if self._refers and self._replicas.rank == 0 and not isinstance(nvme_path, Found):
             self._in_the_way = self._first_file(self._directories)
         return directories, place
@@ -423,6 +423,13 @@ class ReferringOptimizer(CommittingOptimizer):
     def _take_entry(self, parameter: Tensor, entry: dict[str, Any] | None) -> None:
         if entry is not None:
             self._change_states([(parameter, entry)])
+
+
+def _absolute(path: str | bytes) -> str | bytes:
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:  # The store, which is made next, says so in words.
+        return path
 
 
 def _store_in(path: Path) -> str | None:
