@@ -129,7 +129,9 @@ def tabulate(file_system: str, options: argparse.Namespace, measurements: list[J
         if any("absent" in m for m in mine):
             # There is no table of a file system that cannot be had.
             if not any(m.get("no_file_system") for m in mine):
-                rows.append([CONTENDERS[contender], *["not installed"] * len(MOMENTS)])
+                reason = next(m["absent"] for m in mine if "absent" in m)
+                text = "not installed" if "is not installed" in reason else "does not load here"
+                rows.append([CONTENDERS[contender], *[text] * len(MOMENTS)])
             continue
         cells = []
         for moment in MOMENTS:

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -373,6 +374,8 @@ class Dcp(Contender):
         import torch.distributed.checkpoint as dcp
 
         self._dcp = dcp
+        # It says at each call that there is one process, and that it overwrites.
+        warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
 
     def save(self, place: Path) -> None:
         # Copies ahead are for tensors on a device, and these are not. Files are synced: that
