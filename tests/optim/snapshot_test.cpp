@@ -399,9 +399,10 @@ TEST_P(SnapshotTest, ASystemCallThatFailsLeavesNothing) {
   if (!probe.unavailable.empty()) GTEST_SKIP() << probe.unavailable;
   make_store();
   std::size_t failed = 0;
+  const std::size_t stride = test::all_faults() ? 1 : 5;
   for (const long number : {SYS_linkat, SYS_fsync, SYS_fallocate, SYS_openat,
                             SYS_ioctl, SYS_fcntl, SYS_flock, SYS_fstatfs}) {
-    for (std::size_t index = 0;; index += test::all_faults() ? 1 : 5) {
+    for (std::size_t index = 0;; index += stride) {
       const test::SyscallTrial trial = test::try_syscall(
           {.number = number, .error = EIO, .index = index},
           [&](const auto& repair) -> std::string {
