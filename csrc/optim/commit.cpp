@@ -5,8 +5,9 @@
 // (TileLanes). So a step moves as many bytes as without commits. When a later
 // commit has become durable, the places of the one before are spares again.
 //
-// A commit writes what is not on the drive yet: the values, and the resident
-// tiles that have changed. It sees to it first that every tile has a place now
+// A commit writes what is not on the drive yet: the values, the resident tiles
+// that have changed, and those that no step has visited. It sees to it first
+// that every tile has a place now
 // and a spare afterwards, so that a full drive refuses here and not in a step.
 // CommitLog does the rest. running_commit.cpp has the order of all that, and
 // what may go on beside it.
@@ -106,6 +107,44 @@ void OptimizerOffload::Impl::make_room_for_commit(std::size_t keep,
       tile.spares.push_back(std::move(found[i]));
     }
   }
+}
+
+// Writes the tiles that no step has written: their parameters have room, or
+// state that is all zeros. Readers compare the checksums of all bytes, whoever
+// has no state there.
+void OptimizerOffload::Impl::write_untouched() {
+  TileLanes::Round round;
+  round.read = round.repeat = false;
+  round.for_commit = true;
+  for (const auto& tile : tiles) {
+    if (!tile->on_disk && !tile->in_memory) round.tiles.push_back(tile.get());
+  }
+  const std::vector<Tile*> untouched = round.tiles;
+  if (untouched.empty()) return;
+  // Zeros are not lost if a write fails.
+  for (Tile* tile : untouched) tile->holds_state = false;
+  std::exception_ptr error;
+  try {
+    lanes->run(std::move(round), [](Tile& tile, bool) {
+      std::fill_n(tile.buffer.data(), tile.buffer.size(), std::byte{0});
+    });
+  } catch (...) {
+    error = std::current_exception();
+  }
+  try {
+    lanes->settle();
+  } catch (...) {
+    if (error == nullptr) error = std::current_exception();
+  }
+  for (Tile* tile : untouched) {
+    tile->holds_state = true;
+    // The space that could not be written is not used again.
+    if (tile->extent == nullptr && !tile->spares.empty()) {
+      tile->extent = std::move(tile->spares.back());
+      tile->spares.pop_back();
+    }
+  }
+  if (error != nullptr) std::rethrow_exception(error);
 }
 
 void OptimizerOffload::Impl::visit_values(TileLanes::Round round,

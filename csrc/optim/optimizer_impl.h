@@ -145,6 +145,7 @@ class OptimizerOffload::Impl {
   void lay_out_values(std::span<const CommittedValue> values) REQUIRES(calls);
   /// `commits_now`: a commit follows, which writes values.
   void make_room_for_commit(std::size_t keep, bool commits_now) REQUIRES(calls);
+  void write_untouched() REQUIRES(calls);
   void visit_values(TileLanes::Round round, UpdateKernel& kernel)
       REQUIRES(calls);
   std::string document_of(const std::string& of_caller) REQUIRES(calls);

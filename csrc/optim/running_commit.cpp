@@ -137,6 +137,7 @@ CommitReport OptimizerOffload::Impl::make_commit(RunningCommit& commit) {
   lanes->settle();  // Writes of the last step.
   const std::uint64_t tiles_before = written();
   make_room_for_commit(commit.keep, /*commits_now=*/true);
+  write_untouched();
   TileLanes::Round round;
   round.read = round.repeat = false;
   round.for_commit = true;

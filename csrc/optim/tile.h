@@ -37,7 +37,7 @@ struct Tile {
   std::vector<Segment> segments;
   std::uint64_t bytes = 0;  ///< Used; the extent's size.
   bool resident = false;    ///< Stays in memory after its first visit.
-  bool holds_state = true;  ///< Else values, for a commit.
+  bool holds_state = true;  ///< Else values or zeros, for a commit.
   /// Null for a resident tile before the first commit. Guarded by TileLanes'
   /// lock while transfers run, like the three after it.
   std::shared_ptr<Extent> extent;

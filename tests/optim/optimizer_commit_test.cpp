@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <filesystem>
+#include <fstream>
 #include <functional>
 #include <map>
 #include <memory>
@@ -20,6 +21,8 @@
 #include <utility>
 #include <vector>
 
+#include "store/commit_reader.h"
+#include "store/store_check.h"
 #include "support/child.h"
 #include "support/faulty_engine.h"
 #include "support/forgetful_disk.h"
@@ -715,6 +718,85 @@ TEST_P(OptimizerGroupTest, AProcessThatFailsEarlyVotesToo) {
   EXPECT_EQ(training.commit(1, {.generation = 9}).generation, 9u);
 }
 
+/// Parameters of which one is trained, one has state that no step has touched,
+/// and one has room alone.
+class Partly {
+ public:
+  explicit Partly(std::unique_ptr<OptimizerOffload> offload)
+      : offload_(std::move(offload)) {}
+  explicit Partly(const TileOptions& options)
+      : Partly(std::make_unique<OptimizerOffload>(options)) {
+    for (const std::uint64_t size : {5000, 9000, 12000, 300}) {
+      offload_->add_parameter(size, StateFields::floats(1));
+    }
+    offload_->add_state(std::vector<std::size_t>{1});
+    offload_->make_room(std::vector<std::size_t>{2});
+  }
+  void step(const std::vector<std::size_t>& parameters) {
+    Function add([](const StateSegment& segment) {
+      for (std::uint64_t i = 0; i < segment.count; ++i) {
+        segment.field<std::uint32_t>(0)[i] += 1;
+      }
+    });
+    offload_->step(parameters, add);
+  }
+  void commit() {
+    Function nothing([](const StateSegment&) {});
+    offload_->commit(1, "partly", {}, nothing, 1);
+  }
+  /// Whether all elements of a parameter's state are `value`.
+  bool is(std::size_t parameter, std::uint32_t value) {
+    std::uint64_t right = 0;
+    std::uint64_t all = 0;
+    Function compare([&](const StateSegment& segment) {
+      for (std::uint64_t i = 0; i < segment.count; ++i, ++all) {
+        right += segment.field<std::uint32_t>(0)[i] == value ? 1 : 0;
+      }
+    });
+    offload_->read_state(std::vector<std::size_t>{parameter}, compare);
+    return all > 0 && right == all;
+  }
+
+ private:
+  std::unique_ptr<OptimizerOffload> offload_;
+};
+
+TEST_P(OptimizerCommitTest, WhatNoStepHasTouchedIsInACommitToo) {
+  const auto check = [this] {
+    const StoreReport report = read_store({file()}, {.extents = true});
+    EXPECT_TRUE(report.damage.empty()) << report.damage[0].what;
+  };
+  {
+    Partly training(options());
+    training.step({0, 3});
+    training.commit();
+    check();
+    training.step({0});
+    training.commit();
+    check();
+    EXPECT_TRUE(training.is(1, 0));
+  }
+  // While the next root was written, the power was cut.
+  const CommitReader::Slot last = [this] {
+    StoreOptions how = options().store;
+    how.files = {StoreName().of_file(0)};
+    how.read_only = true;
+    Store store(how);
+    return CommitReader(store).slots().at(0);
+  }();
+  std::fstream(file(), std::ios::in | std::ios::out | std::ios::binary)
+          .seekp(static_cast<std::streamoff>(kRootOffsets[1 - last.number]))
+      << "torn";
+  Partly resumed(OptimizerOffload::resume(options()));
+  EXPECT_TRUE(resumed.is(0, 2));
+  EXPECT_TRUE(resumed.is(1, 0));
+  EXPECT_TRUE(resumed.is(3, 1));
+  resumed.step({0, 1, 2, 3});
+  EXPECT_TRUE(resumed.is(0, 3));
+  EXPECT_TRUE(resumed.is(1, 1));
+  EXPECT_TRUE(resumed.is(2, 1));
+}
+
 class OptimizerCommitFaultTest : public OptimizerCommitTest {
  protected:
   TileOptions scripted() const {
@@ -767,6 +849,31 @@ TEST_P(OptimizerCommitFaultTest, ACommitThatFailsLosesNothing) {
     }
     const auto resumed = Training::resume(options());
     EXPECT_EQ(resumed->wrong(), "") << "request " << which;
+  }
+  EXPECT_GT(which, 8u);
+}
+
+// Each request of a first commit fails in turn.
+TEST_P(OptimizerCommitFaultTest, ZerosThatCannotBeWrittenAreNotLost) {
+  std::size_t which = 0;
+  for (;; ++which) {
+    std::filesystem::remove(file());
+    Partly training(scripted());
+    const std::size_t first = script_->requests();
+    script_->set_plan(test::only(first + which, Fault::fail(EIO)));
+    try {
+      training.commit();
+    } catch (const IoError& error) {
+      EXPECT_EQ(error.error(), EIO);
+    }
+    const bool reached = script_->requests() > first + which;
+    script_->set_plan(nullptr);
+    EXPECT_TRUE(training.is(1, 0)) << "request " << which;
+    training.step({0, 1, 2});
+    EXPECT_TRUE(training.is(0, 1)) << "request " << which;
+    EXPECT_TRUE(training.is(1, 1)) << "request " << which;
+    EXPECT_TRUE(training.is(2, 1)) << "request " << which;
+    if (!reached) break;
   }
   EXPECT_GT(which, 8u);
 }
