@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from torch_ext._bytes import bytes_view
 from torch_ext._quiet import undisturbed
 
 _PIECE = 1 << 24
@@ -169,7 +170,7 @@ def _difference(buffer: torch.Tensor, path: str, offset: int) -> Exception | Non
 
 def _compare(buffer: torch.Tensor, path: str, offset: int) -> None:
     elements = buffer.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    bytes_ = elements.reshape(-1).view(torch.uint8)
+    bytes_ = bytes_view(elements)
     with open(path, "rb", opener=_open) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "validate: not a regular file", path)

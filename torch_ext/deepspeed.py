@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from torch_ext._bytes import bytes_view
 from torch_ext.handle import aio_handle, gds_handle, pin_handle
 
 __all__ = ["install", "uninstall"]
@@ -87,7 +88,7 @@ def deepspeed_memcpy(dest: torch.Tensor, src: torch.Tensor) -> int:
     if dest.nbytes != src.nbytes:
         raise ValueError(f"deepspeed_memcpy: {src.nbytes} bytes do not fit into {dest.nbytes}")
     with torch.no_grad():
-        dest.reshape(-1).view(torch.uint8).copy_(src.reshape(-1).view(torch.uint8))
+        bytes_view(dest).copy_(bytes_view(src))
     return 0
 
 

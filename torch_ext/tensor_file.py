@@ -157,6 +157,11 @@ def _tensor_of(name: str, value: Any) -> torch.Tensor:
             f"state_dict[{name!r}] is a {type(value).__name__}, and a safetensors file has "
             f"nothing but tensors by name: {remedy}. torch.save takes everything."
         )
+    if torch.nn.parameter.is_lazy(value):
+        raise TypeError(
+            f"state_dict[{name!r}] is a parameter or buffer that has no shape yet: run the model "
+            f"once before it is saved"
+        )
     distributed = sys.modules.get("torch.distributed.tensor")
     if distributed is not None and isinstance(value, distributed.DTensor):
         raise TypeError(

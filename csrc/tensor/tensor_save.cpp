@@ -109,7 +109,8 @@ void check_apart(const NamedTensors& tensors) {
 /// The elements as bytes, of a tensor that is contiguous and neither lazily
 /// conjugate nor negative.
 at::Tensor bytes_of(const at::Tensor& tensor) {
-  return tensor.view({-1}).view(at::kByte);
+  // view() would keep the stride of a single element, whatever it is.
+  return tensor.as_strided({tensor.numel()}, {1}).view(at::kByte);
 }
 
 bool is_packed(const at::Tensor& tensor) {

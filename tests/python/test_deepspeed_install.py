@@ -74,6 +74,11 @@ def test_the_functions_of_the_module(deepspeed, nvme_dir):
     z = torch.zeros(2000, dtype=torch.bfloat16)
     assert op.deepspeed_memcpy(z, x) == 0
     assert bytes(z.view(torch.uint8).numpy()) == bytes(x.view(torch.uint8).numpy())
+    assert op.deepspeed_memcpy(z[::2][:1], x[:1].view(torch.bfloat16)[1:]) == 0
+    assert bytes(z[:1].view(torch.uint8).numpy()) == bytes(x[:1].view(torch.uint8).numpy())[2:]
+    one = torch.arange(4.0)[1::2][:1]
+    assert op.deepspeed_memcpy(z[:2], one) == 0
+    assert z[:2].view(torch.float32) == 1
     with pytest.raises(ValueError, match="do not fit"):
         op.deepspeed_memcpy(z[:10], x)
     with pytest.raises(ValueError, match="contiguous"):

@@ -24,6 +24,14 @@ def test_validate_finds_other_bytes(handle, nvme_dir):
     assert "validate" in str(handle.errors[-1])
 
 
+def test_validate_takes_one_element_of_any_stride(handle, nvme_dir):
+    name = nvme_dir / "x"
+    one = torch.randn(1, 5)[:, 2]
+    assert handle.pwrite(one, str(name), True, True) == 0
+    assert handle.wait() == 1
+    assert name.read_bytes() == one.numpy().tobytes()
+
+
 @pytest.mark.parametrize("kind", ["fifo", "link", "directory", "nothing"])
 def test_validate_opens_what_the_operation_would(handle, nvme_dir, kind):
     name = nvme_dir / "x"

@@ -355,6 +355,16 @@ REFUSED = {
     ),
     "sparse": ({"a": torch.eye(2).to_sparse()}, TypeError, "save: tensor 'a': Sparse"),
     "meta": ({"a": torch.ones(1, device="meta")}, TypeError, "meta tensors are not supported"),
+    "a lazy parameter": (
+        {"a": torch.nn.parameter.UninitializedParameter()},
+        TypeError,
+        "'a'.* has no shape yet",
+    ),
+    "a lazy buffer": (
+        {"a": torch.nn.parameter.UninitializedBuffer()},
+        TypeError,
+        "'a'.* has no shape yet",
+    ),
     "quantized": (
         {"a": torch.quantize_per_tensor(torch.ones(1), 1.0, 0, torch.qint8)},
         TypeError,
@@ -414,6 +424,17 @@ def test_tensors_that_share_memory_are_refused_and_disjoint_views_are_not(path):
     tied = {"a": whole, "b": whole.clone()}
     torch_ext.save(tied, path)
     assert_the_same(torch_ext.load(path), tied)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_one_element_may_have_any_stride(path, dtype):
+    whole = tensor_of(torch.uint8, 4 * dtype.itemsize).view(dtype)
+    one = whole.as_strided((1, 1), (3, 2), 1)
+    torch_ext.save({"one": one}, path)
+    loaded = torch_ext.load(path)["one"]
+    assert (loaded.dtype, loaded.shape) == (dtype, (1, 1))
+    expected = whole.view(torch.uint8)[dtype.itemsize : 2 * dtype.itemsize]
+    assert torch.equal(loaded.view(-1).view(torch.uint8), expected)
 
 
 def test_arguments_of_load_are_checked(path):

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_ext._bytes import bytes_view
 from torch_ext._modes import on_the_cpu, plain_modes
 from torch_ext.optim._pieces import (
     CARRIED,
@@ -495,7 +496,7 @@ def _scaled(value: Any, factor: float) -> Any:
 
 
 def _as_bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().flatten().contiguous().view(torch.uint8)
+    return bytes_view(tensor.detach().contiguous())
 
 
 def _generators() -> dict[str, Any]:
