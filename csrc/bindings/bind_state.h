@@ -566,6 +566,12 @@ void bind_state(py::module_& m) {
         torch_ext::check_parameter(optimizer, parameter);
       },
       py::arg("optimizer"), py::arg("parameter"));
+  m.def(
+      "check_plain_memory",
+      [](const std::string& what, const at::Tensor& tensor) {
+        torch_ext::check_has_plain_memory(tensor, what);
+      },
+      py::arg("what"), py::arg("tensor"));
   bind_commit_ticket(m);
   bind_tensor_offload(m);
   bind_piece_offload(m);

@@ -14,9 +14,11 @@ import forked_python
 import numpy as np
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 import torch_ext
 from torch_ext import OffloadedAdamW
+from torch_ext import __main__ as command
 
 BUDGETS = ["240KiB", "1MiB", "64MiB"]  # None, some or all of the state stays in memory.
 
@@ -178,12 +180,58 @@ def test_names_are_the_models_whatever_wraps_it(tmp_path):
         assert equal(bits(plain), bits(model))
 
 
+def equal_ones(count):
+    return [torch.nn.Parameter(torch.ones(30_000)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("host_memory", BUDGETS)
+@pytest.mark.parametrize("case", ["made and not stepped", "without a gradient"])
+def test_state_that_no_step_has_touched_goes_on_like_torchs(tmp_path, case, host_memory):
+    untouched = case == "made and not stepped"
+    parameters, reference = equal_ones(3), equal_ones(3)
+    expected = torch.optim.AdamW(reference, lr=1e-2, fused=True)
+    overlap = {"overlap_backward": False if untouched else "update"}
+    more = options(tmp_path, host_memory=host_memory) | overlap
+    with OffloadedAdamW(parameters, **more) as optimizer:
+        if untouched:  # As torch.distributed.checkpoint asks for state.
+            optimizer.param_groups[0]["lr"] = 0.0
+            for p in parameters:
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+            optimizer.param_groups[0]["lr"] = 1e-2
+        else:
+            parameters[1].grad = torch.ones(30_000)
+            reference[1].grad = torch.ones(30_000)
+            optimizer.step()
+            expected.step()
+        optimizer.commit()
+    assert command.main(["verify", os.fspath(tmp_path)]) == 0
+    with open(tmp_path / "state.r0-of-1.e0.d0.store", "r+b") as file:
+        for root in (65536, 131072):
+            file.seek(root)
+            if file.read(8) == bytes(8):  # The power was cut while the next one was written.
+                file.seek(root)
+                file.write(b"txROOT \n")
+    resumed = equal_ones(3)
+    with OffloadedAdamW.resume(tmp_path, resumed, **overlap) as optimizer:
+        for _ in range(2):
+            for p, q in zip(resumed, reference, strict=True):
+                p.grad, q.grad = torch.ones(30_000), torch.ones(30_000)
+            optimizer.step()
+            expected.step()
+        assert equal(resumed, reference)
+        found, there = optimizer.state_dict()["state"], expected.state_dict()["state"]
+        for i in range(3):
+            assert all(torch.equal(found[i][name], there[i][name]) for name in there[i])
+
+
 def test_extra_comes_back_as_it_was(tmp_path):
     extra = {
         "a": [1, 2.5, float("inf"), None, True, "text \N{SNOWMAN}", b"\0\xff"],
         3: (2**70, -1, {"nested": torch.arange(5).view(5, 1)}),
         "empty": [{}, [], (), torch.empty(0, 3), torch.tensor(1 + 2j)],
         "strided": torch.arange(6.0).view(2, 3).t(),
+        "one": torch.arange(6.0)[1::2][:1],
         "conjugated": torch.tensor([1 + 2j]).conj(),
         "kinds": [Counter("aab"), OrderedDict(a=1), bytearray(b"x")],
     }
@@ -198,6 +246,42 @@ def test_extra_comes_back_as_it_was(tmp_path):
     assert list(map(type, found["kinds"])) == [Counter, OrderedDict, bytearray]
 
 
+def nested(depth, leaf):
+    for _ in range(depth):
+        leaf = [leaf]
+    return leaf
+
+
+def at_depth(frames, call):
+    return call() if frames == 0 else at_depth(frames - 1, call)
+
+
+def test_what_is_kept_can_be_read_from_a_deeper_stack(tmp_path):
+    model = make_model()
+    with OffloadedAdamW(model.parameters(), **options(tmp_path)) as optimizer:
+        deepest = 0
+        for depth in (60, 90, 99, 100, 101, 110, 150, 200):
+            try:
+                optimizer.commit(extra=nested(depth, torch.ones(100)))
+            except ValueError as error:
+                assert "nested more than" in str(error)
+                break
+            deepest = depth
+        assert 50 < deepest < 200
+        at_depth(400, optimizer.rollback)
+        assert str(optimizer.committed_extra) == str(nested(deepest, torch.ones(100)))
+        endless = {}
+        endless["itself"] = [endless]
+        with pytest.raises(ValueError, match="or contains itself"):
+            optimizer.commit(extra=endless)
+    at_depth(400, lambda: OffloadedAdamW.resume(tmp_path, model.parameters()).close())
+
+
+def wrapped(tensor):
+    """A tensor whose memory is another one's."""
+    return TwoTensor(tensor, tensor.clone())
+
+
 def test_what_cannot_be_kept_is_named_and_nothing_has_changed(tmp_path):
     model = make_model()
     with OffloadedAdamW(model.parameters(), **options(tmp_path)) as optimizer:
@@ -206,9 +290,20 @@ def test_what_cannot_be_kept_is_named_and_nothing_has_changed(tmp_path):
             ({"a": [object()]}, r"extra\['a'\]\[0\] is a object"),
             (namedtuple("Pair", "a b")(1, 2), "extra is a Pair"),
             (torch.nested.nested_tensor([torch.ones(2)]), "without plain memory"),
+            ({"b": wrapped(torch.ones(100))}, r"extra\['b'\]: subclass or wrapper tensors"),
         ]:
             with pytest.raises(TypeError, match=text):
                 optimizer.commit(extra=value)
+        for elements in (1, 1000):
+            for left in (0, 2):
+                resized = torch.ones(elements)
+                resized.untyped_storage().resize_(left)
+                with pytest.raises(ValueError, match=r"extra\[1\]: .*was it resized"):
+                    optimizer.commit(extra=[1, resized])
+        optimizer.state[model[0].weight]["ema"] = resized
+        with pytest.raises(ValueError, match="was it resized"):
+            optimizer.commit()
+        del optimizer.state[model[0].weight]["ema"]
         assert os.listdir(tmp_path) == []
         with pytest.raises(ValueError, match="keep must be from 1"):
             optimizer.commit(keep=0)

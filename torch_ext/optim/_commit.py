@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_ext._bytes import bytes_view
 from torch_ext._native import _C
 from torch_ext.optim._dtensor import is_distributed
 from torch_ext.optim._state_dict import WAYS
@@ -123,6 +124,9 @@ _MAKE: dict[str, Callable[..., Any]] = {each.__name__: each for each in _DICTS}
 
 #: The most bytes of a tensor that the document has itself, such as a learning rate or a step.
 _SMALL = 256
+#: The deepest nesting that is kept. Readers recurse, and perhaps from a deeper stack than the
+#: commit.
+_DEEPEST = 100
 
 
 class Packer:
@@ -132,8 +136,17 @@ class Packer:
         #: None: only small tensors are allowed.
         self.tensors = tensors
 
-    def pack(self, value: Any, where: str) -> Any:
-        """Returns ``value`` as JSON has it. Raises TypeError, with ``where`` it is."""
+    def pack(self, value: Any, where: str, depth: int = 0) -> Any:
+        """Returns ``value`` as JSON has it.
+
+        Raises:
+            TypeError, ValueError: It cannot be kept. The text says ``where`` it is.
+        """
+        if depth > _DEEPEST:
+            raise ValueError(
+                f"{where[:80]}... is nested more than {_DEEPEST} deep, which a commit cannot "
+                f"keep, or contains itself"
+            )
         if value is None or type(value) in (bool, str):
             return value
         if type(value) is int:
@@ -147,11 +160,16 @@ class Packer:
             return self._pack_tensor(value, where)
         if type(value) in (list, tuple):
             kind = type(value).__name__
-            return {kind: [self.pack(v, f"{where}[{i}]") for i, v in enumerate(value)]}
+            return {
+                kind: [self.pack(v, f"{where}[{i}]", depth + 1) for i, v in enumerate(value)]
+            }
         if type(value) in _DICTS:
             return {
                 type(value).__name__: [
-                    [self.pack(k, f"a key of {where}"), self.pack(v, f"{where}[{k!r}]")]
+                    [
+                        self.pack(k, f"a key of {where}", depth + 1),
+                        self.pack(v, f"{where}[{k!r}]", depth + 1),
+                    ]
                     for k, v in value.items()
                 ]
             }
@@ -166,13 +184,14 @@ class Packer:
             raise TypeError(f"{where} is a tensor without plain memory")
         if is_distributed(tensor):
             raise TypeError(f"{where} is a DTensor; commit its to_local()")
+        _C.check_plain_memory(where, tensor)
         plain = tensor.detach().resolve_conj().resolve_neg()
         described = {
             "dtype": name_of(tensor.dtype),
             "shape": list(tensor.shape),
         }
         if tensor.numel() * tensor.element_size() <= _SMALL:
-            content = bytes(plain.cpu().contiguous().view(-1).view(torch.uint8).tolist())
+            content = bytes(bytes_view(plain.cpu().contiguous()).tolist())
             return {"small": base64.b64encode(content).decode()} | described
         if self.tensors is None:
             raise TypeError(

@@ -224,12 +224,7 @@ class CommittingOptimizer(OffloadedBase):
             self._state.flush()
             self._check_to_commit()
             self._numbers_of_saved("commit()")  # Warns of state that it leaves out.
-            try:
-                return at, kept, json.dumps(self._document(tensors, include_parameters, extra))
-            except RecursionError:
-                raise ValueError(
-                    "extra is nested too deeply to be kept, or contains itself"
-                ) from None
+            return at, kept, json.dumps(self._document(tensors, include_parameters, extra))
 
         at, kept, document = self._together.agreed(prepare)
         self._together.same((at, kept), "commit(): (step, keep)")
