@@ -287,4 +287,6 @@ def _print(text: str, stream: TextIO | None = None) -> None:
 
 
 def _printable(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()  # A path may not be UTF-8.
+    text = text.encode(errors="backslashreplace").decode()  # A path may not be UTF-8.
+    # A path may have what a terminal obeys.
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

@@ -20,6 +20,8 @@ from typing import Any
 #: What a store's files are called: see StoreName in C++.
 _NAME = re.compile(r".+\.r\d+-of-\d+\.e\d+\.d\d+\.store")
 _MAGIC = b"txSTORE\n"
+#: The most that a tensor of torch has.
+_MOST_DIMENSIONS = 64
 
 Progress = Callable[[int, int], object]
 
@@ -221,8 +223,8 @@ class Layout:
         self._of_value: dict[int, str] = {}
         for name, entry in self.parameters.items():
             if isinstance(entry, dict):
-                self._of_slot[_whole(entry.get("slot"))] = name
-                self._of_value[_whole(entry.get("value"))] = name
+                self._of_slot[_whole(entry.get("slot"))] = str(_text(name))
+                self._of_value[_whole(entry.get("value"))] = str(_text(name))
 
     def parts(self, extent: int, begin: int, end: int) -> list[str]:
         """Returns what bytes of an extent are, such as "state of layer.weight"."""
@@ -251,15 +253,19 @@ class Layout:
         elements = 0
         for entry in self.parameters.values():
             shape = entry.get("shape") if isinstance(entry, dict) else None
-            if isinstance(shape, list) and all(_whole(n) >= 0 for n in shape):
+            if (
+                isinstance(shape, list)
+                and len(shape) <= _MOST_DIMENSIONS
+                and all(_whole(n) >= 0 for n in shape)
+            ):
                 elements += math.prod(shape)
-                dtypes[str(entry.get("dtype"))] += 1
+                dtypes[str(_text(entry.get("dtype")))] += 1
         if not self.parameters:
             elements = sum(_whole(p[1]) for p in self._numbers if isinstance(p, list) and p[1:])
         return {
-            "class": self.caller.get("class"),
-            "optimizer": self.caller.get("optimizer"),  # The class that it runs, if any.
-            "state_format": self.caller.get("state_format"),
+            "class": _text(self.caller.get("class")),
+            "optimizer": _text(self.caller.get("optimizer")),  # The class that it runs, if any.
+            "state_format": _text(self.caller.get("state_format")),
             "parameters": len(self.parameters) or len(self._numbers),
             "frozen": len(self.parameters) - dtypes.total() if self.parameters else 0,
             "elements": elements,
@@ -295,7 +301,14 @@ def _list(value: Any) -> list[Any]:
 
 
 def _whole(value: Any) -> int:
-    return value if isinstance(value, int) else -1
+    return value if isinstance(value, int) and value < 1 << 63 else -1
+
+
+def _text(value: Any) -> str | None:
+    """Returns a text of a document as a terminal may show it, in one line."""
+    if not isinstance(value, str):
+        return None
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in value)
 
 
 def info(store: StoreFiles) -> dict[str, Any]:

@@ -460,6 +460,50 @@ def test_info_of_a_damaged_store_says_so(store, run, tmp_path):
     assert "its header is damaged" in err
 
 
+HOSTILE = {
+    "a number for a text": {"class": 5, "optimizer": "x", "state_format": ["y"]},
+    "a list for a text": {"class": ["A"], "optimizer": {"b": 1}, "state_format": "exact"},
+    "a size that Python does not write": {
+        "parameters": {"p": {"shape": [10**4000, 10**4000], "dtype": "float32"}}
+    },
+    "more dimensions than there are": {
+        "parameters": {"p": {"shape": [2**62] * 10_000, "dtype": "float32"}}
+    },
+    "what a terminal obeys": {
+        "class": "A\x1b[2J\nstate.store: whole",
+        "parameters": {"p\x1b]0;": {"shape": [2], "dtype": "\x9b1m"}},
+    },
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_info_shows_any_document(tmp_path, run, what):
+    model = make_model()
+    with make_optimizer(model, tmp_path) as optimizer:
+        optimizer._offload.commit(7, json.dumps(HOSTILE[what]), [], 1)
+    for arguments in (["info"], ["info", "--json"], ["verify"]):
+        status, out, err = run(*arguments, tmp_path)
+        assert (status, err) == (0, "")
+        assert out.replace("\n", "").isprintable()
+    _, out, _ = run("info", tmp_path)
+    assert "\nstate.store" not in out
+    assert "step 7" in out
+
+
+def test_damage_of_a_strange_name_is_one_line(tmp_path, run):
+    model = make_model()
+    names = ["a\nb\x1b[2J", "c", "d", "e"]
+    named = [(name, p) for name, (_, p) in zip(names, model.named_parameters(), strict=True)]
+    with OffloadedAdamW(named, nvme_path=tmp_path, host_memory="240KiB") as optimizer:
+        step(model, optimizer)
+        optimizer.commit()
+    extent, offset = StoreFile(tmp_path / NAME).tile_of(names[0], values=True)
+    flip(tmp_path / NAME, extent.offsets[0] + offset)
+    status, out, _ = run("verify", tmp_path)
+    assert status == 1
+    assert r"values of a\nb\x1b[2J" in out
+
+
 def test_the_owner_is_named(tmp_path, run):
     model = make_model()
     with make_optimizer(model, tmp_path) as optimizer:
