@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch_ext import dcp
     from torch_ext.config import (
         AIO_DEFAULT_DICT,
         AioConfig,
@@ -67,6 +68,7 @@ __all__ = [
     "aio_handle",
     "build",
     "cmake_prefix_path",
+    "dcp",
     "gds_handle",
     "get_aio_config",
     "get_scalar_param",
@@ -83,6 +85,8 @@ logging.getLogger("torch_ext").addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:
+    if name == "dcp":
+        return importlib.import_module("torch_ext.dcp")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{_MODULE_OF[name]}")

@@ -278,7 +278,7 @@ class Source:
         self.together, self.division, self.stores = together, division, stores
         self.generation = 0
         self.documents: dict[int, dict[str, Any]] = {}
-        self._commits, self._how = commits, how
+        self.commits, self._how = commits, how
         self._open: dict[int, _C.CommitSource] = {}
         #: By slot: steps, where this process's part begins, its shards, their layout.
         self._shards: dict[int, tuple[int | None, list[int], list[Any], Any]] = {}
@@ -298,8 +298,8 @@ class Source:
         """Chooses the newest commit, or that of ``step``."""
 
         def choose_here() -> Commit:
-            commit, _ = chosen(self._commits[self.base], step, kind)
-            for rank, commits in self._commits.items():
+            commit, _ = chosen(self.commits[self.base], step, kind)
+            for rank, commits in self.commits.items():
                 (text,) = [t for g, _, _, t in commits if g == commit.generation]
                 self.documents[rank] = read_document(text, kind)
                 if not may_be_used and (owner := _C.store_owner(self.stores[rank].path)):
