@@ -351,3 +351,15 @@ def read_committed(
     begin: list[int],
     out: torch.Tensor,
 ) -> None: ...
+
+# what, shards, layout, dtype of the parameter
+_Stored = tuple[str, list[_Shard], _CommittedLayout, torch.dtype]
+# name, dtype, sizes, group, and what is stored or a tensor
+_Streamed = tuple[str, torch.dtype, list[int], int, _Stored | None, torch.Tensor | None]
+
+def export_tensors(
+    path: str | bytes | os.PathLike[str],
+    tensors: list[_Streamed],
+    metadata: list[tuple[str, str]],
+    progress: Callable[[int, int], object] | None,
+) -> None: ...

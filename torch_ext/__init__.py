@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch_ext import dcp
+    from torch_ext._export import export
     from torch_ext.config import (
         AIO_DEFAULT_DICT,
         AioConfig,
@@ -44,6 +45,7 @@ _MODULE_OF = {
     "TensorTicket": "swap",
     "aio_handle": "handle",
     "build": "jit",
+    "export": "_export",
     "gds_handle": "handle",
     "get_aio_config": "config",
     "get_scalar_param": "config",
@@ -69,6 +71,7 @@ __all__ = [
     "build",
     "cmake_prefix_path",
     "dcp",
+    "export",
     "gds_handle",
     "get_aio_config",
     "get_scalar_param",

@@ -1,4 +1,4 @@
-"""The command line: `python -m torch_ext info`, and `verify` and `remove` of stores."""
+"""The command line: `python -m torch_ext info`, and `verify`, `export`, `remove` of stores."""
 
 from __future__ import annotations
 

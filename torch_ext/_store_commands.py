@@ -1,4 +1,4 @@
-"""The commands about stores: `python -m torch_ext verify`, `info PATH` and `remove`."""
+"""The commands about stores: `python -m torch_ext verify`, `info PATH`, `export`, `remove`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WHOLE, DAMAGED, NOTHING = 0, 1, 2
 
 
 def add_parsers(commands: Any) -> None:
-    """Adds ``verify`` and ``remove``. ``info`` is in __main__."""
+    """Adds ``verify``, ``export`` and ``remove``. ``info`` is in __main__."""
     verify = commands.add_parser(
         "verify",
         help="compare all checksums of committed stores",
@@ -30,6 +30,29 @@ def add_parsers(commands: Any) -> None:
     _add_paths(verify)
     verify.add_argument("--json", action="store_true", help="print JSON")
     verify.set_defaults(run=run_verify)
+    export = commands.add_parser(
+        "export",
+        help="write a commit as safetensors, for torch.distributed.checkpoint or torch.load",
+        description="Writes a commit of the stores in PATH to OUT, in a form that other tools "
+        "read. It takes no lock, so a training may go on meanwhile. Exit status: 0 if OUT is "
+        "written, 1 if something is damaged or OUT cannot be written, 2 if there is no such "
+        "commit, shards are missing, or OUT is there already.",
+    )
+    _add_paths(export)
+    export.add_argument(
+        "out", metavar="OUT", help="what is made: a file, or a directory for dcp"
+    )
+    export.add_argument(
+        "--format",
+        choices=("safetensors", "dcp", "torch"),
+        default="safetensors",
+        help="safetensors (default), dcp for dcp.load, torch for torch.load",
+    )
+    export.add_argument(
+        "--step", type=int, metavar="N", help="the commit of that step (default: the newest)"
+    )
+    export.add_argument("--force", action="store_true", help="replace what is at OUT")
+    export.set_defaults(run=run_export)
     remove = commands.add_parser(
         "remove",
         help="remove committed stores",
@@ -203,6 +226,39 @@ def _date(seconds: int) -> str:
         return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
     except (OverflowError, ValueError, OSError):
         return f"{seconds} s since 1970"
+
+
+def run_export(options: argparse.Namespace) -> int:
+    try:
+        from torch_ext._export import export
+    except ImportError as error:
+        _complain(str(error))
+        return NOTHING
+    progress = _Progress(options.out)
+    try:
+        try:
+            export(
+                options.paths,
+                options.out,
+                options.format,
+                step=options.step,
+                overwrite=options.force,
+                progress=progress,
+            )
+        finally:
+            progress.close()
+    except FileExistsError as error:
+        _complain(str(error).replace("overwrite=True", "--force"))
+        return NOTHING
+    except (OSError, ValueError, TypeError) as error:
+        _complain(str(error))
+        # There is nothing to export, or something is wrong with it.
+        is_nothing = isinstance(error, ValueError) or (
+            isinstance(error, OSError) and error.errno in (errno.ENXIO, errno.ENOENT)
+        )
+        return NOTHING if is_nothing else DAMAGED
+    _print(f"{options.out}: written ({options.format})")
+    return WHOLE
 
 
 def run_remove(options: argparse.Namespace) -> int:

@@ -159,8 +159,8 @@ def _tensor_of(name: str, value: Any) -> torch.Tensor:
         )
     if torch.nn.parameter.is_lazy(value):
         raise TypeError(
-            f"state_dict[{name!r}] is a parameter or buffer that has no shape yet: run the model "
-            f"once before it is saved"
+            f"state_dict[{name!r}] is a parameter or buffer that has no shape yet: run the "
+            f"model once before it is saved"
         )
     distributed = sys.modules.get("torch.distributed.tensor")
     if distributed is not None and isinstance(value, distributed.DTensor):

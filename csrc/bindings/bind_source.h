@@ -22,11 +22,13 @@
 #include <vector>
 
 #include "bind_state.h"
+#include "bind_tensor_file.h"
 #include "errors.h"
 #include "gil.h"
 #include "optim/commit_source.h"
 #include "tensor/committed_elements.h"
 #include "tensor/state_layout.h"
+#include "tensor/tensor_export.h"
 #include "tensor/tensor_offload.h"
 
 namespace {
@@ -123,6 +125,62 @@ TensorOffload::Divided to_divided(const DividedArgs& from) {
   return result;
 }
 
+/// `what`: "value", or a field of the layout. Errors: std::invalid_argument if
+/// the shards have no such tensor.
+CommittedTensor to_committed(
+    const std::string& what,
+    const std::vector<torch_ext::CommittedShard>& shards,
+    const CommittedLayoutArgs& layout_args, c10::ScalarType dtype) {
+  const torch_ext::StateLayout layout = to_layout(layout_args, dtype);
+  CommittedTensor tensor{CommittedTensor::Kind::kValue, 0, dtype, layout};
+  if (what == "value") return tensor;
+  check_shards(shards, layout);
+  while (tensor.field < layout.tensors() && what != layout.name(tensor.field)) {
+    ++tensor.field;
+  }
+  if (tensor.field == layout.tensors()) {
+    throw std::invalid_argument("the commit has no \"" + what + "\"");
+  }
+  tensor.kind = layout.is_master(tensor.field) ? CommittedTensor::Kind::kMaster
+                                               : CommittedTensor::Kind::kField;
+  return tensor;
+}
+
+// what, shards, layout, dtype of the parameter
+using StoredArgs = std::tuple<std::string, std::vector<ShardArgs>,
+                              CommittedLayoutArgs, c10::ScalarType>;
+// name, dtype, sizes, group, what is stored or a tensor
+using StreamedArgs =
+    std::tuple<std::string, c10::ScalarType, std::vector<std::int64_t>,
+               std::uint64_t, std::optional<StoredArgs>,
+               std::optional<at::Tensor>>;
+
+torch_ext::StreamedTensor to_streamed(const StreamedArgs& from) {
+  const auto& [name, dtype, sizes, group, stored, tensor] = from;
+  torch_ext::StreamedTensor result{name, dtype, sizes, {}, group};
+  if (tensor) {
+    if (tensor->sizes() != at::IntArrayRef(sizes) ||
+        tensor->scalar_type() != dtype || !tensor->is_cpu()) {
+      throw std::invalid_argument("export: '" + name + "' is another tensor");
+    }
+    std::vector<std::int64_t> strides(sizes.size());
+    std::int64_t next = 1;
+    for (std::size_t d = sizes.size(); d-- > 0; next *= sizes[d]) {
+      strides[d] = next;
+    }
+    result.read = torch_ext::read_in_order(*tensor, strides);
+  } else if (stored) {
+    const auto& [what, shard_args, layout, of_parameter] = *stored;
+    const auto shards = to_shards(shard_args);
+    result.read = torch_ext::read_row_major(
+        Numbers(sizes.size(), 0), Numbers(sizes.begin(), sizes.end()), shards,
+        to_committed(what, shards, layout, of_parameter));
+  } else {
+    throw std::invalid_argument("export: '" + name + "' has no elements");
+  }
+  return result;
+}
+
 void bind_source(py::module_& m) {
   py::class_<CommitSource, std::shared_ptr<CommitSource>>(m, "CommitSource",
                                                           py::module_local())
@@ -200,25 +258,33 @@ void bind_source(py::module_& m) {
          const Numbers& begin, const at::Tensor& out) {
         const ReleasedGil released;
         const auto shards = to_shards(from);
-        const torch_ext::StateLayout layout = to_layout(layout_args, dtype);
-        CommittedTensor tensor{CommittedTensor::Kind::kValue, 0, dtype, layout};
-        if (what != "value") {
-          check_shards(shards, layout);
-          while (tensor.field < layout.tensors() &&
-                 what != layout.name(tensor.field)) {
-            ++tensor.field;
-          }
-          if (tensor.field == layout.tensors()) {
-            throw std::invalid_argument("the commit has no \"" + what + "\"");
-          }
-          tensor.kind = layout.is_master(tensor.field)
-                            ? CommittedTensor::Kind::kMaster
-                            : CommittedTensor::Kind::kField;
-        }
-        torch_ext::fill_from_commit(out, begin, shards, tensor);
+        torch_ext::fill_from_commit(
+            out, begin, shards, to_committed(what, shards, layout_args, dtype));
       },
       py::arg("what"), py::arg("shards"), py::arg("layout"), py::arg("dtype"),
       py::arg("begin"), py::arg("out"));
+  m.def(
+      "export_tensors",
+      [](const std::filesystem::path& path,
+         const std::vector<StreamedArgs>& from,
+         const torch_ext::FileMetadata& metadata, const py::object& progress) {
+        torch_ext::ExportProgress report;
+        if (!progress.is_none()) {
+          report = [&progress](std::uint64_t done, std::uint64_t all) {
+            const AcquiredGil acquired;
+            parked_at_exit([&] { progress(done, all); });
+          };
+        }
+        const ReleasedGil released;
+        std::vector<torch_ext::StreamedTensor> tensors;
+        for (const StreamedArgs& each : from) {
+          tensors.push_back(to_streamed(each));
+        }
+        torch_ext::export_tensors(path, std::move(tensors), metadata,
+                                  interruptible(), report);
+      },
+      py::arg("path"), py::arg("tensors"), py::arg("metadata"),
+      py::arg("progress"));
 }
 
 }  // namespace

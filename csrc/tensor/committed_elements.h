@@ -408,14 +408,14 @@ inline void fill_row_major(const at::Tensor& out, const ReadElements& read) {
   }
 }
 
-/// Fills a tensor with a box of what a commit has. Errors: those of
-/// CommittedElements.
-inline void fill_from_commit(const at::Tensor& out,
-                             std::vector<std::uint64_t> begin,
-                             const std::vector<CommittedShard>& shards,
-                             const CommittedTensor& what) {
-  TensorBox box = box_of(out, std::move(begin));
-  std::ranges::sort(box.order);
+/// Returns how to read a box of what a commit has, in row-major order. Errors:
+/// those of CommittedElements.
+inline ReadElements read_row_major(std::vector<std::uint64_t> begin,
+                                   std::vector<std::uint64_t> sizes,
+                                   const std::vector<CommittedShard>& shards,
+                                   const CommittedTensor& what) {
+  TensorBox box{std::move(begin), std::move(sizes), {}};
+  for (std::size_t d = 0; d < box.sizes.size(); ++d) box.order.push_back(d);
   ReadElements value;
   if (what.kind == CommittedTensor::Kind::kMaster &&
       what.layout.master == MasterFormat::kLow16) {
@@ -424,9 +424,19 @@ inline void fill_from_commit(const at::Tensor& out,
     value = read_committed(
         std::make_shared<CommittedElements>(shards, of_value, box));
   }
-  fill_row_major(out, read_committed(std::make_shared<CommittedElements>(
-                                         shards, what, box),
-                                     std::move(value)));
+  return read_committed(std::make_shared<CommittedElements>(shards, what, box),
+                        std::move(value));
+}
+
+/// Fills a tensor with a box of what a commit has. Errors: those of
+/// CommittedElements.
+inline void fill_from_commit(const at::Tensor& out,
+                             std::vector<std::uint64_t> begin,
+                             const std::vector<CommittedShard>& shards,
+                             const CommittedTensor& what) {
+  std::vector<std::uint64_t> sizes(out.sizes().begin(), out.sizes().end());
+  fill_row_major(
+      out, read_row_major(std::move(begin), std::move(sizes), shards, what));
 }
 
 }  // namespace torch_ext

@@ -1,23 +1,29 @@
-// What a failing drive makes of save_tensors() and load_tensors(). Values,
-// formats and refusals are tests of Python.
+// What a failing drive makes of save_tensors(), export_tensors() and
+// load_tensors(). Values, formats and refusals are tests of Python.
 
 #include "torch_ext/tensor/tensor_file.h"
 
+#include <ATen/ops/arange.h>
 #include <ATen/ops/randint.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <cstddef>
+#include <cstdint>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <memory>
+#include <span>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "support/faulty_engine.h"
 #include "support/temp_dir.h"
+#include "tensor/tensor_export.h"
 #include "torch_ext/base/error.h"
 
 namespace torch_ext {
@@ -132,6 +138,88 @@ TEST(TensorFileTest, AnInterruptEndsASaveAndKeepsTheOldFile) {
                std::runtime_error);
   EXPECT_EQ(content(place.path), "old");
   EXPECT_EQ(entries(place.directory.path()), 1u);
+}
+
+/// Two fields of three parameters, whose streams meet within a block. Each
+/// element is its own number.
+std::vector<StreamedTensor> some_streams() {
+  std::vector<StreamedTensor> streams;
+  for (const char* field : {"a", "b"}) {
+    for (const std::int64_t count : {700'001, 3, 1'200'000}) {
+      const auto group = static_cast<std::uint64_t>(streams.size() % 3);
+      const auto read = [group](void* to, c10::ScalarType dtype,
+                                std::span<std::byte> /*raw*/,
+                                std::uint64_t first, std::uint64_t number) {
+        EXPECT_EQ(dtype, at::kInt);
+        for (std::uint64_t i = 0; i < number; ++i) {
+          const auto value = static_cast<std::int32_t>(group + first + i);
+          std::memcpy(static_cast<std::byte*>(to) + 4 * i, &value, 4);
+        }
+      };
+      streams.push_back(
+          {field + std::to_string(group), at::kInt, {count}, read, group});
+    }
+  }
+  return streams;
+}
+
+TEST(TensorFileTest, EachWriteThatFailsInAnExportLeavesTheOldFile) {
+  auto script = std::make_shared<FaultScript>();
+  const Place place;
+  const std::filesystem::path& path = place.path;
+  export_tensors(path, some_streams(), {}, faulty(script));
+  const std::size_t requests = script->requests();
+  ASSERT_GT(requests, 15u);
+  const std::string whole = content(path);
+  for (const auto& [name, tensor] : load_tensors(path)) {
+    const std::int64_t group = name.back() - '0';
+    EXPECT_TRUE(tensor.equal(
+        at::arange(group, group + tensor.numel(), tensor.options())))
+        << name;
+  }
+  std::ofstream(path) << "old";
+  for (std::size_t i = 0; i < requests; ++i) {
+    SCOPED_TRACE(i);
+    script = std::make_shared<FaultScript>(test::only(i, Fault::fail(ENOSPC)));
+    try {
+      export_tensors(path, some_streams(), {}, faulty(script));
+      FAIL() << "the failure was not reported";
+    } catch (const IoError& failure) {
+      EXPECT_EQ(failure.error(), ENOSPC);
+      EXPECT_EQ(failure.failure().path, path.native());
+    }
+    EXPECT_EQ(content(path), "old");
+    EXPECT_EQ(entries(place.directory.path()), 1u);
+  }
+  script = std::make_shared<FaultScript>(test::from(0, Fault::cut(4096)));
+  export_tensors(path, some_streams(), {}, faulty(script));
+  EXPECT_EQ(content(path), whole);
+}
+
+TEST(TensorFileTest, WhatAnExportCannotReadIsAnErrorOfItsOwn) {
+  const Place place;
+  std::ofstream(place.path) << "old";
+  std::vector<StreamedTensor> streams = some_streams();
+  streams[4].read = [](auto&&...) {
+    throw IoError(
+        {.op = "read", .path = "/store", .error = EIO, .detail = "damaged"});
+  };
+  try {
+    export_tensors(place.path, streams, {});
+    FAIL() << "the failure was not reported";
+  } catch (const IoError& failure) {
+    EXPECT_EQ(failure.failure().path, "/store");
+  }
+  EXPECT_EQ(content(place.path), "old");
+}
+
+TEST(TensorFileTest, AnInterruptEndsAnExportWithoutAWait) {
+  const Place place;
+  TensorFileOptions options;
+  options.interrupt = [] { throw std::runtime_error("interrupted"); };
+  EXPECT_THROW(export_tensors(place.path, some_streams(), {}, options),
+               std::runtime_error);
+  EXPECT_EQ(entries(place.directory.path()), 0u);
 }
 
 }  // namespace
