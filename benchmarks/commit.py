@@ -4,8 +4,7 @@ Each round makes a step and a commit, and a commit when nothing has changed. The
 `state_dict()` is saved with `torch.save` and fsync, and a new optimizer resumes. fio writes and
 reads as many bytes as the commit wrote.
 
-Then there are two iterations: some computing, which takes the place of forward and backward, and
-a step. Before the second one, a commit begins that nobody waits for.
+Then there are two iterations: some computing, in place of forward and backward, and a step. Before the second one, a commit begins that nobody waits for.
 """
 
 from __future__ import annotations
