@@ -1,10 +1,12 @@
 """What a commit costs, beside its bytes at the drive's rate and beside torch.save.
 
 Each round makes a step and a commit, and a commit when nothing has changed. Then
-`state_dict()` is saved with `torch.save` and fsync, and a new optimizer resumes. fio writes and
-reads as many bytes as the commit wrote.
+`state_dict()` is saved with `torch.save` and fsync, and a new optimizer resumes, in the same
+division and in another place. fio writes and reads as many bytes as the commit wrote, and as
+many as go from one place to the other.
 
-Then there are two iterations: some computing, in place of forward and backward, and a step. Before the second one, a commit begins that nobody waits for.
+Then there are two iterations: some computing, in place of forward and backward, and a step.
+Before the second one, a commit begins that nobody waits for.
 """
 
 from __future__ import annotations
@@ -82,7 +84,14 @@ def measure(
         begun.wait()
         sample["beside"]["commit"] = begun.seconds
         sample["torch.save"] = seconds_of(partial(save, optimizer, folder / "saved"))
+        state = optimizer.stats()["state_bytes"]
         optimizer.close()
+        elsewhere = folder / "elsewhere"
+        elsewhere.mkdir()
+        start = time.perf_counter()
+        torch_ext.OffloadedAdamW.resume(folder, parameters, nvme_path=elsewhere, **run).close()
+        sample["divided anew"] = time.perf_counter() - start
+        elsewhere.rmdir()
         start = time.perf_counter()
         optimizer = torch_ext.OffloadedAdamW.resume(folder, parameters, **run)
         sample["resume"] = time.perf_counter() - start
@@ -94,6 +103,10 @@ def measure(
                 f"fio {kind}": total / 2**30 / rate.gib_per_second
                 for kind, rate in rates.items()
             }
+            # All state is read and written, and parameters are read.
+            moved = -(-(2 * state + size) // block) * block
+            mixed = common.fio("rw", file, moved, block)
+            sample["fio mixed"] = moved / 2**30 / mixed.gib_per_second
         samples.append(sample)
     optimizer.close()
     return samples
@@ -147,6 +160,10 @@ def tabulate(options: argparse.Namespace, cases: dict[str, list[Json]]) -> Json:
                 column(lambda s: 1e3 * s["nothing changed"]),
                 column(lambda s: s["torch.save"] / s["commit"], 1),
                 column(lambda s: 1e3 * s["resume"]),
+                column(
+                    lambda s: s["fio mixed"] / s["divided anew"] if "fio mixed" in s else None,
+                    2,
+                ),
                 column(lambda s: 1e3 * s["step"]),
             ]
         )
@@ -160,6 +177,7 @@ def tabulate(options: argparse.Namespace, cases: dict[str, list[Json]]) -> Json:
             "nothing changed, ms",
             "torch.save / commit",
             "resume, ms",
+            "divided anew, of fio's mixed rate",
             "step, ms",
         ],
         rows,

@@ -445,7 +445,7 @@ class CommittingOptimizer(OffloadedBase):
             commit, document = source.choose(step, cls._kind(), may_be_used=moves)
             epoch = max(together.exchange(next_epoch(new)))
             needless = () if moves else tuple(source.stores.values())
-            where = options["nvme_path"] if moves else path
+            where = path if options.get("nvme_path") is None else options["nvme_path"]
             return Found(where, commit, document, 0, together, epoch, source, needless)
 
         divisions = find_divisions(together, old) or [Division(0, together.world)]
