@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+# Each run imports a trainer, and a test has up to seven runs.
+pytestmark = pytest.mark.timeout(900)
+
 HERE = Path(__file__).resolve().parent
 STEPS = 8
 
@@ -105,7 +108,7 @@ def test_a_run_that_is_killed_has_the_losses_of_adamw_in_memory(
     assert run("--die-after=3", dies=True) == [1, 2, 3]
     assert run("--die-after=5", dies=True, resume=newest(tmp_path / "out")) == [3, 4, 5]
     # The checkpoint of step 6 is cut off, again and again. That of step 4 is the only one.
-    for _ in range(3):
+    for _ in range(2):
         folder = newest(tmp_path / "out")
         assert run("--die-saving=6", dies=True, resume=folder)[0] == 5
         assert newest(tmp_path / "out") == folder
