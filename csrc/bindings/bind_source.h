@@ -55,7 +55,7 @@ std::vector<torch_ext::CommittedShard> to_shards(
   std::vector<torch_ext::CommittedShard> shards;
   for (const auto& [source, slot, value, begin, sizes, order] : from) {
     if (source == nullptr) throw std::invalid_argument("a shard is None");
-    shards.push_back({source, slot, value.value_or(0), {begin, sizes, order}});
+    shards.push_back({source, slot, value, {begin, sizes, order}});
   }
   return shards;
 }

@@ -21,6 +21,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -46,7 +47,8 @@ struct TensorBox {
 struct CommittedShard {
   std::shared_ptr<CommitSource> source;
   std::size_t slot = 0;
-  std::size_t value = 0;  ///< The number of its values in the commit.
+  /// The number of its values in the commit, if that has them.
+  std::optional<std::size_t> value = {};
   TensorBox box;
 };
 
@@ -285,7 +287,12 @@ class CommittedElements {
     const CommittedValue wanted{
         elements, static_cast<std::uint32_t>(c10::elementSize(what_.dtype))};
     const auto& values = shard.source->document().values;
-    if (shard.value >= values.size() || values[shard.value] != wanted) {
+    if (!shard.value) {
+      throw std::invalid_argument(
+          shard.source->path() +
+          ": the commit has no parameters (include_parameters=False)");
+    }
+    if (*shard.value >= values.size() || values[*shard.value] != wanted) {
       throw std::invalid_argument("a value in the commit has another size");
     }
   }
@@ -296,7 +303,7 @@ class CommittedElements {
     const CommittedShard& of = shards_[shard];
     const std::size_t item = c10::elementSize(dtype());
     if (what_.kind == CommittedTensor::Kind::kValue) {
-      const StateSegment& segment = of.source->value_at(of.value, from);
+      const StateSegment& segment = of.source->value_at(*of.value, from);
       const std::uint64_t skip = from - segment.first;
       return {segment.fields[0] + skip * item, segment.count - skip};
     }
@@ -339,7 +346,8 @@ class CommittedElements {
 };
 
 /// Returns how to read a tensor of the state. A master of bfloat16 is put
-/// together from its low half and `value`, which reads the parameter.
+/// together from its low half and `value`, which reads the parameter. One of
+/// float16 takes from `value` what it does not round to, as a step does.
 inline ReadElements read_committed(std::shared_ptr<CommittedElements> elements,
                                    ReadElements value = {}) {
   return [elements = std::move(elements), value = std::move(value),
@@ -349,16 +357,23 @@ inline ReadElements read_committed(std::shared_ptr<CommittedElements> elements,
     constexpr std::uint64_t kPiece = 16384;
     auto* out = static_cast<std::byte*>(to);
     const c10::ScalarType own = elements->dtype();
-    own_raw.resize(kPiece * (c10::elementSize(own) + 2 + sizeof(float)));
+    own_raw.resize(kPiece * (2 + sizeof(float) + sizeof(float)));
     for (; count > 0;) {
       const std::uint64_t piece = std::min(count, kPiece);
       if (value) {
-        auto* const low = reinterpret_cast<std::uint16_t*>(own_raw.data());
-        auto* const high = low + kPiece;
-        auto* const master = reinterpret_cast<float*>(high + kPiece);
-        elements->copy_to(own_raw.data(), first, piece);
-        value(high, at::kBFloat16, raw, first, piece);
-        join_master(high, low, master, piece);
+        auto* const master = reinterpret_cast<float*>(own_raw.data());
+        auto* const kept = reinterpret_cast<std::byte*>(master + kPiece);
+        std::byte* const half = kept + kPiece * sizeof(float);
+        if (own == at::kShort) {
+          elements->copy_to(kept, first, piece);
+          value(half, at::kBFloat16, raw, first, piece);
+          join_master(reinterpret_cast<std::uint16_t*>(half),
+                      reinterpret_cast<std::uint16_t*>(kept), master, piece);
+        } else {
+          elements->copy_to(own_raw.data(), first, piece);
+          value(half, at::kHalf, raw, first, piece);
+          adopt_parameter(master, reinterpret_cast<c10::Half*>(half), piece);
+        }
         convert(out, dtype, master, at::kFloat, piece);
       } else if (own == dtype) {
         elements->copy_to(out, first, piece);
@@ -417,8 +432,12 @@ inline ReadElements read_row_major(std::vector<std::uint64_t> begin,
   TensorBox box{std::move(begin), std::move(sizes), {}};
   for (std::size_t d = 0; d < box.sizes.size(); ++d) box.order.push_back(d);
   ReadElements value;
+  const bool has_values = std::ranges::all_of(
+      shards,
+      [](const CommittedShard& shard) { return shard.value.has_value(); });
+  // Half a master alone is nothing, so that is an error.
   if (what.kind == CommittedTensor::Kind::kMaster &&
-      what.layout.master == MasterFormat::kLow16) {
+      (what.layout.master == MasterFormat::kLow16 || has_values)) {
     CommittedTensor of_value = what;
     of_value.kind = CommittedTensor::Kind::kValue;
     value = read_committed(

@@ -219,6 +219,36 @@ def test_any_class_is_exported(tmp_path):
     torch.optim.RMSprop(model.parameters()).load_state_dict(loaded["optim"])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_was_written_to_a_parameter_after_its_step_counts(tmp_path, dtype):
+    parameter = torch.nn.Parameter(torch.linspace(-1, 1, 1000).to(dtype))
+    with OffloadedAdamW([("p", parameter)], nvme_path=tmp_path) as optimizer:
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        with torch.no_grad():
+            parameter[::7] = 3
+        optimizer.commit()
+        torch_ext.export(tmp_path, tmp_path / "out.safetensors")
+        expected = optimizer.state_dict()["state"][0]["master_param"]
+    master = load_file(tmp_path / "out.safetensors")["optim.state.p.master_param"]
+    assert torch.equal(master[::7], torch.full_like(master[::7], 3))
+    assert torch.equal(master, expected)
+
+
+def test_half_a_master_is_not_exported(tmp_path):
+    parameter = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
+    with OffloadedAdamW([("p", parameter)], nvme_path=tmp_path) as optimizer:
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        optimizer.commit(include_parameters=False)
+        torch_ext.export(tmp_path, tmp_path / "out.safetensors")
+    assert load_file(tmp_path / "out.safetensors").keys() == {
+        "optim.state.p.exp_avg",
+        "optim.state.p.exp_avg_sq",
+        "optim.state.p.step",
+    }
+
+
 def test_an_optimizer_stands_for_its_own_commit(tmp_path):
     model = make_model()
     with made(model, tmp_path) as optimizer:

@@ -1,7 +1,7 @@
 // Boxes of a whole are found in the shards that it was cut into, whatever the
 // orders of dimensions are: compared element by element.
 
-#include "committed_elements.h"
+#include "tensor/committed_elements.h"
 
 #include <gtest/gtest.h>
 
