@@ -7,10 +7,9 @@
 //
 // A commit writes what is not on the drive yet: the values, the resident tiles
 // that have changed, and those that no step has visited. It sees to it first
-// that every tile has a place now
-// and a spare afterwards, so that a full drive refuses here and not in a step.
-// CommitLog does the rest. running_commit.cpp has the order of all that, and
-// what may go on beside it.
+// that every tile has a place now and a spare afterwards, so that a full drive
+// refuses here and not in a step. CommitLog does the rest. running_commit.cpp
+// has the order of all that, and what may go on beside it.
 //
 // Values are laid out in tiles of their own, and pass through the same buffers
 // in a round of their own.

@@ -258,8 +258,8 @@ TEST_F(StoreCheckTest, ATableIsReadOnceHoweverOftenAFileHasIt) {
   CommitTable table{.store = id, .generation = 5, .step = 5};
   table.document = std::string(std::size_t{1} << 20, ' ');
   const std::vector<std::byte> large = encode(table);
-  const CommitTable::Earlier once{5, 5, checksum(large),
-                                  {put(large), put(large)}};
+  const CommitTable::Earlier once{
+      5, 5, checksum(large), {put(large), put(large)}};
   CommitTable newest{.store = id, .generation = 9, .step = 9};
   newest.earlier.assign(50, once);
   const std::vector<std::byte> small = encode(newest);
