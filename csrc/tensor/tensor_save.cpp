@@ -54,7 +54,9 @@ constexpr std::size_t kPacks = 4;
 constexpr std::size_t kMostInFlight = 64;
 
 std::string in_quotes(const std::string& name) {
-  return "tensor '" + name.substr(0, 200) + "'";
+  std::string shown = name.substr(0, 200);
+  std::ranges::replace(shown, '\0', ' ');  // It would end the message.
+  return "tensor '" + shown + "'";
 }
 
 void check_tensor(const std::string& name, const at::Tensor& tensor) {

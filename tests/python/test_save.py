@@ -354,6 +354,7 @@ REFUSED = {
         "'a' has the dtype",
     ),
     "sparse": ({"a": torch.eye(2).to_sparse()}, TypeError, "save: tensor 'a': Sparse"),
+    "a NUL in its name": ({"a\0b": torch.eye(2).to_sparse()}, TypeError, "'a b': Sparse"),
     "meta": ({"a": torch.ones(1, device="meta")}, TypeError, "meta tensors are not supported"),
     "a lazy parameter": (
         {"a": torch.nn.parameter.UninitializedParameter()},
