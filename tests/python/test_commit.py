@@ -234,6 +234,7 @@ def test_extra_comes_back_as_it_was(tmp_path):
         "one": torch.arange(6.0)[1::2][:1],
         "conjugated": torch.tensor([1 + 2j]).conj(),
         "kinds": [Counter("aab"), OrderedDict(a=1), bytearray(b"x")],
+        "surrogates": ["\ud83d\ude00", "\ud800\udfff", {"\udcff": "x"}],
     }
     model = make_model()
     with OffloadedAdamW(model.parameters(), **options(tmp_path)) as optimizer:

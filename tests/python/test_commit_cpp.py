@@ -75,6 +75,7 @@ def begin(case, folder):
         if case.startswith(ODD):
             # Tensors that C++ has no place for, and more.
             extra = {"rng": torch_ext.rng_state(), "more": torch.ones(100_000)}
+            extra["path"] = "\udcff"  # A file's name that is not in UTF-8.
             torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
             optimizer.state[parameters[0]]["slow_buffer"] = torch.ones(1000)
         optimizer.commit(extra=extra)

@@ -147,15 +147,17 @@ class Packer:
                 f"{where[:80]}... is nested more than {_DEEPEST} deep, which a commit cannot "
                 f"keep, or contains itself"
             )
-        if value is None or type(value) in (bool, str):
+        if value is None or type(value) is bool:
             return value
+        if type(value) is str:
+            return value if _is_unicode(value) else {"str": _base64(_utf8(value))}
         if type(value) is int:
             # JSON readers know numbers up to 2^53.
             return value if abs(value) < 2**53 else {"int": _text_of(value)}
         if type(value) is float:
             return value if math.isfinite(value) else {"float": repr(value)}
         if type(value) in _BYTES:
-            return {type(value).__name__: base64.b64encode(value).decode()}
+            return {type(value).__name__: _base64(value)}
         if isinstance(value, Tensor):
             return self._pack_tensor(value, where)
         if type(value) in (list, tuple):
@@ -192,7 +194,7 @@ class Packer:
         }
         if tensor.numel() * tensor.element_size() <= _SMALL:
             content = bytes(bytes_view(plain.cpu().contiguous()).tolist())
-            return {"small": base64.b64encode(content).decode()} | described
+            return {"small": _base64(content)} | described
         if self.tensors is None:
             raise TypeError(
                 f"{where} is a tensor of more than {_SMALL} bytes, which a commit keeps in "
@@ -200,6 +202,23 @@ class Packer:
             )
         self.tensors.append(plain)
         return {"tensor": len(self.tensors) - 1} | described
+
+
+def _base64(content: bytes | bytearray) -> str:
+    return base64.b64encode(content).decode()
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode(errors="surrogatepass")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text is without lone surrogates: readers refuse them, or join two of them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _text_of(number: int) -> str:
@@ -218,6 +237,8 @@ def unpack(value: Any, tensors: Mapping[int, Tensor]) -> Any:
         return int(content, 0)
     if kind == "float":
         return float(content)
+    if kind == "str":
+        return base64.b64decode(content).decode(errors="surrogatepass")
     if kind in ("bytes", "bytearray"):
         return {"bytes": bytes, "bytearray": bytearray}[kind](base64.b64decode(content))
     if kind == "tensor":
