@@ -206,9 +206,9 @@ class CommittingOptimizer(OffloadedBase):
                 run's store is in ``nvme_path`` (FileExistsError). The commit before is as it
                 was, and steps go on, unless the text says otherwise.
             TypeError: ``extra`` cannot be kept. Nothing has changed then.
-            ValueError: So too, if it is nested deeper or a tensor has lost its memory. ``step`` or ``keep`` is out of range, two parameters have one name, a
-                group has options that ``step()`` would refuse, or the processes are at
-                different steps.
+            ValueError: So too, if it is nested deeper or a tensor has lost its memory. ``step``
+                or ``keep`` is out of range, two parameters have one name, a group has options
+                that ``step()`` would refuse, or the processes are at different steps.
             RuntimeError: Between backward and ``step()`` with "update", after a failed step,
                 with ``verify=False``, or if a parameter no longer fits its state.
 
