@@ -342,7 +342,8 @@ def write_checkpoint(committed: Committed, directory: str) -> None:
         try:
             dcp.save(
                 committed.state_dict,
-                storage_writer=FileSystemWriter(directory),
+                # Copies ahead are for tensors on a device, and these are not.
+                storage_writer=FileSystemWriter(directory, per_thread_copy_ahead=0),
                 planner=_Planner(committed),
                 no_dist=True,
             )

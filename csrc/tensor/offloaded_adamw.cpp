@@ -152,6 +152,14 @@ const OptimizerOffload::Committed& chosen(
 }
 
 /// The store's first file, for errors.
+/// The name of the newest store that is there. A new one meets it, and is
+/// refused.
+StoreName name_in(const StateOptions& offload) {
+  const auto& directories = offload.nvme_path.all();
+  if (directories.empty()) return {};
+  return StoreName().newest_in(directories.front().path);
+}
+
 std::filesystem::path store_of(const StateOptions& offload,
                                const StoreName& name) {
   const auto& directories = offload.nvme_path.all();
@@ -1050,7 +1058,8 @@ OffloadedAdamW::OffloadedAdamW(const std::vector<OptimizerParamGroup>& groups,
 OffloadedAdamW::OffloadedAdamW(const std::vector<OptimizerParamGroup>& groups,
                                OffloadedAdamWOptions defaults,
                                const StateOptions& offload)
-    : OffloadedAdamW(groups, std::move(defaults), offload, Resumed()) {}
+    : OffloadedAdamW(groups, std::move(defaults), offload,
+                     Resumed{.name = name_in(offload)}) {}
 
 OffloadedAdamW::OffloadedAdamW(std::vector<at::Tensor> parameters,
                                OffloadedAdamWOptions defaults,
@@ -1109,10 +1118,7 @@ std::unique_ptr<OffloadedAdamW> OffloadedAdamW::resume(
   refuse(offload.state_format != defaults.state_format, "state_format");
   refuse(offload.seed != defaults.seed, "seed");
   // Python gives the store another name when it divides the state anew.
-  StoreName name;
-  if (!offload.nvme_path.all().empty()) {
-    name = name.newest_in(offload.nvme_path.all().front().path);
-  }
+  const StoreName name = name_in(offload);
   const std::vector<OptimizerOffload::Committed> commits =
       OptimizerOffload::find_commits({.store = {.directory = offload.nvme_path,
                                                 .aio = offload.aio,

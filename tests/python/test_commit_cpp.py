@@ -81,7 +81,8 @@ def begin(case, folder):
         optimizer.commit(extra=extra)
     if case.startswith(DIVIDED):
         # Smaller tiles are in a store of another name.
-        with OffloadedAdamW.resume(folder, parameters, host_memory="256KiB") as optimizer:
+        groups = groups_of(case, parameters)
+        with OffloadedAdamW.resume(folder, groups, host_memory="256KiB") as optimizer:
             optimizer.commit(extra=extra)
         assert os.listdir(folder) == ["state.r0-of-1.e1.d0.store"]
 

@@ -483,6 +483,26 @@ def test_two_divisions_of_one_epoch_are_an_error(tmp_path):
         found_in(tmp_path)
 
 
+def test_a_new_run_does_not_commit_beside_another(two, tmp_path, caplog):
+    """Else resume() would go on from the other one, and its commits would be lost."""
+    alone(tmp_path)
+    model, optimizer = found_in(tmp_path, state_format="bf16")
+    with optimizer:
+        optimizer.commit()
+    assert names(tmp_path) == ["state.r0-of-1.e1.d0.store"]
+    with caplog.at_level(logging.WARNING, "torch_ext"):
+        texts = [*two.run(refused_to_begin, tmp_path), refused_to_begin(tmp_path)]
+    assert all("e1.d0.store" in text and "another run is there" in text for text in texts)
+    assert "another run has committed in" in caplog.text
+    assert names(tmp_path) == ["state.r0-of-1.e1.d0.store"]
+
+
+def refused_to_begin(path):
+    with pytest.raises(FileExistsError) as caught:
+        begin(path, torch.float32, True, {})
+    return str(caught.value)
+
+
 def test_missing_shards_are_named(two, tmp_path):
     two.run(begin, tmp_path, torch.float32, True, {})
     os.remove(tmp_path / "state.r1-of-2.e0.d0.store")

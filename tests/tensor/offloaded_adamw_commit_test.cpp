@@ -761,7 +761,7 @@ TEST(CommitOfPythonTest, GoesOnInCpp) {
     StateOptions with{.nvme_path = folder,
                       .host_memory = std::uint64_t{1} << 20};
     std::unique_ptr<OffloadedAdamW> optimizer;
-    if (is_file(folder + "/" + kFile)) {
+    if (is_file(folder + "/" + StoreName().newest_in(folder).of_file(0))) {
       optimizer = OffloadedAdamW::resume(
           {OptimizerParamGroup({parameters[0], parameters[1]}),
            OptimizerParamGroup({parameters[2]})},

@@ -51,6 +51,7 @@ from torch_ext.optim._division import (
     Division,
     Source,
     UnfinishedError,
+    another_run_in,
     box_of,
     find_divisions,
     find_source,
@@ -114,6 +115,8 @@ class CommittingOptimizer(OffloadedBase):
     """An optimizer whose state can outlive the process."""
 
     _together: Together
+    _directories: list[tuple[str | bytes, int]]
+    _epoch = 0
     #: ``commit()`` keeps at least so many.
     _keep_commits = 1
     #: See committed_step and committed_extra.
@@ -224,6 +227,7 @@ class CommittingOptimizer(OffloadedBase):
             kept = max(whole_number(keep, "keep", 1), self._keep_commits)
             self._state.flush()
             self._check_to_commit()
+            self._check_is_alone()
             self._numbers_of_saved("commit()")  # Warns of state that it leaves out.
             return at, kept, json.dumps(self._document(tensors, include_parameters, extra))
 
@@ -240,6 +244,21 @@ class CommittingOptimizer(OffloadedBase):
             self._begun = done, extra
         self._log_notes()
         return done
+
+    def _check_is_alone(self) -> None:
+        """Raises FileExistsError if a first commit would stand beside another run's."""
+        if self._offload.next_generation() > 1:
+            return
+        other = another_run_in(self._directories, self._epoch, self._together.world)
+        if other is not None:
+            epoch, world, rank = other
+            place = _C.StorePlace(rank, world, epoch=epoch)
+            raise FileExistsError(
+                errno.EEXIST,
+                "a store of another run is there: resume it, remove it, or give another "
+                "directory",
+                os.path.join(os.fsdecode(self._directories[0][0]), place.file),
+            )
 
     def _make(
         self, step: int, document: str, tensors: list[Tensor], keep: int
@@ -601,7 +620,7 @@ class CommittingOptimizer(OffloadedBase):
 
     def _take_found(self, found: Found) -> None:
         """Becomes what ``resume()`` has found."""
-        self._needless = found.needless
+        self._needless, self._epoch = found.needless, found.epoch
         self._take_commit(found.commit, found.document, source=found.source)
 
     def _take_commit(
@@ -719,6 +738,16 @@ def place_of(
     directory, _ = directories_of(nvme_path, "nvme_path")[0]
     place = _C.StorePlace(together.rank, together.world)
     first = Path(os.fsdecode(directory), place.file)
+    if (
+        warns
+        and not first.exists()
+        and another_run_in(directories_of(nvme_path, "nvme_path"), 0, together.world)
+    ):
+        _logger.warning(
+            "another run has committed in %s. resume() goes on from it; this optimizer cannot "
+            "commit as long as its stores are there",
+            os.fsdecode(directory),
+        )
     if warns and first.exists():
         _logger.warning(
             "%s was committed by another run. resume() goes on from it; this optimizer cannot "

@@ -119,6 +119,17 @@ def next_epoch(directories: list[tuple[Any, int]]) -> int:
     return max((epoch + 1 for epoch, *_ in _seen(directories)), default=0)
 
 
+def another_run_in(
+    directories: list[tuple[Any, int]], epoch: int, world: int
+) -> tuple[int, int, int] | None:
+    """Returns (epoch, world, rank) of a store that would count, or be in doubt.
+
+    It stands beside a new one of ``epoch`` and ``world``. One of its name is not looked for.
+    """
+    others = [s for s in _seen(directories) if s[0] >= epoch and s[:2] != (epoch, world)]
+    return max(others, default=None)
+
+
 def newest_epoch(directories: list[tuple[Any, int]]) -> int:
     """Returns the newest epoch of a store of one process that is seen here, or 0."""
     return max((e for e, world, _ in _seen(directories) if world == 1), default=0)
