@@ -49,7 +49,7 @@ class CommitSource {
       const SourceOptions& options);
 
   const CommitDocument& document() const noexcept;
-  const std::string& path() const noexcept;  ///< Of the first file.
+  const std::string& path() const noexcept;  ///< The first file's.
 
   /// Returns the segment that has an element of a parameter with state, or of a
   /// value, whose bytes are field 0. Its memory is this object's, and stays

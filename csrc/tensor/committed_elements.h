@@ -56,9 +56,9 @@ struct CommittedShard {
 struct CommittedTensor {
   enum class Kind { kField, kMaster, kValue };
   Kind kind = Kind::kValue;
-  std::size_t field = 0;               ///< Of the layout.
-  c10::ScalarType dtype = at::kFloat;  ///< Of the parameter.
-  StateLayout layout = {};             ///< Of the committed state.
+  std::size_t field = 0;               ///< As the layout counts.
+  c10::ScalarType dtype = at::kFloat;  ///< The parameter's.
+  StateLayout layout = {};             ///< The committed state's.
 };
 
 /// Where the elements of a target are in shards.

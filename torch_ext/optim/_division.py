@@ -2,7 +2,7 @@
 
 Each process commits the boxes of parameters that it has. A run that goes on in the same
 division takes its store as it is. Any other run reads the old stores. For each of its own boxes
-it finds the old boxes that meet it, in whatever stores they are, and makes new state of them in
+it finds the old boxes that meet it, in whatever stores they are. It makes new state of them, in
 a store of the next epoch. Its first commit makes the old stores needless: they are removed.
 
 So files of several epochs may lie side by side after a crash. The newest epoch counts of which

@@ -12,9 +12,9 @@ there before the folder is complete, and the folder before is the one to go back
 never becomes so. That can happen again and again. So the last ``keep_commits`` generations
 stay, and one that was loaded counts as the newest: it goes after as many further ones.
 
-Of several processes with the same parameters, as under DistributedDataParallel, trainers ask
-rank 0 only, where a vote would hang. So rank 0 commits alone. All load: rank 0 sends the
-others what it has found.
+Under DistributedDataParallel several processes have the same parameters. Trainers then ask rank
+0 only, where a vote would hang. So rank 0 commits alone. All load: rank 0 sends the others what
+it has found.
 """
 
 from __future__ import annotations

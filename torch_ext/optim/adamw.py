@@ -170,8 +170,8 @@ class OffloadedAdamW(ReferringOptimizer):
             without the parameters, and says where that is: a kilobyte for a trainer to save
             beside the parameters. ``load_state_dict()`` goes back to that commit. Load the
             parameters that were saved with it, too. Before the first step it is the groups
-            alone. Of several processes with the same parameters (DistributedDataParallel),
-            rank 0 commits for all, and all load its ``state_dict()``. See docs/checkpoints.md.
+            alone. With DistributedDataParallel, rank 0 commits for all, and all load its
+            ``state_dict()``. See docs/checkpoints.md.
         keep_commits: With "commit", how many of the newest commits stay on the drive; None: 2.
             One that was loaded counts as the newest. A checkpoint that is being written refers
             to a commit already, so take one more than there are complete checkpoints.
@@ -284,10 +284,10 @@ class OffloadedAdamW(ReferringOptimizer):
         run was. ``step`` picks one of the commits that ``keep=`` has retained, by the caller's
         number; None takes the last one.
 
-        The run may be divided in another way: more processes or fewer, other shards, too little
-        ``host_memory`` for the tiles, another ``state_format``, or another ``nvme_path``, where
-        the state is to live from now on. Then new state is made of the old. The old stores are
-        removed by the first commit, but not if ``nvme_path`` is elsewhere.
+        The run may be divided in another way: more processes or fewer, other shards, another
+        ``state_format``, or less ``host_memory`` than the tiles need. ``nvme_path`` says where
+        the state is to live from now on, if not in ``path``. Then new state is made of the old.
+        The old stores are removed by the first commit, but not if ``nvme_path`` is elsewhere.
 
         Raises:
             FileNotFoundError: Nothing was committed there.
