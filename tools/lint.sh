@@ -34,10 +34,12 @@ for source in {file: 0 for layer in sources.values() for file in layer}: print("
 
 if [ "${1:-}" = --fix ]; then
   clang-format -i "${sources[@]}"
-  ruff format . && ruff check --fix .
+  ruff format .
+  ruff check --fix .
 else
   clang-format --dry-run --Werror "${sources[@]}"
-  ruff format --check . && ruff check .
+  ruff format --check .
+  ruff check .
   .venv/bin/python tools/prose.py
   check_locks
 fi
