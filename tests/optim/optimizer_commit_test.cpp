@@ -726,7 +726,7 @@ class Partly {
       : offload_(std::move(offload)) {}
   explicit Partly(const TileOptions& options)
       : Partly(std::make_unique<OptimizerOffload>(options)) {
-    for (const std::uint64_t size : {5000, 9000, 12000, 300}) {
+    for (const std::uint64_t size : {5000u, 9000u, 12000u, 300u}) {
       offload_->add_parameter(size, StateFields::floats(1));
     }
     offload_->add_state(std::vector<std::size_t>{1});
@@ -750,7 +750,7 @@ class Partly {
     std::uint64_t all = 0;
     Function compare([&](const StateSegment& segment) {
       for (std::uint64_t i = 0; i < segment.count; ++i, ++all) {
-        right += segment.field<std::uint32_t>(0)[i] == value ? 1 : 0;
+        right += segment.field<std::uint32_t>(0)[i] == value ? 1u : 0u;
       }
     });
     offload_->read_state(std::vector<std::size_t>{parameter}, compare);
