@@ -900,7 +900,7 @@ TEST_P(OptimizerCommitFaultTest, ARollbackThatFailsCanBeRepeated) {
     }
     const bool reached = script_->requests() > first + which;
     script_->set_plan(nullptr);
-    failures += failed ? 1 : 0;
+    failures += failed ? 1u : 0u;
     if (failed) training.rollback(1);
     ASSERT_EQ(training.wrong(), "") << "request " << which;
     if (!reached) break;

@@ -346,7 +346,7 @@ TEST_P(SnapshotTest, AKillAtAnyPointLeavesAWholeOneOrNone) {
       for (const auto& file : files_in(there_)) std::filesystem::remove(file);
     } else {
       ASSERT_NE(left, Place::kOther) << points[i - 1];
-      unfinished += left == Place::kUnfinished ? 1 : 0;
+      unfinished += left == Place::kUnfinished ? 1u : 0u;
       ASSERT_FALSE(std::filesystem::exists(files_in(there_)[0]));
     }
     ASSERT_NO_THROW(training->offload().snapshot(listed(there_)))

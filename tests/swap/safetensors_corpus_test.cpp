@@ -12,7 +12,7 @@ TEST(SafetensorsCorpusTest, EveryFileIsReadOrRefusedInAFewWords) {
   const auto inputs = test::corpus("safetensors");
   std::size_t read = 0;
   for (const auto& [name, data] : inputs) {
-    read += fuzz_safetensors(data.data(), data.size()) ? 1 : 0;
+    read += fuzz_safetensors(data.data(), data.size()) ? 1u : 0u;
   }
   EXPECT_GE(inputs.size(), 60u);
   EXPECT_GE(read, 10u);
