@@ -429,6 +429,7 @@ TEST_P(RunningCommitCutTest, ACutBesideStepsLosesNoCommit) {
       acknowledged[disk.events()] = 0;  // A number for the time before.
       const std::uint64_t generation = ticket.wait().generation;
       acknowledged[disk.events()] = generation;
+      training.on_update = {};  // The number goes.
     }
     std::erase_if(acknowledged, [](const auto& at) { return at.second == 0; });
     training.step();
