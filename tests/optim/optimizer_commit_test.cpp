@@ -181,7 +181,7 @@ class Training {
   /// State and values after so many steps.
   using Arrays = std::vector<std::vector<std::uint32_t>>;
   static std::pair<Arrays, Arrays> expected(std::uint64_t steps) {
-    static std::map<std::uint64_t, std::pair<Arrays, Arrays>> known;
+    thread_local std::map<std::uint64_t, std::pair<Arrays, Arrays>> known;
     const auto found = known.find(steps);
     if (found != known.end()) return found->second;
     std::pair<Arrays, Arrays> result;

@@ -132,7 +132,7 @@ class CommitTraining {
   using Arrays = std::vector<std::vector<std::uint32_t>>;
   /// State and values after so many steps.
   static const std::pair<Arrays, Arrays>& expected(std::uint64_t steps) {
-    static std::map<std::uint64_t, std::pair<Arrays, Arrays>> known;
+    thread_local std::map<std::uint64_t, std::pair<Arrays, Arrays>> known;
     if (known.empty()) {
       for (const std::uint64_t size : kSizes) {
         known[0].first.emplace_back(size, 0);
