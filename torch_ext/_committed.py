@@ -17,7 +17,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,12 +35,14 @@ from torch_ext.optim._commit import (
 )
 from torch_ext.optim._division import (
     ADAMW_FIELDS,
+    Box,
     Source,
-    UnfinishedError,
+    committed_box,
+    common_elements,
     find_divisions,
     find_source,
+    look_in_newest,
     place_in_whole,
-    warn_of_unfinished,
 )
 from torch_ext.optim._together import Together
 
@@ -56,15 +58,6 @@ _PIECE = 1 << 24
 LOST = (errno.ESTALE, errno.EIO, errno.ENOENT)
 
 Make = Callable[[tuple[int, ...], torch.dtype], Tensor]
-Box = tuple[tuple[int, ...], tuple[int, ...]]  #: Where it begins in the whole, and its sizes.
-
-
-class _Alone(Together):
-    """One process, whatever ``torch.distributed`` says."""
-
-    def __init__(self) -> None:
-        self._group = None
-        self.rank, self.world = 0, 1
 
 
 @dataclass(frozen=True)
@@ -139,18 +132,17 @@ class Committed:
 
     def _newest(self) -> Source:
         """Returns what ``resume()`` would find."""
-        alone = _Alone()
+        alone = Together().alone()
         divisions = find_divisions(alone, self._directories)
         if not divisions:
             raise FileNotFoundError(
                 errno.ENOENT, "nothing was committed here", os.fsdecode(self._directories[0][0])
             )
-        for division, older in zip(divisions, divisions[1:], strict=False):
-            try:
-                return find_source(alone, division, self._directories, *self._how)
-            except (FileNotFoundError, UnfinishedError):
-                warn_of_unfinished(alone, division.epoch, older.epoch)
-        return find_source(alone, divisions[-1], self._directories, *self._how)
+        return look_in_newest(
+            alone,
+            divisions,
+            lambda division: find_source(alone, division, self._directories, *self._how),
+        )
 
     @classmethod
     def find(cls, path: Directories, step: int | None = None, **more: Any) -> Committed:
@@ -279,15 +271,8 @@ class Committed:
         """Returns the parts of a parameter. What several processes have is one of them."""
         shards: dict[Box, _Shard] = {}
         for rank, entry in entries.items():
-            whole, begin = place_in_whole(entry)
-            if begin is None:
-                raise ValueError(
-                    f"the commit does not say which part of {name} each process has, so it "
-                    f"can be resumed only by as many processes in the same division"
-                )
-            sizes = tuple(entry["shape"])
-            order = list(entry["order"])
-            order += [dim for dim in range(len(sizes)) if dim not in order]
+            whole, _ = place_in_whole(entry)
+            (begin, sizes), order = committed_box(name, entry)
             for size, first, part in zip(whole, begin, sizes, strict=True):
                 if not 0 <= first <= first + part <= size:
                     raise KeyError("begin")
@@ -295,7 +280,7 @@ class Committed:
             item = _dtype_of(entry["dtype"]).itemsize
             if value is not None and self._values[rank][value] != (math.prod(sizes), item):
                 raise KeyError("value")
-            shard = _Shard(rank, entry["slot"], value, tuple(begin), sizes, tuple(order))
+            shard = _Shard(rank, entry["slot"], value, begin, sizes, order)
             shards.setdefault((shard.begin, sizes), shard)
         there = sum(math.prod(sizes) for _, sizes in shards)
         if there != (needed := math.prod(whole)):
@@ -358,10 +343,10 @@ class Committed:
         shards = [
             shard
             for shard in stored.shards
-            if _meet((shard.begin, shard.sizes), (begin, tuple(out.shape)))
+            if common_elements((shard.begin, shard.sizes), (begin, tuple(out.shape)))
             and box in (None, (shard.begin, shard.sizes))
         ]
-        parts = self.shards(Stored(**(vars(stored) | {"shards": tuple(shards)})))
+        parts = self.shards(replace(stored, shards=tuple(shards)))
         with plain_modes():
             for place, piece in _pieces(begin, out):
                 self._read_piece(stored, parts, place, piece)
@@ -490,10 +475,6 @@ def _dtype_of(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise KeyError("dtype")
     return dtype
-
-
-def _meet(a: Box, b: Box) -> bool:
-    return all(x < y + m and y < x + n for x, n, y, m in zip(*a, *b, strict=True))
 
 
 def _pieces(begin: tuple[int, ...], out: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:

@@ -277,6 +277,7 @@ def _to_dcp(committed: Committed, target: str, progress: _Progress | None) -> No
     folder, name = os.path.split(target)
     _counted(committed, progress)
     new = tempfile.mkdtemp(prefix=f".{name}.", suffix=".torch_ext-new", dir=folder)
+    old = None
     try:
         write_checkpoint(committed, new)
         for each in os.listdir(new):
@@ -285,12 +286,13 @@ def _to_dcp(committed: Committed, target: str, progress: _Progress | None) -> No
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(new, 0o777 & ~umask)
-        old = None
         if os.path.lexists(target):
             old = tempfile.mkdtemp(prefix=f".{name}.", suffix=".torch_ext-old", dir=folder)
             os.rename(target, old)
         os.rename(new, target)
     except BaseException:
+        if old is not None and not os.path.lexists(target):
+            os.rename(old, target)
         shutil.rmtree(new, ignore_errors=True)
         raise
     _sync(folder)

@@ -196,14 +196,6 @@ void bind_source(py::module_& m) {
            }),
            py::arg("files"), py::arg("aio"), py::arg("engine"),
            py::arg("generation"))
-      .def_property_readonly("document",
-                             [](const CommitSource& source) {
-                               return source.document().of_caller;
-                             })
-      .def_property_readonly("tile_bytes",
-                             [](const CommitSource& source) {
-                               return source.document().tile_bytes;
-                             })
       .def_property_readonly(
           "values",
           [](const CommitSource& source) {
@@ -213,19 +205,15 @@ void bind_source(py::module_& m) {
             }
             return all;
           })
-      /// For each slot its steps, or None without state.
-      .def_property_readonly(
-          "steps",
-          [](const CommitSource& source) {
-            py::list all;
-            for (const auto& parameter : source.document().parameters) {
-              all.append(parameter.has_state
-                             ? py::object(py::int_(parameter.step))
-                             : py::none());
-            }
-            return all;
-          })
-      .def_property_readonly("bytes_read", &CommitSource::bytes_read);
+      // For each slot its steps, or None without state.
+      .def_property_readonly("steps", [](const CommitSource& source) {
+        py::list all;
+        for (const auto& parameter : source.document().parameters) {
+          all.append(parameter.has_state ? py::object(py::int_(parameter.step))
+                                         : py::none());
+        }
+        return all;
+      });
   m.def(
       "list_commits",
       [](const std::vector<std::filesystem::path>& files, const AioConfig& aio,

@@ -121,7 +121,6 @@ class CommitSource::Impl {
 
   const CommitDocument& document() const noexcept { return document_; }
   const std::string& path() const noexcept { return store_.file().path(); }
-  std::uint64_t bytes_read() const { return store_.stats().bytes_read; }
 
  private:
   struct Slot {
@@ -271,6 +270,8 @@ std::vector<std::vector<OptimizerOffload::Committed>> CommitSource::list(
         fail(path, EIO, error.what());
       }
     }
+    // A commit that was renewed stands behind newer ones.
+    std::ranges::sort(commits, {}, &OptimizerOffload::Committed::generation);
   }
   if (!all.empty()) return all;
   const std::string damage = damage_of(reader);
@@ -293,26 +294,5 @@ const StateSegment& CommitSource::value_at(std::size_t value,
                                            std::uint64_t element) {
   return impl_->segment_at(/*is_state=*/false, value, element);
 }
-
-void CommitSource::read_value(std::size_t value, std::uint64_t first,
-                              std::span<std::byte> out) {
-  if (out.empty()) return;
-  if (value >= document().values.size()) {
-    throw std::out_of_range("commit: there is no value " +
-                            std::to_string(value));
-  }
-  const std::uint32_t item = document().values[value].element_bytes;
-  while (!out.empty()) {
-    const StateSegment& segment = value_at(value, first);
-    const std::uint64_t skip = first - segment.first;
-    const std::size_t bytes =
-        std::min<std::uint64_t>(out.size(), (segment.count - skip) * item);
-    std::copy_n(segment.fields[0] + skip * item, bytes, out.data());
-    out = out.subspan(bytes);
-    first += bytes / item;
-  }
-}
-
-std::uint64_t CommitSource::bytes_read() const { return impl_->bytes_read(); }
 
 }  // namespace torch_ext

@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
-#include <span>
 #include <string>
 #include <vector>
 
@@ -58,13 +57,6 @@ class CommitSource {
   /// another commit in place of this one. std::out_of_range.
   const StateSegment& state_at(std::size_t parameter, std::uint64_t element);
   const StateSegment& value_at(std::size_t value, std::uint64_t element);
-
-  /// Copies elements of a value. Errors: those of value_at().
-  void read_value(std::size_t value, std::uint64_t first,
-                  std::span<std::byte> out);
-
-  /// Bytes that were read so far, padded.
-  std::uint64_t bytes_read() const;
 
  private:
   class Impl;

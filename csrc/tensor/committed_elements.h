@@ -357,7 +357,9 @@ inline ReadElements read_committed(std::shared_ptr<CommittedElements> elements,
     constexpr std::uint64_t kPiece = 16384;
     auto* out = static_cast<std::byte*>(to);
     const c10::ScalarType own = elements->dtype();
-    own_raw.resize(kPiece * (2 + sizeof(float) + sizeof(float)));
+    // A master, what is kept of it, and half of it; or an element to convert.
+    own_raw.resize(kPiece * std::max<std::size_t>(2 * sizeof(float) + 2,
+                                                  c10::elementSize(own)));
     for (; count > 0;) {
       const std::uint64_t piece = std::min(count, kPiece);
       if (value) {

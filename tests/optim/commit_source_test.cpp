@@ -11,7 +11,6 @@
 #include <filesystem>
 #include <fstream>
 #include <random>
-#include <span>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -65,13 +64,6 @@ class CommitSourceTest : public testing::TestWithParam<std::size_t> {
       if (value.field<std::uint32_t>(0)[element - value.first] !=
           values[number][element]) {
         return "a value of " + std::to_string(number) + " is wrong";
-      }
-    }
-    for (std::size_t i = 0; i < values.size(); ++i) {
-      std::vector<std::uint32_t> found(values[i].size() - 1);
-      source.read_value(i, 1, std::as_writable_bytes(std::span(found)));
-      if (!std::equal(found.begin(), found.end(), values[i].begin() + 1)) {
-        return "value " + std::to_string(i) + " is wrong";
       }
     }
     return "";
@@ -142,8 +134,7 @@ TEST_P(CommitSourceTest, SaysWhatIsNotThere) {
   EXPECT_THROW(commit.state_at(0, 5000), std::out_of_range);
   EXPECT_THROW(commit.state_at(5, 0), std::out_of_range);
   EXPECT_THROW(commit.value_at(9, 0), std::out_of_range);
-  std::vector<std::byte> much(4 * 301);
-  EXPECT_THROW(commit.read_value(1, 0, much), std::out_of_range);
+  EXPECT_THROW(commit.value_at(1, 300), std::out_of_range);
   SourceOptions swapped = source();
   std::ranges::reverse(swapped.files);
   if (swapped.files.size() > 1) {

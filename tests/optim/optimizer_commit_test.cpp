@@ -460,16 +460,8 @@ class OptimizerCommitCutTest : public OptimizerCommitTest {
         if (at <= events) least = generation;
       }
       for (std::size_t i = 0; i < draws; ++i) {
-        const auto left = disk_.after_cut(
-            events, [&](const ForgetfulDisk::Unsynced&, std::size_t) {
-              using Kept = ForgetfulDisk::Kept;
-              if (i == 0) return Kept::kNothing;
-              if (i == 1) return Kept::kAll;
-              const auto drawn = random() % 8;
-              return drawn == 0  ? Kept::kTorn
-                     : drawn % 2 ? Kept::kAll
-                                 : Kept::kNothing;
-            });
+        const auto left =
+            disk_.after_cut(events, ForgetfulDisk::any(i, random));
         ++states;
         const auto resumed = Training::resume(options(left->factory()));
         const auto commits = resumed->offload().commits();
@@ -643,14 +635,9 @@ TEST_P(OptimizerGroupTest, ACrashLeavesTheSameCommitToAll) {
     std::array<std::unique_ptr<ForgetfulDisk>, kRanks> left;
     std::array<std::vector<std::uint64_t>, kRanks> roots;
     for (std::size_t rank = 0; rank < kRanks; ++rank) {
-      left[rank] = disks_[rank].after_cut(
-          events[rank], [&](const ForgetfulDisk::Unsynced&, std::size_t) {
-            using Kept = ForgetfulDisk::Kept;
-            const auto drawn = random() % 8;
-            return drawn == 0  ? Kept::kTorn
-                   : drawn % 2 ? Kept::kAll
-                               : Kept::kNothing;
-          });
+      constexpr std::size_t kDrawn = 2;
+      left[rank] = disks_[rank].after_cut(events[rank],
+                                          ForgetfulDisk::any(kDrawn, random));
       for (const auto& commits :
            OptimizerOffload::find_commits(options_of(rank, *left[rank]))) {
         roots[rank].push_back(commits.back().generation);

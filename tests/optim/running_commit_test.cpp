@@ -376,16 +376,7 @@ class RunningCommitCutTest : public RunningCommitTest {
         if (at <= events) least = generation;
       }
       for (std::size_t i = 0; i < draws; ++i) {
-        const auto left = disk.after_cut(
-            events, [&](const ForgetfulDisk::Unsynced&, std::size_t) {
-              using Kept = ForgetfulDisk::Kept;
-              if (i == 0) return Kept::kNothing;
-              if (i == 1) return Kept::kAll;
-              const auto drawn = random() % 8;
-              return drawn == 0  ? Kept::kTorn
-                     : drawn % 2 ? Kept::kAll
-                                 : Kept::kNothing;
-            });
+        const auto left = disk.after_cut(events, ForgetfulDisk::any(i, random));
         ++states;
         const auto resumed = CommitTraining::resume(options(left->factory()));
         ASSERT_GE(resumed->offload().commits().back().generation, least)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from test_commit import bits, equal, options, the_same_state
 
 from torch_ext import Commit, OffloadedAdamW, OffloadedOptimizer
 
@@ -35,25 +36,6 @@ def train(model, optimizer, steps):
         model(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def bits(model):
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def equal(a, b):
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def the_same_state(a, b):
-    for p, q in zip(a["state"].values(), b["state"].values(), strict=True):
-        assert p.keys() == q.keys()
-        for name, value in p.items():
-            assert torch.equal(value, q[name]), name
-
-
-def options(path, **more):
-    return {"lr": 1e-2, "nvme_path": path, "host_memory": "1MiB"} | more
 
 
 @pytest.mark.parametrize("host_memory", BUDGETS)
@@ -166,7 +148,7 @@ def test_what_a_commit_says_is_known_when_it_is_done(tmp_path):
                 done.wait(wrong)
             with pytest.raises(error, match="timeout must be None or"):
                 waited_for.wait_source(wrong)
-        # What is in flight is no promise yet, and is one at the end.
+        # A commit in flight is no promise yet. It is one at the end.
         begun = optimizer.commit(8, wait=False)
         while not begun.done():
             assert optimizer.committed_step in (7, 8)

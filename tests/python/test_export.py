@@ -3,6 +3,7 @@
 Read by the safetensors library, torch.load, torch.optim.AdamW and torch.distributed.checkpoint.
 """
 
+import errno
 import io
 import json
 import os
@@ -293,6 +294,25 @@ def test_what_is_there_is_replaced_only_on_demand(tmp_path, committed, format):
     assert content() == before
     assert os.listdir(tmp_path) == ["out"]
     torch_ext.export(store, out, format, overwrite=True)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_could_not_be_replaced_is_there_again(tmp_path, committed, monkeypatch):
+    store, _, _ = committed
+    out = tmp_path / "out"
+    torch_ext.export(store, out, format="dcp")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    rename = os.rename
+
+    def fail(source, target):
+        if str(source).endswith("-new"):
+            raise OSError(errno.EIO, "the drive failed")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="the drive failed"):
+        torch_ext.export(store, out, format="dcp", overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert os.listdir(tmp_path) == ["out"]
 
 

@@ -72,6 +72,18 @@ class ForgetfulDisk {
   /// Tells it of block number `block` of a write.
   using Survives =
       std::function<Kept(const Unsynced& write, std::size_t block)>;
+  /// What survives cut number `i` at the same event: nothing, all, and then a
+  /// part that is drawn. `random` outlives the result.
+  template <typename Random>
+  static Survives any(std::size_t i, Random& random) {
+    return [i, &random](const Unsynced&, std::size_t) {
+      if (i == 0) return Kept::kNothing;
+      if (i == 1) return Kept::kAll;
+      const auto drawn = random() % 8;
+      return drawn == 0 ? Kept::kTorn : drawn % 2 ? Kept::kAll : Kept::kNothing;
+    };
+  }
+
   /// The disk as a power cut after the first `events` events leaves it.
   std::unique_ptr<ForgetfulDisk> after_cut(std::size_t events,
                                            const Survives& survives) const {

@@ -50,18 +50,17 @@ from torch_ext.optim._commit import (
 from torch_ext.optim._division import (
     Division,
     Source,
-    UnfinishedError,
     another_run_in,
     box_of,
     find_divisions,
     find_source,
     groups_of,
+    look_in_newest,
     needless_stores,
     newest_common,
     next_epoch,
     place_in_whole,
     remove_stores,
-    warn_of_unfinished,
 )
 from torch_ext.optim._dtensor import first_element, local_of
 from torch_ext.optim._together import Together
@@ -469,12 +468,7 @@ class CommittingOptimizer(OffloadedBase):
             return Found(where, commit, document, 0, together, epoch, source, needless)
 
         divisions = find_divisions(together, old) or [Division(0, together.world)]
-        for division, older in zip(divisions, divisions[1:], strict=False):
-            try:
-                return look_in(division)
-            except (FileNotFoundError, UnfinishedError):
-                warn_of_unfinished(together, division.epoch, older.epoch)
-        return look_in(divisions[-1])
+        return look_in_newest(together, divisions, look_in)
 
     @classmethod
     def _resumed(
@@ -735,24 +729,21 @@ def place_of(
             epoch=found.epoch,
         )
         return found.directories, place
-    directory, _ = directories_of(nvme_path, "nvme_path")[0]
+    directories = directories_of(nvme_path, "nvme_path")
+    directory = os.fsdecode(directories[0][0])
     place = _C.StorePlace(together.rank, together.world)
-    first = Path(os.fsdecode(directory), place.file)
-    if (
-        warns
-        and not first.exists()
-        and another_run_in(directories_of(nvme_path, "nvme_path"), 0, together.world)
-    ):
-        _logger.warning(
-            "another run has committed in %s. resume() goes on from it; this optimizer cannot "
-            "commit as long as its stores are there",
-            os.fsdecode(directory),
-        )
+    first = Path(directory, place.file)
     if warns and first.exists():
         _logger.warning(
             "%s was committed by another run. resume() goes on from it; this optimizer cannot "
             "commit as long as it is there",
             first,
+        )
+    elif warns and another_run_in(directories, 0, together.world):
+        _logger.warning(
+            "another run has committed in %s. resume() goes on from it; this optimizer cannot "
+            "commit as long as its stores are there",
+            directory,
         )
     return nvme_path, place
 

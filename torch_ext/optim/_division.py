@@ -17,10 +17,10 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ from torch_ext.optim._dtensor import first_element, is_distributed, local_of
 from torch_ext.optim._together import Together
 
 _logger = logging.getLogger("torch_ext")
+
+T = TypeVar("T")
 
 _FILE = re.compile(r"state\.r(\d+)-of-(\d+)\.e(\d+)\.d\d+\.store")
 
@@ -80,11 +82,31 @@ def place_in_whole(entry: Mapping[str, Any]) -> tuple[list[int], list[int] | Non
     return entry.get("whole", shape), entry.get("begin", [0] * len(shape))
 
 
-def _meets(begin: list[int], sizes: list[int], other: list[int], others: list[int]) -> int:
+Box = tuple[tuple[int, ...], tuple[int, ...]]  #: Where it begins in the whole, and its sizes.
+
+
+def committed_box(name: str, entry: Mapping[str, Any]) -> tuple[Box, tuple[int, ...]]:
+    """Returns the box that a committed part is, and the order of its dimensions in memory.
+
+    Raises:
+        ValueError: The commit does not say where the part of the parameter ``name`` begins.
+    """
+    _, begin = place_in_whole(entry)
+    if begin is None:
+        raise ValueError(
+            f"the commit does not say which part of {name} each process has, so it can be "
+            f"resumed only by as many processes in the same division"
+        )
+    sizes = tuple(entry["shape"])
+    # Dimensions of size 1 are left out, and may stand anywhere.
+    order = [*entry["order"], *(dim for dim in range(len(sizes)) if dim not in entry["order"])]
+    return (tuple(begin), sizes), tuple(order)
+
+
+def common_elements(box: Box, other: Box) -> int:
     """Returns how many elements two boxes have in common."""
     return math.prod(
-        max(0, min(a + n, b + m) - max(a, b))
-        for a, n, b, m in zip(begin, sizes, other, others, strict=True)
+        max(0, min(a + n, b + m) - max(a, b)) for a, n, b, m in zip(*box, *other, strict=True)
     )
 
 
@@ -166,11 +188,11 @@ def find_divisions(together: Together, directories: list[tuple[Any, int]]) -> li
         )
     last = max(division.epoch for division in ranks)
     if whole[0].epoch < last:
-        warn_of_unfinished(together, last, whole[0].epoch)
+        _warn_of_unfinished(together, last, whole[0].epoch)
     return whole
 
 
-def warn_of_unfinished(together: Together, epoch: int, taken: int) -> None:
+def _warn_of_unfinished(together: Together, epoch: int, taken: int) -> None:
     """Logs, once, that a division was cut off in its first commit."""
     if together.rank > 0:
         return
@@ -185,6 +207,22 @@ def warn_of_unfinished(together: Together, epoch: int, taken: int) -> None:
 
 class UnfinishedError(OSError):
     """A first commit of several processes was cut off, or failed."""
+
+
+def look_in_newest(
+    together: Together, divisions: list[Division], look: Callable[[Division], T]
+) -> T:
+    """Returns what ``look`` returns for the newest of the divisions that has a commit.
+
+    Raises:
+        Exception: What it raises, unless a newer division has no commit of all processes.
+    """
+    for division, older in zip(divisions, divisions[1:], strict=False):
+        try:
+            return look(division)
+        except (FileNotFoundError, UnfinishedError):
+            _warn_of_unfinished(together, division.epoch, older.epoch)
+    return look(divisions[-1])
 
 
 def newest_common(roots: Mapping[int, list[int]], world: int) -> int:
@@ -254,24 +292,6 @@ def remove_stores(stores: Iterable[_stores.StoreFiles]) -> None:
 
 
 # Commits of another division ---------------------------------------------------------------
-
-
-@dataclass
-class _Part:
-    """What one old store has of a parameter."""
-
-    rank: int
-    entry: dict[str, Any]
-
-    @property
-    def begin(self) -> list[int]:
-        begin = place_in_whole(self.entry)[1]
-        if begin is None:
-            raise ValueError(
-                "the commit does not say which part of a parameter each process has, so it can "
-                "be resumed only by as many processes in the same division"
-            )
-        return begin
 
 
 class Source:
@@ -373,28 +393,24 @@ class Source:
         begin = mine.get("begin", [0] * len(sizes))
         if begin is None:
             raise ValueError(f"{name} is distributed in a way whose places cannot be told")
-        same_box: dict[tuple[int, ...], list[_Part]] = defaultdict(list)
+        ranks_of: dict[Box, list[int]] = defaultdict(list)
         for rank, document in self.documents.items():
-            part = _Part(rank, document["parameters"][name])
-            box = (*part.begin, *part.entry["shape"])
-            same_box[box].append(part)
+            box, _ = committed_box(name, document["parameters"][name])
+            ranks_of[box].append(rank)
         shards, there, steps = [], 0, set()
         needed = math.prod(sizes)
-        for parts in same_box.values():
-            part = parts[self.together.rank % len(parts)]
-            common = _meets(begin, sizes, part.begin, part.entry["shape"])
-            slot = part.entry["slot"]
+        for box, ranks in ranks_of.items():
+            common = common_elements((tuple(begin), tuple(sizes)), box)
             if common == 0 and needed > 0:
                 continue
-            source = self.store(part.rank)
+            rank = ranks[self.together.rank % len(ranks)]  # All have the same.
+            theirs = self.documents[rank]["parameters"][name]
+            source, slot = self.store(rank), theirs["slot"]
             steps.add(source.steps[slot])
             there += common
-            order = list(part.entry["order"])
-            shape = part.entry["shape"]
-            order += [dim for dim in range(len(shape)) if dim not in order]
             if common:
-                value = part.entry["value"]
-                shards.append((source, slot, value, part.begin, shape, order))
+                _, order = committed_box(name, theirs)
+                shards.append((source, slot, theirs["value"], *map(list, (*box, order))))
         if there < needed:
             raise _missing(self.division, self.stores, f" (for {name})")
         if len(steps) > 1:
@@ -441,10 +457,9 @@ class Source:
 def _commits_of(store: _stores.StoreFiles, aio: Any, engine: str) -> list[list[Any]]:
     try:
         return _C.list_commits(store.paths, aio, engine)
-    except FileNotFoundError as error:
+    except FileNotFoundError:
         if not os.path.exists(store.path):
             raise
-        _logger.debug("%s", error)
         return []  # It has a tombstone.
 
 
@@ -463,11 +478,11 @@ def find_source(
 
     def look() -> tuple[dict[int, _stores.StoreFiles], dict[int, Any], str]:
         found, problems = _stores_in(directories)
-        wanted = {"world": division.world, "epoch": division.epoch}
         stores = {
             store.division["rank"]: store
             for store in found
-            if store.division == store.division | wanted and store.missing() is None
+            if Division(store.division["epoch"], store.division["world"]) == division
+            and store.missing() is None
         }
         problems += [p for store in found if (p := store.missing()) is not None]
         lists = {rank: _commits_of(store, aio, engine) for rank, store in stores.items()}

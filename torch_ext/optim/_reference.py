@@ -271,7 +271,8 @@ class ReferringOptimizer(CommittingOptimizer):
         offload = self._make_offload(directories=directories, place=place)
         before = dict(self.__dict__)
         self._bind(offload)
-        self._directories = directories
+        self._directories, self._epoch = directories, epoch
+        self._needless = ()  # They may be the store that it takes.
         try:
             self._take_commit(commit, document, groups)
         except BaseException:

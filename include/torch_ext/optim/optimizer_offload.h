@@ -413,7 +413,7 @@ class OptimizerOffload {
   SnapshotReport snapshot(const DirectoryList& directory,
                           const SnapshotGroup& group = {});
 
-  /// What is where snapshot() would put its files.
+  /// Something may have the names of snapshot()'s files.
   enum class SnapshotPlace {
     kFree,
     kUnfinished,  ///< What a snapshot() there that was killed has left.
