@@ -184,6 +184,18 @@ def loaded_or_refused(path):
 STRICTER = {"every_dtype", "shape_zero_and_huge", "shape_65_dimensions", "metadata_key_twice"}
 
 
+def test_a_file_of_many_pieces_is_read_bit_for_bit(path):
+    library = pytest.importorskip("safetensors.torch")
+    # Larger than all buffers together, with edges that no piece or page has.
+    tensors = {
+        "first": torch.randint(0, 256, (70 * 2**20 + 1,), dtype=torch.uint8),
+        "second": torch.randn(5 * 2**20 + 7),
+    }
+    library.save_file(tensors, path)
+    loaded = torch_ext.load(path)
+    assert all(torch.equal(loaded[name], each) for name, each in tensors.items())
+
+
 def test_files_are_refused_where_the_library_refuses_them():
     library = pytest.importorskip("safetensors")
     taken, only_theirs = 0, set()

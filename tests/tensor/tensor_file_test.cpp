@@ -124,6 +124,30 @@ TEST(TensorFileTest, EachReadThatFailsIsAnErrorWithThePath) {
   }
 }
 
+TEST(TensorFileTest, EachReadOfALargeFileThatFailsIsAnErrorToo) {
+  const Place place;
+  // More pieces than are on their way at once, and a part of one.
+  save_tensors(place.path, {{"x", bytes((std::int64_t{81} << 20) + 3)}}, {});
+  const auto options = [](const std::shared_ptr<FaultScript>& script) {
+    TensorFileOptions options = faulty(script);
+    options.aio.block_size = std::uint64_t{8} << 20;
+    return options;
+  };
+  auto script = std::make_shared<FaultScript>();
+  const NamedTensors loaded = load_tensors(place.path, {}, options(script));
+  const std::string file = content(place.path);
+  const auto size = static_cast<std::size_t>(loaded[0].second.numel());
+  EXPECT_EQ(std::memcmp(loaded[0].second.const_data_ptr(),
+                        file.data() + file.size() - size, size),
+            0);
+  const std::size_t requests = script->requests();
+  ASSERT_GT(requests, 10u);
+  for (std::size_t i = 0; i < requests; ++i) {
+    script = std::make_shared<FaultScript>(test::only(i, Fault::fail(EIO)));
+    EXPECT_THROW(load_tensors(place.path, {}, options(script)), IoError) << i;
+  }
+}
+
 TEST(TensorFileTest, AnInterruptEndsASaveAndKeepsTheOldFile) {
   const Place place;
   std::ofstream(place.path) << "old";

@@ -26,7 +26,8 @@ struct TensorFileOptions {
   /// "auto" or one of engine_names(); see make_queue().
   std::string engine = "auto";
   /// Bytes of page-locked buffers, for tensors on a device, or whose memory
-  /// direct I/O cannot take.
+  /// direct I/O cannot take. Also of the buffers for a load on the CPU of more
+  /// than 16 MiB, which takes at least 32 MiB of them.
   std::uint64_t host_memory = std::uint64_t{64} << 20;
   /// Overrides `engine` if it is set. Tests put a faulty engine in here.
   IoEngineFactory engine_factory = {};
