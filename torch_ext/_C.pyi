@@ -208,14 +208,14 @@ class TensorOffload:
         tensors: list[torch.Tensor],
         keep: int,
         generation: int = 0,
-        vote: Callable[[bool], bool] | None = None,
+        vote: Callable[[Callable[[], None]], bool] | None = None,
     ) -> tuple[int, int, int, int, float]: ...
     def snapshot(
         self,
         directories: list[tuple[str | bytes | os.PathLike[str], int]],
         place: str = "",
         replace: bool = False,
-        vote: Callable[[bool], bool] | None = None,
+        vote: Callable[[Callable[[], None]], bool] | None = None,
     ) -> tuple[int, bool, int, float]: ...
     def look_at_snapshot(
         self,
@@ -223,7 +223,13 @@ class TensorOffload:
         place: str = "",
     ) -> str: ...
     def start_commit(
-        self, step: int, document: str, tensors: list[torch.Tensor], keep: int
+        self,
+        step: int,
+        document: str,
+        tensors: list[torch.Tensor],
+        keep: int,
+        generation: int = 0,
+        vote: Callable[[Callable[[], None]], bool] | None = None,
     ) -> CommitTicket: ...
     def commits(self) -> list[tuple[int, int, int, str]]: ...
     def take_commit(

@@ -136,8 +136,8 @@ auto without_gil(Call call) {
   return call();
 }
 
-/// A function of Python's that the library calls on the calling thread, which
-/// has let go of the GIL.
+/// A function of Python's that the library calls on a thread that has not the
+/// GIL. It is made and destroyed with the GIL.
 class PythonFunction {
  public:
   explicit PythonFunction(py::function function)
@@ -182,13 +182,31 @@ class PythonFunction {
   std::optional<py::error_already_set> error_;
 };
 
-/// How a group votes: by a function of Python's, which must outlive it.
-std::function<bool(bool)> asking(PythonFunction& vote) {
-  return [&vote](bool good) {
+/// How a group votes: by a function of Python's, which must outlive it. It is
+/// given a function that raises this process's error, if there is one.
+torch_ext::GroupVote asking(PythonFunction& vote) {
+  return [&vote](const std::exception_ptr& error) {
     bool all = false;
-    vote([&] { return py::bool_(good); },
-         [&](const py::object& result) { all = result.cast<bool>(); });
+    vote(
+        [&] {
+          return py::cpp_function([error] {
+            if (error != nullptr) std::rethrow_exception(error);
+          });
+        },
+        [&](const py::object& result) { all = result.cast<bool>(); });
     return all;
+  };
+}
+
+/// The same, for as long as the vote itself is kept.
+torch_ext::GroupVote asking_later(py::function vote) {
+  const std::shared_ptr<PythonFunction> kept(
+      new PythonFunction(std::move(vote)), [](PythonFunction* function) {
+        const AcquiredGil acquired;
+        delete function;
+      });
+  return [kept](const std::exception_ptr& error) {
+    return asking(*kept)(error);
   };
 }
 
@@ -412,11 +430,17 @@ void bind_tensor_offload(py::module_& m) {
           "start_commit",
           [](TensorOffload& offload, std::uint64_t step,
              const std::string& document,
-             const std::vector<at::Tensor>& tensors, std::size_t keep) {
-            return offload.start_commit(step, document, tensors, keep);
+             const std::vector<at::Tensor>& tensors, std::size_t keep,
+             std::uint64_t generation, std::optional<py::function> asked) {
+            torch_ext::CommitGroup group{.generation = generation};
+            if (asked) group.vote = asking_later(std::move(*asked));
+            return without_gil([&] {
+              return offload.start_commit(step, document, tensors, keep, group);
+            });
           },
           py::arg("step"), py::arg("document"), py::arg("tensors"),
-          py::arg("keep"), release_gil())
+          py::arg("keep"), py::arg("generation") = 0,
+          py::arg("vote") = py::none())
       .def("commits",
            [](TensorOffload& offload) {
              return to_list(

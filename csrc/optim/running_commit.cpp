@@ -118,7 +118,7 @@ void OptimizerOffload::Impl::prepare_commit(
   if (log == nullptr) log = std::make_unique<CommitLog>(*store, name);
   log->check();  // Before values are written.
   commit.state->generation =
-      std::max(log->next_generation(), commit.least_generation);
+      std::max(log->next_generation(), commit.group.generation);
   lay_out_values(wanted);
   // The next step changes what it says.
   commit.document = document_of(commit.document);
@@ -161,7 +161,7 @@ CommitReport OptimizerOffload::Impl::make_commit(RunningCommit& commit) {
   try {
     for (Commit& dropped :
          log->add(commit.step, std::move(commit.document), std::move(extents),
-                  commit.keep, commit.least_generation, commit.vote)) {
+                  commit.keep, commit.group.generation, commit.vote)) {
       const std::vector<Tile*>& owners_of_it = owners[dropped.generation];
       for (std::size_t i = 0; i < owners_of_it.size(); ++i) {
         end.freed.emplace_back(owners_of_it[i], std::move(dropped.extents[i]));
@@ -194,7 +194,10 @@ void OptimizerOffload::Impl::run_commit(RunningCommit& commit) noexcept {
   std::exception_ptr error;
   try {
     commit.reader->enter_thread();
-    state->report = make_commit(commit);
+    voted(commit.group.vote, [&](const CommitLog::Vote& vote) {
+      commit.vote = vote;
+      state->report = make_commit(commit);
+    });
   } catch (...) {
     error = std::current_exception();
   }
@@ -231,7 +234,7 @@ CommitReport OptimizerOffload::commit(std::uint64_t step, std::string document,
   RunningCommit commit{.step = step,
                        .document = std::move(document),
                        .keep = keep,
-                       .least_generation = group.generation,
+                       .group = group,
                        .vote = {},
                        .reader = &reader,
                        .own_reader = nullptr};
@@ -254,27 +257,31 @@ CommitReport OptimizerOffload::commit(std::uint64_t step, std::string document,
 CommitTicket OptimizerOffload::start_commit(
     std::uint64_t step, std::string document,
     std::span<const CommittedValue> values,
-    std::unique_ptr<UpdateKernel> reader, std::size_t keep) {
-  const Impl::Call call(*impl_);
-  impl_->refuse_if_failed();
-  impl_->refuse_in_step();
-  impl_->throw_unseen_error();
-  if (impl_->committer == nullptr) {
-    impl_->committer = std::make_unique<Updater>("torch_ext flush");
-  }
-  auto commit = std::make_unique<RunningCommit>();
-  commit->step = step;
-  commit->document = std::move(document);
-  commit->keep = keep;
-  commit->reader = reader.get();
-  commit->own_reader = std::move(reader);
-  impl_->prepare_commit(*commit, values);
-  impl_->running = std::move(commit);
-  impl_->committer->start(
-      Updater::Job([impl = impl_.get(), &running = *impl_->running] {
-        impl->run_commit(running);
-      }));
-  return CommitTicket(impl_->running->state);
+    std::unique_ptr<UpdateKernel> reader, std::size_t keep,
+    const CommitGroup& group) {
+  return voted(group.vote, [&](const CommitLog::Vote&) {
+    const Impl::Call call(*impl_);
+    impl_->refuse_if_failed();
+    impl_->refuse_in_step();
+    impl_->throw_unseen_error();
+    if (impl_->committer == nullptr) {
+      impl_->committer = std::make_unique<Updater>("torch_ext flush");
+    }
+    auto commit = std::make_unique<RunningCommit>();
+    commit->step = step;
+    commit->document = std::move(document);
+    commit->keep = keep;
+    commit->group = group;
+    commit->reader = reader.get();
+    commit->own_reader = std::move(reader);
+    impl_->prepare_commit(*commit, values);
+    impl_->running = std::move(commit);
+    impl_->committer->start(
+        Updater::Job([impl = impl_.get(), &running = *impl_->running] {
+          impl->run_commit(running);
+        }));
+    return CommitTicket(impl_->running->state);
+  });
 }
 
 }  // namespace torch_ext

@@ -3,7 +3,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
+#include <exception>
 #include <memory>
 #include <string>
 
@@ -31,8 +31,8 @@ struct RunningCommit {
   std::uint64_t step = 0;
   std::string document;
   std::size_t keep = 1;
-  std::uint64_t least_generation = 0;
-  CommitLog::Vote vote;
+  CommitGroup group;
+  CommitLog::Vote vote;  ///< The group's, while the commit is made.
   UpdateKernel* reader = nullptr;
   std::unique_ptr<UpdateKernel> own_reader;  ///< start_commit() has one.
 
@@ -44,13 +44,13 @@ struct RunningCommit {
 
 /// Returns what `call` returns. If it fails before it has voted, this does.
 template <typename Call>
-auto voted(const std::function<bool(bool)>& of_group, Call call) {
+auto voted(const GroupVote& of_group, Call call) {
   bool has_voted = false;
   CommitLog::Vote vote;
   if (of_group) {
     vote = [&] {
       has_voted = true;
-      return of_group(true);
+      return of_group(nullptr);
     };
   }
   try {
@@ -59,7 +59,7 @@ auto voted(const std::function<bool(bool)>& of_group, Call call) {
     // The others wait for this process's vote.
     if (of_group && !has_voted) {
       try {
-        of_group(false);
+        of_group(std::current_exception());
       } catch (...) {
         // The first error says more.
       }

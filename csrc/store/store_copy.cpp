@@ -323,6 +323,7 @@ StoreCopy::Report StoreCopy::make(bool replace, const CommitLog::Vote& vote) {
   CommitLog::Vote asked;
   if (vote) {
     asked = [&] {
+      store.trim();
       is_known = false;
       const bool all = vote();
       is_known = true;
@@ -333,7 +334,7 @@ StoreCopy::Report StoreCopy::make(bool replace, const CommitLog::Vote& vote) {
     CommitLog log(store, log_.name(), id_);
     log.add(commit.step, commit.document, std::move(extents), 1,
             commit.generation, asked, commit.time);
-    store.trim();
+    if (!vote) store.trim();
   } catch (...) {
     if (is_known) take_names(store);
     throw;

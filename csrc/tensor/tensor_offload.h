@@ -267,14 +267,14 @@ class TensorOffload {
   /// what the calling thread has queued there so far.
   CommitTicket start_commit(std::uint64_t step, const std::string& document,
                             const std::vector<at::Tensor>& tensors,
-                            std::size_t keep) {
+                            std::size_t keep, const CommitGroup& group = {}) {
     const PlainModes plain;
     auto kernel = std::make_unique<ValueKernel>(
         tensors, ValueKernel::Direction::kToCommit);
     kernel->read_later();
     return offload_->start_commit(step, document,
                                   ValueKernel::values_of(tensors),
-                                  std::move(kernel), keep);
+                                  std::move(kernel), keep, group);
   }
 
   /// A parameter of a commit, with the slot that it had then, and where it

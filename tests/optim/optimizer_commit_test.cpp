@@ -535,8 +535,8 @@ class OptimizerGroupTest : public OptimizerCommitTest {
       votes_[generation] = votes_[generation] && mine && good;
       return true;
     };
-    const CommitGroup group{.generation = generation, .vote = [&](bool mine) {
-                              vote(mine);
+    const CommitGroup group{.generation = generation, .vote = [&](const std::exception_ptr& error) {
+                              vote(error == nullptr);
                               barrier_.arrive_and_wait();
                               return votes_[generation];
                             }};
@@ -666,7 +666,7 @@ TEST_P(OptimizerGroupTest, ACrashLeavesTheSameCommitToAll) {
     for (auto& training : resumed) {
       training->step();
       const CommitGroup all{.generation = next,
-                            .vote = [](bool) { return true; }};
+                            .vote = [](const auto&) { return true; }};
       ASSERT_EQ(training->commit(1, all).generation, next);
       training->step();
       ASSERT_EQ(training->wrong(), "") << where;
@@ -681,7 +681,7 @@ TEST_P(OptimizerGroupTest, IfNobodyKnowsTheOutcomeNothingIsWritten) {
   training.step();
   training.commit();
   training.step();
-  const CommitGroup lost{.generation = 2, .vote = [](bool) -> bool {
+  const CommitGroup lost{.generation = 2, .vote = [](const auto&) -> bool {
                            throw StateError("the others are gone");
                          }};
   EXPECT_THROW(training.commit(1, lost), StateError);
@@ -694,7 +694,8 @@ TEST_P(OptimizerGroupTest, AProcessThatFailsEarlyVotesToo) {
   Training training(options());
   training.step();
   std::vector<bool> votes;
-  const CommitGroup group{.generation = 1, .vote = [&](bool good) {
+  const CommitGroup group{.generation = 1, .vote = [&](const std::exception_ptr& error) {
+                            const bool good = error == nullptr;
                             votes.push_back(good);
                             return good;
                           }};

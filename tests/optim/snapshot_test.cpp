@@ -478,8 +478,8 @@ TEST(SnapshotGroupTest, IfAnotherProcessFailsThereIsNone) {
   training.commit();
   const DirectoryList there = dirs[1].path();
   std::vector<bool> told;
-  SnapshotGroup group{.place = "both", .vote = [&](bool good) {
-                        told.push_back(good);
+  SnapshotGroup group{.place = "both", .vote = [&](const std::exception_ptr& error) {
+                        told.push_back(error == nullptr);
                         return false;
                       }};
   EXPECT_THROW(training.offload().snapshot(there, group), StateError);
@@ -489,7 +489,7 @@ TEST(SnapshotGroupTest, IfAnotherProcessFailsThereIsNone) {
   const DirectoryList missing = dirs[1].path() / "missing";
   EXPECT_THROW(training.offload().snapshot(missing, group), IoError);
   EXPECT_EQ(told, (std::vector<bool>{true, false}));
-  group.vote = [](bool good) { return good; };
+  group.vote = [](const auto& error) { return error == nullptr; };
   training.offload().snapshot(there, group);
   EXPECT_EQ(wrong_with({dirs[1].path()}, 1), "");
   // Another group's is not this one's.

@@ -6,6 +6,7 @@ The reference is the same training in the same processes without a break.
 import os
 import shutil
 import subprocess
+import threading
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def resumed(path, sharded=True, dtype=torch.float32, **more):
     return model, optimizer
 
 
-def go_on(path, sharded, dtype, more):
+def go_on(path, sharded, dtype, more, wait=True):
     whole = make_model(sharded, dtype)
     with made(whole, path, **more) as optimizer:
         torch.manual_seed(rank())
@@ -81,9 +82,16 @@ def go_on(path, sharded, dtype, more):
     model = make_model(sharded, dtype)
     with made(model, path, **more) as optimizer:
         torch.manual_seed(rank())
-        train(model, optimizer, 4)
-        assert commit(optimizer).generation == 1
+        for _ in range(3):
+            train(model, optimizer, 1)
+            if not wait:  # It goes on behind the next iteration.
+                commit(optimizer, wait=False)
         train(model, optimizer, 1)
+        made_last = commit(optimizer, wait=wait)
+        assert made_last.generation == (1 if wait else 4)
+        train(model, optimizer, 1)
+        made_last.wait()
+        assert optimizer.committed_step == 4
     model, optimizer = resumed(path, sharded, dtype)
     with optimizer:
         assert optimizer.committed_step == 4
@@ -102,6 +110,53 @@ def go_on(path, sharded, dtype, more):
 def test_each_goes_on_where_it_was_committed(ranks, tmp_path, sharded, dtype, more):
     (names, _) = ranks.run(go_on, tmp_path, sharded, dtype, more)
     assert names == [f"state.r{i}-of-2.e0.d0.store" for i in range(WORLD)]
+
+
+@pytest.mark.parametrize(
+    ("sharded", "dtype", "more"),
+    [
+        (True, torch.float32, {}),
+        (True, torch.bfloat16, {"state_format": "int8"}),
+        (False, torch.float16, {"overlap_backward": "update"}),
+    ],
+    ids=["exact", "int8", "update"],
+)
+def test_steps_go_on_beside_a_commit_of_several(ranks, tmp_path, sharded, dtype, more):
+    ranks.run(go_on, tmp_path, sharded, dtype, more, False)
+
+
+def votes_late(path):
+    model = make_model(sharded=True)
+    with made(model, path) as optimizer:
+        train(model, optimizer, 1)
+        commit(optimizer, wait=False).wait()
+        beside, may_vote = optimizer._together.beside(), threading.Event()
+        exchange = beside.exchange
+
+        def late(value):
+            may_vote.wait()
+            return exchange(value)
+
+        beside.exchange = late
+        train(model, optimizer, 1)
+        kept = bits(model)
+        begun = commit(optimizer, wait=False)
+        begun.wait_source()
+        # What the processes say to each other meanwhile does not meet the vote.
+        torch.distributed.barrier()
+        with pytest.raises(TimeoutError):
+            begun.wait(timeout=0.05)
+        assert (begun.done(), optimizer.committed_step) == (False, 1)
+        may_vote.set()
+        begun.wait()
+        assert (begun.done(), optimizer.committed_step) == (True, 2)
+        train(model, optimizer, 1)
+        optimizer.rollback()
+        assert equal(bits(model), kept)
+
+
+def test_the_call_returns_before_the_vote(ranks, tmp_path):
+    ranks.run(votes_late, tmp_path)
 
 
 def any_class(path):
@@ -157,6 +212,7 @@ def one_fails(path):
         if rank() == 1:
             os.unlink(store(path, 1))
         texts.append(refused(FileNotFoundError, lambda: commit(optimizer)))
+        texts.append(refused(FileNotFoundError, lambda: commit(optimizer, wait=False)))
         assert [c.step for c in optimizer.commits()] == [1]
         train(model, optimizer, 1)
         optimizer.rollback()
@@ -173,9 +229,8 @@ def test_what_one_cannot_commit_none_commits(ranks, tmp_path):
     for texts, others in ((here, True), (there, False)):
         assert "extra is a object" in texts[0]
         assert "(step, keep) is (5, 1) on rank 0 and (6, 1) on rank 1" in texts[1]
-        assert "was removed" in texts[2]
-        assert ("rank 1: " in texts[0]) == others
-        assert ("rank 1: " in texts[2]) == others
+        assert all("was removed" in text for text in texts[2:])
+        assert all(("rank 1: " in texts[i]) == others for i in (0, 2, 3))
 
 
 def a_full_drive(path, small):
@@ -198,18 +253,42 @@ def a_full_drive(path, small):
     return text
 
 
+def a_full_drive_later(path, small):
+    """The errors of commits that nobody waits for, from each call that raises them."""
+    model = make_model(sharded=True)
+    where = small if rank() == 1 else path
+    texts = []
+    optimizer = made(model, where)
+    train(model, optimizer, 1)
+    commit(optimizer)
+    more = torch.zeros(1 << 24) if rank() == 1 else None
+    begin = lambda: optimizer.commit(extra=more, wait=False)  # noqa: E731
+    texts.append(refused(OSError, begin().wait))
+    begin()
+    texts.append(refused(OSError, lambda: commit(optimizer)))
+    train(model, optimizer, 1)
+    assert commit(optimizer, wait=False).step == 2
+    begin()
+    texts.append(refused(OSError, optimizer.close))
+    _, optimizer = resumed(where)
+    with optimizer:
+        assert optimizer.committed_step == 2
+    return texts
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
-def test_a_full_drive_of_one_is_an_error_of_all(ranks, tmp_path):
+@pytest.mark.parametrize("job", [a_full_drive, a_full_drive_later])
+def test_a_full_drive_of_one_is_an_error_of_all(ranks, tmp_path, job):
     small = tmp_path / "small"
     small.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", small], check=True)
     try:
-        here, there = ranks.run(a_full_drive, tmp_path, small)
+        here, there = ranks.run(job, tmp_path, small)
     finally:
-        subprocess.run(["umount", small], check=True)
-    assert "rank 1: " in here
-    assert "No space" in here
-    assert "No space" in there
+        subprocess.run(["umount", "--lazy", small], check=True)
+    here, there = ([each] if isinstance(each, str) else each for each in (here, there))
+    assert all("rank 1: " in text and "No space" in text for text in here)
+    assert all("rank" not in text and "No space" in text for text in there)
 
 
 def closed_early(path):
@@ -294,6 +373,31 @@ def dies(path, at):
     return "committed"
 
 
+def dies_beside(path, at):
+    """So too, in a commit that nobody waits for: before or after the vote."""
+    model = make_model(sharded=False)
+    optimizer = made(model, path)
+    torch.manual_seed(rank())
+    for _ in range(2):
+        train(model, optimizer, 1)
+        commit(optimizer, wait=False)
+    train(model, optimizer, 1)
+    beside = optimizer._together.beside()
+    exchange = beside.exchange
+
+    def watched(value):
+        if at == "durable" and rank() == 1:
+            os._exit(1)
+        values = exchange(value)
+        if at == "voted" and rank() == 1:
+            os._exit(1)
+        return values
+
+    beside.exchange = watched
+    commit(optimizer, wait=False).wait()
+    return "committed"
+
+
 def after_the_death(path):
     whole = make_model(sharded=False)
     other = f"{path}/other{rank()}"
@@ -320,12 +424,19 @@ MOMENTS = ("start", "checked", "checked", "same step", "same step", "begin", "du
 
 # At "begin" the other goes on to its root, whose number is not used again.
 @pytest.mark.parametrize(
-    ("at", "step", "generation"), [("start", 2, 3), ("begin", 2, 4), ("durable", 3, 4)]
+    ("job", "at", "step", "generation"),
+    [
+        (dies, "start", 2, 3),
+        (dies, "begin", 2, 4),
+        (dies, "durable", 3, 4),
+        (dies_beside, "durable", 3, 4),
+        (dies_beside, "voted", 3, 4),
+    ],
 )
-def test_if_one_is_killed_in_a_commit_all_have_the_same(tmp_path, at, step, generation):
+def test_if_one_is_killed_in_a_commit_all_have_the_same(tmp_path, job, at, step, generation):
     group = Ranks(WORLD)
     with pytest.raises(AssertionError, match="died"):
-        group.run(dies, tmp_path, at)
+        group.run(job, tmp_path, at)
     group = Ranks(WORLD)
     assert group.run(after_the_death, tmp_path) == [(step, generation)] * WORLD
     group.close()

@@ -24,6 +24,7 @@ from torch_ext._bytes import bytes_view
 from torch_ext._native import _C
 from torch_ext.optim._dtensor import is_distributed
 from torch_ext.optim._state_dict import WAYS
+from torch_ext.optim._together import Vote
 
 
 @dataclass(frozen=True)
@@ -52,18 +53,29 @@ class Commit:
     bytes_written: int | None = None
     seconds: float | None = None
     _ticket: _C.CommitTicket | None = field(default=None, repr=False, compare=False)
+    _vote: Vote | None = field(default=None, repr=False, compare=False)
+    #: Whether somebody has got the error that it ended with.
+    _error_seen: bool = field(default=False, repr=False, compare=False)
 
     def wait_source(self, timeout: float | None = None) -> None:
         """Returns when others than the optimizer may change what is committed."""
         _C.to_seconds(timeout)
         if self._ticket is not None:
-            self._ticket.wait_source(timeout)
+            with self._explained():
+                self._ticket.wait_source(timeout)
 
     def wait(self, timeout: float | None = None) -> None:
         """Returns when the commit is durable."""
         _C.to_seconds(timeout)
         if self._ticket is not None:
-            self._note(self._ticket.wait(timeout))
+            with self._explained():
+                report = self._ticket.wait(timeout)
+            self._note(report)
+
+    def _wait_unseen(self) -> None:
+        """Waits, and raises the error that it ended with if nobody has got it yet."""
+        if not self._error_seen:
+            self.wait()
 
     def done(self) -> bool:
         """Whether the commit has ended, well or not. Never blocks."""
@@ -72,6 +84,18 @@ class Commit:
         ended = self._ticket.done()
         self._note(self._ticket.report())
         return ended
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Raises what another process has failed with, where an error says no more than that."""
+        try:
+            yield
+        except Exception as error:
+            if self._ticket is not None and self._ticket.done():  # Not out of time.
+                object.__setattr__(self, "_error_seen", True)
+            if self._vote is not None:
+                self._vote.explain(error)
+            raise
 
     def _note(self, report: tuple[int, int, int, int, float] | None) -> None:
         if report is None:

@@ -16,7 +16,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,7 +63,7 @@ from torch_ext.optim._division import (
     remove_stores,
 )
 from torch_ext.optim._dtensor import first_element, local_of
-from torch_ext.optim._together import Together
+from torch_ext.optim._together import Together, Vote
 
 _logger = logging.getLogger("torch_ext")
 
@@ -197,7 +197,7 @@ class CommittingOptimizer(OffloadedBase):
                 ``step()`` waits until they have been copied, and the first gradient with
                 "update" does. An error of the drive is raised by the ``wait()`` of what is
                 returned, or else by the next ``commit()`` or by ``close()``. Several processes
-                wait, whatever this says.
+                vote in a gloo group of their own, on a thread of this optimizer's.
 
         Returns:
             What was committed: its ``generation``, ``step``, ``time``, ``bytes_written`` and
@@ -221,6 +221,8 @@ class CommittingOptimizer(OffloadedBase):
         def prepare() -> tuple[int, int, str]:
             self._life.check()
             self._together.check("commit()")
+            if self._begun is not None:
+                self._begun[0]._wait_unseen()
             self._check_between_steps("commit()")
             at = self._steps() if step is None else whole_number(step, "step", 0)
             kept = max(whole_number(keep, "keep", 1), self._keep_commits)
@@ -232,14 +234,13 @@ class CommittingOptimizer(OffloadedBase):
 
         at, kept, document = self._together.agreed(prepare)
         self._together.same((at, kept), "commit(): (step, keep)")
-        if wait or self._together.world > 1:
+        if wait:
             done = Commit(*self._make(at, document, tensors, kept))
             self._begun = None
             self._has_committed(done, extra)
         else:
-            ticket = self._offload.start_commit(at, document, tensors, kept)
+            done = self._start_commit(at, document, tensors, kept)
             self._note_begun()
-            done = Commit(ticket.generation, at, None, _ticket=ticket)
             self._begun = done, extra
         self._log_notes()
         return done
@@ -271,31 +272,45 @@ class CommittingOptimizer(OffloadedBase):
             lambda vote: self._offload.commit(step, document, tensors, keep, generation, vote)
         )
 
-    def _voted(self, call: Callable[[Callable[[bool], bool]], T]) -> T:
-        """Returns what ``call`` returns, which asks all processes with the vote it is given."""
-        together = self._together
-        good, voted = True, False
+    def _start_commit(
+        self, step: int, document: str, tensors: list[Tensor], keep: int
+    ) -> Commit:
+        """Begins the commit, in all processes or in none."""
+        together, offload = self._together, self._offload
+        what = step, document, tensors, keep
+        if together.world == 1:
+            ticket = offload.start_commit(*what)
+            return Commit(ticket.generation, step, None, _ticket=ticket)
+        vote = Vote(together.agreed(together.beside))
+        generation = max(together.exchange(offload.next_generation()))
+        begun: list[Commit] = []
 
-        def vote(mine: bool) -> bool:
-            nonlocal good, voted
-            good = mine
-            all_good = all(together.exchange(mine))
-            voted = True
-            return all_good
+        def begin() -> None:
+            ticket = offload.start_commit(*what, generation, vote)
+            begun.append(Commit(ticket.generation, step, None, _ticket=ticket, _vote=vote))
 
         try:
-            done = call(vote)
-        except Exception as error:
-            if not voted:  # Nobody answers.
-                raise
-            refused = good and str(error) == _C.OTHERS_FAILED
-            told = together.exchange(None if refused else together.said(error))
-            if refused:
-                together.raise_for(told)
+            together.agreed(begin)
+        except Exception:
+            for commit in begun:
+                with suppress(Exception):  # It is the one that is raised here.
+                    commit.wait()
             raise
-        # Another process may have failed after the vote, when it gave its files names.
-        together.raise_for(together.exchange(None))
-        return done
+        return begun[0]
+
+    def _voted(self, call: Callable[[Vote], T]) -> T:
+        """Returns what ``call`` returns, which asks all processes with the vote it is given."""
+        vote = Vote(self._together)
+        try:
+            return call(vote)
+        except Exception as error:
+            vote.explain(error)
+            raise
+
+
+    def close(self) -> None:
+        with nullcontext() if self._begun is None else self._begun[0]._explained():
+            super().close()
 
     @undisturbed
     @plain_modes()

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+
+from torch_ext._native import _C
 
 T = TypeVar("T")
 
@@ -28,6 +31,8 @@ class Together:
             ValueError: This process is not in it.
         """
         self._group = group
+        #: The same processes in a group of its own.
+        self._beside: Together | None = None
         #: Its rank, of an object that asks no other.
         self._alone_as: int | None = None
         self.rank, self.world = 0, 1
@@ -45,6 +50,40 @@ class Together:
         alone._alone_as = self.rank if self.world > 1 else None
         alone.rank, alone.world = 0, 1
         return alone
+
+    def beside(self) -> Together:
+        """Returns the same processes, whose exchanges may go on beside all others. All call it.
+
+        They are gloo's, on a thread of their own. So they neither wait for what the processes
+        say to each other meanwhile, nor stand in its way.
+
+        Raises:
+            RuntimeError: This torch has no gloo.
+        """
+        if self.world > 1 and self._beside is None:
+            distributed = torch.distributed
+            if not distributed.is_gloo_available():
+                raise RuntimeError(
+                    "commit(wait=False) in several processes needs gloo, which this torch "
+                    "lacks: call commit() without wait=False"
+                )
+            beside = copy.copy(self)
+            beside._group = distributed.new_group(
+                distributed.get_process_group_ranks(self._group),
+                timeout=self._timeout(),
+                backend="gloo",
+                use_local_synchronization=True,
+            )
+            self._beside = beside
+        return self._beside or self
+
+    def _timeout(self) -> timedelta | None:
+        """Returns after how long the group gives up waiting, as far as it says so."""
+        group = self._group or torch.distributed.group.WORLD
+        try:
+            return group._get_backend(torch.device("cpu")).options._timeout
+        except (AttributeError, RuntimeError):
+            return None
 
     def check(self, call: str) -> None:
         """Raises RuntimeError if this process may not call it, or there are more by now."""
@@ -141,6 +180,29 @@ class Together:
                 number, text, path = details
                 raise OSError(number, f"rank {rank}: {text}", path)
             raise kind(f"rank {rank}: {details[0]}")
+
+
+class Vote:
+    """Whether all processes have done their part: see GroupVote in C++."""
+
+    def __init__(self, together: Together) -> None:
+        self._together = together
+        self._told: list[tuple[Any, ...] | None] = []
+
+    def __call__(self, check: Callable[[], None]) -> bool:
+        """Returns whether ``check`` raises in no process. All call it."""
+        error = None
+        try:
+            check()
+        except Exception as raised:
+            error = raised
+        self._told = self._together.exchange(self._together.said(error))
+        return not any(self._told)
+
+    def explain(self, error: Exception) -> None:
+        """Raises what another process has failed with, if ``error`` says no more than that."""
+        if str(error).startswith(_C.OTHERS_FAILED):
+            self._together.raise_for(self._told)
 
 
 def is_initialized() -> bool:

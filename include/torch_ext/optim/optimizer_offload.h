@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -99,15 +100,17 @@ struct CommitChoice {
   std::uint64_t newest = 0;
 };
 
+/// How processes that do something together learn whether all have done it.
+/// Called once: with null when this process's part is durable, with its error
+/// if it has failed. Returns whether all have called it with null. If it
+/// throws, nobody knows, and the store takes no more writes.
+using GroupVote = std::function<bool(const std::exception_ptr&)>;
+
 /// What processes that commit together agree on. Each has a store of its own.
 struct CommitGroup {
   /// The same in all: the greatest next_generation(). 0: there are no others.
   std::uint64_t generation = 0;
-  /// Called once for each commit(), on its thread: with true when this
-  /// process's part is durable, with false if it has failed. It returns whether
-  /// all have said true. If it throws, nobody knows, and the store takes no
-  /// more writes.
-  std::function<bool(bool)> vote = {};
+  GroupVote vote = {};
 };
 
 /// What a commit did.
@@ -125,8 +128,7 @@ struct SnapshotGroup {
   /// Replaces a whole snapshot of this process, since others have none: that
   /// call was killed.
   bool replace = false;
-  /// As in CommitGroup.
-  std::function<bool(bool)> vote = {};
+  GroupVote vote = {};
 };
 
 /// What snapshot() did.
@@ -325,12 +327,14 @@ class OptimizerOffload {
   ///   commit before has the space.
   /// - All other calls wait for its end, but not those that only ask, and not
   ///   add_parameter().
-  /// Errors of this call: those of earlier calls, StateError and
-  /// std::invalid_argument as commit(), EEXIST.
+  /// The group's vote is called on that thread, beside other calls; on this one
+  /// if this call fails. Errors of this call: those of earlier calls,
+  /// StateError and std::invalid_argument as commit(), EEXIST.
   CommitTicket start_commit(std::uint64_t step, std::string document,
                             std::span<const CommittedValue> values,
                             std::unique_ptr<UpdateKernel> reader,
-                            std::size_t keep = 1);
+                            std::size_t keep = 1,
+                            const CommitGroup& group = {});
 
   /// The number that the next commit has at least.
   std::uint64_t next_generation() const;
