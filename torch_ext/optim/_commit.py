@@ -87,7 +87,7 @@ class Commit:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Raises what another process has failed with, where an error says no more than that."""
+        """Raises what another process has failed with, if an error says no more than that."""
         try:
             yield
         except Exception as error:

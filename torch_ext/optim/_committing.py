@@ -307,7 +307,6 @@ class CommittingOptimizer(OffloadedBase):
             vote.explain(error)
             raise
 
-
     def close(self) -> None:
         with nullcontext() if self._begun is None else self._begun[0]._explained():
             super().close()
