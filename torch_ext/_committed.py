@@ -37,6 +37,7 @@ from torch_ext.optim._division import (
     ADAMW_FIELDS,
     Box,
     Source,
+    check_run,
     committed_box,
     common_elements,
     find_divisions,
@@ -180,6 +181,7 @@ class Committed:
             with whole_document():
                 kind = json.loads(text)["class"]
             self._documents[rank] = read_document(text, kind)
+        check_run(Together().alone(), self._documents.values())
 
     # The state dict -----------------------------------------------------------------------
 

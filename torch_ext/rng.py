@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 from typing import Any
 
 import torch
+
+_logger = logging.getLogger("torch_ext")
 
 
 def rng_state() -> dict[str, Any]:
@@ -31,19 +34,25 @@ def rng_state() -> dict[str, Any]:
 def set_rng_state(state: dict[str, Any]) -> None:
     """Sets the generators to what ``rng_state()`` returned.
 
+    A state of more or fewer CUDA devices sets those that there are, and a warning is logged.
+
     Raises:
         KeyError, TypeError, ValueError: ``state`` is something else.
-        RuntimeError: The state is of another number of devices.
     """
     cuda = state["cuda"]
-    if len(cuda) != (torch.cuda.device_count() if cuda else 0):
-        raise RuntimeError(
-            f"the state is of {len(cuda)} devices; there are {torch.cuda.device_count()} here"
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if len(cuda) != devices:
+        _logger.warning(
+            "the random numbers were those of %d CUDA devices, and there are %d here: %s",
+            len(cuda),
+            devices,
+            "the others go on as they are" if len(cuda) < devices else "the rest is left out",
         )
+        cuda = cuda[:devices]
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"].cpu())
-    if cuda:
-        torch.cuda.set_rng_state_all([each.cpu() for each in cuda])
+    for device, each in enumerate(cuda):
+        torch.cuda.set_rng_state(each.cpu(), device)
     if "numpy" in state:
         import numpy
 

@@ -560,9 +560,14 @@ void bind_state(py::module_& m) {
            }),
            py::arg("rank") = 0, py::arg("world") = 1, py::arg("newest") = 0,
            py::arg("generation") = 0, py::arg("epoch") = 0)
-      .def_property_readonly("file", [](const StorePlace& place) {
-        return place.name.of_file(0);
-      });
+      .def_property_readonly(
+          "file", [](const StorePlace& place) { return place.name.of_file(0); })
+      .def(
+          "file_of",
+          [](const StorePlace& place, std::size_t drive) {
+            return place.name.of_file(drive);
+          },
+          py::arg("drive"));
   m.attr("OTHERS_FAILED") = torch_ext::kOthersFailed;
   m.attr("HOST_MEMORY_TOO_SMALL") = torch_ext::kHostMemoryTooSmall;
   m.def(

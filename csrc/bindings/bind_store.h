@@ -109,6 +109,17 @@ void bind_store(py::module_& m) {
         }));
       },
       py::arg("path"));
+  py::class_<torch_ext::FileLock>(m, "StoreLock", py::module_local())
+      .def(py::init([](const std::filesystem::path& path) {
+             return without_gil([&] {
+               return torch_ext::FileLock(File::open(path, File::Mode::kRead));
+             });
+           }),
+           py::arg("path"))
+      .def("release", [](torch_ext::FileLock& lock) {
+        const ReleasedGil released;
+        lock = torch_ext::FileLock();
+      });
   m.def(
       "read_store",
       [](const StoreFiles& files, bool extents, const py::object& progress) {

@@ -3,11 +3,13 @@
 The reference is the same training without a break, and torch.optim.AdamW in memory.
 """
 
+import json
 import os
 import random
 import signal
 import subprocess
 from collections import Counter, OrderedDict, namedtuple
+from contextlib import suppress
 from pathlib import Path
 
 import forked_python
@@ -19,6 +21,13 @@ from torch.testing._internal.two_tensor import TwoTensor
 import torch_ext
 from torch_ext import OffloadedAdamW
 from torch_ext import __main__ as command
+from torch_ext.optim._commit import (
+    Packer,
+    find_tensors,
+    read_document,
+    unpack,
+    whole_document,
+)
 
 BUDGETS = ["240KiB", "1MiB", "64MiB"]  # None, some or all of the state stays in memory.
 
@@ -561,6 +570,43 @@ def test_random_numbers_go_on(tmp_path):
     drawn = [random.random(), np.random.rand(), torch.rand(1)]
     torch_ext.set_rng_state(state)
     assert [random.random(), np.random.rand(), torch.rand(1)] == drawn
+
+
+def test_random_numbers_of_other_devices_are_said(caplog):
+    state = torch_ext.rng_state()
+    assert state["cuda"] == [] or torch.cuda.is_available()
+    drawn = torch.rand(1)
+    torch_ext.set_rng_state(state | {"cuda": [torch.get_rng_state()] * 99})
+    assert torch.rand(1) == drawn
+    assert "those of 99 CUDA devices, and there are" in caplog.text
+
+
+def test_a_damaged_document_is_said_to_be_damaged():
+    """Whatever a packed value has become, nothing comes out but what unpack() promises."""
+    value = {
+        "a": [1, 2.5, float("inf"), 2**70, None, True, "x\udc00", b"bytes", (1, 2)],
+        "b": torch.arange(4),
+        "c": torch.arange(1000.0),
+        ("k", 1): OrderedDict(x=1),
+    }
+    tensors = []
+    text = json.dumps(Packer(tensors).pack(value, "extra"))
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(3000):
+        i = rng.randrange(len(text))
+        damaged = text[:i] + rng.choice('{}[]":,0-zZ9eE.') + text[i + rng.randrange(3) :]
+        try:
+            packed = json.loads(damaged)
+        except ValueError:
+            continue
+        with suppress(OSError), whole_document():
+            refused += 1
+            unpack(packed, find_tensors(packed))
+            refused -= 1
+    assert refused > 100
+    with pytest.raises(OSError, match="damaged"):
+        read_document("{not json", "OffloadedAdamW")
 
 
 KILLED = """

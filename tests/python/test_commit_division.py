@@ -4,9 +4,11 @@ The reference is torch's AdamW over whole parameters in one process, with the sa
 16-bit parameters are compared by their masters, which are float32.
 """
 
+import errno
 import logging
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import torch_ext
 from torch_ext import OffloadedAdamW, OffloadedOptimizer
+from torch_ext.optim._division import Division, Source
 from torch_ext.optim._dtensor import local_of
+from torch_ext.optim._together import Together, Vote
 
 #: Neither 2 nor 4 divides all rows; the last one leaves a process without any.
 SHAPES = {"embed": (301, 68), "norm": (64,), "conv": (9, 8, 3, 3), "tiny": (3, 300)}
@@ -424,16 +428,18 @@ def fail_to_commit(path):
     """Divides a commit among two processes, and the second votes against their commit."""
     model = make_model(torch.float32)
     with OffloadedAdamW.resume(path, model.named_parameters(), **OPTIONS) as optimizer:
-        together = optimizer._together
-        exchange = together.exchange
+        call = Vote.__call__
 
-        def vote_against(value):
-            return exchange(False if value is True and together.rank == 1 else value)
+        def refuse():
+            raise RuntimeError("I am against it")
 
-        together.exchange = vote_against
-        with pytest.raises(RuntimeError, match="another process could not commit"):
+        def vote_against(vote, check):
+            return call(vote, refuse if torch.distributed.get_rank() == 1 else check)
+
+        Vote.__call__ = vote_against
+        with pytest.raises(RuntimeError, match="rank 1: I am against it"):
             optimizer.commit()
-        together.exchange = exchange
+        Vote.__call__ = call
 
 
 def test_a_division_that_failed_does_not_count(two, tmp_path, caplog):
@@ -532,6 +538,119 @@ def test_a_store_in_use_is_not_divided(tmp_path):
         assert names(elsewhere) == ["state.r0-of-1.e0.d0.store"]
 
 
+def test_a_store_that_is_divided_belongs_to_nobody_else(tmp_path):
+    """Else the other run would commit to what is removed soon."""
+    alone(tmp_path)
+    model, optimizer = found_in(tmp_path, state_format="bf16")
+    with optimizer:
+        with pytest.raises(BlockingIOError, match="another process|process"):
+            found_in(tmp_path, host_memory="64MiB")
+        train(model, optimizer, STEPS, STEPS + 1)
+    # Given up without a commit, the old one is free again.
+    _, optimizer = found_in(tmp_path, host_memory="64MiB")
+    optimizer.close()
+    _, optimizer = found_in(tmp_path, state_format="bf16")
+    with optimizer:
+        optimizer.commit()
+        assert names(tmp_path) == ["state.r0-of-1.e1.d0.store"]
+
+
+def test_a_copy_under_another_name_is_not_taken(tmp_path):
+    model = make_model(torch.float32)
+    backup = tmp_path / "state_backup.store"
+    with OffloadedAdamW(
+        model.named_parameters(), lr=1e-2, nvme_path=tmp_path, **OPTIONS
+    ) as optimizer:
+        train(model, optimizer, 0, 1)
+        optimizer.commit()
+        shutil.copyfile(tmp_path / "state.r0-of-1.e0.d0.store", backup)
+        train(model, optimizer, 1, STEPS)
+        optimizer.commit()
+        left = everything(model, optimizer)
+    torch_ext.export(tmp_path, tmp_path / "out.safetensors")
+    exported = torch_ext.load(tmp_path / "out.safetensors")
+    assert equal(exported["model.embed"], left["embed"])
+    model, optimizer = found_in(tmp_path, state_format="bf16")
+    with optimizer:
+        assert optimizer.committed_step == STEPS
+        assert equal(whole(model.embed), left["embed"])
+        optimizer.commit()
+    assert "state.r0-of-1.e1.d0.store" in names(tmp_path)
+    assert backup.exists()
+    # In directories of their own nobody can tell which one counts.
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copyfile(backup, tmp_path / name / "state.r0-of-1.e0.d0.store")
+    with pytest.raises(FileExistsError, match="is a store of rank 0 too") as caught:
+        found_in([tmp_path / "a", tmp_path / "b"], nvme_path=tmp_path / "a")
+    assert str(tmp_path / "a") in str(caught.value)
+
+
+def test_state_does_not_move_onto_another_run(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for each in (here, there):
+        each.mkdir()
+        alone(each)
+    with pytest.raises(FileExistsError, match="where a store is already"):
+        found_in(here, nvme_path=there)
+    for path in (here, there):
+        assert names(path) == ["state.r0-of-1.e0.d0.store"]
+        found_in(path, host_memory="64MiB")[1].close()
+
+
+def mixed_runs(path, options):
+    with pytest.raises(ValueError, match="of different runs") as caught:
+        go_on(path, torch.float32, True, STEPS, options)
+    return str(caught.value)
+
+
+def test_shards_of_two_runs_are_no_state(two, tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    for path in (one, other):
+        path.mkdir()
+        two.run(begin, path, torch.float32, True, {})
+    store = "state.r1-of-2.e0.d0.store"
+    shutil.copyfile(other / store, one / store)
+    two.run(mixed_runs, one, OPTIONS)
+    two.run(mixed_runs, one, OPTIONS | {"state_format": "bf16"})
+    with pytest.raises(ValueError, match="of different runs"):
+        found_in(one)
+    with pytest.raises(ValueError, match="of different runs"):
+        torch_ext.export(one, tmp_path / "out.safetensors")
+
+
+def test_a_commit_that_one_shard_has_lost_is_said():
+    source = Source(
+        Together(),
+        Division(0, 2),
+        {rank: SimpleNamespace(path=f"/store{rank}", id=b"") for rank in range(2)},
+        {0: [(3, 3, 0, "{}"), (4, 4, 0, "{}")], 1: [(4, 4, 0, "{}")]},
+        (None, "auto"),
+    )
+    source.commits[0][0] = (3, 3, 0, '{"format": 1, "class": "X"}')
+    with pytest.raises(OSError, match="commit 3 of rank 1 is lost or damaged.*step=") as caught:
+        source.choose(3, "X", may_be_used=True)
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, "/store1")
+
+
+def test_more_processes_than_before_are_told_whose_extra_they_have(two, tmp_path, caplog):
+    alone(tmp_path)
+    (text, _) = two.run(what_is_logged, tmp_path)
+    assert "the commit is of 1 process and 2 go on" in text
+    assert "committed_extra of rank 1 is that of rank 0" in text
+
+
+def what_is_logged(path):
+    logged = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: logged.append(record.getMessage())
+    logging.getLogger("torch_ext").addHandler(handler)
+    model = make_model(torch.float32)
+    OffloadedAdamW.resume(path, model.named_parameters(), **OPTIONS).close()
+    logging.getLogger("torch_ext").removeHandler(handler)
+    return "".join(logged)
+
+
 def test_damage_is_an_error_and_leaves_the_old_store(tmp_path):
     left = alone(tmp_path)
     store = tmp_path / "state.r0-of-1.e0.d0.store"
@@ -541,7 +660,7 @@ def test_damage_is_an_error_and_leaves_the_old_store(tmp_path):
     with store.open("r+b") as file:
         file.seek(1 << 20)  # The first tile.
         file.write(b"\xff" * 64)
-    with pytest.raises(OSError, match="checksum mismatch"):
+    with pytest.raises(OSError, match="checksum mismatch.*verify names.*step= takes another"):
         found_in(tmp_path, state_format="bf16")
     assert names(tmp_path) == [store.name]
     store.write_bytes(whole_file)

@@ -230,3 +230,28 @@ def test_what_could_not_be_resumed_is_no_commit(tmp_path):
         tmp_path, torch.optim.Adam, model.named_parameters()
     ) as optimizer:
         assert equal(bits(model), kept)
+
+
+def test_the_state_of_any_class_moves(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    model = make_model()
+    with OffloadedOptimizer(
+        torch.optim.RMSprop, model.named_parameters(), nvme_path=here
+    ) as optimizer:
+        train(model, optimizer, 2)
+        optimizer.commit()
+        kept = bits(model)
+        state = optimizer.state_dict()["state"]
+    model = make_model()
+    with OffloadedOptimizer.resume(
+        here, torch.optim.RMSprop, model.named_parameters(), nvme_path=there
+    ) as optimizer:
+        assert equal(bits(model), kept)
+        for ours, theirs in zip(
+            optimizer.state_dict()["state"].values(), state.values(), strict=True
+        ):
+            assert equal(ours["square_avg"], theirs["square_avg"])
+        optimizer.commit()
+    assert len(list(there.iterdir())) == 1

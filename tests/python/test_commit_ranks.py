@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import threading
+from datetime import timedelta
 
 import pytest
 import torch
@@ -460,6 +461,23 @@ def test_shards_that_are_missing_are_named(ranks, tmp_path):
     (tmp_path / "nothing").mkdir()
     for text, _ in ranks.run(without_a_shard, tmp_path):
         assert "the shards of rank 1 of 2 are missing" in text
+
+
+def is_silent(path):
+    short = torch.distributed.new_group(timeout=timedelta(seconds=1))
+    model = make_model(sharded=False)
+    with made(model, path, process_group=short) as optimizer:
+        train(model, optimizer, 1)
+        if rank() == 1:
+            return ""
+        return refused(RuntimeError, lambda: commit(optimizer))
+
+
+def test_who_does_not_answer_is_named(tmp_path):
+    group = Ranks(WORLD)
+    text, _ = group.run(is_silent, tmp_path)
+    group.close(failed=True)
+    assert "Ranks 1 failed" in text
 
 
 def a_group_of_its_own(path):

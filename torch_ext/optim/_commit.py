@@ -253,7 +253,16 @@ def _text_of(number: int) -> str:
 
 
 def unpack(value: Any, tensors: Mapping[int, Tensor]) -> Any:
-    """Returns what ``Packer.pack`` was given."""
+    """Returns what ``Packer.pack`` was given.
+
+    Raises:
+        KeyError, and others of _BROKEN: ``value`` is nothing that it returns.
+    """
+    with _as_broken():
+        return _unpacked(value, tensors)
+
+
+def _unpacked(value: Any, tensors: Mapping[int, Tensor]) -> Any:
     if not isinstance(value, dict):
         return value
     kind, content = list(value.items())[0]  # noqa: RUF015 (an IndexError if it is empty)
@@ -270,8 +279,9 @@ def unpack(value: Any, tensors: Mapping[int, Tensor]) -> Any:
     if kind == "small":
         return _small_tensor(content, value)
     if kind in _MAKE:
-        return _MAKE[kind]({unpack(k, tensors): unpack(v, tensors) for k, v in content})
-    items = [unpack(v, tensors) for v in content]
+        pairs = {_unpacked(k, tensors): _unpacked(v, tensors) for k, v in content}
+        return _MAKE[kind](pairs)
+    items = [_unpacked(v, tensors) for v in content]
     return items if kind == "list" else tuple(items)
 
 
@@ -285,17 +295,22 @@ def _small_tensor(content: str, value: Mapping[str, Any]) -> Tensor:
 
 
 def find_tensors(value: Any) -> dict[int, Tensor]:
-    """Returns empty tensors for those of a packed value, by number."""
+    """Returns empty tensors for those of a packed value, by number. Errors: as ``unpack()``."""
+    with _as_broken():
+        return _tensors_in(value)
+
+
+def _tensors_in(value: Any) -> dict[int, Tensor]:
     found: dict[int, Tensor] = {}
     if isinstance(value, dict) and "tensor" in value:
         dtype = getattr(torch, value["dtype"])
         found[value["tensor"]] = torch.empty(value["shape"], dtype=dtype, device="cpu")
     elif isinstance(value, dict):
         for part in value.values():
-            found |= find_tensors(part)
+            found |= _tensors_in(part)
     elif isinstance(value, list):
         for part in value:
-            found |= find_tensors(part)
+            found |= _tensors_in(part)
     return found
 
 
@@ -336,13 +351,22 @@ def whole_document() -> Iterator[None]:
         raise OSError(errno.EIO, text) from error
 
 
+@contextmanager
+def _as_broken() -> Iterator[None]:
+    """Makes a KeyError of what values of another kind raise. ValueError is for the caller's."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OverflowError) as error:
+        raise KeyError(f"{type(error).__name__}: {error}") from error
+
+
 def read_document(text: str, kind: str) -> dict[str, Any]:
     """Returns the document of a commit of ``kind``.
 
     Raises:
         ValueError: It is of another class, or of a later version.
     """
-    with whole_document():
+    with whole_document(), _as_broken():
         document = json.loads(text)
         version, found = document["format"], document["class"]
     if version != 1:

@@ -15,6 +15,7 @@ import errno
 import json
 import logging
 import os
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -49,9 +50,12 @@ from torch_ext.optim._commit import (
 )
 from torch_ext.optim._division import (
     Division,
+    Locks,
     Source,
     another_run_in,
     box_of,
+    check_is_free,
+    check_run,
     find_divisions,
     find_source,
     groups_of,
@@ -104,7 +108,8 @@ class Found:
     root: int
     together: Together
     epoch: int = 0
-    #: The stores that have the commit, if its state is to be divided anew.
+    #: The stores that have the commit, if its state is to be divided anew. It keeps others from
+    #: going on with them.
     source: Source | None = None
     #: Stores that are needless after the next commit.
     needless: tuple[StoreFiles, ...] = ()
@@ -130,6 +135,9 @@ class CommittingOptimizer(OffloadedBase):
         self._committed = None, None
         self._begun = None
         self._needless: tuple[StoreFiles, ...] = ()
+        self._locks: Locks | None = None
+        #: The same in all processes, and in all commits that follow each other.
+        self._run_id: str | None = None
 
     @property
     def committed_step(self) -> int | None:
@@ -155,8 +163,8 @@ class CommittingOptimizer(OffloadedBase):
 
     def _has_committed(self, commit: Commit, extra: Any) -> None:
         self._committed = commit.step, extra
-        remove_stores(self._needless)
-        self._needless = ()
+        remove_stores(self._needless, self._locks)
+        self._needless, self._locks = (), None
 
     @undisturbed
     @plain_modes()
@@ -232,6 +240,8 @@ class CommittingOptimizer(OffloadedBase):
             self._numbers_of_saved("commit()")  # Warns of state that it leaves out.
             return at, kept, json.dumps(self._document(tensors, include_parameters, extra))
 
+        if self._together.world > 1 and self._run_id is None:
+            self._run_id = self._together.from_first(lambda: uuid.uuid4().hex)
         at, kept, document = self._together.agreed(prepare)
         self._together.same((at, kept), "commit(): (step, keep)")
         if wait:
@@ -310,6 +320,12 @@ class CommittingOptimizer(OffloadedBase):
     def close(self) -> None:
         with nullcontext() if self._begun is None else self._begun[0]._explained():
             super().close()
+        self._let_go_of_source()
+
+    def _let_go_of_source(self) -> None:
+        """Lets others go on with the stores that ``resume()`` has divided anew."""
+        while self._locks:
+            self._locks.popitem()[1].release()
 
     @undisturbed
     @plain_modes()
@@ -456,6 +472,7 @@ class CommittingOptimizer(OffloadedBase):
             old = directories_of(path, "path")
             new = options.get("nvme_path")
             new = old if new is None else directories_of(new, "nvme_path")
+            check_is_free(new, old)
             aio = resolve_aio_config(options.get("aio"), stacklevel=8)
             return old, new, aio, engine_of(options.get("engine", "auto"))
 
@@ -545,6 +562,8 @@ class CommittingOptimizer(OffloadedBase):
         except BaseException:
             for optimizer in made:
                 optimizer.close()
+            if found.source is not None:
+                found.source.close()
             raise
         return made[0]
 
@@ -606,6 +625,7 @@ class CommittingOptimizer(OffloadedBase):
             "class": self._kind(),
             "defaults": small.pack(self.defaults, "defaults"),
             "next": self._offload.next_slot(),
+            "run": self._run_id,
             "replaces": [store.id.hex() for store in self._needless],
             "parameters": parameters,
             "groups": groups,
@@ -629,6 +649,8 @@ class CommittingOptimizer(OffloadedBase):
     def _take_found(self, found: Found) -> None:
         """Becomes what ``resume()`` has found."""
         self._needless, self._epoch = found.needless, found.epoch
+        self._locks = found.source.locks if found.source is not None else None
+        self._run_id = found.document.get("run")
         self._take_commit(found.commit, found.document, source=found.source)
 
     def _take_commit(
@@ -679,7 +701,7 @@ class CommittingOptimizer(OffloadedBase):
         ordered = [tensors[i] for i in range(len(sizes))]
 
         def take(offload: Any, parts: list[tuple[int, Tensor, int]]) -> None:
-            with whole_document():
+            with whole_document(), _with_a_way_on(commit):
                 if source is not None:
                     source.take(offload, parts, ordered, next_slot)
                 else:
@@ -788,7 +810,23 @@ def find_common(
     commits = next(kept for kept in found if kept[-1][0] == root)
     commit, document = together.agreed(lambda: chosen(commits, step, kind))
     together.same(commit.generation, "resume(): the generation of the commit")
+    check_run(together, [document])
     return commit, document, root
+
+
+@contextmanager
+def _with_a_way_on(commit: Commit) -> Iterator[None]:
+    """Says of damage how to find out more, and what may help."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EIO:
+            error.strerror = (
+                f"{error.strerror}; the commit is of step {commit.step}: python -m torch_ext "
+                f"verify names the parameters that are damaged, and step= takes another "
+                f"commit, if one is kept"
+            )
+        raise
 
 
 def _lacks_values(entry: Mapping[str, Any]) -> bool:

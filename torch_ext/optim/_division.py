@@ -112,6 +112,9 @@ def common_elements(box: Box, other: Box) -> int:
 
 # Stores ----------------------------------------------------------------------------------
 
+#: By a store's id: what keeps others from going on with it.
+Locks = dict[bytes, _C.StoreLock]
+
 
 @dataclass(frozen=True)
 class Division:
@@ -150,6 +153,26 @@ def another_run_in(
     """
     others = [s for s in _seen(directories) if s[0] >= epoch and s[:2] != (epoch, world)]
     return max(others, default=None)
+
+
+def check_is_free(directories: list[tuple[Any, int]], old: list[tuple[Any, int]]) -> None:
+    """Raises FileExistsError if a store is in ``directories`` that are not among ``old``."""
+
+    def place(directory: Any) -> tuple[int, int]:
+        found = os.stat(directory)
+        return found.st_dev, found.st_ino
+
+    known = {place(directory) for directory, _ in old}
+    for directory, weight in directories:
+        if place(directory) in known or not (there := _seen([(directory, weight)])):
+            continue
+        epoch, world, rank = max(there)
+        raise FileExistsError(
+            errno.EEXIST,
+            "the state cannot move here, where a store is already: resume that one, remove it, "
+            "or give another directory",
+            os.path.join(os.fsdecode(directory), _C.StorePlace(rank, world, epoch=epoch).file),
+        )
 
 
 def newest_epoch(directories: list[tuple[Any, int]]) -> int:
@@ -266,7 +289,19 @@ def _missing(division: Division, there: Iterable[int], more: str = "") -> OSErro
 def _stores_in(
     directories: list[tuple[Any, int]],
 ) -> tuple[list[_stores.StoreFiles], list[_stores.Problem]]:
-    return _stores.find_stores([os.fsdecode(directory) for directory, _ in directories])
+    """Returns the stores that count. A copy under another name is somebody's backup."""
+    found, problems = _stores.find_stores(
+        [os.fsdecode(directory) for directory, _ in directories]
+    )
+    stores = [
+        store
+        for store in found
+        if all(
+            os.path.basename(path) == _C.StorePlace(**store.division).file_of(drive)
+            for drive, path in store.files.items()
+        )
+    ]
+    return stores, problems
 
 
 def needless_stores(
@@ -280,9 +315,13 @@ def needless_stores(
     return tuple(store for store in stores if store.id.hex() in replaces)
 
 
-def remove_stores(stores: Iterable[_stores.StoreFiles]) -> None:
-    """Removes stores whose state lies elsewhere now."""
+def remove_stores(stores: Iterable[_stores.StoreFiles], locks: Locks | None = None) -> None:
+    """Removes stores whose state lies elsewhere now. ``locks``: only those that it has."""
     for store in stores:
+        if locks is not None:
+            if (lock := locks.pop(store.id, None)) is None:
+                continue  # Another process's.
+            lock.release()
         try:
             _stores.remove(store)
         except FileNotFoundError:
@@ -308,6 +347,8 @@ class Source:
         """``stores`` and ``commits`` go by rank, as far as they are seen here."""
         self.together, self.division, self.stores = together, division, stores
         self.generation = 0
+        #: Of the old stores that this process keeps others from.
+        self.locks: Locks = {}
         self.documents: dict[int, dict[str, Any]] = {}
         self.commits, self._how = commits, how
         self._open: dict[int, _C.CommitSource] = {}
@@ -331,20 +372,60 @@ class Source:
         def choose_here() -> Commit:
             commit, _ = chosen(self.commits[self.base], step, kind)
             for rank, commits in self.commits.items():
-                (text,) = [t for g, _, _, t in commits if g == commit.generation]
-                self.documents[rank] = read_document(text, kind)
-                if not may_be_used and (owner := _C.store_owner(self.stores[rank].path)):
-                    raise BlockingIOError(
-                        errno.EAGAIN,
-                        f"another process uses the store: {owner}",
+                texts = [t for g, _, _, t in commits if g == commit.generation]
+                if not texts:
+                    raise OSError(
+                        errno.EIO,
+                        f"commit {commit.generation} of rank {rank} is lost or damaged, and "
+                        f"the others have it: take another one with step=",
                         self.stores[rank].path,
                     )
+                self.documents[rank] = read_document(texts[0], kind)
             return commit
 
         commit = self.together.agreed(choose_here)
         self.together.same(commit.generation, "resume(): the generation of the commit")
+        check_run(self.together, list(self.documents.values()))
+        if not may_be_used:
+            self._lock()
+        self._warn_of_extra()
         self.generation = commit.generation
         return commit, self.documents[self.base]
+
+    def _warn_of_extra(self) -> None:
+        """Logs that processes which are more than before have the extra of others."""
+        before, now = self.division.world, self.together.world
+        if self.together.rank > 0 or now <= before:
+            return
+        _logger.warning(
+            "the commit is of %d process%s and %d go on: committed_extra of rank %d is that of "
+            "rank 0, and so on. Random numbers that it sets would repeat",
+            before,
+            "" if before == 1 else "es",
+            now,
+            before,
+        )
+
+    def _lock(self) -> None:
+        """Keeps others from going on with the stores, which are needless soon."""
+        seen = self.together.exchange([store.id for store in self.stores.values()])
+
+        def lock_mine() -> None:
+            before = {each for ids in seen[: self.together.rank] for each in ids}
+            for store in self.stores.values():
+                if store.id not in before:
+                    self.locks[store.id] = _C.StoreLock(store.path)
+
+        try:
+            self.together.agreed(lock_mine)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Lets others go on with the stores."""
+        while self.locks:
+            self.locks.popitem()[1].release()
 
     def store(self, rank: int) -> _C.CommitSource:
         if rank not in self._open:
@@ -454,6 +535,17 @@ class Source:
         self._shards.clear()
 
 
+def check_run(together: Together, documents: Iterable[Mapping[str, Any]]) -> None:
+    """Raises ValueError if the commits of several processes are not all of one run."""
+    runs = {document.get("run") for document in documents}
+    runs = set().union(*together.exchange(runs))
+    if len(runs) > 1:
+        raise ValueError(
+            "the shards are of different runs, so they are no parts of one state: give the "
+            "directories of one run only"
+        )
+
+
 def _commits_of(store: _stores.StoreFiles, aio: Any, engine: str) -> list[list[Any]]:
     try:
         return _C.list_commits(store.paths, aio, engine)
@@ -478,12 +570,19 @@ def find_source(
 
     def look() -> tuple[dict[int, _stores.StoreFiles], dict[int, Any], str]:
         found, problems = _stores_in(directories)
-        stores = {
-            store.division["rank"]: store
-            for store in found
-            if Division(store.division["epoch"], store.division["world"]) == division
-            and store.missing() is None
-        }
+        stores: dict[int, _stores.StoreFiles] = {}
+        for store in found:
+            rank, *place = (store.division[key] for key in ("rank", "epoch", "world"))
+            if Division(*place) != division or store.missing() is not None:
+                continue
+            if rank in stores:
+                raise FileExistsError(
+                    errno.EEXIST,
+                    f"{store.path} is a store of rank {rank} too: give the directories of one "
+                    f"run only",
+                    stores[rank].path,
+                )
+            stores[rank] = store
         problems += [p for store in found if (p := store.missing()) is not None]
         lists = {rank: _commits_of(store, aio, engine) for rank, store in stores.items()}
         return stores, lists, "; ".join(map(str, problems))

@@ -268,11 +268,12 @@ class ReferringOptimizer(CommittingOptimizer):
         commit, document = self._find(kept, reference, directories)
         newest = kept[-1][0]
         place = _C.StorePlace(newest=newest, generation=commit.generation, epoch=epoch)
+        self._let_go_of_source()  # It may be the store that is taken.
         offload = self._make_offload(directories=directories, place=place)
         before = dict(self.__dict__)
         self._bind(offload)
         self._directories, self._epoch = directories, epoch
-        self._needless = ()  # They may be the store that it takes.
+        self._needless = ()
         try:
             self._take_commit(commit, document, groups)
         except BaseException:

@@ -109,8 +109,12 @@ class Together:
         """Returns the ``value`` of each process, by rank. All call it."""
         if self.world == 1:
             return [value]
+        distributed = torch.distributed
         values = [None] * self.world
-        torch.distributed.all_gather_object(values, value, group=self._group)
+        if distributed.get_backend(self._group) == "gloo":
+            # Where one does not come, its error names it.
+            distributed.monitored_barrier(self._group, wait_all_ranks=True)
+        distributed.all_gather_object(values, value, group=self._group)
         return values
 
     def from_first(self, call: Callable[[], Any]) -> Any:

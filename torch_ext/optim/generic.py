@@ -42,6 +42,7 @@ _MOST_FIELDS = 5
 
 #: What ``resume()`` is given; the rest is the commit's.
 _OF_THIS_RUN = {
+    "nvme_path",
     "host_memory",
     "state_dict_mode",
     "keep_commits",
