@@ -77,6 +77,9 @@ void OptimizerOffload::Impl::make_room_for_commit(std::size_t keep,
   std::uint64_t bytes = 0;
   for (const TileList* list : {&tiles, &value_tiles}) {
     for (const auto& tile : *list) {
+      // If its place could not be written, it needs another one now: one that
+      // comes back later will not do.
+      tile->take_spare_if_nowhere();
       const std::size_t places = tile->spares.size() +
                                  (tile->extent != nullptr ? 1 : 0) +
                                  (get_one_back.contains(tile.get()) ? 1 : 0);
@@ -138,10 +141,7 @@ void OptimizerOffload::Impl::write_untouched() {
   for (Tile* tile : untouched) {
     tile->holds_state = true;
     // The space that could not be written is not used again.
-    if (tile->extent == nullptr && !tile->spares.empty()) {
-      tile->extent = std::move(tile->spares.back());
-      tile->spares.pop_back();
-    }
+    tile->take_spare_if_nowhere();
   }
   if (error != nullptr) std::rethrow_exception(error);
 }

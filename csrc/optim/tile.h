@@ -38,8 +38,9 @@ struct Tile {
   std::uint64_t bytes = 0;  ///< Used; the extent's size.
   bool resident = false;    ///< Stays in memory after its first visit.
   bool holds_state = true;  ///< Else values or zeros, for a commit.
-  /// Null for a resident tile before the first commit. Guarded by TileLanes'
-  /// lock while transfers run, like the three after it.
+  /// Null for a resident tile before the first commit, and if a write for a
+  /// commit has failed. Guarded by TileLanes' lock while transfers run, like
+  /// the three after it.
   std::shared_ptr<Extent> extent;
   /// `extent` is a commit's, or one in the making may get it: it is not written
   /// again.
@@ -61,6 +62,13 @@ struct Tile {
   std::size_t rank = kUnranked;  ///< Place among the tiles to visit.
   double start = 0;              ///< When the transfer in flight began.
   std::size_t step = 0;          ///< It is in memory for this one; 0: for none.
+
+  /// Called while no transfer runs.
+  void take_spare_if_nowhere() {
+    if (extent != nullptr || spares.empty()) return;
+    extent = std::move(spares.back());
+    spares.pop_back();
+  }
 };
 
 using TileList = std::vector<std::unique_ptr<Tile>>;

@@ -513,6 +513,7 @@ void TileLanes::write_failed(Tile& tile, std::exception_ptr error) {
     return;
   }
   tile.extent.reset();  // The next commit tries another place.
+  tile.committed = false;
   if (commit_failure_ == nullptr) commit_failure_ = std::move(error);
   if (tile.in_memory) {
     tile.state = Tile::State::kReady;
