@@ -7,7 +7,6 @@ works where the compiled module does not.
 from __future__ import annotations
 
 import importlib
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,9 +81,6 @@ __all__ = [
     "save",
     "set_rng_state",
 ]
-
-# The library logs nothing unless the application configures logging.
-logging.getLogger("torch_ext").addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

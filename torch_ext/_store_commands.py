@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from typing import Any, TextIO
 
@@ -125,8 +126,26 @@ def run_verify(options: argparse.Namespace) -> int:
     if options.json:
         listed = [{"path": p.path, "text": p.text, "damage": p.is_damage} for p in problems]
         _print(json.dumps({"stores": results, "problems": listed}, indent=2))
+    for text in _other_shards(stores):
+        _complain(text)
     states = [result["status"] for result in results]
     return _status(states, problems)
+
+
+def _other_shards(stores: list[StoreFiles]) -> Iterator[str]:
+    """Says which shards were not looked at. They may be on other machines."""
+    seen: dict[tuple[int, int], set[int]] = {}
+    for store in stores:
+        place = store.division["epoch"], store.division["world"]
+        seen.setdefault(place, set()).add(store.division["rank"])
+    for (epoch, world), ranks in seen.items():
+        # There may be more ranks than could be listed, in a hostile header.
+        if len(ranks) < world:
+            yield (
+                f"note: of the {world} shards of epoch {epoch}, {len(ranks)} "
+                f"{'is' if len(ranks) == 1 else 'are'} here (rank "
+                f"{', '.join(map(str, sorted(ranks)))}); the state needs them all"
+            )
 
 
 def _verify(store: StoreFiles) -> dict[str, Any]:
@@ -204,6 +223,8 @@ def _render_info(report: dict[str, Any]) -> str:
         text = f"{optimizer['parameters']}, {optimizer['elements']} elements"
         if optimizer["dtypes"]:
             text += " (" + ", ".join(f"{n} {d}" for d, n in optimizer["dtypes"].items()) + ")"
+        if optimizer["without_values"]:
+            text += "; the newest commit has no values of them, only state"
         if optimizer["frozen"]:
             text += f"; {optimizer['frozen']} of them frozen, and not kept"
         lines.append(("parameters", text))
@@ -229,6 +250,10 @@ def _date(seconds: int) -> str:
 
 
 def run_export(options: argparse.Namespace) -> int:
+    folder = os.path.dirname(os.path.abspath(options.out))
+    if not os.path.isdir(folder):
+        _complain(f"{options.out} cannot be written: {folder} is no directory")
+        return DAMAGED
     try:
         from torch_ext._export import export
     except ImportError as error:

@@ -250,7 +250,7 @@ class Layout:
     def summary(self) -> dict[str, Any]:
         """Returns class, format, and how many parameters with how many elements."""
         dtypes: Counter[str] = Counter()
-        elements = 0
+        elements = without_values = 0
         for entry in self.parameters.values():
             shape = entry.get("shape") if isinstance(entry, dict) else None
             if (
@@ -259,6 +259,7 @@ class Layout:
                 and all(_whole(n) >= 0 for n in shape)
             ):
                 elements += math.prod(shape)
+                without_values += entry.get("value") is None
                 dtypes[str(_text(entry.get("dtype")))] += 1
         if not self.parameters:
             elements = sum(_whole(p[1]) for p in self._numbers if isinstance(p, list) and p[1:])
@@ -267,6 +268,7 @@ class Layout:
             "optimizer": _text(self.caller.get("optimizer")),  # The class that it runs, if any.
             "state_format": _text(self.caller.get("state_format")),
             "parameters": len(self.parameters) or len(self._numbers),
+            "without_values": without_values,
             "frozen": len(self.parameters) - dtypes.total() if self.parameters else 0,
             "elements": elements,
             "dtypes": dict(sorted(dtypes.items())),

@@ -205,9 +205,8 @@ torch_ext::GroupVote asking_later(py::function vote) {
         const AcquiredGil acquired;
         delete function;
       });
-  return [kept](const std::exception_ptr& error) {
-    return asking(*kept)(error);
-  };
+  return
+      [kept](const std::exception_ptr& error) { return asking(*kept)(error); };
 }
 
 // Python gets tensors of its own over the same memory. Their Python objects are

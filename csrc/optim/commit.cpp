@@ -25,6 +25,8 @@
 #include "base/error_detail.h"
 #include "commit_document.h"
 #include "optimizer_impl.h"
+#include "running_commit.h"
+#include "torch_ext/base/size.h"
 
 namespace torch_ext {
 void OptimizerOffload::Impl::disown(const std::vector<Tile*>& gone) {
@@ -36,8 +38,10 @@ void OptimizerOffload::Impl::disown(const std::vector<Tile*>& gone) {
   }
 }
 
+// A commit may find no room for other values than those of the commit before.
+// So what is replaced is kept until it has found some, and then disowned.
 void OptimizerOffload::Impl::lay_out_values(
-    std::span<const CommittedValue> wanted) {
+    RunningCommit& commit, std::span<const CommittedValue> wanted) {
   if (std::ranges::equal(wanted, values)) return;
   TileList laid_out;
   TileLayout filler(laid_out, plan.tile_bytes);
@@ -50,10 +54,34 @@ void OptimizerOffload::Impl::lay_out_values(
     filler.add(i, wanted[i].elements, fields_of(wanted[i]));
   }
   for (const auto& tile : laid_out) tile->holds_state = false;
-  disown(tile_pointers(value_tiles));
+  for (std::size_t i = 0; i < std::min(laid_out.size(), value_tiles.size());
+       ++i) {
+    if (laid_out[i]->bytes == value_tiles[i]->bytes) {
+      laid_out[i]->spares.swap(value_tiles[i]->spares);
+    }
+  }
+  commit.replaced =
+      ValueLayout{std::move(values), std::exchange(value_tiles, {})};
   value_tiles = std::move(laid_out);
   values.assign(wanted.begin(), wanted.end());
   layout.clear();
+}
+
+void OptimizerOffload::Impl::put_back_values(RunningCommit& commit) {
+  if (!commit.replaced) return;
+  TileList& before = commit.replaced->tiles;
+  for (std::size_t i = 0; i < std::min(before.size(), value_tiles.size());
+       ++i) {
+    Tile& tile = *value_tiles[i];
+    if (tile.extent != nullptr) tile.spares.push_back(std::move(tile.extent));
+    for (auto& spare : tile.spares) {
+      before[i]->spares.push_back(std::move(spare));
+    }
+  }
+  value_tiles = std::move(before);
+  values = std::move(commit.replaced->values);
+  layout.clear();
+  commit.replaced.reset();
 }
 
 // Gives every tile a place for what this commit writes of it, and sees to it
@@ -91,15 +119,19 @@ void OptimizerOffload::Impl::make_room_for_commit(std::size_t keep,
     }
   }
   if (needed.empty()) return;
-  store->check_room(bytes);
   std::vector<std::shared_ptr<Extent>> found;
   try {
+    store->check_room(bytes);
     for (const Tile* tile : needed)
       found.push_back(store->allocate(tile->bytes));
   } catch (...) {
     found.clear();
     store->trim();
-    throw;
+    std::rethrow_exception(with_detail(
+        std::current_exception(),
+        "a commit needs " + format_size(bytes) +
+            " more here: space for a second copy of state and parameters, and "
+            "for each further commit that keep= retains"));
   }
   for (std::size_t i = 0; i < needed.size(); ++i) {
     Tile& tile = *needed[i];

@@ -142,7 +142,9 @@ class OptimizerOffload::Impl {
   void run_commit(RunningCommit& commit) noexcept UNCHECKED_THREADS;
   void wait_for_commit(After after) REQUIRES(calls);
   void throw_unseen_error() REQUIRES(calls);
-  void lay_out_values(std::span<const CommittedValue> values) REQUIRES(calls);
+  void lay_out_values(RunningCommit& commit,
+                      std::span<const CommittedValue> values) REQUIRES(calls);
+  void put_back_values(RunningCommit& commit) REQUIRES(calls);
   /// `commits_now`: a commit follows, which writes values.
   void make_room_for_commit(std::size_t keep, bool commits_now) REQUIRES(calls);
   void write_untouched() REQUIRES(calls);

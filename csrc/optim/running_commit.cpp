@@ -119,9 +119,14 @@ void OptimizerOffload::Impl::prepare_commit(
   log->check();  // Before values are written.
   commit.state->generation =
       std::max(log->next_generation(), commit.group.generation);
-  lay_out_values(wanted);
-  // The next step changes what it says.
-  commit.document = document_of(commit.document);
+  lay_out_values(commit, wanted);
+  try {
+    // The next step changes what it says.
+    commit.document = document_of(commit.document);
+  } catch (...) {
+    put_back_values(commit);
+    throw;
+  }
 }
 
 CommitReport OptimizerOffload::Impl::make_commit(RunningCommit& commit) {
@@ -134,9 +139,19 @@ CommitReport OptimizerOffload::Impl::make_commit(RunningCommit& commit) {
   };
 
   // Phase 1.
-  lanes->settle();  // Writes of the last step.
-  const std::uint64_t tiles_before = written();
-  make_room_for_commit(commit.keep, /*commits_now=*/true);
+  const std::uint64_t tiles_before = [&]() REQUIRES(calls) {
+    try {
+      lanes->settle();  // Writes of the last step.
+      const std::uint64_t before = written();
+      make_room_for_commit(commit.keep, /*commits_now=*/true);
+      return before;
+    } catch (...) {
+      put_back_values(commit);
+      throw;
+    }
+  }();
+  if (commit.replaced) disown(tile_pointers(commit.replaced->tiles));
+  commit.replaced.reset();
   write_untouched();
   TileLanes::Round round;
   round.read = round.repeat = false;

@@ -5,10 +5,13 @@
 #include <cstdint>
 #include <exception>
 #include <memory>
+#include <optional>
 #include <string>
+#include <vector>
 
 #include "base/owner_process.h"
 #include "store/commit_log.h"
+#include "tile.h"
 #include "torch_ext/io/ticket.h"
 #include "torch_ext/optim/optimizer_offload.h"
 #include "torch_ext/optim/update_kernel.h"
@@ -26,6 +29,12 @@ struct CommitTicket::State {
   std::atomic<bool> error_seen = false;
 };
 
+/// Values in tiles of their own.
+struct ValueLayout {
+  std::vector<CommittedValue> values;
+  TileList tiles;
+};
+
 /// A commit that is being made: what it was asked for, and how far it is.
 struct RunningCommit {
   std::uint64_t step = 0;
@@ -33,6 +42,8 @@ struct RunningCommit {
   std::size_t keep = 1;
   CommitGroup group;
   CommitLog::Vote vote;  ///< The group's, while the commit is made.
+  /// What lay_out_values() has replaced, until there is room for the new.
+  std::optional<ValueLayout> replaced;
   UpdateKernel* reader = nullptr;
   std::unique_ptr<UpdateKernel> own_reader;  ///< start_commit() has one.
 

@@ -181,7 +181,14 @@ std::vector<Commit> CommitLog::add(std::uint64_t step, std::string document,
     table.extents.push_back({extent->place(), extent->checksums()});
   }
 
+  // Later commits find the space of those that have gone.
+  spare_tables_.clear();
   Tables tables = write_tables(encode(table));
+  if (commits_.empty()) {
+    for (const auto& copy : tables.copies) {
+      spare_tables_.push_back(store_.allocate(copy->size() * 5 / 4));
+    }
+  }
   cut_point("table written");
   try {
     store_.sync();

@@ -115,7 +115,9 @@ class CommitLog {
   FileLock lock_;
   bool named_ = false;
   std::vector<Commit> commits_;
-  std::vector<Tables> tables_;    ///< Each commit's.
+  std::vector<Tables> tables_;  ///< Each commit's.
+  /// Space that the second commit's tables are sure to find.
+  std::vector<std::shared_ptr<Extent>> spare_tables_;
   std::uint64_t generation_ = 0;  ///< The last that was tried.
   std::size_t slot_ = 1;          ///< Has the last commit's root.
   std::exception_ptr refusal_;    ///< What all further commits throw.

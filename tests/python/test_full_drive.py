@@ -389,3 +389,37 @@ def test_a_save_onto_a_full_drive_leaves_the_old_file_and_the_space(loop, kind):
     torch_ext.save({"a": torch.full((MIB,), 2.0)}, path)
     assert torch_ext.load(path)["a"].sum() == 2 * MIB
     assert set(os.listdir(place)) == names
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_commit_without_room_takes_nothing_from_the_next(loop, kind):
+    """Neither its own space nor the tables' may be gone when the drive is full."""
+    place = loop(kind, 320)
+    model = torch.nn.Linear(1024, 1024, bias=False)
+    with OffloadedAdamW(
+        model.parameters(), lr=1e-2, nvme_path=place, host_memory="4MiB"
+    ) as optimizer:
+
+        def step():
+            model.weight.grad = torch.ones_like(model.weight)
+            optimizer.step()
+
+        step()
+        optimizer.commit()
+        fill(place, 0)
+        step()
+        optimizer.commit()
+        for _ in range(2):
+            with pytest.raises(OSError, match="a commit needs .* more here") as caught:
+                optimizer.commit(extra={"x": torch.zeros(MIB)})
+            assert caught.value.errno == errno.ENOSPC
+            step()
+            optimizer.commit(extra={"small": torch.zeros(0)})
+        step()
+        last = optimizer.commit(7)
+        kept = model.weight.detach().clone()
+        assert [commit.generation for commit in optimizer.commits()] == [last.generation]
+    model = torch.nn.Linear(1024, 1024, bias=False)
+    with OffloadedAdamW.resume(place, model.parameters()) as optimizer:
+        assert torch.equal(model.weight, kept)
+        assert optimizer.committed_step == 7

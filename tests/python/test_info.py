@@ -78,9 +78,12 @@ def test_version_is_that_of_the_project():
         assert torch_ext.__version__ == version[1]
 
 
-def test_logging_is_silent_by_default():
-    handlers = logging.getLogger("torch_ext").handlers
-    assert any(isinstance(handler, logging.NullHandler) for handler in handlers)
+def test_warnings_reach_a_program_that_has_not_set_up_logging():
+    text = "import logging, torch_ext; logging.getLogger('torch_ext').warning('look here')"
+    done = subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "look here" in done.stderr
 
 
 # Errors from C++ ---------------------------------------------------------------

@@ -20,6 +20,7 @@ from store_file import StoreFile
 
 from torch_ext import OffloadedAdamW, _store_commands
 from torch_ext import __main__ as command
+from torch_ext._stores import StoreFiles
 
 NAME = "state.r0-of-1.e0.d0.store"
 NAMES = ["first.weight", "first.bias", "second.weight", "second.bias"]
@@ -437,6 +438,7 @@ def test_info_says_what_a_store_holds(store, made, run, tmp_path):
         "optimizer": None,
         "state_format": "exact",
         "parameters": 4,
+        "without_values": 0,
         "frozen": 0,
         "elements": sum(value.numel() for value in made[1].values()),
         "dtypes": {"float32": 4},
@@ -528,6 +530,21 @@ def test_info_of_a_directory_without_stores_is_about_the_machine(run, tmp_path):
 
 
 # remove ----------------------------------------------------------------------------
+
+
+def test_shards_that_were_not_looked_at_are_said(store, run, tmp_path):
+    found = StoreFiles(b"", 1, {"rank": 1, "world": 4, "epoch": 2})
+    assert list(_store_commands._other_shards([found])) == [
+        "note: of the 4 shards of epoch 2, 1 is here (rank 1); the state needs them all"
+    ]
+    status, _, error = run("verify", tmp_path)
+    assert (status, error) == (0, "")
+
+
+def test_an_export_into_no_directory_cannot_be_written(store, run, tmp_path):
+    status, _, error = run("export", tmp_path, tmp_path / "nowhere" / "x")
+    assert status == 1
+    assert "cannot be written" in error
 
 
 def test_remove_says_what_it_removed(store, run, tmp_path):

@@ -498,8 +498,20 @@ class CommittingOptimizer(OffloadedBase):
             where = path if options.get("nvme_path") is None else options["nvme_path"]
             return Found(where, commit, document, 0, together, epoch, source, needless)
 
-        divisions = find_divisions(together, old) or [Division(0, together.world)]
-        return look_in_newest(together, divisions, look_in)
+        divisions = find_divisions(together, old)
+        if not divisions:
+            raise FileNotFoundError(
+                errno.ENOENT, "nothing was committed here", os.fsdecode(old[0][0])
+            )
+        found = look_in_newest(together, divisions, look_in)
+        entries = found.document.get("parameters", {}).values()
+        if any(map(_lacks_values, entries)) and together.rank == 0:
+            _logger.warning(
+                "the commit of step %d has no parameters (include_parameters=False, or a "
+                "trainer's): those that resume() was given stay, and must be the commit's",
+                found.commit.step,
+            )
+        return found
 
     @classmethod
     def _resumed(
@@ -829,5 +841,5 @@ def _with_a_way_on(commit: Commit) -> Iterator[None]:
         raise
 
 
-def _lacks_values(entry: Mapping[str, Any]) -> bool:
-    return "shape" in entry and entry["value"] is None
+def _lacks_values(entry: Any) -> bool:
+    return isinstance(entry, dict) and "shape" in entry and entry.get("value") is None

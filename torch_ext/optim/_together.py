@@ -111,10 +111,16 @@ class Together:
             return [value]
         distributed = torch.distributed
         values = [None] * self.world
-        if distributed.get_backend(self._group) == "gloo":
-            # Where one does not come, its error names it.
-            distributed.monitored_barrier(self._group, wait_all_ranks=True)
-        distributed.all_gather_object(values, value, group=self._group)
+        try:
+            if distributed.get_backend(self._group) == "gloo":
+                # Where one does not come, its error names it.
+                distributed.monitored_barrier(self._group, wait_all_ranks=True)
+            distributed.all_gather_object(values, value, group=self._group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.rank} of {self.world} got no answer; every process has to make "
+                f"the same calls: {error}"
+            ) from error
         return values
 
     def from_first(self, call: Callable[[], Any]) -> Any:
