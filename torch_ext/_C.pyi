@@ -222,6 +222,11 @@ class TensorOffload:
         directories: list[tuple[str | bytes | os.PathLike[str], int]],
         place: str = "",
     ) -> str: ...
+    def refuse_others_at_snapshot(
+        self,
+        directories: list[tuple[str | bytes | os.PathLike[str], int]],
+        place: str,
+    ) -> None: ...
     def start_commit(
         self,
         step: int,

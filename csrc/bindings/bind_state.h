@@ -426,6 +426,14 @@ void bind_tensor_offload(py::module_& m) {
           },
           py::arg("directories"), py::arg("place") = "", release_gil())
       .def(
+          "refuse_others_at_snapshot",
+          [](TensorOffload& offload, const Directories& directories,
+             const std::string& place) {
+            offload.offload().refuse_others_at_snapshot(to_list(directories),
+                                                        {.place = place});
+          },
+          py::arg("directories"), py::arg("place"), release_gil())
+      .def(
           "start_commit",
           [](TensorOffload& offload, std::uint64_t step,
              const std::string& document,

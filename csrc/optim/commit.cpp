@@ -520,6 +520,12 @@ OptimizerOffload::SnapshotPlace OptimizerOffload::look_at_snapshot(
   return SnapshotPlace::kOther;
 }
 
+void OptimizerOffload::refuse_others_at_snapshot(
+    const DirectoryList& directory, const SnapshotGroup& group) const {
+  const Impl::Call call(*impl_);
+  impl_->copy_to(directory, group.place).refuse_others();
+}
+
 StoreCopy OptimizerOffload::Impl::copy_to(const DirectoryList& directory,
                                           const std::string& place) {
   if (log == nullptr || log->commits().empty()) {

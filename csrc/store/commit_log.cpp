@@ -92,26 +92,46 @@ std::string StoreName::of_file(std::size_t directory) const {
          ".store";
 }
 
+std::vector<StoreName::File> StoreName::files_in(
+    const std::filesystem::path& directory) const {
+  std::vector<File> files;
+  const std::unique_ptr<DIR, decltype(&closedir)> list(
+      opendir(directory.empty() ? "." : directory.c_str()), &closedir);
+  if (list == nullptr) return files;  // Whoever opens a file says why.
+  while (const dirent* const entry = readdir(list.get())) {
+    const std::string_view file = entry->d_name;
+    if (!file.starts_with(name)) continue;
+    std::string_view rest = file.substr(name.size());
+    const auto number_after = [&rest](std::string_view before) {
+      std::uint32_t number = 0;
+      if (!rest.starts_with(before)) return number;
+      rest.remove_prefix(before.size());
+      const char* const end = rest.data() + rest.size();
+      const auto parsed = std::from_chars(rest.data(), end, number);
+      rest.remove_prefix(static_cast<std::size_t>(parsed.ptr - rest.data()));
+      return number;
+    };
+    File found{*this, 0};
+    found.store.rank = number_after(".r");
+    found.store.world = number_after("-of-");
+    found.store.epoch = number_after(".e");
+    found.directory = number_after(".d");
+    // What does not look like it gives another name.
+    if (file == found.store.of_file(found.directory)) files.push_back(found);
+  }
+  return files;
+}
+
 StoreName StoreName::newest_in(const std::filesystem::path& directory) const {
   StoreName newest = *this;
-  DIR* const list = opendir(directory.empty() ? "." : directory.c_str());
-  if (list == nullptr) return newest;  // Whoever opens a file says why.
-  const std::string wanted = of_file(0);
-  const std::size_t begin = wanted.rfind(".e") + 2;
   bool any = false;
-  while (const dirent* const entry = readdir(list)) {
-    const std::string_view file = entry->d_name;
-    if (!file.starts_with(wanted.substr(0, begin))) continue;
-    std::uint32_t number = 0;
-    const auto [end, error] =
-        std::from_chars(file.data() + begin, file.data() + file.size(), number);
+  for (const File& file : files_in(directory)) {
     StoreName other = *this;
-    other.epoch = number;
-    if (error != std::errc() || file != other.of_file(0)) continue;
-    if (!any || number > newest.epoch) newest.epoch = number;
+    other.epoch = file.store.epoch;
+    if (file.directory != 0 || file.store != other) continue;
+    if (!any || other.epoch > newest.epoch) newest = other;
     any = true;
   }
-  closedir(list);
   return newest;
 }
 

@@ -225,31 +225,68 @@ bool StoreCopy::is_mine(std::size_t directory) const {
   }
 }
 
-StoreCopy::There StoreCopy::there() const {
-  bool any = false;
-  bool first = false;
+// Returns a file that the copy must not be beside, or an empty text.
+std::string StoreCopy::other_file() const {
   for (std::size_t i = 0; i < to_.all().size(); ++i) {
-    if (!File::identify(path(i))) continue;
-    if (!is_mine(i)) return There::kOther;
-    any = true;
-    first = first || i == 0;
+    if (File::identify(path(i)) && !is_mine(i)) return path(i);
+  }
+  const StoreName& name = log_.name();
+  for (const auto& each : to_.all()) {
+    for (const StoreName::File& file : name.files_in(each.path)) {
+      const StoreName& other = file.store;
+      const std::string found =
+          absolute_path(each.path / other.of_file(file.directory));
+      if (other == name) {
+        const std::size_t i = file.directory;
+        const bool is_seen = i < to_.all().size() &&
+                             File::identify(path(i)) == File::identify(found);
+        if (!is_seen) return found;
+      } else if (other.world != name.world || other.epoch != name.epoch) {
+        return found;
+      }
+    }
+  }
+  return "";
+}
+
+StoreCopy::There StoreCopy::there() const {
+  if (!other_file().empty()) return There::kOther;
+  bool any = false;
+  for (std::size_t i = 0; i < to_.all().size(); ++i) {
+    any = any || File::identify(path(i));
   }
   // The first one gets its name last.
-  return first ? There::kCopy : any ? There::kUnfinished : There::kNothing;
+  return File::identify(path(0)) ? There::kCopy
+         : any                   ? There::kUnfinished
+                                 : There::kNothing;
+}
+
+void StoreCopy::refuse_others() const {
+  const std::string other = other_file();
+  if (!other.empty()) fail_taken(other);
+}
+
+void StoreCopy::fail_taken(const std::string& file) const {
+  bool has_its_name = false;
+  for (std::size_t i = 0; i < to_.all().size(); ++i) {
+    has_its_name = has_its_name || file == path(i);
+  }
+  throw IoError(
+      {.op = "snapshot",
+       .path = file,
+       .error = EEXIST,
+       .detail = std::string(has_its_name
+                                 ? "it is there already"
+                                 : "resume() could take the store of this file "
+                                   "for the snapshot") +
+                 ": remove it, or give another directory"});
 }
 
 void StoreCopy::make_way(bool replace) const {
+  refuse_others();
   const There found = there();
   if (found == There::kNothing) return;
-  if (found == There::kOther || (found == There::kCopy && !replace)) {
-    std::size_t i = 0;
-    while (!File::identify(path(i))) ++i;
-    throw IoError({.op = "snapshot",
-                   .path = path(i),
-                   .error = EEXIST,
-                   .detail = "it is there already: remove it, or give another "
-                             "directory"});
-  }
+  if (found == There::kCopy && !replace) fail_taken(path(0));
   for (std::size_t i = 0; i < to_.all().size(); ++i) {
     if (!File::identify(path(i))) continue;
     if (unlink(path(i).c_str()) != 0) {

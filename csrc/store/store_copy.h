@@ -23,15 +23,22 @@ class StoreCopy {
   StoreCopy(Store& from, const CommitLog& log, DirectoryList to,
             const std::string& place = {});
 
-  /// What has the names of the copy's files.
+  /// What is in the directories.
   enum class There {
     kNothing,
     kUnfinished,  ///< What a call that was killed has left of this copy.
     kCopy,        ///< This copy, whole as far as names tell.
-    kOther,       ///< Another store, or anything else.
+    /// Something else that has the name of one of its files; or a store that
+    /// resume() could take in its place. Stores of other processes that have
+    /// the same world and epoch are not in the way.
+    kOther,
   };
   /// Errors: IoError if a file cannot be read.
   There there() const;
+
+  /// Throws IoError (EEXIST) with the file that is in the way, if there() is
+  /// kOther.
+  void refuse_others() const;
 
   struct Report {
     bool reflink = false;     ///< Blocks are shared. Else bytes were copied.
@@ -40,14 +47,17 @@ class StoreCopy {
   /// Makes a commit of the log durable there, the last one. An unfinished copy
   /// is replaced. `replace`: a whole one too, since other processes have none.
   /// `vote`: as in CommitLog::add().
-  /// Errors: IoError: EEXIST if another file has the name, ENOSPC before a byte
-  /// is written, EIO if an extent is damaged. No file has a name then, except
-  /// where `vote` throws: nobody knows whether the copy counts.
+  /// Errors: IoError: those of refuse_others(), EEXIST if the copy is there,
+  /// ENOSPC before a byte is written, EIO if an extent is damaged. No file has
+  /// a name then, except where `vote` throws: nobody knows whether the copy
+  /// counts.
   Report make(bool replace = false, const CommitLog::Vote& vote = {});
 
  private:
   std::string path(std::size_t directory) const;
   bool is_mine(std::size_t directory) const;
+  std::string other_file() const;
+  [[noreturn]] void fail_taken(const std::string& file) const;
   void make_way(bool replace) const;
   std::vector<std::shared_ptr<Extent>> reserve(Store& store) const;
   bool share(Store& store,

@@ -215,6 +215,48 @@ TEST_P(SnapshotTest, AStoreThatIsThereIsNotReplaced) {
   EXPECT_EQ(training->wrong(), "");
 }
 
+// resume() would go on from the store of another epoch, world or drive.
+TEST_P(SnapshotTest, AnotherStoreIsRefusedWhateverItsEpochAndWorld) {
+  make_store();
+  const auto training = CommitTraining::resume(options());
+  OptimizerOffload& offload = training->offload();
+  for (const StoreName& name :
+       {StoreName{.epoch = 1}, StoreName{.rank = 1, .world = 2},
+        StoreName{.world = 2, .epoch = 4}, StoreName{}}) {
+    for (const auto& directory : there_) {
+      // Of the snapshot's own name, it is the file of a drive too many.
+      const auto file = directory / name.of_file(name == StoreName() ? 7 : 0);
+      std::ofstream(file) << "somebody's";
+      EXPECT_EQ(offload.look_at_snapshot(listed(there_)), Place::kOther);
+      for (const bool makes : {true, false}) {
+        try {
+          if (makes) {
+            offload.snapshot(listed(there_));
+          } else {
+            offload.refuse_others_at_snapshot(listed(there_));
+          }
+          FAIL() << file;
+        } catch (const IoError& error) {
+          EXPECT_EQ(error.error(), EEXIST);
+          EXPECT_EQ(error.failure().path, file.string());
+          EXPECT_NE(std::string(error.what()).find("remove it, or give"),
+                    std::string::npos);
+        }
+      }
+      EXPECT_EQ(count(there_), 1u);
+      std::filesystem::remove(file);
+    }
+  }
+  // Nobody takes these for stores.
+  for (const char* name :
+       {"state.r0-of-1.e1.d0.store.old", "state.store",
+        "other.r0-of-1.e1.d0.store", "state.r0-of-1.e01.d0.store"}) {
+    std::ofstream(there_[0] / name) << "somebody's";
+  }
+  offload.snapshot(listed(there_));
+  EXPECT_EQ(wrong_with(there_, 3), "");
+}
+
 TEST_P(SnapshotTest, WhatCannotBeIsRefused) {
   CommitTraining training(options());
   training.step();
@@ -478,7 +520,8 @@ TEST(SnapshotGroupTest, IfAnotherProcessFailsThereIsNone) {
   training.commit();
   const DirectoryList there = dirs[1].path();
   std::vector<bool> told;
-  SnapshotGroup group{.place = "both", .vote = [&](const std::exception_ptr& error) {
+  SnapshotGroup group{.place = "both",
+                      .vote = [&](const std::exception_ptr& error) {
                         told.push_back(error == nullptr);
                         return false;
                       }};
@@ -502,6 +545,26 @@ TEST(SnapshotGroupTest, IfAnotherProcessFailsThereIsNone) {
   training.commit();
   training.offload().snapshot(there, group);
   EXPECT_EQ(wrong_with({dirs[1].path()}, 2), "");
+}
+
+TEST(SnapshotGroupTest, ThoseOfOtherProcessesAreNotInTheWay) {
+  const std::array<TempDir, 2> dirs;
+  TileOptions options = CommitTraining::options({dirs[0].path()}, 5);
+  options.name = {.rank = 1, .world = 2, .epoch = 3};
+  CommitTraining training(options);
+  training.step();
+  training.commit();
+  const auto file_of = [&](const StoreName& name) {
+    return dirs[1] / name.of_file(0);
+  };
+  const StoreName older{.rank = 0, .world = 2, .epoch = 2};
+  std::ofstream(file_of(older)) << "another run's";
+  EXPECT_EQ(error_of([&] { training.offload().snapshot(dirs[1].path()); }),
+            EEXIST);
+  std::filesystem::rename(file_of(older),
+                          file_of({.rank = 0, .world = 2, .epoch = 3}));
+  training.offload().snapshot(dirs[1].path());
+  EXPECT_TRUE(std::filesystem::exists(file_of(options.name)));
 }
 
 }  // namespace

@@ -195,6 +195,19 @@ def test_what_cannot_be_is_refused(here, there):
         optimizer.snapshot(there)
 
 
+@pytest.mark.parametrize("name", ["state.r0-of-1.e1.d0.store", "state.r1-of-2.e0.d0.store"])
+def test_a_store_that_resume_could_take_for_it_is_refused(here, there, name):
+    model = make_model()
+    with adamw(model, here) as optimizer:
+        train(model, optimizer, 1)
+        optimizer.commit()
+        (there / name).write_bytes(b"another run's")
+        with pytest.raises(FileExistsError, match="remove it, or give another") as taken:
+            optimizer.snapshot(there)
+        assert taken.value.filename == str(there / name)
+        assert os.listdir(there) == [name]
+
+
 # Several processes -------------------------------------------------------------------
 
 
@@ -227,6 +240,10 @@ def together(path, copies):
         texts.append(refused(FileExistsError, lambda: optimizer.snapshot(copies[1])))
         missing = copies[1] if rank() == 0 else f"{copies[1]}/missing"
         texts.append(refused(FileNotFoundError, lambda: optimizer.snapshot(missing)))
+        # A store that is the newer one by its name.
+        Path(copies[2], "state.r0-of-1.e3.d0.store").touch()
+        torch.distributed.barrier()
+        texts.append(refused(FileExistsError, lambda: optimizer.snapshot(copies[2])))
         train_ranks(model, optimizer, 1)
         after = bits_of(model)
     model, optimizer = resumed(copies[0])
@@ -244,13 +261,15 @@ def bits_of(model):
 
 
 def test_all_processes_have_one_or_none(ranks, tmp_path):
-    copies = [directory(tmp_path, "one"), directory(tmp_path, "two")]
+    copies = [directory(tmp_path, name) for name in ("one", "two", "three")]
     here, there = ranks.run(together, directory(tmp_path, "here"), copies)
     assert sorted(os.listdir(copies[0])) == [f"state.r{i}-of-2.e0.d0.store" for i in (0, 1)]
     assert os.listdir(copies[1]) == ["state.r1-of-2.e0.d0.store"]
     assert Path(store(copies[1], 1)).read_bytes() == b"somebody's"
+    assert os.listdir(copies[2]) == ["state.r0-of-1.e3.d0.store"]
     for texts, others in ((here, True), (there, False)):
-        assert ["rank 1: " in text for text in texts[1:]] == [others, others]
+        assert ["rank 1: " in text for text in texts[1:3]] == [others, others]
+        assert "state.r0-of-1.e3.d0.store" in texts[3]
 
 
 # File systems that share blocks --------------------------------------------------------

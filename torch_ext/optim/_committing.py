@@ -344,15 +344,15 @@ class CommittingOptimizer(OffloadedBase):
         Several processes call this together: each makes its own, and all have one, or none.
 
         Args:
-            path: A directory that has no store of this name, or as many as ``nvme_path``, with
-                the same weights.
+            path: A directory that has no store, or as many as ``nvme_path``, with the same
+                weights.
 
         Returns:
             What was made: the ``step`` of the commit, whether it was by ``"reflink"`` or
             ``"copied"`` (``way``), its ``bytes`` and ``seconds``.
 
         Raises:
-            FileExistsError: There is a store in ``path``.
+            FileExistsError: There is a store in ``path``, which the text names.
             OSError: There is no room (before much is written), the drive failed, or the commit
                 is damaged. Nothing is in ``path`` then, and this store is as it was.
             ValueError: ``path`` has another number of directories, or other weights.
@@ -376,12 +376,13 @@ class CommittingOptimizer(OffloadedBase):
             return Snapshot.of(*offload.snapshot(directories))
         # A snapshot of a call that was killed is known by where all of it should be.
         place = json.dumps(together.exchange(places))
+        together.agreed(lambda: offload.refuse_others_at_snapshot(directories, place))
         there = together.exchange(
             together.agreed(lambda: offload.look_at_snapshot(directories, place))
         )
 
         def refuse() -> None:
-            if there[together.rank] == "other" or set(there) == {"snapshot"}:
+            if set(there) == {"snapshot"}:
                 raise FileExistsError(
                     errno.EEXIST,
                     "snapshot: a store is there already: remove it, or give another directory",

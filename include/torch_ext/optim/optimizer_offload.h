@@ -410,22 +410,26 @@ class OptimizerOffload {
   /// and written. A step may be open, and an earlier call may have failed.
   /// Memory: eight blocks of block_size.
   /// Errors: StateError if nothing was committed. std::invalid_argument for
-  /// other directories. IoError: EEXIST if a store is there, ENOSPC before a
-  /// byte is written, also where blocks would be shared, EIO for damage.
-  /// Nothing is there then, and this store is as it was. StateError if another
-  /// process of the group has failed: then none has a snapshot.
+  /// other directories. IoError: EEXIST if a store is there, also one of
+  /// another epoch or number of processes; ENOSPC before a byte is written,
+  /// also where blocks would be shared, EIO for damage. Nothing is there then,
+  /// and this store is as it was. StateError if another process of the group
+  /// has failed: then none has a snapshot.
   SnapshotReport snapshot(const DirectoryList& directory,
                           const SnapshotGroup& group = {});
 
-  /// Something may have the names of snapshot()'s files.
+  /// What may be in snapshot()'s place.
   enum class SnapshotPlace {
     kFree,
     kUnfinished,  ///< What a snapshot() there that was killed has left.
     kSnapshot,    ///< A snapshot of this store.
-    kOther,       ///< Another store, or another file.
+    kOther,       ///< Another store, or another file of its name.
   };
   /// Errors: as snapshot(), before it writes.
   SnapshotPlace look_at_snapshot(const DirectoryList& directory,
+                                 const SnapshotGroup& group = {}) const;
+  /// Throws what snapshot() does where look_at_snapshot() finds kOther.
+  void refuse_others_at_snapshot(const DirectoryList& directory,
                                  const SnapshotGroup& group = {}) const;
 
   /// How many numbers add_parameter() has given.

@@ -35,6 +35,19 @@ struct StoreName {
   /// This name with the greatest epoch of which there is a first file in the
   /// first directory; with its own epoch if there is none.
   StoreName newest_in(const std::filesystem::path& directory) const;
+
+  /// A file of a store, as far as its name tells.
+  struct File;
+  /// The files in a directory that have this `name`, of any rank, world and
+  /// epoch. None if the directory cannot be listed.
+  std::vector<File> files_in(const std::filesystem::path& directory) const;
+
+  friend bool operator==(const StoreName&, const StoreName&) = default;
+};
+
+struct StoreName::File {
+  StoreName store;
+  std::uint32_t directory = 0;  ///< The store's directory of this number.
 };
 
 /// How to make a Store.
