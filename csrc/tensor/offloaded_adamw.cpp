@@ -151,7 +151,6 @@ const OptimizerOffload::Committed& chosen(
                               "; the steps of those kept are " + there);
 }
 
-/// The store's first file, for errors.
 /// The name of the newest store that is there. A new one meets it, and is
 /// refused.
 StoreName name_in(const StateOptions& offload) {
@@ -160,11 +159,41 @@ StoreName name_in(const StateOptions& offload) {
   return StoreName().newest_in(directories.front().path);
 }
 
+/// The store's first file, for errors.
 std::filesystem::path store_of(const StateOptions& offload,
                                const StoreName& name) {
   const auto& directories = offload.nvme_path.all();
   if (directories.empty()) return {};
   return directories.front().path / name.of_file(0);
+}
+
+/// A file of a store of several processes that is newer than `name`'s, or may
+/// be. Python would go on from that one.
+std::optional<IoFailure> other_division(const DirectoryList& directories,
+                                        const StoreName& name) {
+  for (const auto& directory : directories.all()) {
+    for (const StoreName::File& file : name.files_in(directory.path)) {
+      const StoreName& other = file.store;
+      if (other.world == name.world || other.epoch < name.epoch) continue;
+      return IoFailure{
+          .path = absolute_path(directory.path / other.of_file(file.directory)),
+          .error = EEXIST,
+          .detail = "it is of a run of " + std::to_string(other.world) +
+                    " processes. Python's resume() goes on from it with any "
+                    "number of processes; C++ does not divide state anew. If "
+                    "it is not needed, remove it; or give another directory"};
+    }
+  }
+  return {};
+}
+
+/// Throws IoError (EEXIST) if other_division() finds one.
+void refuse_other_division(const char* op, const DirectoryList& directories,
+                           const StoreName& name) {
+  auto other = other_division(directories, name);
+  if (!other) return;
+  other->op = op;
+  throw IoError(std::move(*other));
 }
 
 }  // namespace
@@ -177,6 +206,8 @@ class OffloadedAdamW::Impl {
   Impl(OffloadedAdamW& optimizer, const StateOptions& offload,
        const Resumed& resume)
       : optimizer_(optimizer),
+        directories_(offload.nvme_path),
+        name_(resume.name),
         store_(store_of(offload, resume.name)),
         state_format_(offload.state_format),
         seed_(offload.seed),
@@ -344,6 +375,9 @@ class OffloadedAdamW::Impl {
     }
     if (options.keep < 1) {
       throw std::invalid_argument("OffloadedAdamW: keep must be from 1, got 0");
+    }
+    if (offload_.offload().next_generation() == 1) {
+      refuse_other_division("commit", directories_, name_);
     }
     add_new_parameters();
     take_over_state();
@@ -516,6 +550,10 @@ class OffloadedAdamW::Impl {
   std::uint64_t steps() const { return steps_before_ + stats().steps; }
 
   void warn_of_a_store() {
+    if (const auto other = other_division(directories_, name_)) {
+      offload_.note(other->path + ": " + other->detail +
+                    ". This optimizer cannot commit as long as it is there");
+    }
     // libtorch.so has functions of std::filesystem of its own, not all good.
     if (!File::identify(store_)) return;
     offload_.note(store_.string() +
@@ -1016,6 +1054,8 @@ class OffloadedAdamW::Impl {
   }
 
   OffloadedAdamW& optimizer_;
+  const DirectoryList directories_;
+  const StoreName name_;
   const std::filesystem::path store_;  // Its first file, if it has a name.
   const StateFormat state_format_;
   const std::uint64_t seed_;
@@ -1119,6 +1159,7 @@ std::unique_ptr<OffloadedAdamW> OffloadedAdamW::resume(
   refuse(offload.seed != defaults.seed, "seed");
   // Python gives the store another name when it divides the state anew.
   const StoreName name = name_in(offload);
+  refuse_other_division("resume", offload.nvme_path, name);
   const std::vector<OptimizerOffload::Committed> commits =
       OptimizerOffload::find_commits({.store = {.directory = offload.nvme_path,
                                                 .aio = offload.aio,

@@ -13,6 +13,7 @@
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -596,6 +597,47 @@ TEST_F(OffloadedAdamWCommitTest, WhatAResumeCannotTakeIsRefused) {
                   "the steps of those kept are 5"));
   const auto resumed = resume(offload());
   EXPECT_FALSE(has_note(*resumed, "resume() goes on from it"));
+}
+
+TEST_F(OffloadedAdamWCommitTest, AStoreOfSeveralProcessesIsRefused) {
+  const Tensors parameters = make_parameters();
+  const auto expect_refused = [&](const std::string& file,
+                                  const std::function<void()>& call) {
+    try {
+      call();
+      ADD_FAILURE() << "nothing was thrown";
+    } catch (const IoError& error) {
+      EXPECT_EQ(error.error(), EEXIST);
+      EXPECT_EQ(error.failure().path, file);
+      EXPECT_TRUE(has(error.what(), "Python's resume() goes on from it"));
+    }
+  };
+  const auto resume = [&] { OffloadedAdamW::resume(parameters, offload()); };
+  const std::string newer = temp_ / "state.r1-of-2.e1.d0.store";
+  std::ofstream(newer) << "Python's";
+  expect_refused(newer, resume);
+  auto optimizer = make(parameters);
+  EXPECT_TRUE(has_note(*optimizer, "cannot commit as long as it is there"));
+  train(parameters, *optimizer, 0, 1);
+  expect_refused(newer, [&] { optimizer->commit(); });
+  expect_refused(newer, [&] { optimizer->start_commit(); });
+  EXPECT_FALSE(is_file(temp_ / kFile));
+  unlink(newer.c_str());
+  optimizer->commit();
+  std::ofstream(newer) << "Python's";
+  train(parameters, *optimizer, 1, 2);
+  optimizer->commit();  // What it has begun, it may go on with.
+  optimizer->close();
+  expect_refused(newer, resume);
+  // An older one is what a store of one process has replaced.
+  const std::string older = temp_ / "state.r1-of-2.e0.d0.store";
+  const std::string mine = temp_ / "state.r0-of-1.e1.d0.store";
+  std::rename(newer.c_str(), older.c_str());
+  expect_refused(older, resume);  // Nothing says which is the newer.
+  std::rename((temp_ / kFile).c_str(), mine.c_str());
+  EXPECT_TRUE(has(text_of<std::invalid_argument>(resume), "another store's"));
+  unlink(older.c_str());
+  unlink(mine.c_str());
 }
 
 TEST_F(OffloadedAdamWCommitTest, WhatCannotBeCommittedIsRefused) {

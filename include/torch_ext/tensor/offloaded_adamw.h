@@ -190,11 +190,11 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   /// 1. None: how many steps there were, counted on from the commit that was
   /// resumed or rolled back to.
   /// Errors: IoError: ENOSPC before anything is written, EEXIST if another
-  /// run's store is there. std::invalid_argument for `step`, `keep`, options,
-  /// and for a parameter that is in the groups twice. StateError between
-  /// backward() and step() with kUpdate, after a failed step, and without
-  /// `verify`. The commit before is as it was, and steps may go on, unless the
-  /// error says otherwise.
+  /// run's store is there, of one process or several. std::invalid_argument for
+  /// `step`, `keep`, options, and for a parameter that is in the groups twice.
+  /// StateError between backward() and step() with kUpdate, after a failed
+  /// step, and without `verify`. The commit before is as it was, and steps may
+  /// go on, unless the error says otherwise.
   CommitReport commit(std::optional<std::uint64_t> step = {},
                       const CommitOptions& options = {});
 
@@ -214,11 +214,12 @@ class OffloadedAdamW : public torch::optim::Optimizer {
   /// state_format and seed, which `offload` leaves at their defaults. `step`
   /// takes the newest commit of that number; none takes the last commit. What
   /// Python has committed and C++ cannot keep is said in notes().
-  /// Errors: IoError: ENOENT if nothing was committed there, EAGAIN if another
-  /// process uses the store, EIO for damage. std::invalid_argument if the
-  /// parameters are others, of which ten are listed, or if there is no commit
-  /// of `step`. Those of the constructors. Some parameters may be the commit's
-  /// after an IoError.
+  /// Errors: IoError: ENOENT if nothing was committed there, EEXIST if the
+  /// newest store is of several processes, which Python resumes, EAGAIN if
+  /// another process uses the store, EIO for damage. std::invalid_argument if
+  /// the parameters are others, of which ten are listed, or if there is no
+  /// commit of `step`. Those of the constructors. Some parameters may be the
+  /// commit's after an IoError.
   static std::unique_ptr<OffloadedAdamW> resume(
       std::vector<torch::optim::OptimizerParamGroup> groups,
       const StateOptions& offload, std::optional<std::uint64_t> step = {});
