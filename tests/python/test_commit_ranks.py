@@ -381,7 +381,7 @@ def dies_beside(path, at):
     torch.manual_seed(rank())
     for _ in range(2):
         train(model, optimizer, 1)
-        commit(optimizer, wait=False)
+        commit(optimizer, wait=False).wait()
     train(model, optimizer, 1)
     beside = optimizer._together.beside()
     exchange = beside.exchange
