@@ -78,6 +78,10 @@ constexpr const char* kTakenInPart =
     "while it made its first commit, and you may remove this file; or that "
     "directory is not there";
 
+struct CloseDirectory {
+  void operator()(DIR* list) const { closedir(list); }
+};
+
 [[noreturn]] void fail_damaged(const std::string& path,
                                const std::string& detail) {
   throw IoError(
@@ -95,8 +99,8 @@ std::string StoreName::of_file(std::size_t directory) const {
 std::vector<StoreName::File> StoreName::files_in(
     const std::filesystem::path& directory) const {
   std::vector<File> files;
-  const std::unique_ptr<DIR, decltype(&closedir)> list(
-      opendir(directory.empty() ? "." : directory.c_str()), &closedir);
+  const std::unique_ptr<DIR, CloseDirectory> list(
+      opendir(directory.empty() ? "." : directory.c_str()));
   if (list == nullptr) return files;  // Whoever opens a file says why.
   while (const dirent* const entry = readdir(list.get())) {
     const std::string_view file = entry->d_name;

@@ -224,7 +224,7 @@ TEST_P(SnapshotTest, AnotherStoreIsRefusedWhateverItsEpochAndWorld) {
        {StoreName{.epoch = 1}, StoreName{.rank = 1, .world = 2},
         StoreName{.world = 2, .epoch = 4}, StoreName{}}) {
     for (const auto& directory : there_) {
-      // Of the snapshot's own name, it is the file of a drive too many.
+      // The snapshot's own name is that of a drive too many.
       const auto file = directory / name.of_file(name == StoreName() ? 7 : 0);
       std::ofstream(file) << "somebody's";
       EXPECT_EQ(offload.look_at_snapshot(listed(there_)), Place::kOther);

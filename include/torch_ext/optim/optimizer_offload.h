@@ -410,11 +410,11 @@ class OptimizerOffload {
   /// and written. A step may be open, and an earlier call may have failed.
   /// Memory: eight blocks of block_size.
   /// Errors: StateError if nothing was committed. std::invalid_argument for
-  /// other directories. IoError: EEXIST if a store is there, also one of
-  /// another epoch or number of processes; ENOSPC before a byte is written,
-  /// also where blocks would be shared, EIO for damage. Nothing is there then,
-  /// and this store is as it was. StateError if another process of the group
-  /// has failed: then none has a snapshot.
+  /// other directories. IoError: EEXIST if a store is there, of any epoch and
+  /// world, ENOSPC before a byte is written, also where blocks would be shared,
+  /// EIO for damage. Nothing is there then, and this store is as it was.
+  /// StateError if another process of the group has failed: then none has a
+  /// snapshot.
   SnapshotReport snapshot(const DirectoryList& directory,
                           const SnapshotGroup& group = {});
 
