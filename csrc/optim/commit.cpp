@@ -17,6 +17,8 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
+#include <filesystem>
+#include <map>
 #include <memory>
 #include <set>
 #include <stdexcept>
@@ -27,6 +29,7 @@
 #include "optimizer_impl.h"
 #include "running_commit.h"
 #include "torch_ext/base/size.h"
+#include "torch_ext/io/file.h"
 
 namespace torch_ext {
 void OptimizerOffload::Impl::disown(const std::vector<Tile*>& gone) {
@@ -318,27 +321,58 @@ std::vector<OptimizerOffload::Committed> describe(const CommitLog& log,
   return all;
 }
 
-/// Nothing was committed only where no directory has a file of the name.
-void check_files(const StoreOptions& how) {
-  const auto& directories = how.directory.all();
-  const auto has = [&](std::size_t directory, std::size_t drive) {
-    return File::identify(directories[directory].path / how.files[drive])
-        .has_value();
-  };
-  std::size_t missing = directories.size();
-  bool any = false;
-  for (std::size_t i = 0; i < directories.size(); ++i) {
-    for (std::size_t j = 0; j < directories.size(); ++j) {
-      any = any || has(i, j);
-    }
-    if (missing == directories.size() && !has(i, i)) missing = i;
+/// How many drives a store has, if its first file says so.
+std::size_t drives_of(const std::filesystem::path& first_file) {
+  try {
+    return read_header(File::open(first_file, File::Mode::kRead))
+        .weights.size();
+  } catch (const std::exception&) {
+    return 0;
   }
-  if (!any || missing == directories.size()) return;
-  throw std::invalid_argument(
-      directories[missing].path.string() + " has no " + how.files[missing] +
-      ", but another directory has a file of this store: give all of them, in "
-      "the order in which it was made. If its first commit was cut off, remove "
-      "that file");
+}
+
+/// Each directory has the file of its number, or none has any: then nothing was
+/// committed.
+void check_files(const StoreOptions& how, const StoreName& name) {
+  const auto& directories = how.directory.all();
+  std::map<std::size_t, std::filesystem::path> found;  // By drive.
+  std::size_t missing = directories.size();
+  for (std::size_t i = 0; i < directories.size(); ++i) {
+    const std::filesystem::path& directory = directories[i].path;
+    if (File::identify(directory / how.files[i])) {
+      found[i] = directory;
+    } else if (missing == directories.size()) {
+      missing = i;
+    }
+    for (const StoreName::File& file : name.files_in(directory)) {
+      if (file.store == name) found.try_emplace(file.directory, directory);
+    }
+  }
+  if (missing == directories.size() || found.empty()) return;
+  const std::string wanted =
+      directories[missing].path.string() + " has no " + how.files[missing];
+  const std::string seen =
+      absolute_path(found.begin()->second / name.of_file(found.begin()->first));
+  if (!found.contains(0)) {
+    throw std::invalid_argument(
+        wanted + ", but another file of this store is there, " + seen +
+        ": give all of its directories, in the order in which it was made. If "
+        "its first commit was cut off, remove that file");
+  }
+  std::string text = wanted + ": ";
+  const std::size_t drives = drives_of(seen);
+  if (drives != 0 && drives != directories.size()) {
+    text += other_directories(drives, directories.size());
+  } else {
+    text +=
+        "the directories are not all of the store's, or not in its order. "
+        "Python's resume() moves the state to others with nvme_path=";
+  }
+  for (const auto& [drive, directory] : found) {
+    text += (drive == 0 ? " (drive " : ", drive ") + std::to_string(drive) +
+            ": " + directory.string();
+  }
+  throw std::invalid_argument(text + ")");
 }
 
 Found find(const TileOptions& options, std::uint64_t newest = 0) {
@@ -348,7 +382,7 @@ Found find(const TileOptions& options, std::uint64_t newest = 0) {
   for (std::size_t i = 0; i < how.directory.all().size(); ++i) {
     how.files.push_back(options.name.of_file(i));
   }
-  check_files(how);
+  check_files(how, options.name);
   found.store = std::make_unique<Store>(how);
   const std::uint64_t block_size = read_header(*found.store).block_size;
   if (block_size != how.aio.block_size) {

@@ -99,6 +99,14 @@ StoreHeader read_header(Store& store, std::size_t directory) {
   return header;
 }
 
+std::string other_directories(std::size_t has, std::size_t given) {
+  return "the store is in " + std::to_string(has) +
+         (has == 1 ? " directory, and " : " directories, and ") +
+         std::to_string(given) + (given == 1 ? " was" : " were") +
+         " given: give those of the store, in its order. Python's resume() "
+         "moves the state to others with nvme_path=";
+}
+
 StoreOptions options_to_read(const std::vector<std::filesystem::path>& files) {
   StoreOptions options{.read_only = true};
   for (std::size_t i = 0; i < files.size(); ++i) {
@@ -154,6 +162,11 @@ void CommitReader::read_headers() {
   for (std::size_t i = 0; i < store_.directories(); ++i) {
     const StoreHeader header = read_header(store_, i);
     if (i == 0) header_ = header;
+    if (i == 0 && header.weights.size() != store_.directories()) {
+      throw std::invalid_argument(
+          store_.file().path() + ": " +
+          other_directories(header.weights.size(), store_.directories()));
+    }
     StoreHeader expected = header_;
     expected.drive = static_cast<std::uint32_t>(i);
     if (header != expected || header.weights != store_.weights() ||

@@ -50,6 +50,10 @@ bool is_store(const File& file);
 StoreHeader read_header(const File& file);
 StoreHeader read_header(Store& store, std::size_t directory = 0);
 
+/// Says that a store is in so many directories, that others were given, and
+/// what may be meant.
+std::string other_directories(std::size_t has, std::size_t given);
+
 /// How to open a store's files for reading. `files`: in the order of its
 /// drives. Errors: those of read_header(); std::invalid_argument if they are
 /// others.

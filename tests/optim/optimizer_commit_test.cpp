@@ -10,6 +10,7 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <initializer_list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -39,6 +40,10 @@ using test::ForgetfulDisk;
 
 constexpr std::uint64_t kBlock = 4096;
 constexpr std::uint64_t kTile = 2 * kBlock;
+
+bool has(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
 
 struct Function final : UpdateKernel {
   explicit Function(std::function<void(const StateSegment&)> work)
@@ -1003,6 +1008,50 @@ TEST_P(OptimizerCommitTest, AFullDriveRefusesBeforeAByteIsWritten) {
     training.step();  // The drive is full, and training goes on.
     return training.wrong();
   });
+}
+
+TEST_P(OptimizerCommitTest, OtherDirectoriesAreRefusedWithTheStoresOwn) {
+  const std::array<test::TempDir, 3> dirs;
+  const auto in = [&](std::initializer_list<std::size_t> which) {
+    TileOptions with = options();
+    with.store.directory = {};
+    for (const std::size_t i : which) {
+      with.store.directory.all().push_back({dirs[i].path()});
+    }
+    return with;
+  };
+  {
+    Training training(in({0, 1}));
+    training.step();
+    training.commit();
+  }
+  const auto text_of = [&](std::initializer_list<std::size_t> which) {
+    try {
+      Training::resume(in(which));
+    } catch (const std::invalid_argument& error) {
+      return std::string(error.what());
+    }
+    return std::string("nothing was thrown");
+  };
+  const std::string first = "drive 0: " + dirs[0].path().string();
+  const std::string second = ", drive 1: " + dirs[1].path().string() + ")";
+  for (const std::string& text : {text_of({1, 0}), text_of({0, 2})}) {
+    EXPECT_TRUE(has(text, "not in its order")) << text;
+    EXPECT_TRUE(has(text, "nvme_path=")) << text;
+    EXPECT_TRUE(has(text, first)) << text;
+    EXPECT_FALSE(has(text, "remove that file")) << text;
+  }
+  EXPECT_TRUE(has(text_of({1, 0}), first + second));
+  EXPECT_TRUE(has(text_of({2, 0, 1}),
+                  "the store is in 2 directories, and 3 were given"));
+  EXPECT_TRUE(
+      has(text_of({0}), "the store is in 2 directories, and 1 was given"));
+  EXPECT_TRUE(has(text_of({0}), "nvme_path="));
+  // A first commit that was cut off leaves such files too.
+  EXPECT_TRUE(has(text_of({1}), "remove that file"));
+  EXPECT_TRUE(has(text_of({2, 1}), "remove that file"));
+  EXPECT_THROW(Training::resume(in({2})), IoError);
+  EXPECT_EQ(Training::resume(in({0, 1}))->wrong(), "");
 }
 
 TEST_P(OptimizerCommitTest, ADocumentMustBeInUtf8) {

@@ -387,14 +387,24 @@ def test_drives_are_given_in_their_order(tmp_path):
         train(model, optimizer, 2)
         optimizer.commit()
     kept = bits(model)
-    with pytest.raises(ValueError, match="in the order in which it was made"):
+    places = f"drive 0: {first}, drive 1: {second}"
+    with pytest.raises(ValueError, match="not in its order") as refused:
         OffloadedAdamW.resume([second, first], model.parameters())
+    assert places in str(refused.value)
+    assert "remove" not in str(refused.value)
+    (tmp_path / "c").mkdir()
+    for given, count in ((first, "1 was"), ([first, second, tmp_path / "c"], "3 were")):
+        with pytest.raises(
+            ValueError, match=f"is in 2 directories, and {count} given"
+        ) as refused:
+            OffloadedAdamW.resume(given, model.parameters())
+        assert "nvme_path=" in str(refused.value)
     other = make_model()
     with OffloadedAdamW.resume([first, second], other.parameters()):
         assert equal(bits(other), kept)
     name = "state.r0-of-1.e0.d0.store"
     (first / name).unlink()
-    with pytest.raises(ValueError, match=f"has no {name}"):
+    with pytest.raises(ValueError, match=f"has no {name}.* cut off, remove that file"):
         OffloadedAdamW.resume([first, second], model.parameters())
 
 
