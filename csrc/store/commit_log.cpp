@@ -72,7 +72,7 @@ std::int64_t seconds_since_1970() {
 
 constexpr const char* kTaken =
     "a store of another run is there: resume it, remove it, or give another "
-    "name or directory";
+    "directory";
 constexpr const char* kTakenInPart =
     "it is of another store, whose first directory has no file: a run ended "
     "while it made its first commit, and you may remove this file; or that "

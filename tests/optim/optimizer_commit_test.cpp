@@ -1054,6 +1054,23 @@ TEST_P(OptimizerCommitTest, OtherDirectoriesAreRefusedWithTheStoresOwn) {
   EXPECT_EQ(Training::resume(in({0, 1}))->wrong(), "");
 }
 
+TEST_P(OptimizerCommitTest, WhoeverMeetsAnotherRunsStoreHearsWhatToDo) {
+  Training training(options());
+  training.step();
+  training.commit();
+  Training other(options());
+  other.step();
+  try {
+    other.commit();
+    FAIL() << "a store was replaced";
+  } catch (const IoError& error) {
+    EXPECT_EQ(error.error(), EEXIST);
+    EXPECT_TRUE(
+        has(error.what(), "resume it, remove it, or give another directory"))
+        << error.what();
+  }
+}
+
 TEST_P(OptimizerCommitTest, ADocumentMustBeInUtf8) {
   Training training(options());
   Function give([](const StateSegment&) {});
