@@ -30,7 +30,7 @@ struct Tile {
     kReady,    ///< `buffer` waits for its turn.
     kBusy,     ///< A kernel works on `buffer`.
     kWriting,  ///< The disk takes from `buffer`.
-    kHeld,     ///< `buffer` is written when the commit in the making ends.
+    kHeld,     ///< `buffer` is written later: see TileLanes.
   };
 
   std::size_t number = 0;
@@ -57,6 +57,7 @@ struct Tile {
   bool in_memory = false;        ///< `buffer` has the newest copy; resident.
   bool dirty = false;            ///< No copy on disk is as new.
   bool unwanted = false;         ///< To be let go of once it is read.
+  bool second_write = false;     ///< The first one, elsewhere, has failed.
   bool released = false;         ///< May be visited in this round.
   bool visited = false;          ///< Was visited in this round.
   std::size_t rank = kUnranked;  ///< Place among the tiles to visit.

@@ -15,7 +15,8 @@
 // gives it back without help, or is visited before all tiles that wait for one.
 //   - A transfer in flight ends; a tile that is written gives its buffer back.
 //     So does one whose write is held: the commit ends, and needs no buffer for
-//     that.
+//     that. So does one that a commit could not write: whoever visits, or
+//     settles, begins to write it elsewhere before he waits.
 //   - A tile that the round waits for is visited. A tile that was read ahead
 //     for another order is kept only if its place is among the first `lanes_`.
 //   - A resident tile keeps its buffer while that holds the only copy of its
@@ -35,8 +36,11 @@
 #include "tile_lanes.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <utility>
+
+#include "torch_ext/base/error.h"
 
 namespace torch_ext {
 namespace {
@@ -151,6 +155,9 @@ void TileLanes::leave_round(MutexLock& lock) {
   running_ = false;
   for (Tile* tile : round_.tiles) dismiss(*tile);
   while (in_flight_ > 0) changed_.wait(lock);
+  for (const auto& [tile, error] : std::exchange(unwritten_, {})) {
+    lose_place(*tile);
+  }
   if (!round_.repeat) round_ = std::exchange(before_, {});
   fetched_ = 0;
 }
@@ -223,6 +230,7 @@ void TileLanes::expect(std::vector<Tile*> tiles) {
 Tile* TileLanes::next(MutexLock& lock) {
   for (;;) {
     if (failure_ != nullptr) std::rethrow_exception(failure_);
+    write_elsewhere();
     if (Tile* tile = ready_tile()) return tile;
     if (closed_ && visited_ == round_.tiles.size()) return nullptr;
     const bool for_transfer = closed_;
@@ -336,7 +344,11 @@ bool TileLanes::make_way(const TileList& tiles, std::size_t count) {
 
 void TileLanes::settle() {
   MutexLock lock(mutex_);
-  while (writes_in_flight_ > 0) changed_.wait(lock);
+  for (;;) {
+    write_elsewhere();
+    if (writes_in_flight_ == 0) break;
+    changed_.wait(lock);
+  }
   const auto error = std::exchange(commit_failure_, nullptr);
   if (lost_) std::rethrow_exception(failure_);
   if (error != nullptr) std::rethrow_exception(error);
@@ -438,6 +450,7 @@ void TileLanes::start_read(Tile& tile) {
 }
 
 void TileLanes::start_write(Tile& tile) {
+  tile.second_write = false;
   if (committing_ && tile.committed && tile.spares.empty()) {
     tile.state = Tile::State::kHeld;
     held_.push_back(&tile);
@@ -512,9 +525,55 @@ void TileLanes::write_failed(Tile& tile, std::exception_ptr error) {
     let_go(tile);
     return;
   }
-  tile.extent.reset();  // The next commit tries another place.
-  tile.committed = false;
+  if (put_off(tile, error)) return;
   if (commit_failure_ == nullptr) commit_failure_ = std::move(error);
+  lose_place(tile);
+}
+
+// Whether a commit's write will be made once more. Not at once: it takes space,
+// for which the store's threads must not wait.
+bool TileLanes::put_off(Tile& tile, const std::exception_ptr& error) {
+  if (tile.second_write || tile.extent == nullptr) return false;
+  try {
+    std::rethrow_exception(error);
+  } catch (const IoError& failed) {
+    if (failed.error() != EIO) return false;
+  } catch (...) {
+    return false;
+  }
+  try {
+    unwritten_.emplace_back(&tile, error);
+  } catch (...) {
+    return false;
+  }
+  tile.state = Tile::State::kHeld;
+  return true;
+}
+
+// It takes new space: after the commit there must be as many spares as it has
+// seen to.
+void TileLanes::write_elsewhere() {
+  if (unwritten_.empty()) return;
+  for (const auto& [tile, error] : std::exchange(unwritten_, {})) {
+    try {
+      tile->extent = store_.allocate(tile->bytes);
+    } catch (...) {
+      if (commit_failure_ == nullptr) commit_failure_ = error;
+      lose_place(*tile);
+      continue;
+    }
+    tile->committed = false;
+    tile->second_write = true;
+    begin_write(*tile);
+  }
+  pump();
+}
+
+// The next commit writes the tile, which holds no state or is in memory, to
+// another place.
+void TileLanes::lose_place(Tile& tile) {
+  tile.extent.reset();
+  tile.committed = false;
   if (tile.in_memory) {
     tile.state = Tile::State::kReady;
   } else {
@@ -558,6 +617,7 @@ std::exception_ptr TileLanes::clear() noexcept {
   running_ = false;
   fetched_ = 0;
   while (in_flight_ > 0) changed_.wait(lock);
+  unwritten_.clear();
   const std::exception_ptr error = std::exchange(failure_, nullptr);
   return std::exchange(lost_, false) ? error : nullptr;
 }

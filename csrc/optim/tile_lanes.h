@@ -35,8 +35,9 @@ class TileLanes {
     /// Tiles are visited once they have been released and are in memory. The
     /// next round is expected in the order of the releases.
     bool open = false;
-    /// The tiles are written for a commit and hold no state. If one of them
-    /// fails, nothing is lost: settle() throws it.
+    /// The tiles are written for a commit and hold no state. If a write fails,
+    /// nothing is lost: it is made once more elsewhere, and settle() throws
+    /// what fails then.
     bool for_commit = false;
   };
   /// `fresh`: nothing is on disk yet, so the bytes are undefined.
@@ -76,7 +77,7 @@ class TileLanes {
   void evict(Tile& tile);
 
   /// Begins to write the resident tiles that have changed. They stay in memory.
-  /// Called between rounds; settle() throws what fails.
+  /// Called between rounds; settle() throws what fails, at the second place.
   void write_residents(const TileList& tiles);
 
   /// Sees to it that a round of other tiles finds `count` buffers: resident
@@ -167,6 +168,9 @@ class TileLanes {
   void write_ended(Tile& tile, std::exception_ptr error) noexcept;
   void let_go(Tile& tile) REQUIRES(mutex_);
   void write_failed(Tile& tile, std::exception_ptr error) REQUIRES(mutex_);
+  bool put_off(Tile& tile, const std::exception_ptr& error) REQUIRES(mutex_);
+  void write_elsewhere() REQUIRES(mutex_);
+  void lose_place(Tile& tile) REQUIRES(mutex_);
   void fail(std::exception_ptr error, bool lost) REQUIRES(mutex_);
   void fail_read(std::exception_ptr error) REQUIRES(mutex_);
   void move_from_commit(Tile& tile) REQUIRES(mutex_);
@@ -201,6 +205,9 @@ class TileLanes {
   bool committing_ GUARDED_BY(mutex_) = false;
   /// Tiles whose writes wait for end_commit().
   std::vector<Tile*> held_ GUARDED_BY(mutex_);
+  /// Tiles that a commit could not write, and why. Empty after settle().
+  std::vector<std::pair<Tile*, std::exception_ptr>> unwritten_
+      GUARDED_BY(mutex_);
   /// Stops all until the next round.
   std::exception_ptr failure_ GUARDED_BY(mutex_);
   bool lost_ GUARDED_BY(mutex_) = false;  ///< It is failure() too.

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <barrier>
 #include <cerrno>
 #include <cstdint>
@@ -846,6 +847,88 @@ TEST_P(OptimizerCommitFaultTest, ACommitThatFailsLosesNothing) {
     EXPECT_EQ(resumed->wrong(), "") << "request " << which;
   }
   EXPECT_GT(which, 8u);
+}
+
+// Values, resident tiles and tables are written once more, elsewhere.
+TEST_P(OptimizerCommitFaultTest, AWriteThatFailsIsMadeElsewhere) {
+  Training training(scripted());
+  training.step();
+  training.commit();
+  std::size_t mended = 0;
+  const std::size_t most = test::all_faults() ? 200 : 20;
+  for (std::size_t which = 0; which < most; ++which) {
+    training.step();
+    // So that the writes and reads of the step are not among them.
+    ASSERT_EQ(training.wrong(), "");
+    const std::size_t first = script_->requests();
+    // The roots have no other place.
+    script_->set_plan([=](std::size_t i, const IoRequest& request) {
+      const bool fails = i == first + which &&
+                         request.op == IoRequest::Op::kWrite &&
+                         request.offset >= Store::kHeadBytes;
+      return fails ? Fault::fail(EIO) : Fault();
+    });
+    const std::uint64_t generation = training.commit().generation;
+    script_->set_plan(nullptr);
+    const std::vector<IoRequest> log = script_->log();
+    if (log.size() <= first + which) break;
+    const IoRequest& failed = log[first + which];
+    if (failed.op == IoRequest::Op::kWrite &&
+        failed.offset >= Store::kHeadBytes) {
+      ++mended;
+      // Nobody writes there again.
+      const auto again = [&](const IoRequest& each) {
+        return each.op == IoRequest::Op::kWrite && each.offset == failed.offset;
+      };
+      EXPECT_EQ(std::count_if(
+                    log.begin() + static_cast<std::ptrdiff_t>(first + which),
+                    log.end(), again),
+                1);
+    }
+    ASSERT_EQ(training.wrong(), "") << "request " << which;
+    ASSERT_EQ(training.offload().commits().back().generation, generation);
+  }
+  EXPECT_GT(mended, 3u);
+  const StoreReport report = read_store({file()}, {.extents = true});
+  EXPECT_TRUE(report.damage.empty()) << report.damage[0].what;
+}
+
+// As many writes fail at once as there are buffers. Nobody waits for ever, and
+// what fails twice is an error.
+TEST_P(OptimizerCommitFaultTest, WritesThatFailTogetherHoldNobodyUp) {
+  Training training(scripted());
+  training.step();
+  training.commit();
+  constexpr std::size_t kAll = 1000;
+  for (const std::size_t many :
+       std::array<std::size_t, 9>{1, 2, 3, 5, 10, 13, 20, 28, kAll}) {
+    training.step();
+    ASSERT_EQ(training.wrong(), "");
+    auto left = std::make_shared<std::atomic<std::size_t>>(many);
+    script_->set_plan([left](std::size_t, const IoRequest& request) {
+      if (request.op != IoRequest::Op::kWrite ||
+          request.offset < Store::kHeadBytes || *left == 0) {
+        return Fault();
+      }
+      --*left;
+      return Fault::fail(EIO);
+    });
+    int error = 0;
+    try {
+      training.commit();
+    } catch (const IoError& failed) {
+      error = failed.error();
+    }
+    script_->set_plan(nullptr);
+    if (many == 1) {
+      EXPECT_EQ(error, 0);
+    }
+    if (many == kAll) {
+      EXPECT_EQ(error, EIO);
+    }
+    training.commit();
+    ASSERT_EQ(training.wrong(), "") << many;
+  }
 }
 
 // A tile whose place could not be written may have a spare already, and get
