@@ -156,7 +156,17 @@ CommitReport OptimizerOffload::Impl::make_commit(RunningCommit& commit) {
   TileLanes::Round round;
   round.read = round.repeat = false;
   round.for_commit = true;
-  visit_values(std::move(round), *commit.reader);
+  try {
+    visit_values(std::move(round), *commit.reader);
+  } catch (...) {
+    // If a read ahead has ended it, writes may have failed too. Those are this
+    // commit's errors, and not the next one's.
+    try {
+      lanes->settle();
+    } catch (...) {
+    }
+    throw;
+  }
   commit.state->copied.finish();
   lanes->write_residents(tiles);
   lanes->settle();

@@ -983,6 +983,33 @@ TEST_P(OptimizerCommitFaultTest, AfterFewerCommitsAreKeptAFaultLosesNothing) {
   EXPECT_GT(failures, 2u);
 }
 
+// What a commit's writes say after a read ahead has ended it is of that commit.
+TEST_P(OptimizerCommitFaultTest, ACommitIsNotToldWhatTheOneBeforeHasMet) {
+  std::size_t failures = 0;
+  for (std::size_t which = 0; which < 12; ++which) {
+    std::filesystem::remove(file());
+    Training training(scripted());
+    training.step();
+    training.commit();
+    training.step();
+    ASSERT_EQ(training.wrong(), "");
+    const std::size_t first = script_->requests();
+    script_->set_plan(test::from(first + which, Fault::fail(ENOSPC)));
+    EXPECT_THROW(training.commit(), IoError) << "request " << which;
+    script_->set_plan(nullptr);
+    try {
+      training.commit();
+    } catch (const IoError& error) {
+      // Only a flush that failed is final.
+      EXPECT_NE(error.failure().detail.find("no further commits"),
+                std::string::npos)
+          << "request " << which << ": " << error.what();
+      ++failures;
+    }
+  }
+  EXPECT_LT(failures, 12u);
+}
+
 // Each request of a first commit fails in turn.
 TEST_P(OptimizerCommitFaultTest, ZerosThatCannotBeWrittenAreNotLost) {
   std::size_t which = 0;
