@@ -37,6 +37,7 @@
 
 #include <dirent.h>
 #include <sys/random.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -141,6 +142,10 @@ StoreName StoreName::newest_in(const std::filesystem::path& directory) const {
 
 CommitLog::CommitLog(Store& store, StoreName name, std::optional<StoreId> id)
     : store_(store), name_(std::move(name)), id_(id) {}
+
+CommitLog::~CommitLog() {
+  if (!named_ && gave_names_) take_names();
+}
 
 // What the first commit does before all else. It leaves no trace outside.
 void CommitLog::begin() {
@@ -374,6 +379,7 @@ void CommitLog::give_names() {
   for (std::size_t i = 0; i < store_.directories(); ++i) {
     names.push_back(name_.of_file(i));
   }
+  gave_names_ = true;
   try {
     store_.give_names(names);
   } catch (const IoError& error) {
@@ -384,6 +390,31 @@ void CommitLog::give_names() {
     throw IoError(std::move(failure));
   }
   named_ = true;
+}
+
+// After names that failed: without the first file nobody finds the others, and
+// a first file that was buried has no commit. It comes at the end and not with
+// the error, since a file that has lost its only name gets no other one, and
+// the next commit gives the rest of the names.
+void CommitLog::take_names() noexcept {
+  const auto path_of = [this](std::size_t i) {
+    return std::filesystem::path(store_.file(i).path())
+        .replace_filename(name_.of_file(i));
+  };
+  try {
+    owner_.check();
+    const auto has_name = [&](std::size_t i) {
+      return File::identify(path_of(i)) == store_.file(i).identity();
+    };
+    if (!commits_.empty() && has_name(0)) return;  // All is there.
+    for (std::size_t i = 0; i < store_.directories(); ++i) {
+      if (!has_name(i)) continue;
+      unlink(path_of(i).c_str());
+      sync_directory(path_of(i).parent_path());
+    }
+  } catch (...) {
+    // The next run says what was left, and that it may be removed.
+  }
 }
 
 std::unique_ptr<CommitLog> CommitLog::open(Store& store, StoreName name,

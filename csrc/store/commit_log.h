@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "base/owner_process.h"
 #include "commit_reader.h"
 #include "io/file_lock.h"
 #include "store_format.h"
@@ -31,6 +32,10 @@ class CommitLog {
   /// For a store of scratch files. Nothing happens before the first commit.
   /// `id`: the store's; none is a random one.
   CommitLog(Store& store, StoreName name, std::optional<StoreId> id = {});
+  CommitLog(const CommitLog&) = delete;
+  CommitLog& operator=(const CommitLog&) = delete;
+  /// Takes back the names of files that nobody could resume from.
+  ~CommitLog();
 
   /// For a store that was made with the files of `name`: becomes their owner,
   /// reads the commits, and takes their extents.
@@ -57,7 +62,8 @@ class CommitLog {
   /// Errors: IoError: EEXIST if another run's store has the name, ENOENT if the
   /// file was removed, and what the drive says. The last commit is what it was
   /// then, unless must_stop() is set. If only the names failed, commits() has
-  /// the new one, and its extents are not to be written.
+  /// the new one, and its extents are not to be written. Files that have a name
+  /// by then keep it for the next commit.
   std::vector<Commit> add(std::uint64_t step, std::string document,
                           std::vector<std::shared_ptr<Extent>> extents,
                           std::size_t keep = 1, std::uint64_t least = 0,
@@ -103,17 +109,20 @@ class CommitLog {
   void bury(std::uint64_t generation, std::size_t slot,
             const std::exception_ptr& error);
   void give_names();
+  void take_names() noexcept;
 
   void check_name() const;
   std::string take(std::vector<CommitReader::Found> found, bool check_all);
   void check_extents(const Commit& commit);
 
+  const OwnerProcess owner_{"commit"};
   Store& store_;
   const StoreName name_;
   const std::optional<StoreId> id_;  ///< What was asked for.
   StoreHeader header_;
   FileLock lock_;
-  bool named_ = false;
+  bool gave_names_ = false;  ///< Or tried to. Others' stores are not ours.
+  bool named_ = false;       ///< All files are.
   std::vector<Commit> commits_;
   std::vector<Tables> tables_;  ///< Each commit's.
   /// Space that the second commit's tables are sure to find.

@@ -6,12 +6,14 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <map>
 #include <memory>
 #include <random>
@@ -21,6 +23,7 @@
 
 #include "base/cut_point.h"
 #include "support/aligned_buffer.h"
+#include "support/failing_syscalls.h"
 #include "support/faulty_engine.h"
 #include "support/forgetful_disk.h"
 #include "support/io_queue_test.h"
@@ -495,6 +498,116 @@ TEST_F(CommitLogTest, ATruncatedFileIsRefused) {
     } catch (const IoError& error) {
       EXPECT_EQ(error.error(), EIO) << error.what();
     } catch (const std::invalid_argument&) {
+    }
+  }
+}
+
+/// A first commit of so many drives, whose call `index` of a kind fails: of
+/// those that give the files their names.
+class CommitNamesTest : public CommitLogTest,
+                        public testing::WithParamInterface<std::size_t> {
+ protected:
+  struct Failing {
+    long number;
+    std::size_t index;
+    int error;
+  };
+  static constexpr std::size_t kCallsOfADrive = 2;  ///< fsync's.
+
+  std::filesystem::path file_of(std::size_t drive) const {
+    return dirs_[drive].path() / StoreName().of_file(drive);
+  }
+  bool is_named(std::size_t drive) const {
+    return std::filesystem::exists(file_of(drive));
+  }
+  StoreOptions options_on(ForgetfulDisk& disk) const {
+    StoreOptions options = options_for(dirs_[0].path(), disk.factory());
+    if (GetParam() == 2) options.directory.all().push_back({dirs_[1].path()});
+    return options;
+  }
+  /// What the error must say. The first drive comes last.
+  std::filesystem::path path_of(const Failing& failing) const {
+    const bool link = failing.number == SYS_linkat;
+    const std::size_t of =
+        link ? failing.index : failing.index / kCallsOfADrive;
+    const std::size_t drive = GetParam() - 1 - of;
+    const bool of_file = link || failing.index % kCallsOfADrive == 0;
+    return of_file ? file_of(drive) : dirs_[drive].path();
+  }
+
+  /// Returns what is wrong.
+  std::string suffer(const Failing& failing, bool goes_on,
+                     const std::function<void()>& repair) const {
+    ForgetfulDisk disk;  // Its syncs are no system calls.
+    bool is_whole = false;
+    {
+      Training training(options_on(disk));
+      training.step();
+      IoFailure failure;
+      try {
+        training.commit();
+      } catch (const IoError& error) {
+        failure = error.failure();
+      }
+      repair();
+      if (failure.error != failing.error) return "it is another error";
+      if (failure.path != path_of(failing)) return "its path: " + failure.path;
+      is_whole = is_named(0);
+      if (is_whole && failing.number == SYS_linkat) return "there is a name";
+      training.step();
+      if (goes_on) {
+        training.commit();
+        training.check();
+      }
+    }
+    for (std::size_t i = 0; i < GetParam(); ++i) {
+      if (is_named(i) == (goes_on || is_whole)) continue;
+      return file_of(i).string() +
+             (is_named(i) ? " was left" : " is not there");
+    }
+    if (!goes_on && !is_whole) return "";
+    const auto resumed = Training::resume(options_on(disk));
+    return resumed->step_number() == (goes_on ? 2u : 1u) ? "" : "another step";
+  }
+
+  std::array<TempDir, 2> dirs_;
+};
+
+INSTANTIATE_TEST_SUITE_P(Drives, CommitNamesTest,
+                         testing::Values(std::size_t{1}, std::size_t{2}),
+                         [](const auto& info) {
+                           return std::to_string(info.param);
+                         });
+
+TEST_P(CommitNamesTest, ANameThatFailsIsGivenByTheNextCommitOrTakenBack) {
+  const test::SyscallTrial probe = test::try_syscall(
+      {.number = SYS_linkat, .error = EIO}, [](const auto&) { return ""; });
+  if (!probe.unavailable.empty()) GTEST_SKIP() << probe.unavailable;
+  for (const long number : {SYS_linkat, SYS_fsync}) {
+    const std::size_t calls =
+        GetParam() * (number == SYS_linkat ? 1 : kCallsOfADrive);
+    for (std::size_t index = 0; index < calls; ++index) {
+      for (const int error : {EIO, ENOSPC, EDQUOT, EROFS}) {
+        for (const bool goes_on : {true, false}) {
+          const Failing failing{number, index, error};
+          const test::SyscallTrial trial =
+              test::try_syscall({.number = number,
+                                 .error = error,
+                                 .index = index,
+                                 .for_good = true},
+                                [&](const auto& repair) {
+                                  return suffer(failing, goes_on, repair);
+                                });
+          EXPECT_EQ(trial.text, "")
+              << (number == SYS_linkat ? "linkat " : "fsync ") << index
+              << (goes_on ? ", then another commit" : ", then the end");
+          EXPECT_TRUE(trial.ended_well);
+          EXPECT_GT(trial.failed, 0u);
+          for (std::size_t i = 0; i < GetParam(); ++i) {
+            std::filesystem::remove(file_of(i));
+          }
+        }
+      }
     }
   }
 }
