@@ -24,6 +24,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "base/cut_point.h"
 #include "base/error_detail.h"
 #include "commit_document.h"
 #include "optimizer_impl.h"
@@ -510,9 +511,12 @@ void OptimizerOffload::rollback(std::uint64_t generation,
   impl_->values.clear();
   impl_->unused.clear();
   impl_->refusal = nullptr;
+  cut_point("state given up");
   try {
     impl_->take_commit(commit, document);
+    cut_point("commit taken");
     impl_->read_values(reader);
+    cut_point("rolled back");
   } catch (...) {
     impl_->refusal = with_detail(
         std::current_exception(),

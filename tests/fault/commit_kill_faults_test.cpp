@@ -62,5 +62,28 @@ TEST(CommitKillFaults, AKillAtAnyPointLosesNoCommit) {
   }
 }
 
+TEST(CommitKillFaults, AKillBesideARollbackLosesNoCommit) {
+  std::mt19937_64 random(test::all_faults() ? std::random_device()() : 1);
+  const std::size_t most = test::all_faults() ? 300 : test::kSanitized ? 5 : 20;
+  constexpr std::array kBuffers = {3, 13, 10, 40};
+  std::size_t kills = 0;
+  for (std::size_t round = 0; kills < most; ++round) {
+    const std::array<test::TempDir, 2> dirs;
+    std::vector<std::filesystem::path> paths = {dirs[0].path()};
+    if (round % 2 == 1) paths.push_back(dirs[1].path());
+    test::CommitVictim victim(paths, kBuffers[round % kBuffers.size()],
+                              1 + round % 3, "threads");
+    victim.rolls_back = true;
+    for (const auto& kill : test::plan_rollback_kills(round, random)) {
+      ASSERT_EQ(victim.suffer(kill), "")
+          << "round " << round << ", kill at '" << kill.point << "', pass "
+          << kill.pass;
+      ++kills;
+    }
+  }
+  std::printf("[  FAULTS  ] %zu kills beside rollbacks\n", kills);
+  RecordProperty("faults", static_cast<int>(kills));
+}
+
 }  // namespace
 }  // namespace torch_ext

@@ -50,9 +50,10 @@ class CommitTraining {
   }
 
   /// Errors: those of OptimizerOffload::resume().
-  static std::unique_ptr<CommitTraining> resume(const TileOptions& options) {
+  static std::unique_ptr<CommitTraining> resume(
+      const TileOptions& options, const CommitChoice& choice = {}) {
     std::unique_ptr<CommitTraining> training(new CommitTraining);
-    training->offload_ = OptimizerOffload::resume(options);
+    training->offload_ = OptimizerOffload::resume(options, choice);
     training->step_ = training->offload_->commits().back().step;
     for (const std::uint64_t size : kSizes) {
       training->parameters_.emplace_back(size);
@@ -82,10 +83,10 @@ class CommitTraining {
   /// Says that the last step has failed and changed nothing.
   void take_back() { --step_; }
 
-  void commit(std::size_t keep = 1) {
+  void commit(std::size_t keep = 1, const CommitGroup& group = {}) {
     Function give = values_to_commit();
     offload_->commit(step_, "after " + std::to_string(step_), values(), give,
-                     keep);
+                     keep, group);
   }
 
   CommitTicket start_commit(std::size_t keep = 1) {
@@ -108,8 +109,10 @@ class CommitTraining {
   /// Returns what is not as in memory; an empty text if nothing.
   std::string wrong() {
     const auto& [states, values] = expected(step_);
-    if (offload_->commits().back().document !=
-        "after " + std::to_string(offload_->commits().back().step)) {
+    const auto commits = offload_->commits();
+    if (!commits.empty() &&
+        commits.back().document !=
+            "after " + std::to_string(commits.back().step)) {
       return "the document is another's";
     }
     if (values != parameters_) return "a value is wrong";
@@ -151,6 +154,10 @@ class CommitTraining {
   }
 
   std::uint64_t steps() const { return step_; }
+  /// The last commit's. REQUIRES: there is one.
+  std::uint64_t generation() const {
+    return offload_->commits().back().generation;
+  }
   OptimizerOffload& offload() { return *offload_; }
 
  private:

@@ -49,6 +49,24 @@ inline constexpr std::array<std::string_view, 9> kPointsOfEachCommit = {
 inline constexpr std::array<std::string_view, 5> kPointsOfTheFirst = {
     "space reserved", "header written", "linked", "named", "acknowledged"};
 
+/// Those of a rollback.
+inline constexpr std::array<std::string_view, 3> kPointsOfARollback = {
+    "state given up", "commit taken", "rolled back"};
+
+/// Points for a training that goes back now and then.
+inline std::vector<Kill> plan_rollback_kills(std::size_t round,
+                                             std::mt19937_64& random) {
+  std::vector<Kill> plan;
+  for (const std::string_view name : kPointsOfARollback) {
+    plan.push_back({name, static_cast<int>(1 + random() % 3)});
+  }
+  // What comes after one writes where others were.
+  const auto& each = kPointsOfEachCommit;
+  plan.push_back({each[round % each.size()], 4});
+  plan.push_back({"write ended", static_cast<int>(60 + random() % 300)});
+  return plan;
+}
+
 /// Points for the training of one directory: first one of the first commit,
 /// then some of each commit, then a moment.
 inline std::vector<Kill> plan_kills(std::size_t round, std::size_t drives,
@@ -80,6 +98,8 @@ class CommitVictim {
             CommitTraining::options(directories, buffers, std::move(engine))),
         keep_(keep) {}
 
+  /// It goes back to a commit that is kept, after some of its commits.
+  bool rolls_back = false;
   /// What happens just before the kill, in the child or in this process.
   std::function<void()> cut;
   /// What happens after it.
@@ -96,12 +116,12 @@ class CommitVictim {
     } catch (const std::exception& error) {
       return std::string("resume: ") + error.what();
     }
-    const std::uint64_t step = training->steps();
-    if (step != acknowledged_ && step != begun_) {
-      return "step " + std::to_string(step) + " was found, not " +
+    const std::uint64_t found = training->generation();
+    if (found != acknowledged_ && found != begun_) {
+      return "commit " + std::to_string(found) + " was found, not " +
              std::to_string(acknowledged_) + " or " + std::to_string(begun_);
     }
-    if (step != acknowledged_) ++being_made_;
+    if (found != acknowledged_) ++being_made_;
     if (std::string wrong = training->wrong(); !wrong.empty()) return wrong;
     training->step();
     training->commit(keep_);
@@ -109,7 +129,7 @@ class CommitVictim {
     if (std::string wrong = training->wrong(); !wrong.empty()) {
       return "afterwards: " + wrong;
     }
-    acknowledged_ = begun_ = training->steps() - 1;
+    acknowledged_ = begun_ = training->generation();
     return "";
   }
 
@@ -119,10 +139,10 @@ class CommitVictim {
   std::size_t left_in_part() const { return left_in_part_; }
 
  private:
-  /// What a child says of the commit of a step.
+  /// What a child says of a commit.
   struct Message {
     enum Kind : std::uint32_t { kBegins, kIsCommitted } kind;
-    std::uint32_t step;
+    std::uint32_t generation;
   };
   /// What the hook of a child knows. It is called on I/O threads too.
   struct Wanted {
@@ -170,7 +190,7 @@ class CommitVictim {
       }
     }
     training.commit(keep_);
-    acknowledged_ = begun_ = training.steps();
+    acknowledged_ = begun_ = training.generation();
     return training.wrong();
   }
 
@@ -203,8 +223,8 @@ class CommitVictim {
 
   /// Trains until it is killed, or 30 steps. Returns the exit status.
   int train(bool anew, int told) const {
-    const auto tell = [told](Message::Kind kind, std::uint64_t step) {
-      const Message message{kind, static_cast<std::uint32_t>(step)};
+    const auto tell = [told](Message::Kind kind, std::uint64_t generation) {
+      const Message message{kind, static_cast<std::uint32_t>(generation)};
       return write(told, &message, sizeof(message)) == sizeof(message);
     };
     try {
@@ -214,10 +234,15 @@ class CommitVictim {
       for (int i = 0; i < 30; ++i) {
         training->step();
         if (i % 3 == 1) continue;  // Two steps between some commits.
-        if (!tell(Message::kBegins, training->steps())) return 2;
+        OptimizerOffload& offload = training->offload();
+        if (!tell(Message::kBegins, offload.next_generation())) return 2;
         training->commit(keep_);
-        if (!tell(Message::kIsCommitted, training->steps())) return 2;
+        if (!tell(Message::kIsCommitted, training->generation())) return 2;
         cut_point("acknowledged");
+        if (!rolls_back || i % 4 != 0) continue;
+        const auto kept = offload.commits();
+        const auto which = static_cast<std::size_t>(i / 4) % kept.size();
+        training->rollback(kept[which].generation);
       }
     } catch (const std::exception& error) {
       // Where the drive is cut off, this is what happens.
@@ -251,9 +276,9 @@ class CommitVictim {
     }
     Message message;
     while (read(ends[0], &message, sizeof(message)) == sizeof(message)) {
-      begun_ = message.step;
+      begun_ = message.generation;
       if (message.kind != Message::kIsCommitted) continue;
-      acknowledged_ = message.step;
+      acknowledged_ = message.generation;
       ++heard_;
     }
     close(ends[0]);
@@ -270,7 +295,7 @@ class CommitVictim {
 
   const TileOptions options_;
   const std::size_t keep_;
-  std::uint64_t acknowledged_ = 0;
+  std::uint64_t acknowledged_ = 0;  ///< The last generation. 0: none.
   std::uint64_t begun_ = 0;
   std::size_t heard_ = 0;
   std::size_t being_made_ = 0;
