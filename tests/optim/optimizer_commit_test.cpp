@@ -30,6 +30,7 @@
 #include "support/forgetful_disk.h"
 #include "support/temp_dir.h"
 #include "support/trials.h"
+#include "torch_ext/base/align.h"
 #include "torch_ext/base/error.h"
 #include "torch_ext/optim/optimizer_offload.h"
 
@@ -804,6 +805,95 @@ class OptimizerCommitFaultTest : public OptimizerCommitTest {
 
 INSTANTIATE_TEST_SUITE_P(Buffers, OptimizerCommitFaultTest,
                          testing::Values(3, 10, 13, 40));
+
+// A commit writes each byte of the values, of resident tiles that have changed
+// and of two tables once, a root, and nothing else.
+TEST_P(OptimizerCommitFaultTest, ACommitWritesWhatItHasToAndNothingElse) {
+  Training training(scripted());
+  training.step();
+  training.commit();  // The first one writes the header too.
+  training.step();
+  ASSERT_EQ(training.wrong(), "");
+  const std::size_t first = script_->requests();
+  const CommitReport made = training.commit();
+  // A read ahead may have been asked for since.
+  std::map<std::uint64_t, std::uint64_t> written;
+  std::uint64_t all = 0;
+  const std::vector<IoRequest> log = script_->log();
+  for (std::size_t i = first; i < log.size(); ++i) {
+    if (log[i].op != IoRequest::Op::kWrite) continue;
+    EXPECT_TRUE(written.emplace(log[i].offset, log[i].length).second);
+    all += log[i].length;
+  }
+  const auto take = [&](std::uint64_t offset, std::uint64_t bytes) {
+    std::uint64_t taken = 0;
+    while (taken < bytes) {
+      const auto found = written.find(offset + taken);
+      if (found == written.end()) break;
+      taken += found->second;
+      written.erase(found);
+    }
+    EXPECT_TRUE(taken == 0 || taken == bytes) << "a part at " << offset;
+    return taken;
+  };
+  StoreOptions how = options().store;
+  how.files = {StoreName().of_file(0)};
+  how.read_only = true;
+  Store store(how);
+  const CommitReader::Slot last = CommitReader(store).slots().at(0);
+  ASSERT_EQ(last.root.generation, 2u);
+  const StoreReport report = read_store({file()}, {});
+  const auto& extents = report.commits.back().commit.extents;
+  ASSERT_EQ(extents.size(), 26u);  // 13 tiles, and 13 of values.
+  std::uint64_t residents = 0;
+  std::uint64_t values = 0;
+  for (std::size_t i = 0; i < 13; ++i) {
+    residents += take(extents[i]->offset(), extents[i]->padded_size());
+    values += take(extents[13 + i]->offset(), extents[13 + i]->padded_size());
+  }
+  EXPECT_EQ(values, 13 * kTile);
+  const auto stats = training.offload().stats();
+  EXPECT_EQ(residents, align_up(stats.resident_bytes, kBlock));
+  std::uint64_t tables = 0;
+  for (const auto& table : last.root.tables) {
+    const std::uint64_t bytes = align_up(table.size, kBlock);
+    EXPECT_EQ(take(table.offsets[0], bytes), bytes);
+    tables += bytes;
+  }
+  EXPECT_EQ(last.root.tables.size(), 2u);
+  EXPECT_EQ(take(kRootOffsets[last.number], kBlock), kBlock);
+  EXPECT_TRUE(written.empty()) << "bytes at " << written.begin()->first;
+  EXPECT_EQ(all, values + residents + tables + kBlock);
+  EXPECT_EQ(made.bytes_written, all);
+}
+
+TEST_P(OptimizerCommitFaultTest, AStepWritesWhatItWritesToScratch) {
+  constexpr std::uint64_t kSteps = 5;
+  const auto bytes_of_steps = [this](bool commits) {
+    std::filesystem::remove(file());
+    Training training(scripted());
+    training.step();
+    for (int i = 0; i < (commits ? 2 : 0); ++i) {
+      training.commit();
+      training.step();
+    }
+    // So that no write is in flight when the count begins, or ends.
+    EXPECT_EQ(training.wrong(), "");
+    const std::size_t first = script_->requests();
+    for (std::uint64_t i = 0; i < kSteps; ++i) training.step();
+    EXPECT_EQ(training.wrong(), "");
+    std::uint64_t bytes = 0;
+    const std::vector<IoRequest> log = script_->log();
+    for (std::size_t i = first; i < log.size(); ++i) {
+      if (log[i].op == IoRequest::Op::kWrite) bytes += log[i].length;
+    }
+    const auto stats = training.offload().stats();
+    const std::uint64_t stay = align_up(stats.resident_bytes, kBlock);
+    EXPECT_EQ(bytes, kSteps * (13 * kTile - stay));
+    return bytes;
+  };
+  EXPECT_EQ(bytes_of_steps(true), bytes_of_steps(false));
+}
 
 // Each request of a commit fails in turn.
 TEST_P(OptimizerCommitFaultTest, ACommitThatFailsLosesNothing) {
