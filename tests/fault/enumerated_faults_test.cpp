@@ -2,104 +2,33 @@
 // to fail. Each fails with each errno, once and for good, short, late or
 // refused. This is done on every engine, under small uses of each class.
 
-#include <fcntl.h>
 #include <gtest/gtest.h>
 
-#include <array>
 #include <atomic>
 #include <cerrno>
 #include <cstdio>
-#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "support/fault_kinds.h"
 #include "support/fault_workloads.h"
 #include "support/faulty_engine.h"
 #include "support/temp_dir.h"
 #include "support/trials.h"
-#include "torch_ext/base/error.h"
-#include "torch_ext/io/file.h"
 
 namespace torch_ext {
 namespace {
 
 using test::Fault;
+using test::FaultKind;
 using test::FaultScript;
 using test::Outcome;
 using test::Workload;
 
-constexpr std::size_t kForGood = std::numeric_limits<std::size_t>::max();
-
-/// One fault of one request, or of one poll.
-struct Kind {
-  std::string name;
-  bool for_good = false;
-  /// It may be met by trying again: the call is to end without an error.
-  bool survives = false;
-  /// The kernel says "not now" for as long as the library asks.
-  bool tries_patience = false;
-  int error = 0;
-  std::size_t transfer = 0;
-  std::size_t refusals = 0;
-  std::size_t polls = 0;
-};
-
-bool is_transient(int error) {
-  return error == EINTR || error == EAGAIN || error == ENOMEM ||
-         error == ECANCELED;
-}
-
-std::vector<Kind> kinds() {
-  std::vector<Kind> all;
-  for (const int error :
-       {EIO,    ENOSPC,    EAGAIN, EINTR,  ENOMEM, EDQUOT, EROFS,     ENODEV,
-        EBADF,  ETIMEDOUT, EINVAL, EFAULT, EPERM,  EACCES, ECANCELED, ENXIO,
-        ESTALE, EFBIG,     ENOSYS, EILSEQ, EBUSY,  EPIPE,  EOPNOTSUPP}) {
-    const bool transient = is_transient(error);
-    const std::string name = errno_name(error);
-    all.push_back(
-        {.name = name + " once", .survives = transient, .error = error});
-    all.push_back({.name = name + " for good",
-                   .for_good = true,
-                   .tries_patience = transient,
-                   .error = error});
-  }
-  for (const std::size_t bytes : {0u, 1u, 512u, 32u << 10}) {
-    const std::string name = std::to_string(bytes) + " bytes move";
-    all.push_back(
-        {.name = name + " once", .survives = true, .transfer = bytes});
-    all.push_back({.name = name + " for good",
-                   .for_good = true,
-                   .survives = bytes > 4096,
-                   .transfer = bytes});
-  }
-  all.push_back({.name = "refused once", .survives = true, .refusals = 1});
-  all.push_back({.name = "refused 5 times", .survives = true, .refusals = 5});
-  all.push_back({.name = "refused for good",
-                 .for_good = true,
-                 .tries_patience = true,
-                 .refusals = kForGood});
-  all.push_back({.name = "poll fails once", .survives = true, .polls = 1});
-  all.push_back({.name = "poll fails 5 times", .survives = true, .polls = 5});
-  all.push_back(
-      {.name = "poll fails for good", .for_good = true, .polls = kForGood});
-  return all;
-}
-
-Fault fault_of(const Kind& kind, const IoRequest& request) {
-  if (kind.error != 0) return Fault::fail(kind.error);
-  if (kind.refusals > 0) return Fault::refuse(kind.refusals);
-  // A real engine would refuse direct I/O of less than a sector.
-  const bool direct = (fcntl(request.fd, F_GETFL) & O_DIRECT) != 0;
-  return direct && kind.transfer < File::open(request.fd).offset_alignment()
-             ? Fault::claimed(kind.transfer)
-             : Fault::cut(kind.transfer);
-}
-
 /// One trial: the fault, at request or poll `index`. False if none was hit.
 bool try_fault(const Workload& workload, const std::string& engine,
-               const Kind& kind, std::size_t index, test::Tally& tally) {
+               const FaultKind& kind, std::size_t index, test::Tally& tally) {
   const auto script = std::make_shared<FaultScript>();
   const auto hit = std::make_shared<std::atomic<bool>>(false);
   const auto matters = std::make_shared<std::atomic<bool>>(false);
@@ -113,7 +42,7 @@ bool try_fault(const Workload& workload, const std::string& engine,
       *hit = true;
       if (request.op == IoRequest::Op::kSync) *synced = true;
       if (!reads_ahead || request.op != IoRequest::Op::kRead) *matters = true;
-      return fault_of(kind, request);
+      return test::fault_of(kind, request);
     });
   }
   const test::TempDir directory;
@@ -163,7 +92,7 @@ TEST_P(EnumeratedFaults, AreReportedOrSurvivedWithEveryByteRight) {
   test::Jobs jobs;
   std::size_t number = 0;
   for (const bool patient : {true, false}) {  // The longest first.
-    for (const Kind& kind : kinds()) {
+    for (const FaultKind& kind : test::fault_kinds()) {
       if (kind.tries_patience != patient) continue;
       for (const Workload& workload : test::workloads()) {
         // The short form leaves out requests evenly, and tries the library's
