@@ -80,6 +80,64 @@ def test_a_step_takes_no_more_than_host_memory(nvme_dir, dtype, elements, budget
         assert grown > budget / 2  # Else the measurement is wrong.
 
 
+COMMITS = """
+    import sys, torch
+    from torch_ext import OffloadedAdamW
+
+    def status(key):
+        with open("/proc/self/status") as file:
+            return next(int(l.split()[1]) * 1024 for l in file if l.startswith(key))
+
+    def grown(work):
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # VmHWM starts anew.
+        before = status("VmRSS")
+        work()
+        return status("VmHWM") - before
+
+    def make(parameters, path):
+        with OffloadedAdamW(parameters, nvme_path=path, host_memory=host_memory) as optimizer:
+            for _ in range(2):
+                optimizer.step()
+                optimizer.commit()
+
+    def resume(parameters, path):
+        with OffloadedAdamW.resume(path, parameters, host_memory=host_memory) as optimizer:
+            optimizer.step()
+            optimizer.commit()
+
+    host_memory, elements = map(int, sys.argv[3:])
+    small = [torch.ones(100, requires_grad=True)]
+    large = [torch.ones(elements // 4, requires_grad=True) for _ in range(4)]
+    for p in (*small, *large):
+        p.grad = torch.ones_like(p)
+    make(small, sys.argv[2])  # All imports, threads and libraries.
+    resume(small, sys.argv[2])
+    print(grown(lambda: make(large, sys.argv[1])), grown(lambda: resume(large, sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize("budget", [32 * MIB, 96 * MIB])
+def test_a_commit_and_a_resume_take_no_more_than_host_memory(nvme_dir, budget):
+    elements = 20_000_000
+    paths = [nvme_dir / "large", nvme_dir / "small"]
+    for path in paths:
+        path.mkdir()
+    done = subprocess.run(
+        [forked_python.python(), "-c", textwrap.dedent(COMMITS)]
+        + [*map(str, paths), str(budget), str(elements)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    state = 8 * elements
+    assert budget < state  # Else nothing would be moved.
+    # 40 bytes a tile and 8 a block, and as much again while they are written: less than 1 MiB.
+    for grown in map(int, done.stdout.split()):
+        assert budget / 2 < grown <= budget * 1.05 + 16 * MIB + MIB
+
+
 @pytest.mark.parametrize("state_format", ["exact", "bf16", "int8"])
 @pytest.mark.parametrize(
     "sizes", [[100], [4000] * 500, [2048 * 2048, 2048] * 6, [30_000_000, 70_000_001]], ids=len
