@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import torch_ext
-from torch_ext import OffloadedAdamW, OffloadedOptimizer
+from torch_ext import OffloadedAdamW, OffloadedOptimizer, _stores
+from torch_ext.optim import _committing
 from torch_ext.optim._division import Division, Source
 from torch_ext.optim._dtensor import local_of
 from torch_ext.optim._together import Together, Vote
@@ -451,6 +453,81 @@ def test_a_division_that_failed_does_not_count(two, tmp_path, caplog):
     assert "epoch 1 of the state was cut off" in caplog.text
     with optimizer:
         same(everything(model, optimizer), left)
+
+
+def kill_me(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_in_a_division(path, at):
+    """Divides a commit anew. All processes are killed in the first commit, or before it."""
+    model = make_model(torch.float32)
+    optimizer = OffloadedAdamW.resume(path, model.named_parameters(), **OPTIONS)
+    if at == "resumed":
+        kill_me()
+    together, remove = optimizer._together, _stores.remove
+    exchange = together.exchange
+
+    def vote(value):
+        # Files have their names when a process votes.
+        if at == "named" and any(".e1." in name for name in names(path)):
+            kill_me()
+        return exchange(value)
+
+    def remove_one(store):
+        remove(store)
+        kill_me()
+
+    together.exchange = vote
+    if at == "committed":
+        _committing.remove_stores = kill_me
+    if at == "half removed":
+        _stores.remove = remove_one
+    optimizer.commit()
+    return "it lives"
+
+
+def run_in(group, world, function, *arguments):
+    return [function(*arguments)] if world == 1 else group.run(function, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "at"),
+    [(1, 2, at) for at in ("resumed", "named", "committed", "half removed")]
+    # One process does not vote.
+    + [(2, 1, at) for at in ("resumed", "committed", "half removed")],
+)
+def test_a_kill_in_a_division_loses_nothing(two, before, after, at, tmp_path):
+    left = run_in(two, before, commit_some, tmp_path)[0]
+    old = names(tmp_path)
+    victims = two if after == 2 else Ranks(1)
+    with pytest.raises(AssertionError, match="died"):
+        victims.run(killed_in_a_division, tmp_path, at)
+    now = names(tmp_path)
+    assert (set(old) <= set(now)) == (at != "half removed")
+    assert any(".e1." in name for name in now) == (at != "resumed")
+    # As many processes resume as were killed, and then as many as there were before.
+    for world in (after, before):
+        for found in run_in(two, world, resume_and_commit, tmp_path):
+            same(found, left)
+
+
+def commit_some(path):
+    model = make_model(torch.float32)
+    with OffloadedAdamW(
+        model.named_parameters(), lr=1e-2, nvme_path=path, **OPTIONS
+    ) as optimizer:
+        train(model, optimizer, 0, STEPS)
+        optimizer.commit()
+        return everything(model, optimizer)
+
+
+def resume_and_commit(path):
+    model = make_model(torch.float32)
+    with OffloadedAdamW.resume(path, model.named_parameters(), **OPTIONS) as optimizer:
+        found = everything(model, optimizer)
+        optimizer.commit()
+        return found
 
 
 def test_each_process_may_have_a_drive_of_its_own(two, tmp_path):
