@@ -394,8 +394,8 @@ void CommitLog::give_names() {
 
 // After names that failed: without the first file nobody finds the others, and
 // a first file that was buried has no commit. It comes at the end and not with
-// the error, since a file that has lost its only name gets no other one, and
-// the next commit gives the rest of the names.
+// the error. A file that has lost its only name gets no other one, and the next
+// commit gives the rest of the names.
 void CommitLog::take_names() noexcept {
   const auto path_of = [this](std::size_t i) {
     return std::filesystem::path(store_.file(i).path())

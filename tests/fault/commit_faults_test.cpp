@@ -1,5 +1,5 @@
 // Fails the first request of a commit, then the second, and so on until there
-// is none left to fail; likewise of a first commit, a resume, a rollback and a
+// is none left to fail. So too of a first commit, a resume, a rollback and a
 // snapshot. Each fails with each errno, once and for good, short or refused.
 //
 // The operation has then ended well, or has thrown an IoError. Either way the
@@ -52,7 +52,7 @@ constexpr std::array kOperations = {
     std::pair{Operation::kSnapshot, "snapshot"},
 };
 
-/// Of 13 tiles so many buffers may stay in memory, on so many drives.
+/// How many buffers there are for 13 tiles, and how many drives.
 struct Size {
   int buffers;
   std::size_t drives;
