@@ -440,7 +440,9 @@ class RunningCommitFaultTest : public RunningCommitTest {
     script_->set_plan([=](std::size_t, const IoRequest& request) {
       if (!changes(request)) return Fault();
       const std::size_t now = (*count)++;
-      return now == which || (all && now > which) ? Fault::fail(EIO) : Fault();
+      const bool fails = now == which || (all && now > which);
+      // After an EIO, one more would be tried elsewhere.
+      return fails ? Fault::fail(ENXIO) : Fault();
     });
   }
   std::size_t changes() const {
@@ -479,7 +481,7 @@ TEST_P(RunningCommitFaultTest, ACommitThatFailsLosesNothing) {
         ticket.wait();
         good = training.steps() - 1;
       } catch (const IoError& error) {
-        EXPECT_EQ(error.error(), EIO);
+        EXPECT_EQ(error.error(), ENXIO);
         failed = true;
         ++failures;
         good = which == 0 ? 3 : 2;

@@ -8,7 +8,8 @@ is of the same kind everywhere, and names the rank.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -109,19 +110,25 @@ class Together:
         """Returns the ``value`` of each process, by rank. All call it."""
         if self.world == 1:
             return [value]
-        distributed = torch.distributed
         values = [None] * self.world
+        with self._all_here():
+            torch.distributed.all_gather_object(values, value, group=self._group)
+        return values
+
+    @contextmanager
+    def _all_here(self) -> Iterator[None]:
+        """Says which process does not take part in what follows, as far as that can be told."""
+        distributed = torch.distributed
         try:
             if distributed.get_backend(self._group) == "gloo":
-                # Where one does not come, its error names it.
+                # Its error names those that do not come.
                 distributed.monitored_barrier(self._group, wait_all_ranks=True)
-            distributed.all_gather_object(values, value, group=self._group)
+            yield
         except RuntimeError as error:
             raise RuntimeError(
                 f"rank {self.rank} of {self.world} got no answer; every process has to make "
                 f"the same calls: {error}"
             ) from error
-        return values
 
     def from_first(self, call: Callable[[], Any]) -> Any:
         """Returns what ``call`` returns in rank 0, the only one that calls it. All call this.
@@ -138,7 +145,8 @@ class Together:
                 told[0] = call()
             except Exception as raised:
                 error, told[1] = raised, self.said(raised)
-        torch.distributed.broadcast_object_list(told, group=self._group, group_src=0)
+        with self._all_here():
+            torch.distributed.broadcast_object_list(told, group=self._group, group_src=0)
         if error is not None:
             raise error
         self.raise_for([told[1]])
