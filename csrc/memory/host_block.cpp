@@ -17,9 +17,9 @@ std::shared_ptr<std::byte> unmapped_at_end(void* memory, std::uint64_t bytes) {
 
 }  // namespace
 
-// It does not ask for huge pages. Taking them may last longer than reading, if
-// the page cache has filled the memory, or a host lends it to a virtual machine:
-// 0.7 to 3 s for a GiB were seen. Small pages took 0.45 s.
+// It does not ask for huge pages. Taking them may last longer than reading: in
+// a virtual machine, or where the page cache has filled the memory. It took 0.7
+// to 3 s for a GiB, beside 0.45 s in small pages.
 std::shared_ptr<std::byte> allocate_block(std::uint64_t bytes) {
   if (bytes == 0) return nullptr;
   void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,

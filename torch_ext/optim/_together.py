@@ -122,7 +122,9 @@ class Together:
         try:
             if distributed.get_backend(self._group) == "gloo":
                 # Its error names those that do not come.
-                distributed.monitored_barrier(self._group, wait_all_ranks=True)
+                distributed.monitored_barrier(
+                    self._group, timeout=self._timeout(), wait_all_ranks=True
+                )
             yield
         except RuntimeError as error:
             raise RuntimeError(
