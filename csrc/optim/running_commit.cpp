@@ -261,6 +261,7 @@ CommitReport OptimizerOffload::commit(std::uint64_t step, std::string document,
                        .keep = keep,
                        .group = group,
                        .vote = {},
+                       .replaced = {},
                        .reader = &reader,
                        .own_reader = nullptr};
   return voted(group.vote, [&](const CommitLog::Vote& vote) {
