@@ -430,7 +430,7 @@ def test_the_command(tmp_path, committed, capsys):
     assert run(tmp_path, tmp_path / "new") == 2
     assert "nothing was committed" in capsys.readouterr().err
     assert run(store, out / "below") == 1
-    assert "Not a directory" in capsys.readouterr().err
+    assert "is no directory" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path)) == ["out"]
 
 
