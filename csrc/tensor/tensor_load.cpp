@@ -31,13 +31,13 @@
 #include "dense_tensor.h"
 #include "file_dtypes.h"
 #include "file_transfers.h"
-#include "memory/pages.h"
 #include "parallel.h"
 #include "plain_modes.h"
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/available_memory.h"
 #include "torch_ext/base/size.h"
 #include "torch_ext/io/file.h"
+#include "torch_ext/memory/buffer_pool.h"
 #include "torch_ext/memory/host_block.h"
 #include "torch_ext/swap/safetensors.h"
 #include "torch_ext/tensor/tensor_file.h"
@@ -105,7 +105,7 @@ void read_pieces(const File& file, const Block& block, std::uint64_t bytes,
   const std::uint64_t buffers =
       std::min(std::max(options.host_memory / kPiece, std::uint64_t{2}),
                align_up(bytes, kPiece) / kPiece);
-  const Pages staging(buffers * kPiece);
+  const BufferPool staging(kPiece, buffers);
   // If something fails, its end waits for the reads under way.
   TensorFileTransfer transfer(transfer_options(options));
   std::deque<Piece> pieces;
@@ -120,7 +120,7 @@ void read_pieces(const File& file, const Block& block, std::uint64_t bytes,
     next += length;
   };
   for (std::uint64_t i = 0; i < buffers; ++i) {
-    read_next(staging.first(1).data() + i * kPiece);
+    read_next(staging.memory().data() + i * kPiece);
   }
   while (!pieces.empty()) {
     const Piece piece = std::move(pieces.front());
