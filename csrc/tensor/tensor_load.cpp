@@ -46,9 +46,9 @@
 namespace torch_ext {
 namespace {
 
-/// What is read at a time.
+/// Bytes that one read asks for.
 constexpr std::uint64_t kPiece = std::uint64_t{16} << 20;
-/// What a thread copies at a time. Its cache holds that.
+/// Bytes that a thread copies at a time. Its cache holds them.
 constexpr std::uint64_t kPart = std::uint64_t{256} << 10;
 
 /// What a tensor of the file is for torch.

@@ -632,6 +632,21 @@ def test_a_store_that_is_divided_belongs_to_nobody_else(tmp_path):
         assert names(tmp_path) == ["state.r0-of-1.e1.d0.store"]
 
 
+def test_a_close_that_fails_frees_the_old_store_too(tmp_path):
+    alone(tmp_path)
+    _, optimizer = found_in(tmp_path, state_format="bf16")
+    offload = optimizer._offload
+
+    def fail():
+        offload.close()
+        raise OSError("the drive is gone")
+
+    optimizer._offload = SimpleNamespace(close=fail)
+    with pytest.raises(OSError, match="the drive is gone"):
+        optimizer.close()
+    found_in(tmp_path, host_memory="64MiB")[1].close()
+
+
 def test_a_copy_under_another_name_is_not_taken(tmp_path):
     model = make_model(torch.float32)
     backup = tmp_path / "state_backup.store"

@@ -64,6 +64,7 @@ from torch_ext.optim._division import (
     newest_common,
     next_epoch,
     place_in_whole,
+    release,
     remove_stores,
 )
 from torch_ext.optim._dtensor import first_element, local_of
@@ -319,13 +320,15 @@ class CommittingOptimizer(OffloadedBase):
 
     def close(self) -> None:
         with nullcontext() if self._begun is None else self._begun[0]._explained():
-            super().close()
-        self._let_go_of_source()
+            try:
+                super().close()
+            finally:
+                if self._life.closed:  # Not by a forked child, whose locks they are not.
+                    self._let_go_of_source()
 
     def _let_go_of_source(self) -> None:
         """Lets others go on with the stores that ``resume()`` has divided anew."""
-        while self._locks:
-            self._locks.popitem()[1].release()
+        release(self._locks or {})
 
     @undisturbed
     @plain_modes()

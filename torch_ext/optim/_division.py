@@ -116,6 +116,12 @@ def common_elements(box: Box, other: Box) -> int:
 Locks = dict[bytes, _C.StoreLock]
 
 
+def release(locks: Locks) -> None:
+    """Gives up all of them. Errors: none."""
+    while locks:
+        locks.popitem()[1].release()
+
+
 @dataclass(frozen=True)
 class Division:
     """Stores that were committed together, as far as their names tell."""
@@ -424,8 +430,7 @@ class Source:
 
     def close(self) -> None:
         """Lets others go on with the stores."""
-        while self.locks:
-            self.locks.popitem()[1].release()
+        release(self.locks)
 
     def store(self, rank: int) -> _C.CommitSource:
         if rank not in self._open:
