@@ -1,9 +1,10 @@
 """What a commit costs, beside its bytes at the drive's rate and beside torch.save.
 
-Each round makes a step and a commit, and a commit when nothing has changed. Then
-`state_dict()` is saved with `torch.save` and fsync, and a new optimizer resumes, in the same
-division and in another place. fio writes and reads as many bytes as the commit wrote, and as
-many as go from one place to the other.
+Each round makes three steps, and a commit after each. An optimizer that never commits makes as
+many steps beside them. Then there is a commit when nothing has changed. `state_dict()` is saved
+with `torch.save` and fsync. A new optimizer resumes, in the same division and in another place.
+fio writes and reads as many bytes as the commit wrote, and as many as go from one place to the
+other.
 
 Then there are two iterations: some computing, in place of forward and backward, and a step.
 Before the second one, a commit begins that nobody waits for.
@@ -67,12 +68,23 @@ def measure(
     )
     optimizer.step()
     optimizer.commit()  # Takes the space, which later ones have.
+    (folder / "scratch").mkdir()
+    scratch = torch_ext.OffloadedAdamW(
+        parameters, nvme_path=folder / "scratch", state_format=state_format, **run
+    )
+    scratch.step()
     size = sum(p.nbytes for p in parameters)
     samples = []
     for round_ in range(options.rounds):
         common.say(f"commit: {state_format}, round {round_ + 1} of {options.rounds}")
-        sample: Json = {"step": seconds_of(optimizer.step)}
-        done = optimizer.commit()
+        sample: Json = {"step": [], "scratch step": []}
+        for i in range(3):
+            for turn in (i, i + 1):  # Either is the first one in turn.
+                if turn % 2 == round_ % 2:
+                    sample["step"].append(seconds_of(optimizer.step))
+                else:
+                    sample["scratch step"].append(seconds_of(scratch.step))
+            done = optimizer.commit()
         sample |= {"commit": done.seconds, "bytes": done.bytes_written, "parameters": size}
         sample["nothing changed"] = optimizer.commit(include_parameters=False).seconds
         optimizer.commit()
@@ -109,6 +121,7 @@ def measure(
             sample["fio mixed"] = moved / 2**30 / mixed.gib_per_second
         samples.append(sample)
     optimizer.close()
+    scratch.close()
     return samples
 
 
@@ -164,7 +177,8 @@ def tabulate(options: argparse.Namespace, cases: dict[str, list[Json]]) -> Json:
                     lambda s: s["fio mixed"] / s["divided anew"] if "fio mixed" in s else None,
                     2,
                 ),
-                column(lambda s: 1e3 * s["step"]),
+                column(lambda s: 1e3 * sum(s["step"]) / 3),
+                column(lambda s: sum(s["step"]) / sum(s["scratch step"]), 2),
             ]
         )
     millions, memory = options.tensors * options.elements / 1e6, options.host_memory
@@ -179,6 +193,7 @@ def tabulate(options: argparse.Namespace, cases: dict[str, list[Json]]) -> Json:
             "resume, ms",
             "divided anew, of fio's mixed rate",
             "step, ms",
+            "step / step without commits",
         ],
         rows,
     )

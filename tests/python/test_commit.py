@@ -293,6 +293,26 @@ def wrapped(tensor):
     return TwoTensor(tensor, tensor.clone())
 
 
+@pytest.mark.parametrize("host_memory", ["240KiB", "64MiB"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_plan_says_what_commits_take_up(tmp_path, dtype, host_memory, keep):
+    parameters = [torch.nn.Parameter(torch.ones(n, dtype=dtype)) for n in (3_000_000, 777)]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    with OffloadedAdamW(parameters, **options(tmp_path, host_memory=host_memory)) as optimizer:
+        plan = optimizer.plan()
+        assert "with commits" in str(plan)
+        for _ in range(4):
+            optimizer.step()
+            optimizer.commit(keep=keep)
+        (store,) = tmp_path.iterdir()
+        taken = store.stat().st_blocks * 512
+    said = plan.commit_bytes * (1 + keep) / 2
+    grows_by = 16 * 2**20
+    assert said <= taken <= 1.01 * said + grows_by + 2**19  # Header, tables.
+
+
 def test_what_cannot_be_kept_is_named_and_nothing_has_changed(tmp_path):
     model = make_model()
     with OffloadedAdamW(model.parameters(), **options(tmp_path)) as optimizer:

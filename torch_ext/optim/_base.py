@@ -273,7 +273,7 @@ class OffloadedBase(Closable, torch.optim.Optimizer):
 
     @plain_modes()
     def plan(self) -> OffloadPlan:
-        """Returns what ``host_memory`` is used for, also before the first step.
+        """Returns what ``host_memory`` and the drives are used for, also before the first step.
 
         ``print(optimizer.plan())`` says it in words.
 
@@ -283,7 +283,10 @@ class OffloadedBase(Closable, torch.optim.Optimizer):
         self._life.check()
         planned = [p for p in self._parameters() if self._is_kept(p)]
         with self._naming(planned, self._check_part):
-            return OffloadPlan(**self._offload.plan([self._own_part(p) for p in planned]))
+            parts = [self._own_part(p) for p in planned]
+            plan = self._offload.plan(parts)
+        parameters = sum(part.nbytes for _, part in parts)
+        return OffloadPlan(**plan, commit_bytes=2 * (plan["state_bytes"] + parameters))
 
     def timeline(self) -> list[tuple[str, int, float, float]]:
         """Returns what the last step did: (lane, tile, start, end), in order of start.

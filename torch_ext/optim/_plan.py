@@ -29,6 +29,10 @@ class OffloadPlan:
     step_bytes: int
     #: An optimizer with this ``host_memory`` or more would move nothing.
     host_memory_for_all: int
+    #: What commits with ``keep=1`` take up on the drives: state and parameters twice. Each
+    #: further commit that ``keep`` retains takes up half as much again. Scratch takes up the
+    #: state alone. A drive's file grows by 16 MiB.
+    commit_bytes: int
 
     def __str__(self) -> str:
         moved = self.tiles - self.resident_tiles
@@ -50,4 +54,8 @@ class OffloadPlan:
             )
         else:
             lines.append("a step:   reads and writes nothing")
+        lines.append(
+            f"drives:   {size(self.state_bytes)}, or {size(self.commit_bytes)} with commits: state "
+            f"and parameters twice"
+        )
         return "\n".join(lines)
