@@ -415,8 +415,12 @@ inline void fill_row_major(const at::Tensor& out, const ReadElements& read) {
     next *= std::max<std::int64_t>(out.sizes()[d], 1);
   }
   const OrderedReader writer(out, strides);
-  std::vector<std::byte> piece;
   const auto total = static_cast<std::uint64_t>(out.numel());
+  if (writer.direct()) {
+    read(writer.writable_pointer(0), out.scalar_type(), {}, 0, total);
+    return;
+  }
+  std::vector<std::byte> piece;
   for (std::uint64_t first = 0; first < total; first += kPiece) {
     const std::uint64_t count = std::min(kPiece, total - first);
     piece.resize(count * out.dtype().itemsize());

@@ -139,6 +139,15 @@ class OrderedReader {
            first * item_size();
   }
 
+  /// As pointer(), to write there. The source counts as changed.
+  std::byte* writable_pointer(std::uint64_t first) const {
+    if (!source_.is_inference()) {
+      source_.unsafeGetTensorImpl()->bump_version();
+    }
+    return static_cast<std::byte*>(source_.mutable_data_ptr()) +
+           first * item_size();
+  }
+
   /// Copies elements [first, first + count) to host memory, in the source's own
   /// dtype. Returns when the copy is made.
   void copy_to(std::byte* out, std::uint64_t first, std::uint64_t count) const {
@@ -184,6 +193,11 @@ class OrderedReader {
   /// source's dtype, and is in host memory.
   void write(const std::byte* from, std::uint64_t first,
              std::uint64_t count) const {
+    if (direct()) {
+      // Not by torch, which would share this out to threads and wait for them.
+      std::memcpy(writable_pointer(first), from, count * item_size());
+      return;
+    }
     if (in_order_) {
       storage_view(source_, first, count)
           .copy_(host_view(const_cast<std::byte*>(from), count,
