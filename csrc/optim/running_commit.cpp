@@ -7,9 +7,8 @@
 //
 // A commit has three phases:
 //
-// 1. The last step's writes end. Every tile gets a place and a spare. The
-// values
-//    and the resident tiles that have changed are written.
+// 1. The last step's writes end. Every tile gets a place and a spare. Values,
+//    and resident tiles that have changed, are written.
 // 2. CommitLog makes it durable: table, flush, root, flush.
 // 3. If that went well, the places of commits that are dropped become spares of
 //    their tiles. If not, the commit's own places are free. Tile writes that

@@ -393,9 +393,12 @@ def test_a_save_onto_a_full_drive_leaves_the_old_file_and_the_space(loop, kind):
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])
 def test_a_commit_without_room_takes_nothing_from_the_next(loop, kind):
-    """Neither its own space nor the tables' may be gone when the drive is full."""
+    """Neither its own space nor the tables' may be gone when the drive is full.
+
+    Values are larger than what a file has to spare, which grows by 16 MiB.
+    """
     place = loop(kind, 320)
-    model = torch.nn.Linear(1024, 1024, bias=False)
+    model = torch.nn.Linear(8192, 1024, bias=False)
     with OffloadedAdamW(
         model.parameters(), lr=1e-2, nvme_path=place, host_memory="4MiB"
     ) as optimizer:
@@ -411,7 +414,7 @@ def test_a_commit_without_room_takes_nothing_from_the_next(loop, kind):
         optimizer.commit()
         for _ in range(2):
             with pytest.raises(OSError, match="a commit needs .* more here") as caught:
-                optimizer.commit(extra={"x": torch.zeros(MIB)})
+                optimizer.commit(extra={"x": torch.zeros(8 * MIB)})
             assert caught.value.errno == errno.ENOSPC
             step()
             optimizer.commit(extra={"small": torch.zeros(0)})
@@ -419,7 +422,7 @@ def test_a_commit_without_room_takes_nothing_from_the_next(loop, kind):
         last = optimizer.commit(7)
         kept = model.weight.detach().clone()
         assert [commit.generation for commit in optimizer.commits()] == [last.generation]
-    model = torch.nn.Linear(1024, 1024, bias=False)
+    model = torch.nn.Linear(8192, 1024, bias=False)
     with OffloadedAdamW.resume(place, model.parameters()) as optimizer:
         assert torch.equal(model.weight, kept)
         assert optimizer.committed_step == 7

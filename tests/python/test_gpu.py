@@ -222,6 +222,41 @@ def test_an_update_on_cuda_keeps_the_masters_of_halves(nvme_dir, dtype):
     assert torch.allclose(weight.float().cpu(), master, atol=4e-3)
 
 
+@pytest.mark.parametrize("wait", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("elsewhere", ["cuda", "cpu"])
+def test_a_training_that_was_committed_goes_on(nvme_dir, dtype, elsewhere, wait):
+    from torch_ext import OffloadedAdamW
+
+    start = [torch.randn(n).to(dtype) for n in (300_001, 7)]
+    gradients = [[torch.randn_like(p) for p in start] for _ in range(6)]
+
+    def make(device):
+        return [p.detach().to(device).clone().requires_grad_() for p in start]
+
+    def train(optimizer, parameters, steps):
+        for turn in steps:
+            for p, gradient in zip(parameters, gradients[turn], strict=True):
+                p.grad = gradient.to(p.device)
+            if parameters[0].is_cuda:
+                long_kernel()
+                parameters[0].grad.mul_(1)
+            optimizer.step()
+
+    options = {"nvme_path": nvme_dir, "host_memory": "2MiB"}
+    whole, broken, resumed = make("cuda"), make("cuda"), make(elsewhere)
+    with OffloadedAdamW(whole, **options) as optimizer:
+        train(optimizer, whole, range(6))
+    with OffloadedAdamW(broken, **options) as optimizer:
+        train(optimizer, broken, range(3))
+        commit = optimizer.commit(extra={"turn": 3}, wait=wait)
+        train(optimizer, broken, range(3, 5))  # These are lost.
+        commit.wait()
+    with OffloadedAdamW.resume(nvme_dir, resumed, host_memory="4MiB") as optimizer:
+        train(optimizer, resumed, range(optimizer.committed_extra["turn"], 6))
+    assert all(torch.equal(p.cpu(), q.cpu()) for p, q in zip(whole, resumed, strict=True))
+
+
 def test_aio_handle_moves_cuda_tensors_in_order_with_kernels(nvme_dir):
     name = str(nvme_dir / "x")
     with aio_handle(strict=True, host_memory="16MiB") as handle:

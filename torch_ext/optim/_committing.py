@@ -19,18 +19,17 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from torch_ext._checks import Directories, directories_of, engine_of
+from torch_ext._checks import Directories, directories_of
 from torch_ext._modes import plain_modes
 from torch_ext._native import _C
 from torch_ext._quiet import undisturbed
 from torch_ext._stores import StoreFiles
-from torch_ext.config import resolve_aio_config
 from torch_ext.optim._adamw_groups import as_lists
 from torch_ext.optim._base import OffloadedBase
 from torch_ext.optim._commit import (
@@ -49,25 +48,15 @@ from torch_ext.optim._commit import (
     whole_number,
 )
 from torch_ext.optim._division import (
-    Division,
     Locks,
     Source,
     another_run_in,
     box_of,
-    check_is_free,
-    check_run,
-    find_divisions,
-    find_source,
-    groups_of,
-    look_in_newest,
-    needless_stores,
-    newest_common,
-    next_epoch,
-    place_in_whole,
     release,
     remove_stores,
 )
 from torch_ext.optim._dtensor import first_element, local_of
+from torch_ext.optim._found import Found, find, lacks_values
 from torch_ext.optim._together import Together, Vote
 
 _logger = logging.getLogger("torch_ext")
@@ -96,24 +85,6 @@ class Snapshot:
     @classmethod
     def of(cls, step: int, reflink: bool, count: int, seconds: float) -> Snapshot:
         return cls(step, "reflink" if reflink else "copied", count, seconds)
-
-
-@dataclass(frozen=True)
-class Found:
-    """A commit that an optimizer goes on from. It takes the place of ``nvme_path``."""
-
-    directories: Directories
-    commit: Commit
-    document: dict[str, Any]
-    #: The newest generation that all processes have.
-    root: int
-    together: Together
-    epoch: int = 0
-    #: The stores that have the commit, if its state is to be divided anew. It keeps others from
-    #: going on with them.
-    source: Source | None = None
-    #: Stores that are needless after the next commit.
-    needless: tuple[StoreFiles, ...] = ()
 
 
 class CommittingOptimizer(OffloadedBase):
@@ -443,7 +414,7 @@ class CommittingOptimizer(OffloadedBase):
                 raise RuntimeError("rollback(): nothing was committed yet")
             commit, document = chosen(commits, step, self._kind())
             with whole_document():
-                if any(map(_lacks_values, document["parameters"].values())):
+                if any(map(lacks_values, document["parameters"].values())):
                     raise ValueError(
                         f"the commit of step {commit.step} has no parameters "
                         f"(include_parameters=False), so its state would meet other ones: load "
@@ -456,68 +427,6 @@ class CommittingOptimizer(OffloadedBase):
         together.agreed(lambda: self._take_commit(commit, document))
 
     @classmethod
-    def _found(
-        cls,
-        path: Directories,
-        step: int | None,
-        params: Any,
-        options: dict[str, Any],
-        anew: bool = False,
-    ) -> Found:
-        """Returns the commit in ``path`` that ``resume()`` goes on from.
-
-        ``anew``: its state is to be divided anew, whatever the division was.
-        """
-        together = Together(options.get("process_group"))
-
-        def check() -> tuple[Any, ...]:
-            for name in sorted(options.keys() & cls._of_commit):
-                raise TypeError(f"resume() takes no {name!r}: the commit has it")
-            old = directories_of(path, "path")
-            new = options.get("nvme_path")
-            new = old if new is None else directories_of(new, "nvme_path")
-            check_is_free(new, old)
-            aio = resolve_aio_config(options.get("aio"), stacklevel=8)
-            return old, new, aio, engine_of(options.get("engine", "auto"))
-
-        old, new, *how = together.agreed(check)
-        moves = any(together.exchange(old != new))
-
-        def look_in(division: Division) -> Found:
-            if division.world == together.world and not (moves or anew):
-                place = _C.StorePlace(together.rank, division.world, epoch=division.epoch)
-                commit, document, root = find_common(
-                    together, lambda: _C.find_commits(old, *how, place), step, cls._kind()
-                )
-                same = together.agreed(lambda: cls._is_divided_as(document, params, options))
-                if all(together.exchange(same)):
-                    needless = needless_stores(old, document)
-                    return Found(
-                        path, commit, document, root, together, division.epoch, None, needless
-                    )
-            source = find_source(together, division, old, *how)
-            commit, document = source.choose(step, cls._kind(), may_be_used=moves)
-            epoch = max(together.exchange(next_epoch(new)))
-            needless = () if moves else tuple(source.stores.values())
-            where = path if options.get("nvme_path") is None else options["nvme_path"]
-            return Found(where, commit, document, 0, together, epoch, source, needless)
-
-        divisions = find_divisions(together, old)
-        if not divisions:
-            raise FileNotFoundError(
-                errno.ENOENT, "nothing was committed here", os.fsdecode(old[0][0])
-            )
-        found = look_in_newest(together, divisions, look_in)
-        entries = found.document.get("parameters", {}).values()
-        if any(map(_lacks_values, entries)) and together.rank == 0:
-            _logger.warning(
-                "the commit of step %d has no parameters (include_parameters=False, or a "
-                "trainer's): those that resume() was given stay, and must be the commit's",
-                found.commit.step,
-            )
-        return found
-
-    @classmethod
     def _resumed(
         cls,
         path: Directories,
@@ -528,46 +437,17 @@ class CommittingOptimizer(OffloadedBase):
     ) -> Any:
         """Returns the optimizer that ``make`` returns for a commit and parameters."""
         params = as_lists(params)  # They are looked at more than once.
-        found = cls._found(path, step, params, options)
+        commit_has = {"kind": cls._kind(), "of_commit": cls._of_commit}
+        look = partial(find, path, step, params, options, **commit_has)
+        found = look()
         try:
             return cls._made(found, lambda: make(found, params))
         except ValueError as error:
             # Its tiles are too large for this run's host_memory.
             if found.source is not None or _C.HOST_MEMORY_TOO_SMALL not in str(error):
                 raise
-        found = cls._found(path, step, params, options, anew=True)
+        found = look(anew=True)
         return cls._made(found, lambda: make(found, params))
-
-    @classmethod
-    def _is_divided_as(
-        cls, document: Mapping[str, Any], params: Any, options: Mapping[str, Any]
-    ) -> bool:
-        """Whether a run with these parameters divides state as a commit of this process does.
-
-        Parameters that are no parts of the same whole are left for others to refuse.
-        """
-        wanted = options.get("state_format")
-        with whole_document():
-            if wanted is not None and wanted != document.get("state_format"):
-                return False
-            committed = document["parameters"]
-            try:
-                named_parameters = names_of(groups_of(params)).items()
-            except (TypeError, ValueError):
-                return True
-            for parameter, name in named_parameters:
-                entry = committed.get(name, {})
-                if "shape" not in entry:
-                    continue
-                mine = described(local_of(parameter)) | box_of(parameter)
-                here, there = place_in_whole(mine), place_in_whole(entry)
-                parts = [
-                    (place[1], e["shape"], e["order"])
-                    for place, e in ((here, mine), (there, entry))
-                ]
-                if here[0] == there[0] and parts[0] != parts[1]:
-                    return False
-        return True
 
     @staticmethod
     def _made(found: Found, make: Callable[[], Any]) -> Any:
@@ -766,70 +646,6 @@ class CommittingOptimizer(OffloadedBase):
         take(self._offload, parts)
 
 
-def place_of(
-    nvme_path: Directories | Found, together: Together, warns: bool = True
-) -> tuple[Directories, _C.StorePlace]:
-    """Returns the directories, and which store is there. Warns of another run's."""
-    if isinstance(nvme_path, Found):
-        found = nvme_path
-        is_new = found.source is not None
-        place = _C.StorePlace(
-            together.rank,
-            together.world,
-            newest=0 if is_new else found.root,
-            generation=0 if is_new else found.commit.generation,
-            epoch=found.epoch,
-        )
-        return found.directories, place
-    directories = directories_of(nvme_path, "nvme_path")
-    directory = os.fsdecode(directories[0][0])
-    place = _C.StorePlace(together.rank, together.world)
-    first = Path(directory, place.file)
-    if warns and first.exists():
-        _logger.warning(
-            "%s was committed by another run. resume() goes on from it; this optimizer cannot "
-            "commit as long as it is there",
-            first,
-        )
-    elif warns and another_run_in(directories, 0, together.world):
-        _logger.warning(
-            "another run has committed in %s. resume() goes on from it; this optimizer cannot "
-            "commit as long as its stores are there",
-            directory,
-        )
-    return nvme_path, place
-
-
-def find_common(
-    together: Together, look: Callable[[], list[list[Any]]], step: int | None, kind: str
-) -> tuple[Commit, dict[str, Any], int]:
-    """Returns the newest commit that all processes have, and what it says here.
-
-    ``look`` returns what this process has, a list for each root, the newest first: the commits
-    that the root keeps, oldest first. The last of a list is the root's own.
-    """
-    missing: FileNotFoundError | None = None
-
-    def look_here() -> list[list[Any]]:
-        nonlocal missing
-        try:
-            return look()
-        except FileNotFoundError as error:
-            missing = error
-            return []
-
-    found = together.agreed(look_here)
-    roots = dict(enumerate(together.exchange([kept[-1][0] for kept in found])))
-    if missing is not None and not any(roots.values()):
-        raise missing
-    root = newest_common(roots, together.world)
-    commits = next(kept for kept in found if kept[-1][0] == root)
-    commit, document = together.agreed(lambda: chosen(commits, step, kind))
-    together.same(commit.generation, "resume(): the generation of the commit")
-    check_run(together, [document])
-    return commit, document, root
-
-
 @contextmanager
 def _with_a_way_on(commit: Commit) -> Iterator[None]:
     """Says of damage how to find out more, and what may help."""
@@ -843,7 +659,3 @@ def _with_a_way_on(commit: Commit) -> Iterator[None]:
                 f"commit, if one is kept"
             )
         raise
-
-
-def _lacks_values(entry: Any) -> bool:
-    return isinstance(entry, dict) and "shape" in entry and entry.get("value") is None

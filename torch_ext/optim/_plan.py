@@ -55,7 +55,7 @@ class OffloadPlan:
         else:
             lines.append("a step:   reads and writes nothing")
         lines.append(
-            f"drives:   {size(self.state_bytes)}, or {size(self.commit_bytes)} with commits: state "
-            f"and parameters twice"
+            f"drives:   {size(self.state_bytes)}, or with commits {size(self.commit_bytes)}: "
+            f"state and parameters twice"
         )
         return "\n".join(lines)

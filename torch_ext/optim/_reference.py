@@ -41,9 +41,10 @@ from torch_ext._closable import close_quietly
 from torch_ext._native import _C
 from torch_ext._quiet import undisturbed
 from torch_ext.optim._commit import described, names_of, read_document
-from torch_ext.optim._committing import Commit, CommittingOptimizer, Found, place_of
+from torch_ext.optim._committing import Commit, CommittingOptimizer
 from torch_ext.optim._division import newest_epoch
 from torch_ext.optim._dtensor import is_distributed, local_of
+from torch_ext.optim._found import Found, place_of
 from torch_ext.optim._state_dict import COMMIT, foreign_of, labelled_parameters, others_of
 from torch_ext.optim._together import Together
 from torch_ext.optim._values import copied

@@ -38,7 +38,7 @@ from torch_ext.optim._adamw_groups import (
 )
 from torch_ext.optim._base import OffloadedBase
 from torch_ext.optim._commit import Packer, whole_document
-from torch_ext.optim._committing import Found, Take
+from torch_ext.optim._committing import Take
 from torch_ext.optim._dtensor import (
     check_parameter,
     first_element,
@@ -46,6 +46,7 @@ from torch_ext.optim._dtensor import (
     like_parameter,
     local_of,
 )
+from torch_ext.optim._found import Found
 from torch_ext.optim._overlap import (
     Overlap,
     TakenGradient,

@@ -20,8 +20,9 @@ from torch_ext._quiet import undisturbed
 from torch_ext.config import AioConfig, parse_size, resolve_aio_config
 from torch_ext.optim._base import OffloadedBase
 from torch_ext.optim._commit import Packer, name_of, unpack, whole_document
-from torch_ext.optim._committing import Found, Take
+from torch_ext.optim._committing import Take
 from torch_ext.optim._dtensor import is_distributed
+from torch_ext.optim._found import Found
 from torch_ext.optim._piece_state import MASTER, Group, Loaded, PieceState, Trained
 from torch_ext.optim._pieces import Kept, PieceOptimizer, options_of
 from torch_ext.optim._plan import OffloadPlan
