@@ -347,6 +347,14 @@ File File::scratch(const std::filesystem::path& directory) {
   return file;
 }
 
+bool File::exists(const std::filesystem::path& path) {
+  const std::string name = absolute_path(path);
+  struct stat status;
+  if (lstat(name.c_str(), &status) == 0) return true;
+  if (errno != ENOENT && errno != ENOTDIR) fail("lstat", name, errno);
+  return false;
+}
+
 std::optional<File::Identity> File::identify(const std::filesystem::path& path,
                                              std::uint64_t* size) {
   struct stat status;
@@ -441,6 +449,9 @@ void File::give_name(const std::string& name) {
                         : errno;
   const bool has_it = error == EEXIST && identify(*full) == identity_;
   if (error != 0 && !has_it) {
+    if (error == ENOENT && !exists(parent)) {
+      fail("linkat", *full, ENOENT, "its directory is not there any more");
+    }
     // A file that was unlinked cannot be linked again.
     const bool unlinked = error == ENOENT;
     fail("linkat", *full, unlinked ? EOPNOTSUPP : error,

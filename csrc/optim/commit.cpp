@@ -340,7 +340,7 @@ void check_files(const StoreOptions& how, const StoreName& name) {
   std::size_t missing = directories.size();
   for (std::size_t i = 0; i < directories.size(); ++i) {
     const std::filesystem::path& directory = directories[i].path;
-    if (File::identify(directory / how.files[i])) {
+    if (File::exists(directory / how.files[i])) {
       found[i] = directory;
     } else if (missing == directories.size()) {
       missing = i;

@@ -144,7 +144,8 @@ CommitLog::CommitLog(Store& store, StoreName name, std::optional<StoreId> id)
     : store_(store), name_(std::move(name)), id_(id) {}
 
 CommitLog::~CommitLog() {
-  if (!named_ && gave_names_) take_names();
+  const bool is_without = commits_.empty() && must_stop_ == nullptr;
+  if (gave_names_ && (!named_ || is_without)) take_names();
 }
 
 // What the first commit does before all else. It leaves no trace outside.
@@ -392,10 +393,11 @@ void CommitLog::give_names() {
   named_ = true;
 }
 
-// After names that failed: without the first file nobody finds the others, and
-// a first file that was buried has no commit. It comes at the end and not with
-// the error. A file that has lost its only name gets no other one, and the next
-// commit gives the rest of the names.
+// After names that failed: without the first file nobody finds the others. And
+// after first commits that failed, here or in another process: a store of
+// tombstones would be in the way of the next run. It comes at the end and not
+// with the error. A file that has lost its only name gets no other one, and the
+// next commit gives the rest of the names.
 void CommitLog::take_names() noexcept {
   const auto path_of = [this](std::size_t i) {
     return std::filesystem::path(store_.file(i).path())

@@ -15,9 +15,13 @@
 // needed new ones.
 //
 // A kill before the first link leaves nothing. A kill between the links of
-// several drives leaves files without a first one. A later call must know them
-// from a store whose first directory is not there. So the copy's id is not
-// random: it follows from the original's and from the directories.
+// several drives leaves files without a first one. They look like a store whose
+// first directory is elsewhere, so a later call leaves them alone. Where only
+// some of several processes have their copies, the next call replaces those:
+// if nobody uses them, and nobody has committed to them.
+//
+// The copy's id is not random: it follows from the original's and from the
+// directories. So a later call knows a copy that it made.
 
 #include "store_copy.h"
 
@@ -228,7 +232,7 @@ bool StoreCopy::is_mine(std::size_t directory) const {
 // Returns a file that the copy must not be beside, or an empty text.
 std::string StoreCopy::other_file() const {
   for (std::size_t i = 0; i < to_.all().size(); ++i) {
-    if (File::identify(path(i)) && !is_mine(i)) return path(i);
+    if (File::exists(path(i)) && !is_mine(i)) return path(i);
   }
   const StoreName& name = log_.name();
   for (const auto& each : to_.all()) {
@@ -253,12 +257,12 @@ StoreCopy::There StoreCopy::there() const {
   if (!other_file().empty()) return There::kOther;
   bool any = false;
   for (std::size_t i = 0; i < to_.all().size(); ++i) {
-    any = any || File::identify(path(i));
+    any = any || File::exists(path(i));
   }
   // The first one gets its name last.
-  return File::identify(path(0)) ? There::kCopy
-         : any                   ? There::kUnfinished
-                                 : There::kNothing;
+  return File::exists(path(0)) ? There::kCopy
+         : any                 ? There::kUnfinished
+                               : There::kNothing;
 }
 
 void StoreCopy::refuse_others() const {
@@ -282,13 +286,35 @@ void StoreCopy::fail_taken(const std::string& file) const {
                  ": remove it, or give another directory"});
 }
 
+/// Whether a store has the commit that it was made with, and no other yet.
+bool StoreCopy::is_unused() const {
+  std::vector<std::filesystem::path> files;
+  for (std::size_t i = 0; i < to_.all().size(); ++i) files.push_back(path(i));
+  Store store(options_to_read(files));
+  const CommitReader reader(store);
+  return reader.slots().size() == 1 && reader.damage().empty();
+}
+
 void StoreCopy::make_way(bool replace) const {
   refuse_others();
   const There found = there();
   if (found == There::kNothing) return;
-  if (found == There::kCopy && !replace) fail_taken(path(0));
+  if (found == There::kUnfinished) {
+    std::size_t i = 0;
+    while (!File::exists(path(i))) ++i;
+    throw IoError({.op = "snapshot",
+                   .path = path(i),
+                   .error = EEXIST,
+                   .detail = "the first directory has no file of this store: a "
+                             "snapshot was cut off here, or that file is "
+                             "elsewhere. Remove this one if nobody needs it, "
+                             "or give another directory"});
+  }
+  if (!replace) fail_taken(path(0));
+  const FileLock lock(File::open(path(0), File::Mode::kExisting));
+  if (!is_unused()) fail_taken(path(0));
   for (std::size_t i = 0; i < to_.all().size(); ++i) {
-    if (!File::identify(path(i))) continue;
+    if (!File::exists(path(i))) continue;
     if (unlink(path(i).c_str()) != 0) {
       throw IoError({.op = "unlink", .path = path(i), .error = errno});
     }
@@ -341,7 +367,7 @@ void StoreCopy::take_names(const Store& store) const noexcept {
       unlink(path(i).c_str());
       sync_directory(to_.all()[i].path);
     } catch (...) {
-      // A later call finds it unfinished.
+      // A later call says what it finds.
     }
   }
 }

@@ -26,7 +26,8 @@ class StoreCopy {
   /// What is in the directories.
   enum class There {
     kNothing,
-    kUnfinished,  ///< What a call that was killed has left of this copy.
+    kUnfinished,  ///< This copy's files, without the first: a call was killed,
+                  ///< or that file is elsewhere.
     kCopy,        ///< This copy, whole as far as names tell.
     /// Something else that has the name of one of its files; or a store that
     /// resume() could take in its place. Stores of other processes that have
@@ -44,10 +45,11 @@ class StoreCopy {
     bool reflink = false;     ///< Blocks are shared. Else bytes were copied.
     std::uint64_t bytes = 0;  ///< The extents', padded.
   };
-  /// Makes a commit of the log durable there, the last one. An unfinished copy
-  /// is replaced. `replace`: a whole one too, since other processes have none.
-  /// `vote`: as in CommitLog::add().
-  /// Errors: IoError: those of refuse_others(), EEXIST if the copy is there,
+  /// Makes a commit of the log durable there, the last one. `replace`: a whole
+  /// copy that nobody uses or has committed to makes way, since other processes
+  /// have none. `vote`: as in CommitLog::add().
+  /// Errors: IoError: those of refuse_others(), EEXIST if the copy or files of
+  /// it are there, EAGAIN if a process uses the one that is to make way,
   /// ENOSPC before a byte is written, EIO if an extent is damaged. No file has
   /// a name then, except where `vote` throws: nobody knows whether the copy
   /// counts.
@@ -58,6 +60,7 @@ class StoreCopy {
   bool is_mine(std::size_t directory) const;
   std::string other_file() const;
   [[noreturn]] void fail_taken(const std::string& file) const;
+  bool is_unused() const;
   void make_way(bool replace) const;
   std::vector<std::shared_ptr<Extent>> reserve(Store& store) const;
   bool share(Store& store,

@@ -95,6 +95,13 @@ void copy_to_new(std::byte* to, std::span<const std::byte> from) {
   });
 }
 
+/// How many pieces of a block are read at a time.
+std::uint64_t staging_buffers(std::uint64_t bytes,
+                              const TensorFileOptions& options) {
+  return std::min(std::max(options.host_memory / kPiece, std::uint64_t{2}),
+                  align_up(bytes, kPiece) / kPiece);
+}
+
 void read_pieces(const File& file, const Block& block, std::uint64_t bytes,
                  const TensorFileOptions& options) {
   struct Piece {
@@ -102,9 +109,7 @@ void read_pieces(const File& file, const Block& block, std::uint64_t bytes,
     std::uint64_t begin;
     std::span<std::byte> staged;
   };
-  const std::uint64_t buffers =
-      std::min(std::max(options.host_memory / kPiece, std::uint64_t{2}),
-               align_up(bytes, kPiece) / kPiece);
+  const std::uint64_t buffers = staging_buffers(bytes, options);
   const BufferPool staging(kPiece, buffers);
   // If something fails, its end waits for the reads under way.
   TensorFileTransfer transfer(transfer_options(options));
@@ -157,10 +162,12 @@ Block read_block(const File& file, const SafetensorsHeader& header,
                              " are left; mmap=True leaves them in the file"});
   }
   block.memory = allocate_block(bytes);
-  if (bytes <= kPiece) {
-    read_in_place(file, block, bytes, options);
-  } else {
+  // Pieces are faster, and take memory of their own.
+  const std::uint64_t beside = staging_buffers(bytes, options) * kPiece;
+  if (bytes > kPiece && bytes + beside <= left) {
     read_pieces(file, block, bytes, options);
+  } else {
+    read_in_place(file, block, bytes, options);
   }
   return block;
 }

@@ -388,8 +388,15 @@ TEST_P(SnapshotTest, AKillAtAnyPointLeavesAWholeOneOrNone) {
       for (const auto& file : files_in(there_)) std::filesystem::remove(file);
     } else {
       ASSERT_NE(left, Place::kOther) << points[i - 1];
-      unfinished += left == Place::kUnfinished ? 1u : 0u;
       ASSERT_FALSE(std::filesystem::exists(files_in(there_)[0]));
+    }
+    if (left == Place::kUnfinished) {
+      // It may be a whole one whose first file is elsewhere.
+      ++unfinished;
+      ASSERT_EQ(error_of([&] { training->offload().snapshot(listed(there_)); }),
+                EEXIST)
+          << points[i - 1];
+      for (const auto& file : files_in(there_)) std::filesystem::remove(file);
     }
     ASSERT_NO_THROW(training->offload().snapshot(listed(there_)))
         << points[i - 1];
@@ -539,8 +546,20 @@ TEST(SnapshotGroupTest, IfAnotherProcessFailsThereIsNone) {
   EXPECT_EQ(training.offload().look_at_snapshot(there), Place::kOther);
   EXPECT_EQ(training.offload().look_at_snapshot(there, group),
             Place::kSnapshot);
-  // The others have none: theirs was killed.
+  // The others have none: theirs was killed. But somebody has gone on from it.
   group.replace = true;
+  EXPECT_EQ(error_of([&] { training.offload().snapshot(there, group); }),
+            EEXIST);
+  EXPECT_EQ(training.offload().look_at_snapshot(there, group),
+            Place::kSnapshot);
+  std::filesystem::remove(files_in({dirs[1].path()})[0]);
+  training.offload().snapshot(there, group);
+  {
+    const auto user =
+        CommitTraining::resume(CommitTraining::options({dirs[1].path()}, 5));
+    EXPECT_EQ(error_of([&] { training.offload().snapshot(there, group); }),
+              EAGAIN);
+  }
   training.step();
   training.commit();
   training.offload().snapshot(there, group);

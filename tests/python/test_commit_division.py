@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import torch_ext
 from torch_ext import OffloadedAdamW, OffloadedOptimizer, _stores
-from torch_ext.optim import _committing
+from torch_ext.optim import _committing, _division
 from torch_ext.optim._division import Division, Source
 from torch_ext.optim._dtensor import local_of
 from torch_ext.optim._together import Together, Vote
@@ -426,9 +426,10 @@ def test_an_epoch_that_was_cut_off_does_not_count(tmp_path, caplog):
     assert "state.r0-of-1.e2.d0.store" in names(tmp_path)
 
 
-def fail_to_commit(path):
+def fail_to_commit(path, killed):
     """Divides a commit among two processes, and the second votes against their commit."""
     model = make_model(torch.float32)
+    file = path / f"state.r{torch.distributed.get_rank()}-of-2.e1.d0.store"
     with OffloadedAdamW.resume(path, model.named_parameters(), **OPTIONS) as optimizer:
         call = Vote.__call__
 
@@ -442,15 +443,19 @@ def fail_to_commit(path):
         with pytest.raises(RuntimeError, match="rank 1: I am against it"):
             optimizer.commit()
         Vote.__call__ = call
+        left = shutil.copyfile(file, file.with_suffix(".left"))
+    os.rename(left, file) if killed else os.remove(left)
 
 
-def test_a_division_that_failed_does_not_count(two, tmp_path, caplog):
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_division_that_failed_does_not_count(two, tmp_path, caplog, killed):
     left = alone(tmp_path)
-    two.run(fail_to_commit, tmp_path)
-    assert len(names(tmp_path)) == 3  # Their stores have names, and no commit.
+    two.run(fail_to_commit, tmp_path, killed)
+    # Until they are closed, their stores have names, and no commit.
+    assert len(names(tmp_path)) == (3 if killed else 1)
     with caplog.at_level(logging.WARNING, "torch_ext"):
         model, optimizer = found_in(tmp_path)
-    assert "epoch 1 of the state was cut off" in caplog.text
+    assert ("epoch 1 of the state was cut off" in caplog.text) == killed
     with optimizer:
         same(everything(model, optimizer), left)
 
@@ -632,6 +637,92 @@ def test_a_store_that_is_divided_belongs_to_nobody_else(tmp_path):
         assert names(tmp_path) == ["state.r0-of-1.e1.d0.store"]
 
 
+def test_a_directory_by_another_name_is_the_same(tmp_path, monkeypatch):
+    """Else a store in use would be taken for one that is elsewhere."""
+    run, more = tmp_path / "run", tmp_path / "more"
+    run.mkdir()
+    more.mkdir()
+    (tmp_path / "link").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    model = make_model(torch.float32)
+    with OffloadedAdamW(model.named_parameters(), nvme_path="run") as optimizer:
+        optimizer.commit(1)
+        for other in ("run", "run/", "./run", run, tmp_path / "link", [run, more], [more, run]):
+            with pytest.raises(BlockingIOError, match="another process uses"):
+                found_in("run", nvme_path=other)
+        optimizer.commit(2)
+    for other in ("run/", tmp_path / "link"):
+        _, optimizer = found_in("run", nvme_path=other)
+        with optimizer:
+            assert optimizer.committed_step == 2
+    assert names(run) == ["state.r0-of-1.e0.d0.store"]
+    _, optimizer = found_in("run", nvme_path=[run, more])
+    with optimizer:
+        optimizer.commit()
+    assert names(run) == ["state.r0-of-1.e1.d0.store"]
+    assert names(more) == ["state.r0-of-1.e1.d1.store"]
+
+
+def test_the_current_directory_may_be_another_one_at_the_commit(tmp_path, monkeypatch):
+    alone(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    _, optimizer = found_in(".", state_format="bf16")
+    with optimizer:
+        monkeypatch.chdir("/")
+        optimizer.commit()
+        assert names(tmp_path) == ["state.r0-of-1.e1.d0.store"]
+
+
+def test_no_commit_is_made_between_the_choice_and_the_lock(tmp_path, monkeypatch):
+    """It would be lost with the old store."""
+    alone(tmp_path)
+    real = _division._commits_of
+
+    def listed(*arguments):
+        monkeypatch.setattr(_division, "_commits_of", real)
+        with pytest.raises(BlockingIOError, match="another process"):
+            found_in(tmp_path)
+        return real(*arguments)
+
+    monkeypatch.setattr(_division, "_commits_of", listed)
+    _, optimizer = found_in(tmp_path, state_format="bf16")
+    optimizer.close()
+    assert _division._commits_of is real
+
+
+@pytest.mark.parametrize("removed", [True, False])
+def test_who_divides_after_another_is_told(tmp_path, monkeypatch, removed):
+    alone(tmp_path)
+    real = _division._lock_all
+
+    def late(*arguments):
+        monkeypatch.setattr(_division, "_lock_all", real)
+        if not removed:
+            monkeypatch.setattr(_committing, "remove_stores", lambda *_: None)
+        _, optimizer = found_in(tmp_path, state_format="bf16")
+        with optimizer:
+            optimizer.commit(77)
+        return real(*arguments)
+
+    monkeypatch.setattr(_division, "_lock_all", late)
+    with pytest.raises(BlockingIOError, match="another run has"):
+        found_in(tmp_path, state_format="bf16")
+    _, optimizer = found_in(tmp_path)
+    with optimizer:
+        assert optimizer.committed_step == 77
+
+
+def test_two_runs_do_not_share_a_directory_as_other_drives(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    alone(two)
+    with pytest.raises(FileExistsError, match="a store of another run is there") as caught:
+        alone([one, two])
+    assert caught.value.filename == str(two / "state.r0-of-1.e0.d0.store")
+    assert names(one) == []
+
+
 def test_a_close_that_fails_frees_the_old_store_too(tmp_path):
     alone(tmp_path)
     _, optimizer = found_in(tmp_path, state_format="bf16")
@@ -718,10 +809,11 @@ def test_a_commit_that_one_shard_has_lost_is_said():
         {rank: SimpleNamespace(path=f"/store{rank}", id=b"") for rank in range(2)},
         {0: [(3, 3, 0, "{}"), (4, 4, 0, "{}")], 1: [(4, 4, 0, "{}")]},
         (None, "auto"),
+        {},
     )
     source.commits[0][0] = (3, 3, 0, '{"format": 1, "class": "X"}')
     with pytest.raises(OSError, match="commit 3 of rank 1 is lost or damaged.*step=") as caught:
-        source.choose(3, "X", may_be_used=True)
+        source.choose(3, "X")
     assert (caught.value.errno, caught.value.filename) == (errno.EIO, "/store1")
 
 

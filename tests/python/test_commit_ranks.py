@@ -292,6 +292,35 @@ def test_a_full_drive_of_one_is_an_error_of_all(ranks, tmp_path, job):
     assert all("rank" not in text and "No space" in text for text in there)
 
 
+def a_first_commit(path, small, wait):
+    """It fails in rank 1, and the run is started again."""
+    model = make_model(sharded=True)
+    where = small if rank() == 1 else path
+    with made(model, where) as optimizer:
+        train(model, optimizer, 1)
+        more = torch.zeros(1 << 25) if rank() == 1 else None
+        text = refused(OSError, lambda: optimizer.commit(extra=more, wait=wait).wait())
+    assert os.listdir(where) == ["small"] * (rank() == 0)
+    refused(FileNotFoundError, lambda: resumed(where))
+    with made(model, where) as optimizer:
+        assert commit(optimizer, wait=wait).generation == 1
+    return text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_first_commit_that_failed_is_not_in_the_way(ranks, tmp_path, wait):
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", small], check=True)
+    try:
+        here, there = ranks.run(a_first_commit, tmp_path, small, wait)
+    finally:
+        subprocess.run(["umount", "--lazy", small], check=True)
+    assert "rank 1: " in here
+    assert "No space" in there
+
+
 def closed_early(path):
     model = make_model(sharded=False)
     optimizer = made(model, path)

@@ -361,6 +361,32 @@ def test_a_state_dict_larger_than_memory_never_kills_the_process(nvme_dir, small
         assert 'state_dict_mode="mapped"' in first
 
 
+LOADS = """
+    import os, sys, torch
+    import torch_ext
+
+    place, cgroup = sys.argv[1:]
+    torch.set_num_threads(1)
+    torch_ext.save({"a": torch.zeros(20 << 20, dtype=torch.uint8)}, place + "/a")
+    torch_ext.save({"a": torch.zeros(1 << 20, dtype=torch.uint8)}, place + "/small")
+    torch_ext.load(place + "/small")
+    with open(cgroup + "/cgroup.procs", "w") as file:
+        file.write(str(os.getpid()))
+    print(len(torch_ext.load(place + "/a")["a"]) >> 20)
+"""
+
+
+def test_a_load_that_just_fits_is_not_killed(nvme_dir, small_cgroup):
+    """What it reads through needs memory too."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(LOADS), nvme_dir, small_cgroup],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stdout) == (0, "20\n"), done.stderr
+
+
 def test_unknown_modes_are_refused_by_name(nvme_dir):
     parameters = [torch.ones(1, requires_grad=True)]
     for make in (

@@ -231,15 +231,14 @@ class CommittingOptimizer(OffloadedBase):
         """Raises FileExistsError if a first commit would stand beside another run's."""
         if self._offload.next_generation() > 1:
             return
-        other = another_run_in(self._directories, self._epoch, self._together.world)
+        together = self._together
+        other = another_run_in(self._directories, self._epoch, together.world, together.rank)
         if other is not None:
-            epoch, world, rank = other
-            place = _C.StorePlace(rank, world, epoch=epoch)
             raise FileExistsError(
                 errno.EEXIST,
                 "a store of another run is there: resume it, remove it, or give another "
                 "directory",
-                os.path.join(os.fsdecode(self._directories[0][0]), place.file),
+                other,
             )
 
     def _make(

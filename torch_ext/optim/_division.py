@@ -16,8 +16,9 @@ import logging
 import math
 import os
 import re
+import socket
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -35,7 +36,7 @@ _logger = logging.getLogger("torch_ext")
 
 T = TypeVar("T")
 
-_FILE = re.compile(r"state\.r(\d+)-of-(\d+)\.e(\d+)\.d\d+\.store")
+_FILE = re.compile(r"state\.r(\d+)-of-(\d+)\.e(\d+)\.d(\d+)\.store")
 
 #: What AdamW keeps, beside a master.
 ADAMW_FIELDS = [("exp_avg", torch.float32), ("exp_avg_sq", torch.float32)]
@@ -130,19 +131,21 @@ class Division:
     world: int
 
 
+def _files_in(directory: Any) -> Iterator[tuple[tuple[int, int, int], int, str]]:
+    """Returns (epoch, world, rank), drive and path of the files of stores in a directory."""
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return  # Whoever opens it says what is wrong.
+    for name in map(os.fsdecode, names):
+        if match := _FILE.fullmatch(name):
+            rank, world, epoch, drive = map(int, match.groups())
+            yield (epoch, world, rank), drive, os.path.join(os.fsdecode(directory), name)
+
+
 def _seen(directories: Iterable[tuple[Any, int]]) -> set[tuple[int, int, int]]:
     """Returns (epoch, world, rank) of the stores with files in ``directories``."""
-    seen = set()
-    for directory, _ in directories:
-        try:
-            names = os.listdir(directory)
-        except OSError:
-            continue  # Whoever opens it says what is wrong.
-        for name in map(os.fsdecode, names):
-            if match := _FILE.fullmatch(name):
-                rank, world, epoch = map(int, match.groups())
-                seen.add((epoch, world, rank))
-    return seen
+    return {store for directory, _ in directories for store, *_ in _files_in(directory)}
 
 
 def next_epoch(directories: list[tuple[Any, int]]) -> int:
@@ -151,33 +154,43 @@ def next_epoch(directories: list[tuple[Any, int]]) -> int:
 
 
 def another_run_in(
-    directories: list[tuple[Any, int]], epoch: int, world: int
-) -> tuple[int, int, int] | None:
-    """Returns (epoch, world, rank) of a store that would count, or be in doubt.
+    directories: list[tuple[Any, int]], epoch: int, world: int, rank: int
+) -> str | None:
+    """Returns a file of a store that would count, or be in doubt, beside a new one.
 
-    It stands beside a new one of ``epoch`` and ``world``. One of its name is not looked for.
+    The new one is that of ``rank`` in ``epoch`` and ``world``. Files of its own names are not
+    looked for.
     """
-    others = [s for s in _seen(directories) if s[0] >= epoch and s[:2] != (epoch, world)]
-    return max(others, default=None)
+    for number, (directory, _) in enumerate(directories):
+        for store, drive, path in _files_in(directory):
+            is_other = store[0] >= epoch and store[:2] != (epoch, world)
+            if is_other or (store == (epoch, world, rank) and drive != number):
+                return path
+    return None
+
+
+#: What a directory is known by, whatever it is called.
+Place = tuple[str, int, int]
+
+
+def place_of_directory(directory: Any) -> Place:
+    """Raises OSError if there is none."""
+    found = os.stat(directory)
+    return socket.gethostname(), found.st_dev, found.st_ino
 
 
 def check_is_free(directories: list[tuple[Any, int]], old: list[tuple[Any, int]]) -> None:
     """Raises FileExistsError if a store is in ``directories`` that are not among ``old``."""
-
-    def place(directory: Any) -> tuple[int, int]:
-        found = os.stat(directory)
-        return found.st_dev, found.st_ino
-
-    known = {place(directory) for directory, _ in old}
-    for directory, weight in directories:
-        if place(directory) in known or not (there := _seen([(directory, weight)])):
+    known = {place_of_directory(directory) for directory, _ in old}
+    for directory, _ in directories:
+        files = [path for *_, path in _files_in(directory)]
+        if not files or place_of_directory(directory) in known:
             continue
-        epoch, world, rank = max(there)
         raise FileExistsError(
             errno.EEXIST,
             "the state cannot move here, where a store is already: resume that one, remove it, "
             "or give another directory",
-            os.path.join(os.fsdecode(directory), _C.StorePlace(rank, world, epoch=epoch).file),
+            max(files),
         )
 
 
@@ -349,12 +362,13 @@ class Source:
         stores: dict[int, _stores.StoreFiles],
         commits: dict[int, list[tuple[int, int, int, str]]],
         how: tuple[Any, str],
+        locks: Locks,
     ) -> None:
         """``stores`` and ``commits`` go by rank, as far as they are seen here."""
         self.together, self.division, self.stores = together, division, stores
         self.generation = 0
         #: Of the old stores that this process keeps others from.
-        self.locks: Locks = {}
+        self.locks = locks
         self.documents: dict[int, dict[str, Any]] = {}
         self.commits, self._how = commits, how
         self._open: dict[int, _C.CommitSource] = {}
@@ -370,9 +384,7 @@ class Source:
         wanted = self.together.rank % self.division.world
         return wanted if wanted in seen else seen[wanted % len(seen)]
 
-    def choose(
-        self, step: int | None, kind: str, may_be_used: bool
-    ) -> tuple[Commit, dict[str, Any]]:
+    def choose(self, step: int | None, kind: str) -> tuple[Commit, dict[str, Any]]:
         """Chooses the newest commit, or that of ``step``."""
 
         def choose_here() -> Commit:
@@ -392,8 +404,6 @@ class Source:
         commit = self.together.agreed(choose_here)
         self.together.same(commit.generation, "resume(): the generation of the commit")
         check_run(self.together, list(self.documents.values()))
-        if not may_be_used:
-            self._lock()
         self._warn_of_extra()
         self.generation = commit.generation
         return commit, self.documents[self.base]
@@ -411,22 +421,6 @@ class Source:
             now,
             before,
         )
-
-    def _lock(self) -> None:
-        """Keeps others from going on with the stores, which are needless soon."""
-        seen = self.together.exchange([store.id for store in self.stores.values()])
-
-        def lock_mine() -> None:
-            before = {each for ids in seen[: self.together.rank] for each in ids}
-            for store in self.stores.values():
-                if store.id not in before:
-                    self.locks[store.id] = _C.StoreLock(store.path)
-
-        try:
-            self.together.agreed(lock_mine)
-        except BaseException:
-            self.close()
-            raise
 
     def close(self) -> None:
         """Lets others go on with the stores."""
@@ -560,20 +554,49 @@ def _commits_of(store: _stores.StoreFiles, aio: Any, engine: str) -> list[list[A
         return []  # It has a tombstone.
 
 
+def _lock_all(together: Together, stores: Iterable[_stores.StoreFiles]) -> Locks:
+    """Keeps others from going on with stores. Each is locked by one of those who see it."""
+    seen = together.exchange([store.id for store in stores])
+    before = {each for ids in seen[: together.rank] for each in ids}
+    locks: Locks = {}
+
+    def lock_mine() -> None:
+        for store in stores:
+            if store.id in before:
+                continue
+            try:
+                locks[store.id] = _C.StoreLock(store.path)
+            except FileNotFoundError:  # Not "nothing was committed".
+                raise OSError(
+                    errno.EAGAIN, "another run has gone on from it and removed it", store.path
+                ) from None
+
+    try:
+        together.agreed(lock_mine)
+    except BaseException:
+        release(locks)
+        raise
+    return locks
+
+
 def find_source(
     together: Together,
     division: Division,
     directories: list[tuple[Any, int]],
     aio: Any,
     engine: str,
+    takes_them: bool = False,
 ) -> Source:
     """Returns the newest commits that all stores of a division have.
 
+    ``takes_them`` keeps others from going on with the stores, before their commits are read.
+
     Raises:
         OSError: Stores are missing (ENXIO) or damaged, or have no commit in common (EIO).
+            Somebody goes on with one (EAGAIN).
     """
 
-    def look() -> tuple[dict[int, _stores.StoreFiles], dict[int, Any], str]:
+    def look() -> tuple[dict[int, _stores.StoreFiles], str]:
         found, problems = _stores_in(directories)
         stores: dict[int, _stores.StoreFiles] = {}
         for store in found:
@@ -589,10 +612,29 @@ def find_source(
                 )
             stores[rank] = store
         problems += [p for store in found if (p := store.missing()) is not None]
-        lists = {rank: _commits_of(store, aio, engine) for rank, store in stores.items()}
-        return stores, lists, "; ".join(map(str, problems))
+        return stores, "; ".join(map(str, problems))
 
-    stores, lists, problems = together.agreed(look)
+    stores, problems = together.agreed(look)
+    locks = _lock_all(together, stores.values()) if takes_them else {}
+    try:
+        commits = _newest_in(together, division, stores, problems, (aio, engine))
+    except BaseException:
+        release(locks)
+        raise
+    return Source(together, division, stores, commits, (aio, engine), locks)
+
+
+def _newest_in(
+    together: Together,
+    division: Division,
+    stores: dict[int, _stores.StoreFiles],
+    problems: str,
+    how: tuple[Any, str],
+) -> dict[int, Any]:
+    """Returns the commits of the newest root that all have, by rank, of those seen here."""
+    lists = together.agreed(
+        lambda: {rank: _commits_of(store, *how) for rank, store in stores.items()}
+    )
     roots: dict[int, list[int]] = {}
     for seen in together.exchange({r: [c[-1][0] for c in kept] for r, kept in lists.items()}):
         roots |= seen
@@ -605,5 +647,4 @@ def find_source(
             raise _missing(division, ())
 
     together.agreed(seen_here)
-    commits = {r: next(k for k in kept if k[-1][0] == root) for r, kept in lists.items()}
-    return Source(together, division, stores, commits, (aio, engine))
+    return {r: next(k for k in kept if k[-1][0] == root) for r, kept in lists.items()}

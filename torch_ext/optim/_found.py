@@ -35,11 +35,20 @@ from torch_ext.optim._division import (
     newest_common,
     next_epoch,
     place_in_whole,
+    place_of_directory,
 )
 from torch_ext.optim._dtensor import local_of
 from torch_ext.optim._together import Together
 
 _logger = logging.getLogger("torch_ext")
+
+
+def absolute(directories: list[tuple[Any, int]]) -> list[tuple[Any, int]]:
+    """Returns directories that stay the same when the current one is another."""
+    try:
+        return [(os.path.abspath(path), weight) for path, weight in directories]
+    except FileNotFoundError:  # The store, which is made next, says so in words.
+        return directories
 
 
 @dataclass(frozen=True)
@@ -80,15 +89,20 @@ def find(
     def check() -> tuple[Any, ...]:
         for name in sorted(options.keys() & of_commit):
             raise TypeError(f"resume() takes no {name!r}: the commit has it")
-        old = directories_of(path, "path")
+        old = absolute(directories_of(path, "path"))
         new = options.get("nvme_path")
-        new = old if new is None else directories_of(new, "nvme_path")
+        new = old if new is None else absolute(directories_of(new, "nvme_path"))
         check_is_free(new, old)
         aio = resolve_aio_config(options.get("aio"), stacklevel=8)
-        return old, new, aio, engine_of(options.get("engine", "auto"))
+        places = [[(place_of_directory(d), w) for d, w in each] for each in (old, new)]
+        return old, new, places, aio, engine_of(options.get("engine", "auto"))
 
-    old, new, *how = together.agreed(check)
-    moves = any(together.exchange(old != new))
+    old, new, places, *how = together.agreed(check)
+    all_places = together.exchange(places)
+    moves = any(before != after for before, after in all_places)
+    before, after = ({place for two in all_places for place, _ in two[i]} for i in (0, 1))
+    # Where a directory of the old stores is a new one too, the new store outranks them.
+    takes_them = bool(before & after)
 
     def look_in(division: Division) -> Found:
         if division.world == together.world and not (moves or anew):
@@ -102,10 +116,16 @@ def find(
                 return Found(
                     path, commit, document, root, together, division.epoch, None, needless
                 )
-        source = find_source(together, division, old, *how)
-        commit, document = source.choose(step, kind, may_be_used=moves)
-        epoch = max(together.exchange(next_epoch(new)))
-        needless = () if moves else tuple(source.stores.values())
+        source = find_source(together, division, old, *how, takes_them=takes_them)
+        try:
+            if takes_them:
+                _check_is_last(together, divisions, old)
+            commit, document = source.choose(step, kind)
+            epoch = max(together.exchange(next_epoch(new)))
+        except BaseException:
+            source.close()
+            raise
+        needless = tuple(source.stores.values()) if takes_them else ()
         where = path if options.get("nvme_path") is None else options["nvme_path"]
         return Found(where, commit, document, 0, together, epoch, source, needless)
 
@@ -123,6 +143,18 @@ def find(
             found.commit.step,
         )
     return found
+
+
+def _check_is_last(
+    together: Together, divisions: list[Division], directories: list[tuple[Any, int]]
+) -> None:
+    """Raises OSError if others have gone on before their stores could be kept from them."""
+    if find_divisions(together, directories) != divisions:
+        raise OSError(
+            errno.EAGAIN,
+            "another run has divided this state meanwhile, and goes on with it",
+            os.fsdecode(directories[0][0]),
+        )
 
 
 def _find_common(
@@ -211,7 +243,7 @@ def place_of(
             "commit as long as it is there",
             first,
         )
-    elif warns and another_run_in(directories, 0, together.world):
+    elif warns and another_run_in(directories, 0, together.world, together.rank):
         _logger.warning(
             "another run has committed in %s. resume() goes on from it; this optimizer cannot "
             "commit as long as its stores are there",

@@ -44,7 +44,7 @@ from torch_ext.optim._commit import described, names_of, read_document
 from torch_ext.optim._committing import Commit, CommittingOptimizer
 from torch_ext.optim._division import newest_epoch
 from torch_ext.optim._dtensor import is_distributed, local_of
-from torch_ext.optim._found import Found, place_of
+from torch_ext.optim._found import Found, absolute, place_of
 from torch_ext.optim._state_dict import COMMIT, foreign_of, labelled_parameters, others_of
 from torch_ext.optim._together import Together
 from torch_ext.optim._values import copied
@@ -146,7 +146,7 @@ class ReferringOptimizer(CommittingOptimizer):
         given, place = place_of(nvme_path, self._together, warns=not self._refers)
         directories = directories_of(given, "nvme_path")
         # The current directory may be another one later.
-        self._directories = [(_absolute(path), weight) for path, weight in directories]
+        self._directories = absolute(directories)
         if self._refers and self._replicas.rank == 0 and not isinstance(nvme_path, Found):
             self._in_the_way = self._first_file(self._directories)
         return directories, place
@@ -221,7 +221,9 @@ class ReferringOptimizer(CommittingOptimizer):
         """Returns the id of the store with this optimizer's commits, if it has any."""
         if not self._offload.commits():
             return None
-        return _store_in(self._first_file(self._directories))
+        # Newer stores there would be somebody else's.
+        file = _C.StorePlace(epoch=self._epoch).file
+        return _store_in(Path(os.fsdecode(self._directories[0][0]), file))
 
     @staticmethod
     def _first_file(directories: _Places) -> Path:
@@ -426,13 +428,6 @@ class ReferringOptimizer(CommittingOptimizer):
     def _take_entry(self, parameter: Tensor, entry: dict[str, Any] | None) -> None:
         if entry is not None:
             self._change_states([(parameter, entry)])
-
-
-def _absolute(path: str | bytes) -> str | bytes:
-    try:
-        return os.path.abspath(path)
-    except FileNotFoundError:  # The store, which is made next, says so in words.
-        return path
 
 
 def _store_in(path: Path) -> str | None:

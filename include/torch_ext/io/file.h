@@ -50,8 +50,12 @@ class File {
   /// Errors: IoError (EBADF; EINVAL if it is no regular file).
   static File open(int fd);
 
+  /// Whether there is something of this name. Links are not followed. Errors:
+  /// IoError if that cannot be told; std::invalid_argument as open().
+  static bool exists(const std::filesystem::path& path);
   /// The file that has this name now, if there is one, and its size in bytes.
-  /// Links are not followed. Errors: std::invalid_argument as open().
+  /// Nothing too if that cannot be told. Links are not followed. Errors:
+  /// std::invalid_argument as open().
   static std::optional<Identity> identify(const std::filesystem::path& path,
                                           std::uint64_t* size = nullptr);
   /// The file behind a descriptor; none if the descriptor is not open.

@@ -125,8 +125,8 @@ struct CommitReport {
 /// What processes that make a snapshot together agree on.
 struct SnapshotGroup {
   std::string place = {};  ///< The same in all: where each makes its own.
-  /// Replaces a whole snapshot of this process, since others have none: that
-  /// call was killed.
+  /// A whole snapshot of this process makes way, since others have none: that
+  /// call was killed. Not if somebody uses it or has committed to it.
   bool replace = false;
   GroupVote vote = {};
 };
@@ -421,7 +421,8 @@ class OptimizerOffload {
   /// What may be in snapshot()'s place.
   enum class SnapshotPlace {
     kFree,
-    kUnfinished,  ///< What a snapshot() there that was killed has left.
+    kUnfinished,  ///< Files of a snapshot without the first one: that call was
+                  ///< killed, or the first one is elsewhere.
     kSnapshot,    ///< A snapshot of this store.
     kOther,       ///< Another store, or another file of its name.
   };
