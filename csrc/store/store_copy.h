@@ -48,11 +48,10 @@ class StoreCopy {
   /// Makes a commit of the log durable there, the last one. `replace`: a whole
   /// copy that nobody uses or has committed to makes way, since other processes
   /// have none. `vote`: as in CommitLog::add().
-  /// Errors: IoError: those of refuse_others(), EEXIST if the copy or files of
-  /// it are there, EAGAIN if a process uses the one that is to make way,
-  /// ENOSPC before a byte is written, EIO if an extent is damaged. No file has
-  /// a name then, except where `vote` throws: nobody knows whether the copy
-  /// counts.
+  /// Errors: IoError: those of refuse_others(); EEXIST if the copy or files of
+  /// it are there. EAGAIN if a process uses the one that is to make way. ENOSPC
+  /// before a byte is written. EIO if an extent is damaged. No file has a name
+  /// then, except where `vote` throws: nobody knows whether the copy counts.
   Report make(bool replace = false, const CommitLog::Vote& vote = {});
 
  private:

@@ -346,7 +346,9 @@ bool try_fault(const std::pair<Operation, const char*>& operation,
                               .refuse = met->sync,
                               // Polls that fail for good cost the engine.
                               .lost = script->failed_polls() >= 100,
-                              .half = met->read},
+                              // Whatever waits behind a request that the
+                              // kernel refuses may run out of patience too.
+                              .half = met->read || kind.tries_patience},
                              use.options("threads", inner));
     }
   } catch (const std::exception& exception) {
