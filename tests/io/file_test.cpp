@@ -364,6 +364,18 @@ TEST_F(FileTest, TheIdentityIsOfTheFileAndNotOfItsName) {
   EXPECT_NE(File::identify(path("link")), file.identity());
 }
 
+TEST_F(FileTest, ANameThatCannotBeLookedUpIsNotOneThatIsNotThere) {
+  with_text("x", "");
+  fs::create_symlink(path("nowhere"), path("link"));
+  EXPECT_TRUE(File::exists(path("x")));
+  EXPECT_TRUE(File::exists(path("link")));
+  EXPECT_FALSE(File::exists(path("y")));
+  EXPECT_FALSE(File::exists(path("y") + "/z"));
+  EXPECT_FALSE(File::exists(path("x") + "/z"));
+  fs::create_symlink(path("loop"), path("loop"));
+  EXPECT_THROW(File::exists(path("loop") + "/z"), IoError);
+}
+
 TEST_F(FileTest, AFileThatTookTheNameIsNotTakenForTheFileItself) {
   expect_well_in_child([this]() -> std::string {
     const File file = File::open(path("x"), File::Mode::kReadWrite);
