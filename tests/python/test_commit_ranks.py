@@ -4,9 +4,12 @@ The reference is the same training in the same processes without a break.
 """
 
 import os
+import resource
 import shutil
 import subprocess
 import threading
+import time
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 import pytest
@@ -530,3 +533,116 @@ def a_group_of_its_own(path):
 
 def test_a_process_may_commit_in_a_group_of_its_own(ranks, tmp_path):
     assert ranks.run(a_group_of_its_own, tmp_path) == [[], ["state.r0-of-1.e0.d0.store"]]
+
+
+def in_some_groups(path):
+    short = {"timeout": timedelta(seconds=30)}  # Those that do not meet shall not wait long.
+    some = torch.distributed.new_group([0, 2], **short)
+    every = torch.distributed.new_group([2, 0, 1], **short)
+    if rank() == 0:  # It is in more groups than the others.
+        torch.distributed.new_group([0], use_local_synchronization=True, **short)
+    model, other = make_model(sharded=False), make_model(sharded=False)
+    of_some = made(other, f"{path}/some", process_group=some) if rank() in (0, 2) else None
+    with made(model, f"{path}/all", process_group=every) as of_all:
+        for step in range(3):
+            train(model, of_all, 1)
+            if of_some is not None:
+                train(other, of_some, 1)
+                commit(of_some, step, wait=False)
+            begun = commit(of_all, step, wait=False)
+        begun.wait()
+        kept = [c.step for c in of_all.commits()]
+    if of_some is not None:
+        kept += [c.step for c in of_some.commits()]
+        of_some.close()
+    return kept
+
+
+def test_processes_in_different_groups_commit_beside_the_next_step(tmp_path):
+    (tmp_path / "some").mkdir()
+    (tmp_path / "all").mkdir()
+    group = Ranks(3)
+    try:
+        assert group.run(in_some_groups, tmp_path) == [[2, 2], [2], [2, 2]]
+    finally:
+        group.close()
+
+
+def initialized_again(path):
+    model = make_model(sharded=False)
+    optimizer = made(model, path)
+    train(model, optimizer, 1)
+    commit(optimizer, wait=False).wait()
+    here = rank()
+    torch.distributed.destroy_process_group()
+    refused(ValueError, lambda: commit(optimizer, wait=False))  # There are no others.
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{path}/again", rank=here, world_size=WORLD
+    )
+    train(model, optimizer, 1)
+    commit(optimizer, wait=False).wait()
+    train(model, optimizer, 1)
+    begun = commit(optimizer, wait=False)
+    optimizer.close()
+    return optimizer.committed_step, begun.done()
+
+
+def test_the_default_group_may_be_made_anew_between_commits(tmp_path):
+    group = Ranks(WORLD)
+    try:
+        assert group.run(initialized_again, tmp_path) == [(3, True)] * WORLD
+    finally:
+        group.close()
+
+
+def open_here():
+    """The threads and descriptors of this process."""
+    return [len(os.listdir(f"/proc/self/{what}")) for what in ("task", "fd")]
+
+
+def one_after_another(path):
+    counts, kept = [], []
+    for number in range(6):
+        where = f"{path}/{number}"
+        os.makedirs(where, exist_ok=True)
+        model = make_model(sharded=False)
+        with made(model, where) as optimizer:
+            train(model, optimizer, 1)
+            kept.append(commit(optimizer, wait=False))  # A commit holds no threads.
+        counts.append(open_here())
+    return counts
+
+
+def test_a_closed_optimizer_leaves_no_threads(ranks, tmp_path):
+    for counts in ranks.run(one_after_another, tmp_path):
+        assert counts[5] == counts[0]
+
+
+@contextmanager
+def no_descriptors():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def cannot_connect(path):
+    model = make_model(sharded=False)
+    with made(model, path) as optimizer:
+        train(model, optimizer, 1)
+        commit(optimizer)
+        begin = time.monotonic()
+        with no_descriptors() if rank() == 1 else nullcontext():
+            text = refused(OSError, lambda: commit(optimizer, 5, wait=False))
+        seconds = time.monotonic() - begin
+        commit(optimizer, 6, wait=False).wait()
+        assert [c.step for c in optimizer.commits()] == [6]
+    return text, seconds
+
+
+def test_all_hear_at_once_if_one_cannot_be_connected(ranks, tmp_path):
+    for text, seconds in ranks.run(cannot_connect, tmp_path):
+        assert "Too many open files" in text
+        assert seconds < 30

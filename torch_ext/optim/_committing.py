@@ -177,7 +177,7 @@ class CommittingOptimizer(OffloadedBase):
                 ``step()`` waits until they have been copied, and the first gradient with
                 "update" does. An error of the drive is raised by the ``wait()`` of what is
                 returned, or else by the next ``commit()`` or by ``close()``. Several processes
-                vote in a gloo group of their own, on a thread of this optimizer's.
+                vote over gloo connections of their own, on a thread of this optimizer's.
 
         Returns:
             What was committed: its ``generation``, ``step``, ``time``, ``bytes_written`` and
@@ -262,7 +262,7 @@ class CommittingOptimizer(OffloadedBase):
         if together.world == 1:
             ticket = offload.start_commit(*what)
             return Commit(ticket.generation, step, None, _ticket=ticket)
-        vote = Vote(together.agreed(together.beside))
+        vote = Vote(together.beside())
         generation = max(together.exchange(offload.next_generation()))
         begun: list[Commit] = []
 
@@ -295,6 +295,7 @@ class CommittingOptimizer(OffloadedBase):
             finally:
                 if self._life.closed:  # Not by a forked child, whose locks they are not.
                     self._let_go_of_source()
+                    self._together.leave()
 
     def _let_go_of_source(self) -> None:
         """Lets others go on with the stores that ``resume()`` has divided anew."""
