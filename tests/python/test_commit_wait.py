@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from contextlib import contextmanager
 
@@ -154,6 +155,44 @@ def test_what_a_commit_says_is_known_when_it_is_done(tmp_path):
             assert optimizer.committed_step in (7, 8)
             time.sleep(1e-4)
         assert optimizer.committed_step == 8
+
+
+class Ticket:
+    """One whose end another thread notes while it is asked."""
+
+    def __init__(self, elsewhere):
+        self._elsewhere = elsewhere
+
+    def done(self):
+        elsewhere, self._elsewhere = self._elsewhere, lambda: None
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join(0.5)  # It may have to wait for us.
+        return True
+
+    def wait(self, timeout):
+        self.done()
+        return self.report()
+
+    wait_source = wait
+
+    def report(self):
+        return 1, 2, 3, 4, 5.0
+
+
+@pytest.mark.parametrize("ask", [Commit.done, Commit.wait, Commit.wait_source])
+def test_several_threads_may_ask_for_a_commit(ask):
+    done = Commit(1, 2, None, _ticket=Ticket(lambda: done.wait()))
+    ask(done)
+    assert done == Commit(1, 2, 3, 4, 5.0)
+
+
+def test_several_threads_may_ask_what_was_committed(tmp_path):
+    model = make_model()
+    with OffloadedAdamW(model.parameters(), **options(tmp_path)) as optimizer:
+        begun = Commit(1, 2, None, _ticket=Ticket(lambda: optimizer.committed_step))
+        optimizer._begun = begun, "extra"
+        assert (optimizer.committed_step, optimizer.committed_extra) == (2, "extra")
 
 
 def test_parameters_may_be_changed_after_wait_source(tmp_path):

@@ -52,6 +52,7 @@ class Commit:
     time: int | None
     bytes_written: int | None = None
     seconds: float | None = None
+    #: None once the end is noted. Another thread may do that: look at it once in a call.
     _ticket: _C.CommitTicket | None = field(default=None, repr=False, compare=False)
     _vote: Vote | None = field(default=None, repr=False, compare=False)
     #: Whether somebody has got the error that it ended with.
@@ -60,16 +61,18 @@ class Commit:
     def wait_source(self, timeout: float | None = None) -> None:
         """Returns when others than the optimizer may change what is committed."""
         _C.to_seconds(timeout)
-        if self._ticket is not None:
-            with self._explained():
-                self._ticket.wait_source(timeout)
+        ticket = self._ticket
+        if ticket is not None:
+            with self._explained(ticket):
+                ticket.wait_source(timeout)
 
     def wait(self, timeout: float | None = None) -> None:
         """Returns when the commit is durable."""
         _C.to_seconds(timeout)
-        if self._ticket is not None:
-            with self._explained():
-                report = self._ticket.wait(timeout)
+        ticket = self._ticket
+        if ticket is not None:
+            with self._explained(ticket):
+                report = ticket.wait(timeout)
             self._note(report)
 
     def _wait_unseen(self) -> None:
@@ -79,19 +82,20 @@ class Commit:
 
     def done(self) -> bool:
         """Whether the commit has ended, well or not. Never blocks."""
-        if self._ticket is None:
+        ticket = self._ticket
+        if ticket is None:
             return True
-        ended = self._ticket.done()
-        self._note(self._ticket.report())
+        ended = ticket.done()
+        self._note(ticket.report())
         return ended
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, ticket: _C.CommitTicket | None) -> Iterator[None]:
         """Raises what another process has failed with, if an error says no more than that."""
         try:
             yield
         except Exception as error:
-            if self._ticket is not None and self._ticket.done():  # Not out of time.
+            if ticket is not None and ticket.done():  # Not out of time.
                 object.__setattr__(self, "_error_seen", True)
             if self._vote is not None:
                 self._vote.explain(error)

@@ -15,6 +15,7 @@ import errno
 import json
 import logging
 import os
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -106,6 +107,7 @@ class CommittingOptimizer(OffloadedBase):
         self._first_step = 0
         self._committed = None, None
         self._begun = None
+        self._noting = threading.Lock()
         self._needless: tuple[StoreFiles, ...] = ()
         self._locks: Locks | None = None
         #: The same in all processes, and in all commits that follow each other.
@@ -127,7 +129,9 @@ class CommittingOptimizer(OffloadedBase):
         return self._committed[1]
 
     def _note_begun(self) -> None:
-        if self._begun is not None and self._begun[0].done():
+        with self._noting:  # Any thread may ask what was committed.
+            if self._begun is None or not self._begun[0].done():
+                return
             commit, extra = self._begun
             self._begun = None
             if commit.time is not None:
@@ -216,13 +220,12 @@ class CommittingOptimizer(OffloadedBase):
             self._run_id = self._together.from_first(lambda: uuid.uuid4().hex)
         at, kept, document = self._together.agreed(prepare)
         self._together.same((at, kept), "commit(): (step, keep)")
+        self._note_begun()
         if wait:
             done = Commit(*self._make(at, document, tensors, kept))
-            self._begun = None
             self._has_committed(done, extra)
         else:
             done = self._start_commit(at, document, tensors, kept)
-            self._note_begun()
             self._begun = done, extra
         self._log_notes()
         return done
@@ -289,7 +292,9 @@ class CommittingOptimizer(OffloadedBase):
             raise
 
     def close(self) -> None:
-        with nullcontext() if self._begun is None else self._begun[0]._explained():
+        begun = self._begun
+        commit = None if begun is None else begun[0]
+        with nullcontext() if commit is None else commit._explained(commit._ticket):
             try:
                 super().close()
             finally:
