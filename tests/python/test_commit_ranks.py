@@ -232,7 +232,7 @@ def test_what_one_cannot_commit_none_commits(ranks, tmp_path):
     here, there = ranks.run(one_fails, tmp_path)
     for texts, others in ((here, True), (there, False)):
         assert "extra is a object" in texts[0]
-        assert "(step, keep) is (5, 1) on rank 0 and (6, 1) on rank 1" in texts[1]
+        assert "(step, keep, wait) is (5, 1, True) on rank 0 and (6, 1, True) on" in texts[1]
         assert all("was removed" in text for text in texts[2:])
         assert all(("rank 1: " in texts[i]) == others for i in (0, 2, 3))
 
@@ -451,8 +451,10 @@ def after_the_death(path):
     return step, generation
 
 
-#: What is before and after the exchanges of a commit: errors, the step, generations, the vote.
-MOMENTS = ("start", "checked", "checked", "same step", "same step", "begin", "durable", "voted")
+#: What is before and after the exchanges of a commit: the run, errors, the step, generations,
+#: the vote.
+MOMENTS = ("start", "same run", "same run", "checked", "checked", "same step", "same step")
+MOMENTS += ("begin", "durable", "voted")
 
 
 # At "begin" the other goes on to its root, whose number is not used again.
@@ -646,3 +648,54 @@ def test_all_hear_at_once_if_one_cannot_be_connected(ranks, tmp_path):
     for text, seconds in ranks.run(cannot_connect, tmp_path):
         assert "Too many open files" in text
         assert seconds < 30
+
+
+def give_different_things(path):
+    models = [make_model(sharded=False) for _ in range(2)]
+    a, b = (made(models[i], f"{path}/{'ab'[i]}") for i in range(2))
+    texts = []
+    for model, optimizer in zip(models, (a, b), strict=True):
+        train(model, optimizer, 1)
+    texts.append(refused(ValueError, lambda: a.commit(1, wait=rank() == 0)))
+    for wait in (True, False):
+        first, second = (a, b) if rank() == 0 else (b, a)
+        texts.append(refused(ValueError, lambda: first.commit(1, wait=wait)))  # noqa: B023
+        texts.append(refused(ValueError, lambda: second.commit(1, wait=wait)))  # noqa: B023
+        assert (a.commits(), b.commits()) == ([], [])
+    for optimizer in (a, b):
+        assert optimizer.commit(2, wait=False).step == 2
+        optimizer.close()
+    for name in "ab":
+        with OffloadedAdamW.resume(f"{path}/{name}", models[0].named_parameters()) as found:
+            assert found.committed_step == 2
+    return texts
+
+
+def test_different_things_are_not_committed_together(ranks, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    for waits, *orders in ranks.run(give_different_things, tmp_path):
+        assert "(1, 1, True) on rank 0 and (1, 1, False) on rank 1" in waits
+        for text, name in zip(orders, "abab", strict=True):
+            other = "b" if name == "a" else "a"
+            assert f"{tmp_path}/{name}' on rank 0" in text
+            assert f"{tmp_path}/{other}' on rank 1" in text
+
+
+def made_for_itself(path):
+    if rank() == 0:  # Nobody commits it.
+        made(make_model(sharded=False), f"{path}/itself").close()
+    model = make_model(sharded=False)
+    with made(model, f"{path}/all") as optimizer:
+        train(model, optimizer, 1)
+        return commit(optimizer).step
+
+
+def test_one_process_may_have_made_an_optimizer_more(tmp_path):
+    for name in ("itself", "all"):
+        (tmp_path / name).mkdir()
+    group = Ranks(WORLD)
+    try:
+        assert group.run(made_for_itself, tmp_path) == [1] * WORLD
+    finally:
+        group.close()

@@ -92,6 +92,8 @@ class CommittingOptimizer(OffloadedBase):
     """An optimizer whose state can outlive the process."""
 
     _together: Together
+    #: How many optimizers of these processes this one has made, with this.
+    _number: int
     _directories: list[tuple[str | bytes, int]]
     _epoch = 0
     #: ``commit()`` keeps at least so many.
@@ -216,10 +218,10 @@ class CommittingOptimizer(OffloadedBase):
             self._numbers_of_saved("commit()")  # Warns of state that it leaves out.
             return at, kept, json.dumps(self._document(tensors, include_parameters, extra))
 
-        if self._together.world > 1 and self._run_id is None:
-            self._run_id = self._together.from_first(lambda: uuid.uuid4().hex)
+        if self._together.world > 1:
+            self._agree_on_run()
         at, kept, document = self._together.agreed(prepare)
-        self._together.same((at, kept), "commit(): (step, keep)")
+        self._together.same((at, kept, bool(wait)), "commit(): (step, keep, wait)")
         self._note_begun()
         if wait:
             done = Commit(*self._make(at, document, tensors, kept))
@@ -229,6 +231,24 @@ class CommittingOptimizer(OffloadedBase):
             self._begun = done, extra
         self._log_notes()
         return done
+
+    def _agree_on_run(self) -> None:
+        """Raises ValueError if other processes commit another optimizer than this one.
+
+        Processes may have other directories for the same one. And one that has made an
+        optimizer for itself has another number. If both differ, they do not mean the same.
+        """
+        paths = [path for path, _ in self._directories]
+        told = self._together.exchange((self._number, paths, self._run_id or uuid.uuid4().hex))
+        number, there, run = told[0]
+        for rank, (other, path, _) in enumerate(told):
+            if other != number and path != there:
+                raise ValueError(
+                    f"commit() is of the optimizer in {there[0]!r:.200} on rank 0, and of that "
+                    f"in {path[0]!r:.200} on rank {rank}: make and commit optimizers in the "
+                    f"same order in all processes, and give one that fewer have a process_group"
+                )
+        self._run_id = run
 
     def _check_is_alone(self) -> None:
         """Raises FileExistsError if a first commit would stand beside another run's."""

@@ -143,6 +143,7 @@ class ReferringOptimizer(CommittingOptimizer):
                     f'state_dict_mode="commit": make the optimizer, and load_state_dict() the '
                     f"one that was saved"
                 )
+        self._number = self._together.count()
         given, place = place_of(nvme_path, self._together, warns=not self._refers)
         directories = directories_of(given, "nvme_path")
         # The current directory may be another one later.

@@ -12,6 +12,7 @@ import os
 import pickle
 import uuid
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -24,6 +25,8 @@ from torch_ext._native import _C
 T = TypeVar("T")
 
 _KINDS = (TypeError, ValueError, RuntimeError)
+#: See Together.count().
+_counts: Counter[tuple[int, ...]] = Counter()
 #: What gloo opens, besides one for each process, and some more.
 _DESCRIPTORS = 16
 
@@ -49,6 +52,14 @@ class Together:
             raise ValueError("process_group is given, and torch.distributed is not initialized")
         if self.rank < 0:
             raise ValueError("this process is not in process_group")
+
+    def count(self) -> int:
+        """Returns how often this process has called it for these processes."""
+        ranks: tuple[int, ...] = ()
+        if self.world > 1:
+            ranks = tuple(torch.distributed.get_process_group_ranks(self._group))
+        _counts[ranks] += 1
+        return _counts[ranks]
 
     def alone(self) -> Together:
         """Returns this process as one that asks no other."""
