@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -65,7 +66,7 @@ def export(
         format: One of these.
         step: The caller's number of a commit that is kept. None: the newest one.
         overwrite: Whether what is at ``out`` may be replaced. A directory has to be empty or a
-            checkpoint of DCP.
+            checkpoint of DCP. Links, devices and pipes are never replaced.
         progress: Called with the bytes that are done and all bytes, now and then.
 
     Raises:
@@ -74,7 +75,8 @@ def export(
         ValueError: There is no such format or commit.
         RuntimeError: The optimizer has made no commit.
         OSError: Shards are missing (ENXIO), something is damaged (EIO), the training has gone
-            on twice (ESTALE), or ``out`` cannot be written.
+            on twice (ESTALE), or ``out`` cannot be written. It also is if that is a link
+            (ELOOP), or a device or a pipe (EINVAL).
 
     Example:
         >>> torch_ext.export("/mnt/nvme/run1", "run1.safetensors")
@@ -105,14 +107,30 @@ def export(
 
 
 def _check_target(target: str, format: str, overwrite: bool) -> None:
-    if not os.path.lexists(target):
+    try:
+        mode = os.lstat(target).st_mode
+    except FileNotFoundError:
         return
+    if stat.S_ISLNK(mode):
+        raise OSError(
+            errno.ELOOP,
+            "export: it is a link, and links are not followed: give what os.path.realpath() "
+            "says of it",
+            target,
+        )
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(
+            errno.EINVAL,
+            "export: it is a device, a pipe or a socket, which is not replaced: give another "
+            "out",
+            target,
+        )
     if not overwrite:
         raise FileExistsError(
             errno.EEXIST, "export: it is there already; overwrite=True replaces it", target
         )
     if format == "dcp":
-        if not os.path.isdir(target) or os.path.islink(target):
+        if not stat.S_ISDIR(mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), target)
         names = os.listdir(target)
         if names and ".metadata" not in names:
@@ -121,7 +139,7 @@ def _check_target(target: str, format: str, overwrite: bool) -> None:
                 "export: the directory is no checkpoint of DCP, so it is not replaced",
                 target,
             )
-    elif os.path.isdir(target):
+    elif stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), target)
 
 

@@ -333,6 +333,26 @@ def test_a_directory_that_is_something_else_stays(tmp_path, committed):
 
 
 @pytest.mark.parametrize("format", ["safetensors", "torch", "dcp"])
+def test_what_is_neither_a_file_nor_a_directory_stays(tmp_path, committed, format):
+    store, *_ = committed
+    out = tmp_path / "out"
+    os.mkfifo(out)
+    for overwrite in (False, True):
+        with pytest.raises(OSError, match="a device, a pipe or a socket") as caught:
+            torch_ext.export(store, out, format, overwrite=overwrite)
+        assert (caught.value.errno, caught.value.filename) == (errno.EINVAL, str(out))
+    assert out.is_fifo()
+    out.unlink()
+    (tmp_path / "other").touch()
+    out.symlink_to("other")
+    with pytest.raises(OSError, match="links are not followed") as caught:
+        torch_ext.export(store, out, format, overwrite=True)
+    assert caught.value.errno == errno.ELOOP
+    assert out.is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["other", "out"]
+
+
+@pytest.mark.parametrize("format", ["safetensors", "torch", "dcp"])
 def test_damage_leaves_nothing_behind(tmp_path, format):
     store = tmp_path / "store"
     store.mkdir()
