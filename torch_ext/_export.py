@@ -72,7 +72,8 @@ def export(
     Raises:
         FileNotFoundError: Nothing was committed there.
         FileExistsError: ``out`` is there already.
-        ValueError: There is no such format or commit.
+        ValueError: There is no such format or commit, or two keys in ``extra`` get one name, as
+            ``1`` and ``"1"`` do.
         RuntimeError: The optimizer has made no commit.
         OSError: Shards are missing (ENXIO), something is damaged (EIO), the training has gone
             on twice (ESTALE), or ``out`` cannot be written. It also is if that is a link
@@ -188,6 +189,11 @@ def _to_safetensors(committed: Committed, target: str, progress: _Progress | Non
         for name, value in _entries(part, content):
             if isinstance(value, Tensor):
                 tensors.append((name, value))
+            elif name in metadata:  # Those of tensors are seen when the file is written.
+                raise ValueError(
+                    f"the header has the entry {name!r:.200} twice: rename one of the two keys "
+                    f'in extra, or give format="torch"'
+                )
             else:
                 metadata[name] = _text_of(value)
     _C.export_tensors(target, _streams(committed, tensors), list(metadata.items()), progress)

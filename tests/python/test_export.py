@@ -332,6 +332,26 @@ def test_a_directory_that_is_something_else_stays(tmp_path, committed):
         torch_ext.export(store, tmp_path / "out", "zip")
 
 
+@pytest.mark.parametrize(
+    ("extra", "name"),
+    [
+        ({"tensor": torch.ones(3), 1: "a", "1": "b"}, "extra.1"),
+        ({"tensor": torch.ones(3), "a": {"b": torch.ones(2), "c": 1}, "a.c": 2}, "extra.a.c"),
+        ({1: torch.zeros(100), "1": torch.ones(100)}, "extra.1"),
+    ],
+)
+def test_nothing_is_lost_of_keys_that_get_one_name(tmp_path, extra, name):
+    model = make_model()
+    with made(model, tmp_path) as optimizer:
+        train(model, optimizer, 1)
+        optimizer.commit(extra=extra)
+        with pytest.raises(ValueError, match=f"the header has the .* '{name}' twice"):
+            torch_ext.export(optimizer, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        torch_ext.export(optimizer, tmp_path / "out", format="torch")
+        assert torch.load(tmp_path / "out")["extra"].keys() == extra.keys()
+
+
 @pytest.mark.parametrize("format", ["safetensors", "torch", "dcp"])
 def test_what_is_neither_a_file_nor_a_directory_stays(tmp_path, committed, format):
     store, *_ = committed
