@@ -390,6 +390,18 @@ def test_the_old_stores_stay_until_a_commit(tmp_path):
         same(everything(model, optimizer), left)
 
 
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_commit_that_was_durable_at_the_close_removes_them_too(tmp_path, waits):
+    alone(tmp_path)
+    model, optimizer = found_in(tmp_path, state_format="bf16")
+    train(model, optimizer, STEPS, STEPS + 1)
+    begun = optimizer.commit(wait=False)
+    if waits:
+        begun.wait()
+    optimizer.close()
+    assert names(tmp_path) == ["state.r0-of-1.e1.d0.store"]
+
+
 def test_a_crash_before_the_old_stores_are_removed(tmp_path):
     alone(tmp_path)
     old = tmp_path / "state.r0-of-1.e0.d0.store"

@@ -319,6 +319,7 @@ class CommittingOptimizer(OffloadedBase):
                 super().close()
             finally:
                 if self._life.closed:  # Not by a forked child, whose locks they are not.
+                    self._note_begun()  # It may have made the source needless.
                     self._let_go_of_source()
                     self._together.leave()
 
