@@ -370,10 +370,10 @@ TEST_F(FileTest, ANameThatCannotBeLookedUpIsNotOneThatIsNotThere) {
   EXPECT_TRUE(File::exists(path("x")));
   EXPECT_TRUE(File::exists(path("link")));
   EXPECT_FALSE(File::exists(path("y")));
-  EXPECT_FALSE(File::exists(path("y") + "/z"));
-  EXPECT_FALSE(File::exists(path("x") + "/z"));
+  EXPECT_FALSE(File::exists(path("y") / "z"));
+  EXPECT_FALSE(File::exists(path("x") / "z"));
   fs::create_symlink(path("loop"), path("loop"));
-  EXPECT_THROW(File::exists(path("loop") + "/z"), IoError);
+  EXPECT_THROW(File::exists(path("loop") / "z"), IoError);
 }
 
 TEST_F(FileTest, AFileThatTookTheNameIsNotTakenForTheFileItself) {
