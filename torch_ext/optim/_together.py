@@ -255,7 +255,8 @@ class Beside:
         packed = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         with told_of_silence(self.rank, self.world):
             self._gloo.monitored_barrier(self._timeout, wait_all_ranks=True)
-            sizes = self._gather(torch.tensor([packed.numel()], dtype=torch.int64, device="cpu"))
+            count = torch.tensor([packed.numel()], dtype=torch.int64, device="cpu")
+            sizes = self._gather(count)
             padded = torch.zeros(max(map(int, sizes)), dtype=torch.uint8, device="cpu")
             padded[: packed.numel()] = packed
             values = self._gather(padded)
