@@ -191,7 +191,7 @@ def test_several_threads_may_ask_what_was_committed(tmp_path):
     model = make_model()
     with OffloadedAdamW(model.parameters(), **options(tmp_path)) as optimizer:
         begun = Commit(1, 2, None, _ticket=Ticket(lambda: optimizer.committed_step))
-        optimizer._begun = begun, "extra"
+        optimizer._begun = [(begun, "extra")]
         assert (optimizer.committed_step, optimizer.committed_extra) == (2, "extra")
 
 

@@ -15,7 +15,6 @@ import errno
 import json
 import logging
 import os
-import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -101,15 +100,16 @@ class CommittingOptimizer(OffloadedBase):
     #: See committed_step and committed_extra.
     _committed: tuple[int | None, Any]
     #: What commit(wait=False) has begun, and its extra.
-    _begun: tuple[Commit, Any] | None
+    #: One at most. It is a list so that one thread alone takes it out, without a lock: an
+    #: interrupt may come between locking and unlocking.
+    _begun: list[tuple[Commit, Any]]
 
     def _start(self, offload: Any) -> None:
         super()._start(offload)
         # The number of the step before the first of this object.
         self._first_step = 0
         self._committed = None, None
-        self._begun = None
-        self._noting = threading.Lock()
+        self._begun = []
         self._needless: tuple[StoreFiles, ...] = ()
         self._locks: Locks | None = None
         #: The same in all processes, and in all commits that follow each other.
@@ -131,13 +131,15 @@ class CommittingOptimizer(OffloadedBase):
         return self._committed[1]
 
     def _note_begun(self) -> None:
-        with self._noting:  # Any thread may ask what was committed.
-            if self._begun is None or not self._begun[0].done():
-                return
-            commit, extra = self._begun
-            self._begun = None
-            if commit.time is not None:
-                self._has_committed(commit, extra)
+        begun = self._begun
+        if not any(commit.done() for commit, _ in list(begun)):
+            return
+        try:
+            commit, extra = begun.pop()
+        except IndexError:
+            return  # Another thread has taken it.
+        if commit.time is not None:
+            self._has_committed(commit, extra)
 
     def _has_committed(self, commit: Commit, extra: Any) -> None:
         self._committed = commit.step, extra
@@ -207,8 +209,8 @@ class CommittingOptimizer(OffloadedBase):
         def prepare() -> tuple[int, int, str]:
             self._life.check()
             self._together.check("commit()")
-            if self._begun is not None:
-                self._begun[0]._wait_unseen()
+            for begun, _ in list(self._begun):
+                begun._wait_unseen()
             self._check_between_steps("commit()")
             at = self._steps() if step is None else whole_number(step, "step", 0)
             kept = max(whole_number(keep, "keep", 1), self._keep_commits)
@@ -228,7 +230,7 @@ class CommittingOptimizer(OffloadedBase):
             self._has_committed(done, extra)
         else:
             done = self._start_commit(at, document, tensors, kept)
-            self._begun = done, extra
+            self._begun = [(done, extra)]
         self._log_notes()
         return done
 
@@ -312,8 +314,7 @@ class CommittingOptimizer(OffloadedBase):
             raise
 
     def close(self) -> None:
-        begun = self._begun
-        commit = None if begun is None else begun[0]
+        commit = next((commit for commit, _ in list(self._begun)), None)
         with nullcontext() if commit is None else commit._explained(commit._ticket):
             try:
                 super().close()
@@ -643,7 +644,7 @@ class CommittingOptimizer(OffloadedBase):
         self.param_groups = groups
         self._state.loaded(foreign, others)
         self._first_step = commit.step - int(self.stats()["steps"])
-        self._begun, self._committed = None, (commit.step, extra)
+        self._begun, self._committed = [], (commit.step, extra)
 
     def _committed_groups(
         self, document: Mapping[str, Any], by_name: Mapping[str, Tensor], ways: dict[str, Any]
