@@ -177,7 +177,7 @@ def tabulate(options: argparse.Namespace, cases: dict[str, list[Json]]) -> Json:
                     lambda s: s["fio mixed"] / s["divided anew"] if "fio mixed" in s else None,
                     2,
                 ),
-                column(lambda s: 1e3 * sum(s["step"]) / 3),
+                column(lambda s: 1e3 * sum(s["step"]) / len(s["step"])),
                 column(lambda s: sum(s["step"]) / sum(s["scratch step"]), 2),
             ]
         )

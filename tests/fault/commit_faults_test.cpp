@@ -342,14 +342,15 @@ bool try_fault(const std::pair<Operation, const char*>& operation,
                !(operation.first == Operation::kResume && error == EIO)) {
       wrong = "it is another error: " + errno_name(error);
     } else {
-      wrong = use.afterwards({.stop = kind.for_good && (met->root || met->sync),
-                              .refuse = met->sync,
-                              // Polls that fail for good cost the engine.
-                              .lost = script->failed_polls() >= 100,
-                              // Whatever waits behind a request that the
-                              // kernel refuses may run out of patience too.
-                              .half = met->read || kind.tries_patience},
-                             use.options("threads", inner));
+      wrong =
+          use.afterwards({.stop = kind.for_good && (met->root || met->sync),
+                          .refuse = met->sync,
+                          // Polls that fail for good cost the engine.
+                          .lost = script->failed_polls() >= 100,
+                          // Whatever waits behind a request that the
+                          // kernel refuses may run out of patience too.
+                          .half = met->read || kind.refusals == test::kForGood},
+                         use.options("threads", inner));
     }
   } catch (const std::exception& exception) {
     wrong = std::string("exception: ") + exception.what();

@@ -932,6 +932,7 @@ TEST_P(OptimizerCommitFaultTest, ACommitThatFailsLosesNothing) {
         }
       };
       if (!is_made() && !is_made()) {
+        ASSERT_EQ(script_->log()[first + which].op, IoRequest::Op::kRead);
         training.rollback(training.offload().commits().back().generation);
         training.step();
       }

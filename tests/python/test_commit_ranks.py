@@ -280,16 +280,23 @@ def a_full_drive_later(path, small):
     return texts
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
-@pytest.mark.parametrize("job", [a_full_drive, a_full_drive_later])
-def test_a_full_drive_of_one_is_an_error_of_all(ranks, tmp_path, job):
-    small = tmp_path / "small"
-    small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", small], check=True)
+@pytest.fixture
+def small(tmp_path):
+    """A drive of 64 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    place = tmp_path / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", place], check=True)
     try:
-        here, there = ranks.run(job, tmp_path, small)
+        yield place
     finally:
-        subprocess.run(["umount", "--lazy", small], check=True)
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+@pytest.mark.parametrize("job", [a_full_drive, a_full_drive_later])
+def test_a_full_drive_of_one_is_an_error_of_all(ranks, tmp_path, small, job):
+    here, there = ranks.run(job, tmp_path, small)
     here, there = ([each] if isinstance(each, str) else each for each in (here, there))
     assert all("rank 1: " in text and "No space" in text for text in here)
     assert all("rank" not in text and "No space" in text for text in there)
@@ -310,16 +317,9 @@ def a_first_commit(path, small, wait):
     return text
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 @pytest.mark.parametrize("wait", [True, False])
-def test_a_first_commit_that_failed_is_not_in_the_way(ranks, tmp_path, wait):
-    small = tmp_path / "small"
-    small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", small], check=True)
-    try:
-        here, there = ranks.run(a_first_commit, tmp_path, small, wait)
-    finally:
-        subprocess.run(["umount", "--lazy", small], check=True)
+def test_a_first_commit_that_failed_is_not_in_the_way(ranks, tmp_path, small, wait):
+    here, there = ranks.run(a_first_commit, tmp_path, small, wait)
     assert "rank 1: " in here
     assert "No space" in there
 
