@@ -107,8 +107,10 @@ FileOrder::Entered FileOrder::enter(FilePlace place,
   auto entry = std::make_unique<Entry>(Entry{std::move(place)});
   const MutexLock lock(mutex_);
   const std::vector<Entry*> before = conflicts(entry->place);
-  entry->blockers = before.size();
-  if (!before.empty()) entry->waiting = operation;
+  if (!before.empty()) {
+    entry->blockers = before.size() + 1;
+    entry->waiting = operation;
+  }
   try {
     for (Entry* blocker : before) blocker->followers.push_back(entry.get());
     add(entry.get(), before);
@@ -118,6 +120,14 @@ FileOrder::Entered FileOrder::enter(FilePlace place,
     throw;
   }
   return {entry.release(), !before.empty()};
+}
+
+bool FileOrder::wait(Entry* entry) {
+  OperationPtr goes;
+  const MutexLock lock(mutex_);
+  if (--entry->blockers > 0) return true;
+  goes.swap(entry->waiting);
+  return false;
 }
 
 std::vector<OperationPtr> FileOrder::leave(Entry* entry) {

@@ -37,7 +37,8 @@ class FileOrder {
   struct Entry {
     FilePlace place;
     OperationPtr waiting = nullptr;  ///< Null once it may go.
-    std::size_t blockers = 0;        ///< How often it is a follower.
+    /// How often it is a follower, and one more between enter() and wait().
+    std::size_t blockers = 0;
     std::vector<Entry*> followers = {};
   };
 
@@ -46,13 +47,17 @@ class FileOrder {
 
   struct Entered {
     Entry* entry;
-    /// The operation has to wait until a leave() returns it. That may happen
-    /// before enter() has returned.
-    bool waits;
+    bool conflicts;  ///< Others come first. The caller calls wait() next.
   };
-  /// Puts an operation into the order, until leave(). If it throws, nothing has
-  /// changed.
+  /// Puts an operation into the order, until leave(). No leave() returns it
+  /// before wait(), so it is still the caller's alone. If it throws, nothing
+  /// has changed.
   Entered enter(FilePlace place, const OperationPtr& operation);
+
+  /// True if the operation still has to wait. A leave() then returns it, maybe
+  /// before this call returns, so it is not the caller's any more. False if it
+  /// may go. REQUIRES: enter() found conflicts, and this is the first call.
+  bool wait(Entry* entry);
 
   /// The entry's operation has ended. Returns the operations that need not wait
   /// any more. REQUIRES: the operation does not wait.

@@ -55,9 +55,11 @@ void FileRange::look(IoRequest::Op op) {
 bool FileRange::enter(const OperationPtr& operation) {
   const FileOrder::Entered entered = files_.order.enter(place_, operation);
   order_entry_ = entered.entry;
+  if (!entered.conflicts) return false;
   // The operations that it waits for may need the descriptor.
-  if (entered.waits) unprepare();
-  return entered.waits;
+  unprepare();
+  // From here on another thread may have the operation.
+  return files_.order.wait(entered.entry);
 }
 
 SwapTarget::Operations FileRange::leave(const SwapOperation&,

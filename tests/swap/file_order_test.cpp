@@ -63,7 +63,10 @@ TEST(FileOrderTest, WhatConflictsComesInTheOrderOfEntering) {
         }
         ASSERT_EQ(order.busy(next.place), !next.blockers.empty());
         const auto entered = order.enter(next.place, next.operation);
-        ASSERT_EQ(entered.waits, !next.blockers.empty());
+        ASSERT_EQ(entered.conflicts, !next.blockers.empty());
+        if (entered.conflicts) {
+          ASSERT_TRUE(order.wait(entered.entry));
+        }
         next.entry = entered.entry;
         inside.push_back(std::move(next));
         continue;
@@ -107,7 +110,9 @@ void expect_many_soon_entered(
   const auto enter = [&](FilePlace at) {
     at.path = "/file";
     at.file = File::Identity{.device = 1, .inode = 2};
-    entries.push_back(order.enter(at, nullptr).entry);
+    const auto entered = order.enter(at, nullptr);
+    if (entered.conflicts) order.wait(entered.entry);
+    entries.push_back(entered.entry);
     blockers = std::max(blockers, entries.back()->blockers);
   };
   for (const FilePlace& at : first) enter(at);
@@ -116,6 +121,28 @@ void expect_many_soon_entered(
   for (FileOrder::Entry* entry : entries) {
     ASSERT_EQ(entry->blockers, 0U);
     order.leave(entry);
+  }
+}
+
+// Its thread still sets the operation up, so no other may have it.
+TEST(FileOrderTest, NobodyGetsAnOperationBeforeItSaysThatItWaits) {
+  const FilePlace place{.path = "/file", .end = 1, .write = true};
+  const std::vector<OperationPtr> none;
+  for (const bool ends_early : {false, true}) {
+    FileOrder order;
+    const auto second = std::make_shared<SwapOperation>();
+    const auto before = order.enter(place, std::make_shared<SwapOperation>());
+    ASSERT_FALSE(before.conflicts);
+    const auto entered = order.enter(place, second);
+    ASSERT_TRUE(entered.conflicts);
+    if (ends_early) {
+      EXPECT_EQ(order.leave(before.entry), none);
+      EXPECT_FALSE(order.wait(entered.entry));
+    } else {
+      EXPECT_TRUE(order.wait(entered.entry));
+      EXPECT_EQ(order.leave(before.entry), std::vector<OperationPtr>{second});
+    }
+    EXPECT_EQ(order.leave(entered.entry), none);
   }
 }
 
