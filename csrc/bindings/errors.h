@@ -67,6 +67,8 @@ void bind_errors() {
       set_error(PyExc_KeyError, e);
     } catch (const torch_ext::TimeoutError& e) {
       set_error(PyExc_TimeoutError, e);
+    } catch (const torch_ext::BudgetError& e) {
+      set_error(PyExc_MemoryError, e);
     } catch (const torch_ext::StateError& e) {
       set_error(PyExc_RuntimeError, e);
     } catch (const torch_ext::TypeError& e) {

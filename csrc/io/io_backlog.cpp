@@ -82,14 +82,27 @@ bool IoBacklog::cancel(RunningOperation& operation) {
   if (operation.backlog_ != this) return false;
   {
     const MutexLock lock(mutex_);
-    const bool something_left = operation.queued_ && !operation.all_cut();
-    if (!something_left || operation.failed()) return false;
+    if (!waits(operation)) return false;
     remove(&operation);
   }
   // The operation cannot end yet: some of its pieces are not cut.
   const bool first = operation.fail(canceled(operation.io()));
   if (operation.end_pieces(operation.abandon())) operation.finish(counters_);
   return first;
+}
+
+// Whoever polls need not be woken: the operation is in the queue already.
+bool IoBacklog::promote(RunningOperation& operation, IoPriority priority) {
+  if (operation.backlog_ != this) return false;
+  const MutexLock lock(mutex_);
+  if (!waits(operation)) return false;
+  queue_.remove(&operation);
+  queue_.push(&operation, priority, operation.io().caller);
+  return true;
+}
+
+bool IoBacklog::waits(const RunningOperation& operation) const {
+  return operation.queued_ && !operation.all_cut() && !operation.failed();
 }
 
 IoQueueStats IoBacklog::stats(

@@ -47,6 +47,9 @@ class IoBacklog {
   /// As IoQueue::cancel().
   bool cancel(RunningOperation& operation);
 
+  /// As IoQueue::promote().
+  bool promote(RunningOperation& operation, IoPriority priority);
+
   /// As IoQueue::stats(). `workers`: the counters of all workers.
   IoQueueStats stats(std::span<const IoCounters* const> workers) const;
 
@@ -67,6 +70,8 @@ class IoBacklog {
   };
 
   void remove(RunningOperation* operation) REQUIRES(mutex_);
+  /// Whether some of its pieces are still to be taken.
+  bool waits(const RunningOperation& operation) const REQUIRES(mutex_);
   /// The worker to wake, or null if nobody waits. Wake it without the lock,
   /// since it would wait for the lock at once.
   Wakeable* next_to_wake() REQUIRES(mutex_);

@@ -97,6 +97,13 @@ bool IoQueue::cancel(const Ticket& ticket) {
   return operation != nullptr && impl_->backlog_.cancel(*operation);
 }
 
+bool IoQueue::promote(const Ticket& ticket, IoPriority priority) {
+  impl_->owner_.check();
+  auto* operation = dynamic_cast<RunningOperation*>(ticket.state_.get());
+  return operation != nullptr &&
+         impl_->backlog_.promote(*operation, priority);
+}
+
 IoQueueStats IoQueue::stats() const {
   impl_->owner_.check();
   std::vector<const IoCounters*> counters;

@@ -32,6 +32,7 @@
 #include "base/cut_point.h"
 #include "base/mutex.h"
 #include "drive.h"
+#include "io/ticket_state.h"
 #include "stripe_map.h"
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/error.h"
@@ -58,33 +59,42 @@ std::vector<int> weights_of(const DirectoryList& directories) {
   return weights;
 }
 
+}  // namespace
+
 // Makes operations on several drives one operation, which ends with the last.
-class Join {
+class Store::Join final : public Ticket::State {
  public:
   Join(std::size_t count, Store::Done done)
       : left_(count), done_(std::move(done)) {}
 
-  Ticket ticket() const { return source_.ticket(); }
-  void end(std::exception_ptr error) {
+  void end(std::exception_ptr failure) {
     {
       const MutexLock lock(mutex_);
-      if (error_ == nullptr) error_ = std::move(error);
+      if (error_ == nullptr) error_ = std::move(failure);
       if (--left_ > 0) return;
-      error = error_;
+      failure = error_;
     }
-    done_(error);
-    source_.finish(error);
+    done_(failure);
+    finish(failure);
+  }
+
+  /// The parts, once all are started.
+  void set_parts(std::vector<std::pair<IoQueue*, Ticket>> parts) {
+    const MutexLock lock(mutex_);
+    parts_ = std::move(parts);
+  }
+  std::vector<std::pair<IoQueue*, Ticket>> parts() const {
+    const MutexLock lock(mutex_);
+    return parts_;
   }
 
  private:
-  Mutex mutex_;
+  mutable Mutex mutex_;
   std::size_t left_ GUARDED_BY(mutex_);
   std::exception_ptr error_ GUARDED_BY(mutex_);
+  std::vector<std::pair<IoQueue*, Ticket>> parts_ GUARDED_BY(mutex_);
   Store::Done done_;
-  TicketSource source_;
 };
-
-}  // namespace
 
 struct Store::Impl {
   explicit Impl(const StoreOptions& options)
@@ -320,20 +330,23 @@ Ticket Store::Impl::submit(IoRequest::Op op, Request request, bool compare) {
     return ticket;
   }
   const auto join = std::make_shared<Join>(parts.size(), std::move(last));
-  Ticket ticket = join->ticket();
   // All are started or none. If only some were started, this thread would have
   // to report the end, and it may hold a lock that `done` needs.
   std::vector<IoQueue::Prepared> prepared;
   prepared.reserve(parts.size());
+  std::vector<std::pair<IoQueue*, Ticket>> started;
+  started.reserve(parts.size());
   for (auto& [queue, operation] : parts) {
     operation.on_done = [join](std::exception_ptr error) { join->end(error); };
     prepared.push_back(queue->prepare(std::move(operation)));
   }
   for (std::size_t i = 0; i < parts.size(); ++i) {
-    parts[i].queue->start(std::move(prepared[i]));
+    started.emplace_back(parts[i].queue,
+                         parts[i].queue->start(std::move(prepared[i])));
     if (op == IoRequest::Op::kWrite) cut_point("write issued");
   }
-  return ticket;
+  join->set_parts(std::move(started));
+  return Ticket(join);
 }
 
 void Store::Impl::ended(IoRequest::Op op, Extent& extent, std::uint64_t length,
@@ -590,6 +603,19 @@ Ticket Store::write(Request request) {
 
 Ticket Store::read(Request request) {
   return impl_->submit(IoRequest::Op::kRead, std::move(request));
+}
+
+bool Store::promote(const Ticket& ticket, IoPriority priority) {
+  if (const auto* join = dynamic_cast<const Join*>(ticket.state_.get())) {
+    bool some = false;
+    for (const auto& [queue, part] : join->parts()) {
+      some |= queue->promote(part, priority);
+    }
+    return some;
+  }
+  return std::ranges::any_of(impl_->queues, [&](const auto& queue) {
+    return queue->promote(ticket, priority);
+  });
 }
 
 const AioConfig& Store::config() const noexcept { return impl_->config; }

@@ -145,6 +145,38 @@ TEST_F(IoQueueOrderTest, AnUrgentOperationOvertakesAllThatIsNotInFlight) {
             "ww" + repeat(8, "n") + repeat(7, "p") + "wp" + repeat(5, "w"));
 }
 
+TEST_F(IoQueueOrderTest, APromotedOperationGoesWithThoseOfItsNewPriority) {
+  start(2);
+  submit('x', 2);
+  wait_until_held(2);
+  submit('p', 3, kPrefetch);
+  submit('q', 3, kPrefetch);
+  submit('n', 2);
+  EXPECT_TRUE(queue_->promote(tickets_.at(2), kNow));
+  EXPECT_EQ(names_after_all(), "xxnnqqqppp");
+  EXPECT_FALSE(queue_->promote(tickets_.at(2), kNow));
+}
+
+TEST_F(IoQueueOrderTest, WhatIsLeftOfAnOperationCanBePromoted) {
+  start(2);
+  submit('p', 4, kPrefetch);
+  wait_until_held(2);
+  submit('q', 2, kPrefetch);
+  submit('n', 2);
+  EXPECT_TRUE(queue_->promote(tickets_.at(0), kNow));
+  EXPECT_EQ(names_after_all(), "ppnnppqq");
+}
+
+TEST_F(IoQueueOrderTest, NothingIsLeftToPromoteOfWhatIsInFlight) {
+  start(2);
+  submit('p', 2, kPrefetch);
+  wait_until_held(2);
+  EXPECT_FALSE(queue_->promote(tickets_.at(0), kNow));
+  IoQueue other({}, test::faulty_factory("null", script_));
+  EXPECT_FALSE(other.promote(tickets_.at(0), kNow));
+  EXPECT_FALSE(queue_->promote(Ticket(), kNow));
+}
+
 TEST_F(IoQueueOrderTest, EachSlotThatBecomesFreeIsForTheMostUrgent) {
   start(2, 2);
   submit('p', 64, kPrefetch);

@@ -6,7 +6,7 @@ from functools import cache
 import tree
 
 LAYERS = [
-    *["base", "config", "io", "device", "memory", "store", "swap", "optim"],
+    *["base", "config", "io", "device", "memory", "store", "paging", "swap", "optim"],
     *["tensor", "bindings"],
 ]
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)

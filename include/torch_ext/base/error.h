@@ -59,6 +59,13 @@ class StateError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+/// More memory is needed at once than the caller has allowed. MemoryError in
+/// Python.
+class BudgetError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
 /// Symbolic name of an errno, e.g. "ENOSPC"; "errno 4242" when unknown.
 std::string errno_name(int error);
 

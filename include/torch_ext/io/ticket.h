@@ -34,6 +34,7 @@ class Ticket {
   friend class TicketSource;
   friend class IoQueue;
   friend class RunningOperation;
+  friend class Store;
   struct State;
   explicit Ticket(std::shared_ptr<State> state);
 

@@ -169,6 +169,10 @@ class Store {
     return read({std::move(extent), offset, bytes, std::move(done)});
   }
 
+  /// Gives a read or write of this store another priority, see
+  /// IoQueue::promote(). Returns true if some of it was still to be taken.
+  bool promote(const Ticket& ticket, IoPriority priority);
+
   /// The first bytes of each file belong to no extent.
   static constexpr std::uint64_t kHeadBytes = std::uint64_t{1} << 20;
 
@@ -239,6 +243,7 @@ class Store {
 
  private:
   friend class Extent;
+  class Join;
   struct Impl;
   std::shared_ptr<Extent> allocate(std::uint64_t bytes, bool may_grow);
   std::shared_ptr<Extent> allocate_at(std::uint64_t first_slot,

@@ -1,4 +1,4 @@
-#include "store/space_map.h"
+#include "base/space_map.h"
 
 #include <gtest/gtest.h>
 

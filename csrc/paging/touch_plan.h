@@ -1,0 +1,65 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+namespace torch_ext {
+
+/// Foresees which unit is touched next. touch_plan.cpp tells how.
+/// Threads: one at a time.
+class TouchPlan {
+ public:
+  using Unit = std::uint32_t;
+  static constexpr std::size_t kNever = std::numeric_limits<std::size_t>::max();
+
+  /// A unit is touched. Returns by how many places the plan goes on: 0 if it
+  /// stays where it is, kNever if it was set anew.
+  std::size_t touch(Unit unit);
+
+  /// The touches begin anew, as with a forward pass. Returns true if that made
+  /// a new plan.
+  bool begin_round();
+
+  bool empty() const { return order_.empty(); }
+  std::size_t size() const { return order_.size(); }
+  /// The unit of the touch that comes after `ahead` others (< size()).
+  Unit next(std::size_t ahead) const {
+    return order_[(cursor_ + ahead) % order_.size()];
+  }
+  /// How many touches come before the unit's next one. kNever if it is in no
+  /// plan. Without a plan: the longer it has not been touched, the more.
+  std::size_t distance(Unit unit) const;
+  /// The units in the order of their first touch.
+  std::vector<Unit> units() const;
+
+  struct Counts {
+    std::uint64_t touches = 0;   ///< Of another unit than the one before.
+    std::uint64_t foreseen = 0;  ///< Of them, by the plan.
+    std::uint64_t plans = 0;     ///< How often one was made.
+  };
+  const Counts& counts() const { return counts_; }
+
+ private:
+  bool is_just_behind(Unit unit) const;
+
+  /// A round of this many touches without a new one is not traced further.
+  static constexpr std::size_t kLongest = std::size_t{1} << 22;
+  /// A touch that comes so much earlier is still foreseen.
+  static constexpr std::size_t kNear = 4;
+  static constexpr Unit kNone = std::numeric_limits<Unit>::max();
+
+  std::vector<Unit> trace_;                       ///< Of this round.
+  std::vector<Unit> order_;                       ///< The plan: a cycle.
+  std::vector<std::vector<std::size_t>> places_;  ///< In order_, by unit.
+  std::size_t cursor_ = 0;                        ///< The next place.
+  Unit last_ = kNone;
+  std::vector<std::uint64_t> touched_;  ///< When, by unit.
+  std::uint64_t clock_ = 0;
+  std::uint64_t round_touches_ = 0;
+  std::uint64_t round_foreseen_ = 0;
+  Counts counts_;
+};
+
+}  // namespace torch_ext

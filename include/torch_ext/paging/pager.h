@@ -1,0 +1,154 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "torch_ext/store/store.h"
+
+namespace torch_ext {
+
+/// What a touch does with the bytes of a unit.
+enum class Access {
+  kRead,
+  kWrite,    ///< Reads and changes them.
+  kReplace,  ///< Overwrites all of them, so they need not be read first.
+};
+
+/// How to make a Pager.
+struct PagerOptions {
+  std::shared_ptr<Store> store = nullptr;
+  /// Bytes of host memory for all units that are not on the drive alone. It is
+  /// rounded down to whole pages, and is a limit: the pager takes no byte more.
+  std::uint64_t memory = 0;
+  /// Called some ten times a second on a thread that waits in pin(), without a
+  /// lock. What it throws leaves pin(). It may be empty.
+  std::function<void()> while_waiting = {};
+};
+
+/// Counters since a pager was made.
+struct PagerStats {
+  std::uint64_t touches = 0;        ///< Of units; of one after the other, one.
+  std::uint64_t foreseen = 0;       ///< Of them, those that the plan knew.
+  std::uint64_t plans = 0;          ///< How often a plan was made.
+  std::uint64_t hits = 0;           ///< Pins that found their unit in memory.
+  std::uint64_t late = 0;           ///< Pins that found it being read.
+  std::uint64_t misses = 0;         ///< Pins that had to begin to read it.
+  double wait_seconds = 0;          ///< In pin(), added up over threads.
+  std::uint64_t bytes_read = 0;     ///< Padded to the store's granule.
+  std::uint64_t bytes_written = 0;  ///< As bytes_read.
+  std::uint64_t memory = 0;         ///< Bytes that it has, and
+  std::uint64_t in_use = 0;         ///< that hold units now, and
+  std::uint64_t peak = 0;           ///< that held units at most.
+  std::uint64_t resident = 0;       ///< Bytes of units that are to stay.
+};
+
+/// Memory for more than fits: units of bytes that lie on the drive and come
+/// when they are touched. A unit has one address while it is pinned, and none
+/// that counts while it is not.
+///
+/// The pager notes the order of the touches. From the second round on it reads
+/// ahead, and keeps a part of the units in memory for good. What it expects
+/// costs time where it is wrong, and never changes a byte. pager.cpp tells the
+/// rules.
+///
+/// Errors: a unit that cannot be read is an error of the pin that needs it, and
+/// the next pin tries again. A unit that cannot be written stays in memory; the
+/// pin that needs its room, or flush(), has the error, and the next one tries
+/// another place. So no byte is lost.
+/// Threads: any. The destructor waits for transfers; no pin may be left.
+class Pager {
+ public:
+  using Unit = std::uint32_t;
+
+  struct Touch {
+    Unit unit = 0;
+    Access access = Access::kRead;
+  };
+
+  /// Told where a unit's bytes are when its first pin begins, and null when its
+  /// last pin ends. Called under the pager's lock, on the thread that pins. It
+  /// must not block, throw or call the pager.
+  using OnPinned = std::function<void(std::byte* data)>;
+
+  /// Keeps units where they are, until its end. Move-only. What pin() returned
+  /// ends on the thread that called it.
+  class Pins {
+   public:
+    Pins() = default;
+    Pins(Pins&& other) noexcept { *this = std::move(other); }
+    Pins& operator=(Pins&& other) noexcept;
+    ~Pins() { release(); }
+
+    /// Ends it early. Does nothing at a second call.
+    void release() noexcept;
+    /// Where the bytes of touch number `i` are, at a multiple of 4096.
+    std::byte* data(std::size_t i) const;
+    /// What should have replaced the bytes has failed. Units that were taken
+    /// for it without being read have their old bytes again.
+    void undo_replaced() noexcept;
+
+   private:
+    friend class Pager;
+    Pager* pager_ = nullptr;
+    bool held_ = false;
+    std::vector<Touch> touches_;
+    std::vector<bool> unread_;  ///< By touch.
+  };
+
+  /// Errors: std::invalid_argument; IoError (memory).
+  explicit Pager(PagerOptions options);
+  Pager(const Pager&) = delete;
+  Pager& operator=(const Pager&) = delete;
+  ~Pager();
+
+  /// A new unit of `bytes` (> 0) bytes, with space on the drive. Their content
+  /// is zeros until they are written. `name` is for messages. Errors: IoError
+  /// (ENOSPC and others); std::invalid_argument if it is larger than memory.
+  Unit add(std::uint64_t bytes, std::string name, OnPinned on_pinned = {});
+
+  /// Forgets a unit that is not pinned. Its space is free again. Waits for its
+  /// transfers.
+  void remove(Unit unit);
+
+  /// Brings units into memory and keeps them there. Blocks until all are there.
+  /// An operator pins all that it needs at once: a thread that waits here holds
+  /// nothing that others wait for.
+  ///
+  /// Errors, after which nothing is pinned: IoError; what while_waiting throws;
+  /// BudgetError if the units do not fit beside those that hold() keeps, or
+  /// beside those that this thread has pinned already; StateError in a forked
+  /// child.
+  Pins pin(std::span<const Touch> touches);
+
+  /// The same, for longer than an operator. Others do not wait for its end:
+  /// where it is in their way they get a BudgetError.
+  Pins hold(std::span<const Touch> touches);
+
+  /// Says that the touches begin anew, as with a forward pass.
+  void begin_round();
+
+  /// Returns when all that has changed is on the drive (written, not synced).
+  /// Errors: the first IoError; all others are written all the same.
+  void flush();
+
+  PagerStats stats() const;
+  std::uint64_t bytes(Unit unit) const;
+  const std::string& name(Unit unit) const;
+  /// Whether its bytes are in memory now.
+  bool in_memory(Unit unit) const;
+  /// Whether it is one of those that stay.
+  bool resident(Unit unit) const;
+
+ private:
+  friend struct PagerProbe;  // For tests.
+  class Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace torch_ext

@@ -1,0 +1,107 @@
+#include "paging/touch_plan.h"
+
+#include <gtest/gtest.h>
+
+#include <vector>
+
+namespace torch_ext {
+namespace {
+
+using Units = std::vector<TouchPlan::Unit>;
+
+void touch(TouchPlan& plan, const Units& units) {
+  for (const TouchPlan::Unit unit : units) plan.touch(unit);
+}
+
+Units next(const TouchPlan& plan, std::size_t count) {
+  Units units;
+  for (std::size_t i = 0; i < count; ++i) units.push_back(plan.next(i));
+  return units;
+}
+
+/// Two layers, there and back, with repetitions.
+TouchPlan there_and_back() {
+  TouchPlan plan;
+  plan.begin_round();
+  touch(plan, {0, 0, 1, 2, 2, 2, 1, 0, 0});
+  EXPECT_TRUE(plan.begin_round());
+  return plan;
+}
+
+TEST(TouchPlanTest, TheFirstRoundIsThePlanForTheNext) {
+  TouchPlan plan = there_and_back();
+  EXPECT_EQ(plan.size(), 5U);
+  EXPECT_EQ(next(plan, 5), (Units{0, 1, 2, 1, 0}));
+  EXPECT_EQ(plan.units(), (Units{0, 1, 2}));
+}
+
+TEST(TouchPlanTest, TouchesMoveItAndRepeatedOnesDoNot) {
+  TouchPlan plan = there_and_back();
+  EXPECT_EQ(plan.touch(0), 1U);
+  EXPECT_EQ(plan.touch(0), 0U);
+  EXPECT_EQ(plan.touch(1), 1U);
+  EXPECT_EQ(next(plan, 5), (Units{2, 1, 0, 0, 1}));
+  EXPECT_EQ(plan.distance(2), 0U);
+  EXPECT_EQ(plan.distance(1), 1U);
+  EXPECT_EQ(plan.distance(0), 2U);
+  EXPECT_EQ(plan.distance(9), TouchPlan::kNever);
+}
+
+TEST(TouchPlanTest, AUnitThatWasLeftOutIsPassedOver) {
+  TouchPlan plan = there_and_back();
+  plan.touch(0);
+  EXPECT_EQ(plan.touch(2), 2U);
+  EXPECT_EQ(plan.next(0), 1U);
+}
+
+TEST(TouchPlanTest, AnUnknownUnitAndOneTouchedOnceMoreLeaveIt) {
+  TouchPlan plan;
+  Units many;
+  for (TouchPlan::Unit i = 0; i < 40; ++i) many.push_back(i);
+  touch(plan, many);
+  plan.begin_round();
+  touch(plan, {0, 1, 2, 3});
+  EXPECT_EQ(plan.touch(99), 0U);
+  EXPECT_EQ(plan.touch(1), 0U);
+  EXPECT_EQ(plan.next(0), 4U);
+}
+
+TEST(TouchPlanTest, AJumpTakesItAlong) {
+  TouchPlan plan;
+  Units many;
+  for (TouchPlan::Unit i = 0; i < 40; ++i) many.push_back(i);
+  touch(plan, many);
+  plan.begin_round();
+  touch(plan, {0, 1});
+  EXPECT_EQ(plan.touch(30), TouchPlan::kNever);
+  EXPECT_EQ(plan.next(0), 31U);
+}
+
+TEST(TouchPlanTest, ARoundBeginsAtTheFirstTouch) {
+  TouchPlan plan = there_and_back();
+  touch(plan, {0, 1, 2});  // An evaluation: all of it was foreseen.
+  EXPECT_FALSE(plan.begin_round());
+  EXPECT_EQ(plan.next(0), 0U);
+  EXPECT_EQ(plan.size(), 5U);
+}
+
+TEST(TouchPlanTest, ARoundThatWasNotForeseenIsTheNextPlan) {
+  TouchPlan plan;
+  touch(plan, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9});
+  plan.begin_round();
+  touch(plan, {9, 4, 0, 7, 2});
+  EXPECT_TRUE(plan.begin_round());
+  EXPECT_EQ(next(plan, 5), (Units{9, 4, 0, 7, 2}));
+  EXPECT_EQ(plan.counts().plans, 2U);
+}
+
+TEST(TouchPlanTest, WithoutAPlanWhatWasTouchedLastIsNearest) {
+  TouchPlan plan;
+  touch(plan, {0, 1, 0});
+  EXPECT_LT(plan.distance(0), plan.distance(1));
+  EXPECT_LT(plan.distance(1), plan.distance(2));
+  EXPECT_FALSE(TouchPlan().begin_round());
+}
+
+}  // namespace
+}  // namespace torch_ext
