@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch_ext import dcp
     from torch_ext._export import export
+    from torch_ext._model import ModelOffload, ModelPlan, offload
     from torch_ext.config import (
         AIO_DEFAULT_DICT,
         AioConfig,
@@ -37,6 +38,8 @@ _MODULE_OF = {
     "AIO_DEFAULT_DICT": "config",
     "AioConfig": "config",
     "Commit": "optim",
+    "ModelOffload": "_model",
+    "ModelPlan": "_model",
     "OffloadedAdamW": "optim",
     "OffloadedOptimizer": "optim",
     "SwapTicket": "swap",
@@ -50,6 +53,7 @@ _MODULE_OF = {
     "get_scalar_param": "config",
     "load": "tensor_file",
     "load_metadata": "tensor_file",
+    "offload": "_model",
     "parse_size": "config",
     "rng_state": "rng",
     "save": "tensor_file",
@@ -60,6 +64,8 @@ __all__ = [
     "AIO_DEFAULT_DICT",
     "AioConfig",
     "Commit",
+    "ModelOffload",
+    "ModelPlan",
     "OffloadedAdamW",
     "OffloadedOptimizer",
     "SwapTicket",
@@ -76,6 +82,7 @@ __all__ = [
     "get_scalar_param",
     "load",
     "load_metadata",
+    "offload",
     "parse_size",
     "rng_state",
     "save",

@@ -5,6 +5,7 @@
 
 #include "bind_config.h"
 #include "bind_files.h"
+#include "bind_model.h"
 #include "bind_optimizer.h"
 #include "bind_source.h"
 #include "bind_state.h"
@@ -26,5 +27,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_state(m);
   bind_optimizer(m);
   bind_source(m);
+  bind_model(m);
   bind_store(m);
 }

@@ -1,0 +1,209 @@
+#include "torch_ext/tensor/model_offload.h"
+
+#include <algorithm>
+#include <map>
+#include <stdexcept>
+#include <utility>
+
+#include "tensor_check.h"
+#include "torch_ext/base/align.h"
+#include "torch_ext/base/available_memory.h"
+#include "torch_ext/base/error.h"
+#include "touch.h"
+
+namespace torch_ext {
+namespace {
+
+// What is smaller costs more to bring than to keep.
+constexpr std::uint64_t kSmallest = std::uint64_t{64} << 10;
+
+/// The parameters that share a storage.
+struct Group {
+  std::string name;  ///< Of the first.
+  std::vector<at::Tensor> tensors;
+  std::string stays = {};
+};
+
+void check(const NamedTensor& parameter) {
+  const auto& [name, tensor] = parameter;
+  if (tensor.defined() && is_touched(tensor)) {
+    throw StateError("'" + name + "' is offloaded already");
+  }
+  check_has_plain_memory(tensor, "offload of '" + name + "'");
+  if (!tensor.is_cpu()) {
+    throw TypeError("offload of '" + name + "': parameters on " +
+                    tensor.device().str() +
+                    " are not supported, only those on the CPU");
+  }
+}
+
+std::vector<Group> groups_of(std::vector<NamedTensor> parameters) {
+  std::vector<Group> groups;
+  std::map<const c10::StorageImpl*, std::size_t> group_of;
+  for (auto& [name, tensor] : parameters) {
+    const auto [place, fresh] = group_of.try_emplace(
+        tensor.storage().unsafeGetStorageImpl(), groups.size());
+    if (fresh) groups.push_back({.name = std::move(name), .tensors = {}});
+    std::vector<at::Tensor>& tensors = groups[place->second].tensors;
+    const bool known = std::ranges::any_of(
+        tensors, [&](const at::Tensor& each) { return each.is_same(tensor); });
+    if (!known) tensors.push_back(std::move(tensor));
+  }
+  for (Group& group : groups) {
+    const c10::Storage& storage = group.tensors.front().storage();
+    if (storage.nbytes() < kSmallest) {
+      group.stays = "it has less than 64 KiB";
+    } else if (storage.use_count() > group.tensors.size()) {
+      group.stays =
+          "its memory is shared with something that is no parameter: a view, "
+          "a NumPy array, or a graph that is not freed";
+    }
+  }
+  return groups;
+}
+
+// An operator needs two parameters at once; so much must always fit.
+void check_budget(const std::vector<Group>& groups, std::uint64_t memory) {
+  const Group* largest = nullptr;
+  std::uint64_t most = 0;
+  for (const Group& group : groups) {
+    const std::uint64_t bytes =
+        align_up(group.tensors.front().storage().nbytes(), page_size());
+    if (!group.stays.empty() || bytes <= most) continue;
+    most = bytes;
+    largest = &group;
+  }
+  if (largest == nullptr || memory >= 2 * most) return;
+  throw std::invalid_argument(
+      "host_memory must be at least " + std::to_string(2 * most) +
+      ", twice the largest parameter, '" + largest->name + "'; got " +
+      std::to_string(memory));
+}
+
+}  // namespace
+
+struct ModelOffload::Impl {
+  std::shared_ptr<Store> store;
+  std::shared_ptr<Pager> pager;
+  /// TouchedStorages owns them.
+  std::vector<std::weak_ptr<PagedStorage>> storages;
+  std::vector<OffloadedStorage> staying;
+
+  /// Those that are still offloaded.
+  std::vector<std::shared_ptr<PagedStorage>> paged() const {
+    std::vector<std::shared_ptr<PagedStorage>> living;
+    for (const auto& each : storages) {
+      auto storage = each.lock();
+      if (storage != nullptr && storage->is_paged()) {
+        living.push_back(std::move(storage));
+      }
+    }
+    return living;
+  }
+};
+
+ModelOffload::ModelOffload(std::vector<NamedTensor> parameters,
+                           ModelOffloadOptions options)
+    : impl_(std::make_unique<Impl>()) {
+  for (const NamedTensor& parameter : parameters) check(parameter);
+  TouchedStorages& touched = TouchedStorages::instance();
+  touched.sweep();
+  std::vector<Group> groups = groups_of(std::move(parameters));
+  check_budget(groups, options.host_memory);
+  impl_->store = std::make_shared<Store>(options.store);
+  std::uint64_t total = 0;
+  for (const Group& group : groups) {
+    if (group.stays.empty()) total += group.tensors.front().storage().nbytes();
+  }
+  impl_->store->check_room(total);
+  impl_->pager = std::make_shared<Pager>(
+      PagerOptions{.store = impl_->store,
+                   .memory = options.host_memory,
+                   .while_waiting = std::move(options.while_waiting)});
+  std::vector<std::shared_ptr<PagedStorage>> storages;
+  for (Group& group : groups) {
+    const std::uint64_t bytes = group.tensors.front().storage().nbytes();
+    if (!group.stays.empty()) {
+      impl_->staying.push_back(
+          {.name = group.name, .bytes = bytes, .stays = group.stays});
+      continue;
+    }
+    storages.push_back(std::make_shared<PagedStorage>(
+        impl_->pager, std::move(group.name), std::move(group.tensors)));
+  }
+  for (const auto& storage : storages) storage->copy_in();
+  impl_->pager->flush();
+  impl_->storages.assign(storages.begin(), storages.end());
+  try {
+    for (const auto& storage : storages) touched.add(storage);
+  } catch (...) {
+    for (const auto& storage : storages) touched.remove(*storage);
+    throw;
+  }
+  for (const auto& storage : storages) storage->begin();
+}
+
+ModelOffload::~ModelOffload() = default;
+
+void ModelOffload::begin_round() {
+  TouchedStorages::instance().sweep();
+  impl_->pager->begin_round();
+}
+
+ModelOffload::Gathered ModelOffload::gathered(
+    const std::vector<at::Tensor>& tensors, bool write) {
+  std::vector<Pager::Touch> touches;
+  for (const at::Tensor& tensor : tensors) {
+    const auto storage = TouchedStorages::instance().find(tensor);
+    if (storage == nullptr || &storage->pager() != impl_->pager.get()) continue;
+    touches.push_back(
+        {storage->unit(), write ? Access::kWrite : Access::kRead});
+  }
+  Gathered gathered;
+  if (!touches.empty()) {
+    gathered.pins_.push_back(impl_->pager->hold(touches));
+  }
+  return gathered;
+}
+
+void ModelOffload::flush() { impl_->pager->flush(); }
+
+void ModelOffload::close() {
+  TouchedStorages& touched = TouchedStorages::instance();
+  touched.sweep();
+  const auto storages = impl_->paged();
+  std::uint64_t total = 0;
+  for (const auto& storage : storages) total += storage->bytes();
+  const std::uint64_t room = available_memory();
+  if (total > room) {
+    throw std::invalid_argument(
+        "the parameters take " + std::to_string(total) +
+        " bytes, and memory has " + std::to_string(room) +
+        " left: save them with state_dict() instead of closing");
+  }
+  for (const auto& storage : storages) storage->end();
+  touched.sweep();
+}
+
+std::vector<OffloadedStorage> ModelOffload::plan() const {
+  std::vector<OffloadedStorage> plan;
+  for (const auto& storage : impl_->paged()) {
+    plan.push_back({.name = storage->name(),
+                    .bytes = storage->bytes(),
+                    .resident = impl_->pager->resident(storage->unit())});
+  }
+  plan.insert(plan.end(), impl_->staying.begin(), impl_->staying.end());
+  return plan;
+}
+
+PagerStats ModelOffload::stats() const { return impl_->pager->stats(); }
+
+const std::vector<std::string>& ModelOffload::notes() const noexcept {
+  return impl_->store->notes();
+}
+
+const std::string& ModelOffload::engine() const noexcept {
+  return impl_->store->engine();
+}
+
+}  // namespace torch_ext

@@ -1,0 +1,416 @@
+// How an operator brings the parameters that it needs
+//
+// Each paged tensor has an extra dispatch key. Operators on it, on its views
+// and on what autograd saved of it come to one boxed fallback first, above
+// autograd. The fallback pins the storages of all arguments that have the key,
+// calls the operator, and ends the pins. What an operator returns has no such
+// key, so all other operators cost nothing more.
+//
+//  - A view needs no bytes. Nor does a composite operator: the operators that
+//    it is made of come here themselves.
+//  - An argument that the schema says is written makes its storage dirty. One
+//    that is overwritten as a whole need not be read before.
+//
+// The bytes come and go by the DataPtr in the StorageImpl. That is no change of
+// the tensor: no version is counted, and views keep their storage.
+//
+// While nothing is pinned the DataPtr is null, and the tensors themselves hold
+// a stand-in storage whose data raises an error with the parameter's name. So
+// whoever takes an address outside of an operator never gets one, wherever the
+// bytes are. A view that was made meanwhile has the stand-in too, until an
+// operator sees it.
+//
+// This file is the only one that knows the key.
+
+#include "touch.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/ivalue.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/core/DispatchKey.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <span>
+#include <unordered_map>
+#include <utility>
+
+#include "../base/mutex.h"
+#include "torch_ext/base/error.h"
+
+namespace torch_ext {
+namespace {
+
+// DeferredInit is for kernels outside of torch, comes before autograd, and is
+// used by nobody: torchdistX, for which it was made, is archived.
+template <typename Key>
+constexpr Key touch_key() {
+  if constexpr (requires { Key::DeferredInit; }) {
+    return Key::DeferredInit;
+  } else {
+    return Key::TESTING_ONLY_GenericWrapper;
+  }
+}
+constexpr c10::DispatchKey kKey = touch_key<c10::DispatchKey>();
+
+/// A TensorImpl's own key set cannot be changed in place otherwise.
+struct OpenImpl : c10::TensorImpl {
+  static constexpr auto key_set() { return &OpenImpl::key_set_; }
+};
+
+void set_key(const at::Tensor& tensor, bool on) noexcept {
+  c10::DispatchKeySet& keys =
+      tensor.unsafeGetTensorImpl()->*(OpenImpl::key_set());
+  keys = on ? keys.add(kKey) : keys.remove(kKey);
+}
+
+void put(const at::Tensor& tensor, const c10::Storage& storage) noexcept {
+  c10::TensorImpl* const impl = tensor.unsafeGetTensorImpl();
+  const bool allowed = impl->allow_tensor_metadata_change();
+  impl->set_allow_tensor_metadata_change(true);
+  impl->set_storage_keep_dtype(storage);
+  impl->set_allow_tensor_metadata_change(allowed);
+}
+
+const c10::StorageImpl* storage_of(const at::Tensor& tensor) {
+  return tensor.has_storage() ? tensor.storage().unsafeGetStorageImpl()
+                              : nullptr;
+}
+
+c10::Storage make_stand_in(const c10::Storage& real, const std::string& name) {
+  c10::Storage stand_in(c10::make_intrusive<c10::StorageImpl>(
+      c10::StorageImpl::use_byte_size_t(), real.nbytes(),
+      c10::DataPtr(nullptr, real.device()), nullptr, /*resizable=*/false));
+  stand_in.unsafeGetStorageImpl()
+      ->release_data_and_set_meta_custom_data_ptr_error_msg_(
+          "the parameter '" + name +
+          "' is offloaded: it has an address only inside an operator, or in "
+          "`with offload.gathered(parameter):`");
+  return stand_in;
+}
+
+std::function<void()>& translator() {
+  static auto* const translate = new std::function<void()>;
+  return *translate;
+}
+
+// What an operator does with its arguments ---------------------------------
+
+/// A tensor argument, and what the operator does with it.
+struct Argument {
+  const at::Tensor* tensor;
+  std::shared_ptr<PagedStorage> storage;
+  Access access;
+};
+
+// The operators that run through all of their first argument and read nothing
+// of it.
+bool replaces(const std::string& name) {
+  return name == "aten::copy_" || name == "aten::zero_" ||
+         name == "aten::fill_" || name == "aten::normal_" ||
+         name == "aten::uniform_";
+}
+
+bool covers_its_storage(const at::Tensor& tensor) {
+  return tensor.storage_offset() == 0 &&
+         tensor.is_non_overlapping_and_dense() &&
+         tensor.nbytes() == tensor.storage().nbytes();
+}
+
+bool needs_no_bytes(const c10::OperatorHandle& op) {
+  if (op.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd)) {
+    return true;
+  }
+  return std::ranges::any_of(op.schema().arguments(),
+                             [](const c10::Argument& argument) {
+                               return argument.alias_info() != nullptr &&
+                                      !argument.alias_info()->isWrite();
+                             });
+}
+
+/// Calls `use(tensor, is_written, index)` for each tensor on the stack.
+template <typename Use>
+void for_each_tensor(const c10::FunctionSchema& schema,
+                     std::span<const c10::IValue> values, Use use) {
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    const c10::AliasInfo* const alias = schema.arguments()[i].alias_info();
+    const bool written = alias != nullptr && alias->isWrite();
+    const c10::IValue& value = values[i];
+    if (value.isTensor()) {
+      use(value.toTensor(), written, i);
+    } else if (value.isTensorList()) {
+      for (const c10::IValue& each : value.toListRef()) {
+        use(each.toTensor(), written, i);
+      }
+    } else if (value.isList()) {
+      for (const c10::IValue& each : value.toListRef()) {
+        if (each.isTensor()) use(each.toTensor(), written, i);
+      }
+    }
+  }
+}
+
+std::vector<Argument> arguments_of(const c10::OperatorHandle& op,
+                                   std::span<const c10::IValue> values) {
+  std::vector<Argument> arguments;
+  const TouchedStorages& storages = TouchedStorages::instance();
+  for_each_tensor(
+      op.schema(), values,
+      [&](const at::Tensor& tensor, bool written, std::size_t index) {
+        if (!tensor.defined() || !is_touched(tensor)) return;
+        auto storage = storages.find(tensor);
+        if (storage == nullptr) return;
+        const bool all = written && index == 0 &&
+                         replaces(op.schema().name()) &&
+                         covers_its_storage(tensor);
+        arguments.push_back({&tensor, std::move(storage),
+                             all       ? Access::kReplace
+                             : written ? Access::kWrite
+                                       : Access::kRead});
+      });
+  // What has ended meanwhile has memory of its own.
+  std::erase_if(arguments, [](const Argument& argument) {
+    if (argument.storage->is_paged()) return false;
+    put(*argument.tensor, argument.storage->storage());
+    return true;
+  });
+  // It may be its own source.
+  for (Argument& argument : arguments) {
+    if (argument.access == Access::kReplace && arguments.size() > 1) {
+      argument.access = Access::kWrite;
+    }
+  }
+  return arguments;
+}
+
+/// Pins what an operator needs, for each pager in one go.
+std::vector<Pager::Pins> pin(const std::vector<Argument>& arguments) {
+  std::vector<Pager::Pins> pins;
+  std::vector<Pager::Touch> touches;
+  std::vector<bool> pinned(arguments.size());
+  for (std::size_t i = 0; i < arguments.size(); ++i) {
+    if (pinned[i]) continue;
+    Pager& pager = arguments[i].storage->pager();
+    touches.clear();
+    for (std::size_t j = i; j < arguments.size(); ++j) {
+      if (&arguments[j].storage->pager() != &pager) continue;
+      touches.push_back({arguments[j].storage->unit(), arguments[j].access});
+      pinned[j] = true;
+    }
+    pins.push_back(pager.pin(touches));
+  }
+  return pins;
+}
+
+std::vector<Pager::Pins> pin_for_operator(
+    const std::vector<Argument>& arguments) {
+  try {
+    return pin(arguments);
+  } catch (...) {
+    if (translator()) translator()();
+    throw;
+  }
+}
+
+void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
+              torch::jit::Stack* stack) {
+  const c10::DispatchKeySet rest =
+      keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kKey);
+  if (needs_no_bytes(op)) {
+    op.redispatchBoxed(rest, stack);
+    return;
+  }
+  const std::size_t count = op.schema().arguments().size();
+  const std::vector<Argument> arguments =
+      arguments_of(op, std::span<const c10::IValue>(*stack).last(count));
+  std::vector<Pager::Pins> pins = pin_for_operator(arguments);
+  for (const Argument& argument : arguments) {
+    if (storage_of(*argument.tensor) !=
+        argument.storage->storage().unsafeGetStorageImpl()) {
+      put(*argument.tensor, argument.storage->storage());
+    }
+  }
+  try {
+    op.redispatchBoxed(rest, stack);
+  } catch (...) {
+    for (Pager::Pins& each : pins) each.undo_replaced();
+    throw;
+  }
+}
+
+}  // namespace
+
+// Storages -------------------------------------------------------------------
+
+PagedStorage::PagedStorage(std::shared_ptr<Pager> pager, std::string name,
+                           std::vector<at::Tensor> tensors)
+    : pager_(std::move(pager)),
+      name_(std::move(name)),
+      tensors_(std::move(tensors)),
+      real_(tensors_.front().storage()),
+      stand_in_(make_stand_in(real_, name_)),
+      bytes_(real_.nbytes()),
+      unit_(pager_->add(bytes_, name_,
+                        [this](std::byte* data) { show(data); })) {}
+
+PagedStorage::~PagedStorage() {
+  try {
+    pager_->remove(unit_);
+  } catch (...) {
+    // In a forked child there is nothing to free.
+  }
+}
+
+void PagedStorage::copy_in() {
+  const Pager::Touch touch{unit_, Access::kReplace};
+  const Pager::Pins pins = pager_->pin({&touch, 1});
+  std::memcpy(pins.data(0), real_.data(), bytes_);
+}
+
+void PagedStorage::begin() noexcept {
+  begun_ = true;
+  real_.unsafeGetStorageImpl()->set_resizable(false);
+  show(nullptr);
+  for (const at::Tensor& tensor : tensors_) set_key(tensor, true);
+}
+
+void PagedStorage::end() {
+  c10::DataPtr memory = c10::GetCPUAllocator()->allocate(bytes_);
+  const Pager::Touch touch{unit_, Access::kRead};
+  Pager::Pins pins = pager_->hold({&touch, 1});
+  std::memcpy(memory.mutable_get(), pins.data(0), bytes_);
+  begun_ = false;
+  pins.release();
+  c10::StorageImpl* const real = real_.unsafeGetStorageImpl();
+  real->set_data_ptr_noswap(std::move(memory));
+  for (const at::Tensor& tensor : tensors_) {
+    if (storage_of(tensor) == stand_in_.unsafeGetStorageImpl() ||
+        storage_of(tensor) == real) {
+      put(tensor, real_);
+      set_key(tensor, false);
+    }
+  }
+  real->set_resizable(true);
+}
+
+// Under the pager's lock. A tensor that was given another storage keeps that.
+void PagedStorage::show(std::byte* data) noexcept {
+  if (!begun_) return;
+  const bool here = data != nullptr;
+  real_.unsafeGetStorageImpl()->set_data_ptr_noswap(
+      c10::DataPtr(data, real_.device()));
+  const c10::Storage& from = here ? stand_in_ : real_;
+  const c10::Storage& to = here ? real_ : stand_in_;
+  for (const at::Tensor& tensor : tensors_) {
+    if (storage_of(tensor) == from.unsafeGetStorageImpl()) put(tensor, to);
+  }
+}
+
+bool PagedStorage::is_dropped() const {
+  if (!begun_) return stand_in_.use_count() == 1;
+  const bool lost = std::ranges::all_of(tensors_, [&](const at::Tensor& each) {
+    const c10::StorageImpl* const now = storage_of(each);
+    return each.use_count() == 1 || (now != real_.unsafeGetStorageImpl() &&
+                                     now != stand_in_.unsafeGetStorageImpl());
+  });
+  if (!lost) return false;
+  // Views may live on, and need the bytes.
+  const std::size_t own = static_cast<std::size_t>(
+      std::ranges::count_if(tensors_, [&](const at::Tensor& each) {
+        return storage_of(each) == real_.unsafeGetStorageImpl();
+      }));
+  const std::size_t own_stand_ins = static_cast<std::size_t>(
+      std::ranges::count_if(tensors_, [&](const at::Tensor& each) {
+        return storage_of(each) == stand_in_.unsafeGetStorageImpl();
+      }));
+  return real_.use_count() == 1 + own &&
+         stand_in_.use_count() == 1 + own_stand_ins;
+}
+
+struct TouchedStorages::State {
+  Mutex mutex;
+  std::unordered_map<const c10::StorageImpl*, std::shared_ptr<PagedStorage>>
+      storages GUARDED_BY(mutex);
+  std::unique_ptr<torch::Library> library GUARDED_BY(mutex);
+};
+
+TouchedStorages::State& TouchedStorages::state() {
+  // This is never destroyed: tensors may die after everything static.
+  static auto* const state = new State;
+  return *state;
+}
+
+TouchedStorages& TouchedStorages::instance() {
+  static TouchedStorages storages;
+  return storages;
+}
+
+void TouchedStorages::add(const std::shared_ptr<PagedStorage>& storage) {
+  State& all = state();
+  const MutexLock lock(all.mutex);
+  if (all.library == nullptr) {
+    auto library = std::make_unique<torch::Library>(torch::Library::IMPL, "_",
+                                                    kKey, __FILE__, __LINE__);
+    try {
+      library->fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>());
+    } catch (const std::exception& error) {
+      throw StateError(
+          std::string("parameters cannot be offloaded: another library has "
+                      "taken torch's dispatch key ") +
+          c10::toString(kKey) + ": " + error.what());
+    }
+    all.library = std::move(library);
+  }
+  all.storages[storage->storage().unsafeGetStorageImpl()] = storage;
+  all.storages[storage->stand_in().unsafeGetStorageImpl()] = storage;
+}
+
+void TouchedStorages::remove(const PagedStorage& storage) noexcept {
+  State& all = state();
+  std::shared_ptr<PagedStorage> removed;  // Ends after the lock.
+  const MutexLock lock(all.mutex);
+  const auto found =
+      all.storages.find(storage.storage().unsafeGetStorageImpl());
+  if (found == all.storages.end()) return;
+  removed = found->second;
+  all.storages.erase(found);
+  all.storages.erase(storage.stand_in().unsafeGetStorageImpl());
+}
+
+std::shared_ptr<PagedStorage> TouchedStorages::find(
+    const at::Tensor& tensor) const {
+  const c10::StorageImpl* const storage = storage_of(tensor);
+  State& all = state();
+  const MutexLock lock(all.mutex);
+  const auto found = all.storages.find(storage);
+  return found == all.storages.end() ? nullptr : found->second;
+}
+
+void TouchedStorages::sweep() noexcept {
+  std::vector<std::shared_ptr<PagedStorage>> dropped;
+  try {
+    State& all = state();
+    const MutexLock lock(all.mutex);
+    for (const auto& [storage, paged] : all.storages) {
+      if (storage == paged->storage().unsafeGetStorageImpl() &&
+          paged->is_dropped()) {
+        dropped.push_back(paged);
+      }
+    }
+  } catch (...) {
+    // The next call finds the others.
+  }
+  for (const auto& paged : dropped) remove(*paged);
+}
+
+bool is_touched(const at::Tensor& tensor) noexcept {
+  return tensor.key_set().has(kKey);
+}
+
+void set_touch_error_translator(std::function<void()> translate) {
+  translator() = std::move(translate);
+}
+
+}  // namespace torch_ext

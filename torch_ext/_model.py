@@ -1,0 +1,234 @@
+"""Whole models on NVMe: parameters that come when an operator needs them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from torch_ext._checks import Directories, directories_of, engine_of
+from torch_ext._closable import Closable
+from torch_ext._native import _C
+from torch_ext.config import AioConfig, parse_size, resolve_aio_config
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """Where the parameters of a model are. ``print(plan)`` says it in words.
+
+    Sizes are in bytes.
+    """
+
+    #: Parameters on the drive, by name of the first that has the storage.
+    offloaded: dict[str, int]
+    #: Of these, the ones that stay in host memory too once they have been read.
+    resident: frozenset[str]
+    #: Parameters that stay in memory, and why.
+    staying: dict[str, str]
+    #: Bytes of parameters that stay in memory.
+    staying_bytes: int
+    #: Bytes of host memory for the offloaded ones.
+    host_memory: int
+
+    def __str__(self) -> str:
+        total = sum(self.offloaded.values())
+        kept = sum(self.offloaded[name] for name in self.resident)
+        lines = [
+            f"{total:,} bytes of {len(self.offloaded)} parameters on the drive, "
+            f"{self.host_memory:,} bytes of host memory for them",
+            f"{kept:,} bytes stay in host memory, the others come and go",
+            f"{self.staying_bytes:,} bytes of {len(self.staying)} parameters stay in memory",
+        ]
+        for name, why in self.staying.items():
+            if "64 KiB" not in why:
+                lines.append(f"  {name}: {why}")
+        return "\n".join(lines)
+
+
+class ModelOffload(Closable):
+    """The parameters of a model on NVMe. ``torch_ext.offload()`` makes it.
+
+    It may be dropped: the parameters stay offloaded for as long as the model lives.
+    """
+
+    _instead = "; save the model's state_dict()"
+
+    def __init__(self, offload: _C.ModelOffload) -> None:
+        self._offload = offload
+        #: Tells when a forward pass begins.
+        self._hook: RemovableHandle | None = None
+        self._own(offload, "model offload", _Left())
+
+    def plan(self) -> ModelPlan:
+        """Returns which parameters are on the drive, and which stay in memory and why.
+
+        Raises:
+            RuntimeError: It is closed or belongs to another process.
+        """
+        self._life.check()
+        offloaded, resident, staying, staying_bytes = {}, set(), {}, 0
+        for name, size, stays, is_resident in self._offload.plan():
+            if stays:
+                staying[name] = stays
+                staying_bytes += size
+                continue
+            offloaded[name] = size
+            if is_resident:
+                resident.add(name)
+        host_memory = self._offload.stats()["host_bytes"]
+        return ModelPlan(offloaded, frozenset(resident), staying, staying_bytes, host_memory)
+
+    def stats(self) -> dict[str, float]:
+        """Returns counters since the model was offloaded.
+
+        ``touches`` counts parameters that operators needed, those of one after the other once.
+        ``foreseen`` of them were expected next. Of the touches, ``hits`` found the parameter in
+        host memory, ``late`` found it being read, and ``misses`` began to read it.
+        ``wait_seconds`` is what operators waited. ``plans`` says how often an order of touches
+        was learnt. In bytes: ``bytes_read``, ``bytes_written``, ``host_bytes`` (there are),
+        ``host_bytes_in_use``, ``host_bytes_peak``, ``resident_bytes``.
+
+        Raises:
+            RuntimeError: It belongs to another process.
+        """
+        self._life.check_process()
+        return self._offload.stats()
+
+    def gathered(
+        self,
+        parameters: torch.nn.Module | torch.Tensor | Iterable[torch.Tensor],
+        write: bool = False,
+    ) -> AbstractContextManager[None]:
+        """Gives parameters an address while a ``with`` block runs.
+
+        Operators need no such block. It is for what reads memory itself: NumPy, ``data_ptr()``,
+        ``torch.save`` of a parameter, kernels called by pointer.
+
+        Args:
+            parameters: A module, a tensor, or several. What is not offloaded is left out.
+            write: Whether the block changes them through their addresses. Operators may change
+                them in any case.
+
+        Raises:
+            MemoryError: They do not fit into host memory together.
+            OSError: One of them cannot be read.
+            RuntimeError: It is closed or belongs to another process.
+        """
+        self._life.check()
+        if isinstance(parameters, torch.nn.Module):
+            tensors = list(parameters.parameters())
+        elif isinstance(parameters, torch.Tensor):
+            tensors = [parameters]
+        else:
+            tensors = list(parameters)
+        return self._offload.gathered(tensors, bool(write))
+
+    @property
+    def engine(self) -> str:
+        """The name of the I/O engine in use."""
+        self._life.check_process()
+        return self._offload.engine
+
+    def close(self) -> None:
+        """Brings all parameters back into memory. It may be called again.
+
+        Raises:
+            ValueError: Memory has no room for them.
+            OSError: One of them cannot be read. What has not come back is still offloaded.
+            RuntimeError: It belongs to another process.
+        """
+        self._life.check_process()
+        if self._life.closed:
+            return
+        self._offload.close()
+        if self._hook is not None:
+            self._hook.remove()
+        self._life.closed = True
+        self._log_notes()
+
+
+class _Left:
+    """Stands for what needs no close(): the parameters live on in NVMe."""
+
+    def close(self) -> None:
+        pass
+
+
+def offload(
+    model: torch.nn.Module,
+    nvme_path: Directories,
+    *,
+    host_memory: int | str,
+    aio: AioConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    engine: str = "auto",
+    verify: bool = True,
+) -> ModelOffload:
+    """Puts the parameters of a model on NVMe, in place.
+
+    The model is used as before: any operator that touches a parameter brings it into host
+    memory, and what is changed is written back. The parameters stay the same objects. Results,
+    gradients and updates have the same bits. From the second forward pass on, the order is
+    known, and parameters are read ahead.
+
+    Between operators an offloaded parameter has no address. ``numpy()``, ``data_ptr()`` and
+    whatever else takes one raises RuntimeError with the parameter's name, except inside
+    ``gathered()``. Parameters below 64 KiB stay in memory, and so do those whose memory
+    something else shares.
+
+    Args:
+        model: Its parameters are dense and on the CPU.
+        nvme_path: Where the scratch file is made: as ``directory`` of TensorSwapper.
+        host_memory: Bytes of host memory for all offloaded parameters together, such as
+            "8GiB". At least twice the largest parameter.
+        aio: What ``get_aio_config`` takes or returns. None: the defaults.
+        engine: "auto", or one that ``python -m torch_ext info`` lists.
+        verify: Whether blocks carry checksums, which are compared on reading.
+
+    Raises:
+        ValueError: ``host_memory`` is too small; the text says what would do.
+        OSError: The directory cannot be used, or the drive has no room.
+        TypeError: The model or a parameter is of a kind that cannot be offloaded.
+        RuntimeError: A parameter is offloaded already, by this or by another library.
+        The model is unchanged after an error.
+
+    Example:
+        >>> offload = torch_ext.offload(model, nvme_path="/mnt/nvme", host_memory="8GiB")
+        >>> output = model(input)
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    _check_hooks(model)
+    made = _C.ModelOffload(
+        list(model.named_parameters()),
+        directories_of(nvme_path, "nvme_path"),
+        resolve_aio_config(aio, stacklevel=3),
+        parse_size(host_memory),
+        engine_of(engine),
+        bool(verify),
+    )
+    result = ModelOffload(made)
+    result._hook = model.register_forward_pre_hook(lambda module, args: made.begin_round())
+    return result
+
+
+def _check_hooks(model: torch.nn.Module) -> None:
+    """Raises RuntimeError if another library brings and takes the parameters."""
+    for name, module in model.named_modules():
+        of = name or "the model"
+        if hasattr(module, "_hf_hook"):
+            raise RuntimeError(
+                f"{of} has hooks of accelerate, which move parameters themselves: call "
+                f"accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
+            )
+        if hasattr(module, "_diffusers_hook"):
+            raise RuntimeError(
+                f"{of} has hooks of diffusers, which may move parameters themselves: "
+                f"offload it before they are added, or without them"
+            )
+        if hasattr(module, "ds_id") or type(module).__name__ == "DeepSpeedEngine":
+            raise RuntimeError(f"{of} belongs to DeepSpeed, which moves parameters itself")
