@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +60,7 @@ class ModelOffload(Closable):
 
     def __init__(self, offload: _C.ModelOffload) -> None:
         self._offload = offload
-        #: Tells when a forward pass begins.
+        #: Makes copies for state_dict().
         self._hook: RemovableHandle | None = None
         self._own(offload, "model offload", _Left())
 
@@ -177,7 +177,8 @@ def offload(
 
     Between operators an offloaded parameter has no address. ``numpy()``, ``data_ptr()`` and
     whatever else takes one raises RuntimeError with the parameter's name, except inside
-    ``gathered()``. Parameters below 64 KiB stay in memory, and so do those whose memory
+    ``gathered()``. ``model.state_dict()`` has copies in a file, which can be saved and loaded;
+    changing one raises RuntimeError, since the model would not change. Parameters below 64 KiB stay in memory, and so do those whose memory
     something else shares.
 
     Args:
@@ -212,8 +213,26 @@ def offload(
         bool(verify),
     )
     result = ModelOffload(made)
-    result._hook = model.register_forward_pre_hook(lambda module, args: made.begin_round())
+    result._hook = model.register_state_dict_post_hook(_snapshots(made))
     return result
+
+
+def _snapshots(offload: _C.ModelOffload) -> Callable[..., None]:
+    """A hook that puts copies in place of what has no address."""
+
+    def hook(
+        module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
+    ) -> None:
+        names = [
+            name
+            for name, value in state.items()
+            if isinstance(value, torch.Tensor) and _C.is_touched(value)
+        ]
+        if names:
+            copies = offload.snapshot([state[name] for name in names])
+            state.update(zip(names, copies, strict=True))
+
+    return hook
 
 
 def _check_hooks(model: torch.nn.Module) -> None:

@@ -56,9 +56,9 @@ py::dict to_dict(const torch_ext::PagerStats& stats) {
       "plans"_a = stats.plans, "hits"_a = stats.hits, "late"_a = stats.late,
       "misses"_a = stats.misses, "wait_seconds"_a = stats.wait_seconds,
       "bytes_read"_a = stats.bytes_read,
-      "bytes_written"_a = stats.bytes_written,
-      "host_bytes"_a = stats.memory, "host_bytes_in_use"_a = stats.in_use,
-      "host_bytes_peak"_a = stats.peak, "resident_bytes"_a = stats.resident);
+      "bytes_written"_a = stats.bytes_written, "host_bytes"_a = stats.memory,
+      "host_bytes_in_use"_a = stats.in_use, "host_bytes_peak"_a = stats.peak,
+      "resident_bytes"_a = stats.resident);
 }
 
 // torch turns a C++ exception of an operator into a RuntimeError. These are
@@ -104,7 +104,8 @@ OwnedModelOffload make_model_offload(const NamedParameters& parameters,
       new ModelOffload(std::move(named), std::move(options)));
 }
 
-using PlannedStorage = std::tuple<std::string, std::uint64_t, std::string, bool>;
+using PlannedStorage =
+    std::tuple<std::string, std::uint64_t, std::string, bool>;
 
 std::vector<PlannedStorage> plan_of(const ModelOffload& offload) {
   std::vector<PlannedStorage> plan;
@@ -125,13 +126,14 @@ void bind_model(py::module_& m) {
       .def(py::init(&make_model_offload), py::arg("parameters"),
            py::arg("directories"), py::arg("aio"), py::arg("host_memory"),
            py::arg("engine"), py::arg("verify"))
-      .def("begin_round", &ModelOffload::begin_round, release_gil())
+      .def("snapshot", &ModelOffload::snapshot, py::arg("tensors"),
+           release_gil())
       .def(
           "gathered",
           [](ModelOffload& offload, std::vector<at::Tensor> tensors,
              bool write) {
-            return std::make_unique<GatheredTensors>(
-                offload, std::move(tensors), write);
+            return std::make_unique<GatheredTensors>(offload,
+                                                     std::move(tensors), write);
           },
           py::arg("tensors"), py::arg("write"), py::keep_alive<0, 1>())
       .def("flush", &ModelOffload::flush, release_gil())

@@ -181,7 +181,7 @@ class Pager::Impl {
            (unit.state == State::kWriting && access == Access::kRead);
   }
 
-  void note_touch(const Paged& unit) REQUIRES(mutex_);
+  void note_touch(const Paged& unit, bool forward) REQUIRES(mutex_);
   void bring(std::span<const Touch> touches, std::vector<bool>& unread,
              MutexLock& lock) REQUIRES(mutex_);
   Progress request(Wait& wait) REQUIRES(mutex_);
@@ -275,11 +275,12 @@ void Pager::Impl::remove(Unit number) {
   if (unit.here()) evict(unit);
 }
 
-void Pager::Impl::note_touch(const Paged& unit) {
-  const std::uint64_t before = plan_.counts().touches;
-  const std::size_t places = plan_.touch(unit.number);
+void Pager::Impl::note_touch(const Paged& unit, bool forward) {
+  const TouchPlan::Counts before = plan_.counts();
+  const std::size_t places = plan_.touch(unit.number, forward);
   ahead_ -= std::min(ahead_, places);
-  if (plan_.counts().touches == before) return;
+  if (plan_.counts().plans != before.plans) choose_residents();
+  if (plan_.counts().touches == before.touches) return;
   if (unit.here()) {
     ++counts_.hits;
   } else {
@@ -292,12 +293,14 @@ void Pager::Impl::pin(Pins& pins, std::span<const Touch> touches, bool held) {
   pins.touches_.assign(touches.begin(), touches.end());
   pins.unread_.assign(touches.size(), false);
   MutexLock lock(mutex_);
-  bool all_here = true;
   for (const Touch& touch : touches) {
     const Paged& unit = at(touch.unit);
-    note_touch(unit);
-    all_here = all_here && usable(unit, touch.access);
+    if (!held) note_touch(unit, touch.forward);
   }
+  const bool all_here =
+      std::ranges::all_of(touches, [&](const Touch& touch) REQUIRES(mutex_) {
+        return usable(at(touch.unit), touch.access);
+      });
   if (!all_here) bring(touches, pins.unread_, lock);
   for (const Touch& touch : touches) {
     Paged& unit = at(touch.unit);
@@ -439,9 +442,8 @@ void Pager::Impl::check_written(Wait& wait) const {
 Pager::Impl::Progress Pager::Impl::request(Wait& wait) {
   Progress result = Progress::kDone;
   for (std::size_t i = 0; i < wait.touches.size(); ++i) {
-    const auto& [number, access] = wait.touches[i];
-    Paged& unit = *units_[number];
-    if (usable(unit, access)) continue;
+    Paged& unit = *units_[wait.touches[i].unit];
+    if (usable(unit, wait.touches[i].access)) continue;
     if (unit.state == State::kAway) {
       if (unit.read_error) {
         std::rethrow_exception(std::exchange(unit.read_error, nullptr));
@@ -453,7 +455,7 @@ Pager::Impl::Progress Pager::Impl::request(Wait& wait) {
     }
     result = std::max(result, Progress::kMoving);
     if (unit.state == State::kWriting ||
-               std::exchange(unit.prefetched, false)) {
+        std::exchange(unit.prefetched, false)) {
       store_.promote(unit.transfer, IoPriority::kNow);
     }
   }
@@ -719,7 +721,9 @@ void Pager::Impl::begin_round() {
   owner_.check();
   const MutexLock lock(mutex_);
   ahead_ = 0;
-  if (plan_.begin_round()) choose_residents();
+  const std::uint64_t before = plan_.counts().plans;
+  plan_.begin_round();
+  if (plan_.counts().plans != before) choose_residents();
   pump();
 }
 

@@ -5,6 +5,10 @@
 // are the plan for the next ones. It is a cycle, and the cursor is at the touch
 // that is expected next.
 //
+// A round begins where a forward pass does. Nobody has to say so: the first two
+// units that a forward pass reads are read one after the other again. A way
+// back reads them in the other order, and an update writes them.
+//
 // A touch moves the cursor behind the next place that has its unit. Programs
 // diverge: they skip a layer, or evaluate between two steps. So:
 //  - A unit that is not in the plan leaves the cursor where it is.
@@ -17,18 +21,31 @@
 #include "touch_plan.h"
 
 #include <algorithm>
-#include <utility>
 
 namespace torch_ext {
 
-std::size_t TouchPlan::touch(Unit unit) {
+std::size_t TouchPlan::touch(Unit unit, bool forward) {
   if (unit >= touched_.size()) touched_.resize(std::size_t{unit} + 1);
   touched_[unit] = ++clock_;
   if (unit == last_) return 0;
+  bool anew = false;
+  if (begins_anew(unit, forward)) {
+    end_round(anchor_, trace_.size() - 1);
+    trace_ = {last_};
+    cursor_ = order_.size() > 1 ? 1 : 0;
+    anew = true;
+  } else if (trace_.size() > kLongRound * touched_.size() ||
+             trace_.size() >= kLongest) {
+    end_round(0, 0);
+  }
+  if (forward && last_forward_ && anchor_ == kNever && !trace_.empty()) {
+    anchor_ = trace_.size() - 1;
+  }
   last_ = unit;
+  last_forward_ = forward;
   ++counts_.touches;
   ++round_touches_;
-  if (trace_.size() < kLongest) trace_.push_back(unit);
+  trace_.push_back(unit);
   if (order_.empty()) return 0;
   const std::size_t places = distance(unit);
   if (places == kNever) return 0;
@@ -39,7 +56,31 @@ std::size_t TouchPlan::touch(Unit unit) {
     return 0;
   }
   cursor_ = (cursor_ + places + 1) % order_.size();
-  return places <= kNear ? places + 1 : kNever;
+  return anew || places > kNear ? kNever : places + 1;
+}
+
+// Whether this touch and the last one are the first two of a forward pass.
+bool TouchPlan::begins_anew(Unit unit, bool forward) const {
+  return forward && last_forward_ && anchor_ != kNever &&
+         trace_.size() > anchor_ + 2 && last_ == trace_[anchor_] &&
+         unit == trace_[anchor_ + 1];
+}
+
+// The round was trace_[first] to trace_[end]; none if they are the same.
+void TouchPlan::end_round(std::size_t first, std::size_t end) {
+  const bool good = 10 * round_foreseen_ >= 9 * round_touches_;
+  if (first < end && (order_.empty() || !good)) {
+    order_.assign(trace_.begin() + static_cast<std::ptrdiff_t>(first),
+                  trace_.begin() + static_cast<std::ptrdiff_t>(end));
+    places_.assign(touched_.size(), {});
+    for (std::size_t i = 0; i < order_.size(); ++i) {
+      places_[order_[i]].push_back(i);
+    }
+    ++counts_.plans;
+  }
+  trace_.clear();
+  anchor_ = kNever;
+  round_touches_ = round_foreseen_ = 0;
 }
 
 bool TouchPlan::is_just_behind(Unit unit) const {
@@ -50,23 +91,11 @@ bool TouchPlan::is_just_behind(Unit unit) const {
   return false;
 }
 
-bool TouchPlan::begin_round() {
-  if (trace_.empty()) return false;
-  const bool good = 10 * round_foreseen_ >= 9 * round_touches_;
-  const bool anew = order_.empty() || !good;
-  if (anew) {
-    order_ = std::move(trace_);
-    places_.assign(touched_.size(), {});
-    for (std::size_t i = 0; i < order_.size(); ++i) {
-      places_[order_[i]].push_back(i);
-    }
-    ++counts_.plans;
-  }
-  trace_.clear();
-  round_touches_ = round_foreseen_ = 0;
+void TouchPlan::begin_round() {
+  end_round(0, trace_.size());
   cursor_ = 0;
   last_ = kNone;
-  return anew;
+  last_forward_ = false;
 }
 
 std::size_t TouchPlan::distance(Unit unit) const {

@@ -14,13 +14,14 @@ class TouchPlan {
   using Unit = std::uint32_t;
   static constexpr std::size_t kNever = std::numeric_limits<std::size_t>::max();
 
-  /// A unit is touched. Returns by how many places the plan goes on: 0 if it
-  /// stays where it is, kNever if it was set anew.
-  std::size_t touch(Unit unit);
+  /// A unit is touched. `forward`: in a forward pass, and only read. Returns by
+  /// how many places the plan goes on: 0 if it stays where it is, kNever if it
+  /// was set anew.
+  std::size_t touch(Unit unit, bool forward = false);
 
-  /// The touches begin anew, as with a forward pass. Returns true if that made
-  /// a new plan.
-  bool begin_round();
+  /// The touches begin anew, as with a forward pass. touch() notices that by
+  /// itself.
+  void begin_round();
 
   bool empty() const { return order_.empty(); }
   std::size_t size() const { return order_.size(); }
@@ -43,15 +44,23 @@ class TouchPlan {
 
  private:
   bool is_just_behind(Unit unit) const;
+  bool begins_anew(Unit unit, bool forward) const;
+  void end_round(std::size_t first, std::size_t end);
 
-  /// A round of this many touches without a new one is not traced further.
+  /// A round of this many touches is not traced further.
   static constexpr std::size_t kLongest = std::size_t{1} << 22;
+  /// So many touches of each unit, and no new round: begin to trace again.
+  static constexpr std::size_t kLongRound = 8;
   /// A touch that comes so much earlier is still foreseen.
   static constexpr std::size_t kNear = 4;
   static constexpr Unit kNone = std::numeric_limits<Unit>::max();
 
-  std::vector<Unit> trace_;                       ///< Of this round.
-  std::vector<Unit> order_;                       ///< The plan: a cycle.
+  std::vector<Unit> trace_;  ///< Of this round, without repetitions.
+  /// Where its first two touches of a forward pass are in the trace. kNever
+  /// until they have come.
+  std::size_t anchor_ = kNever;
+  bool last_forward_ = false;  ///< Whether the last touch was one of those.
+  std::vector<Unit> order_;    ///< The plan: a cycle.
   std::vector<std::vector<std::size_t>> places_;  ///< In order_, by unit.
   std::size_t cursor_ = 0;                        ///< The next place.
   Unit last_ = kNone;

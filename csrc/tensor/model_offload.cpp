@@ -1,6 +1,10 @@
 #include "torch_ext/tensor/model_offload.h"
 
+#include <ATen/ops/from_blob.h>
+#include <c10/core/InferenceMode.h>
+
 #include <algorithm>
+#include <filesystem>
 #include <map>
 #include <stdexcept>
 #include <utility>
@@ -9,6 +13,7 @@
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/available_memory.h"
 #include "torch_ext/base/error.h"
+#include "torch_ext/optim/snapshot_file.h"
 #include "touch.h"
 
 namespace torch_ext {
@@ -83,6 +88,7 @@ void check_budget(const std::vector<Group>& groups, std::uint64_t memory) {
 }  // namespace
 
 struct ModelOffload::Impl {
+  std::filesystem::path directory;  ///< For snapshots.
   std::shared_ptr<Store> store;
   std::shared_ptr<Pager> pager;
   /// TouchedStorages owns them.
@@ -111,6 +117,7 @@ ModelOffload::ModelOffload(std::vector<NamedTensor> parameters,
   std::vector<Group> groups = groups_of(std::move(parameters));
   check_budget(groups, options.host_memory);
   impl_->store = std::make_shared<Store>(options.store);
+  impl_->directory = options.store.directory.all().front().path;
   std::uint64_t total = 0;
   for (const Group& group : groups) {
     if (group.stays.empty()) total += group.tensors.front().storage().nbytes();
@@ -145,11 +152,6 @@ ModelOffload::ModelOffload(std::vector<NamedTensor> parameters,
 
 ModelOffload::~ModelOffload() = default;
 
-void ModelOffload::begin_round() {
-  TouchedStorages::instance().sweep();
-  impl_->pager->begin_round();
-}
-
 ModelOffload::Gathered ModelOffload::gathered(
     const std::vector<at::Tensor>& tensors, bool write) {
   std::vector<Pager::Touch> touches;
@@ -164,6 +166,51 @@ ModelOffload::Gathered ModelOffload::gathered(
     gathered.pins_.push_back(impl_->pager->hold(touches));
   }
   return gathered;
+}
+
+std::vector<at::Tensor> ModelOffload::snapshot(
+    const std::vector<at::Tensor>& tensors) {
+  struct Copy {
+    std::shared_ptr<PagedStorage> storage;
+    std::uint64_t offset = 0;
+  };
+  std::map<const PagedStorage*, Copy> copies;
+  std::vector<const PagedStorage*> storage_of;
+  std::uint64_t total = 0;
+  for (const at::Tensor& tensor : tensors) {
+    auto storage = TouchedStorages::instance().find(tensor);
+    const bool ours = storage != nullptr && storage->is_paged() &&
+                      &storage->pager() == impl_->pager.get();
+    storage_of.push_back(ours ? storage.get() : nullptr);
+    if (!ours || copies.contains(storage.get())) continue;
+    const PagedStorage* const key = storage.get();
+    const std::uint64_t bytes = align_up(storage->bytes(), page_size());
+    copies[key] = {.storage = std::move(storage), .offset = total};
+    total += bytes;
+  }
+  SnapshotFile file(impl_->directory, total);
+  for (const auto& [storage, copy] : copies) {
+    const Pager::Touch touch{storage->unit()};
+    const Pager::Pins pins = impl_->pager->hold({&touch, 1});
+    file.write(copy.offset, {pins.data(0), storage->bytes()});
+  }
+  const std::shared_ptr<std::byte> memory = file.map();
+  std::vector<at::Tensor> result;
+  const c10::InferenceMode inference;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const at::Tensor& tensor = tensors[i];
+    if (storage_of[i] == nullptr) {
+      result.push_back(tensor);
+      continue;
+    }
+    std::byte* const first = memory.get() + copies[storage_of[i]].offset;
+    const auto skipped =
+        static_cast<std::size_t>(tensor.storage_offset()) * tensor.itemsize();
+    result.push_back(at::from_blob(
+        first + skipped, tensor.sizes(), tensor.strides(), [memory](void*) {},
+        at::TensorOptions().dtype(tensor.scalar_type()).device(at::kCPU)));
+  }
+  return result;
 }
 
 void ModelOffload::flush() { impl_->pager->flush(); }

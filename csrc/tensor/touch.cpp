@@ -28,6 +28,7 @@
 #include <ATen/core/ivalue.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/DispatchKey.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -189,6 +190,7 @@ std::vector<Argument> arguments_of(const c10::OperatorHandle& op,
 std::vector<Pager::Pins> pin(const std::vector<Argument>& arguments) {
   std::vector<Pager::Pins> pins;
   std::vector<Pager::Touch> touches;
+  const bool forward = torch::autograd::get_current_graph_task_id() < 0;
   std::vector<bool> pinned(arguments.size());
   for (std::size_t i = 0; i < arguments.size(); ++i) {
     if (pinned[i]) continue;
@@ -196,7 +198,9 @@ std::vector<Pager::Pins> pin(const std::vector<Argument>& arguments) {
     touches.clear();
     for (std::size_t j = i; j < arguments.size(); ++j) {
       if (&arguments[j].storage->pager() != &pager) continue;
-      touches.push_back({arguments[j].storage->unit(), arguments[j].access});
+      const Access access = arguments[j].access;
+      touches.push_back({arguments[j].storage->unit(), access,
+                         forward && access == Access::kRead});
       pinned[j] = true;
     }
     pins.push_back(pager.pin(touches));

@@ -24,7 +24,7 @@ TouchPlan there_and_back() {
   TouchPlan plan;
   plan.begin_round();
   touch(plan, {0, 0, 1, 2, 2, 2, 1, 0, 0});
-  EXPECT_TRUE(plan.begin_round());
+  plan.begin_round();
   return plan;
 }
 
@@ -80,7 +80,7 @@ TEST(TouchPlanTest, AJumpTakesItAlong) {
 TEST(TouchPlanTest, ARoundBeginsAtTheFirstTouch) {
   TouchPlan plan = there_and_back();
   touch(plan, {0, 1, 2});  // An evaluation: all of it was foreseen.
-  EXPECT_FALSE(plan.begin_round());
+  plan.begin_round();
   EXPECT_EQ(plan.next(0), 0U);
   EXPECT_EQ(plan.size(), 5U);
 }
@@ -90,7 +90,7 @@ TEST(TouchPlanTest, ARoundThatWasNotForeseenIsTheNextPlan) {
   touch(plan, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9});
   plan.begin_round();
   touch(plan, {9, 4, 0, 7, 2});
-  EXPECT_TRUE(plan.begin_round());
+  plan.begin_round();
   EXPECT_EQ(next(plan, 5), (Units{9, 4, 0, 7, 2}));
   EXPECT_EQ(plan.counts().plans, 2U);
 }
@@ -100,7 +100,49 @@ TEST(TouchPlanTest, WithoutAPlanWhatWasTouchedLastIsNearest) {
   touch(plan, {0, 1, 0});
   EXPECT_LT(plan.distance(0), plan.distance(1));
   EXPECT_LT(plan.distance(1), plan.distance(2));
-  EXPECT_FALSE(TouchPlan().begin_round());
+}
+
+/// A step of three layers: forward, back, and an update of each.
+void train(TouchPlan& plan) {
+  for (const TouchPlan::Unit unit : {0U, 1U, 2U}) plan.touch(unit, true);
+  touch(plan, {2, 1, 0});
+  touch(plan, {0, 1, 2});
+}
+
+TEST(TouchPlanTest, NobodyHasToSayWhereAForwardPassBegins) {
+  TouchPlan plan;
+  touch(plan, {0, 1, 2});  // The bytes are copied in.
+  train(plan);
+  EXPECT_TRUE(plan.empty());
+  train(plan);
+  EXPECT_EQ(plan.size(), 7U);
+  for (int i = 0; i < 3; ++i) {
+    const auto before = plan.counts();
+    train(plan);
+    EXPECT_EQ(plan.counts().foreseen - before.foreseen,
+              plan.counts().touches - before.touches);
+  }
+  EXPECT_EQ(plan.counts().plans, 1U);
+}
+
+TEST(TouchPlanTest, APassOfInferenceIsARoundToo) {
+  TouchPlan plan;
+  for (int i = 0; i < 3; ++i) {
+    for (const TouchPlan::Unit unit : {5U, 6U, 7U, 5U}) plan.touch(unit, true);
+  }
+  // The head is the embedding: one touch with the next pass.
+  EXPECT_EQ(plan.size(), 3U);
+  EXPECT_EQ(plan.counts().plans, 1U);
+}
+
+TEST(TouchPlanTest, TouchesWithoutRoundsAreForgotten) {
+  TouchPlan plan;
+  for (int i = 0; i < 1000; ++i) touch(plan, {0, 1, 2});
+  EXPECT_TRUE(plan.empty());
+  train(plan);
+  train(plan);
+  train(plan);
+  EXPECT_EQ(plan.size(), 7U);
 }
 
 }  // namespace

@@ -69,6 +69,7 @@ class Pager {
   struct Touch {
     Unit unit = 0;
     Access access = Access::kRead;
+    bool forward = false;  ///< A forward pass reads it.
   };
 
   /// Told where a unit's bytes are when its first pin begins, and null when its
@@ -130,7 +131,8 @@ class Pager {
   /// where it is in their way they get a BudgetError.
   Pins hold(std::span<const Touch> touches);
 
-  /// Says that the touches begin anew, as with a forward pass.
+  /// Says that the touches begin anew. Where they say which of them are of a
+  /// forward pass, the pager notices that by itself.
   void begin_round();
 
   /// Returns when all that has changed is on the drive (written, not synced).

@@ -60,10 +60,6 @@ class ModelOffload {
   ModelOffload& operator=(const ModelOffload&) = delete;
   ~ModelOffload();
 
-  /// Says that a forward pass begins. From the second on, the order of touches
-  /// is known, and parameters are read ahead.
-  void begin_round();
-
   /// While it lives, the tensors have addresses. With `write`, they may be
   /// changed through them.
   class Gathered {
@@ -78,6 +74,14 @@ class ModelOffload {
   /// them. Tensors that are not offloaded are left out. Errors:
   /// Pager::hold()'s.
   Gathered gathered(const std::vector<at::Tensor>& tensors, bool write);
+
+  /// Copies of the tensors as they are now, and tensors that are not offloaded
+  /// as they are. The copies lie in a file without a name in the first
+  /// directory, mapped as private memory: see SnapshotFile. Tensors that share
+  /// a storage share a copy. A copy is an inference tensor: changing it would
+  /// not change the parameter, and raises an error. Errors: IoError,
+  /// Pager::hold()'s.
+  std::vector<at::Tensor> snapshot(const std::vector<at::Tensor>& tensors);
 
   /// Returns when all changes are on the drive (written, not synced). Errors:
   /// IoError.
