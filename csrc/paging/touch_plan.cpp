@@ -27,7 +27,11 @@ namespace torch_ext {
 std::size_t TouchPlan::touch(Unit unit, bool forward) {
   if (unit >= touched_.size()) touched_.resize(std::size_t{unit} + 1);
   touched_[unit] = ++clock_;
-  if (unit == last_) return 0;
+  if (unit == last_) {
+    // The way back may end where the next forward pass begins.
+    last_forward_ = forward;
+    return 0;
+  }
   bool anew = false;
   if (begins_anew(unit, forward)) {
     end_round(anchor_, trace_.size() - 1);
@@ -47,7 +51,7 @@ std::size_t TouchPlan::touch(Unit unit, bool forward) {
   ++round_touches_;
   trace_.push_back(unit);
   if (order_.empty()) return 0;
-  const std::size_t places = distance(unit);
+  const std::size_t places = places_to(unit);
   if (places == kNever) return 0;
   if (places <= kNear) {
     ++counts_.foreseen;
@@ -99,6 +103,12 @@ void TouchPlan::begin_round() {
 }
 
 std::size_t TouchPlan::distance(Unit unit) const {
+  // Often it is touched once more before the next one: read, then updated.
+  if (unit == last_) return 0;
+  return places_to(unit);
+}
+
+std::size_t TouchPlan::places_to(Unit unit) const {
   if (order_.empty()) {
     return kNever - (unit < touched_.size() ? touched_[unit] : 0);
   }

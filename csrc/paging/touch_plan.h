@@ -29,8 +29,9 @@ class TouchPlan {
   Unit next(std::size_t ahead) const {
     return order_[(cursor_ + ahead) % order_.size()];
   }
-  /// How many touches come before the unit's next one. kNever if it is in no
-  /// plan. Without a plan: the longer it has not been touched, the more.
+  /// How many touches come before the unit's next one; 0 for the unit that was
+  /// touched last. kNever if it is in no plan. Without a plan: the longer it
+  /// has not been touched, the more.
   std::size_t distance(Unit unit) const;
   /// The units in the order of their first touch.
   std::vector<Unit> units() const;
@@ -43,6 +44,7 @@ class TouchPlan {
   const Counts& counts() const { return counts_; }
 
  private:
+  std::size_t places_to(Unit unit) const;
   bool is_just_behind(Unit unit) const;
   bool begins_anew(Unit unit, bool forward) const;
   void end_round(std::size_t first, std::size_t end);

@@ -281,6 +281,18 @@ TEST_F(PagerTest, WhatFitsIsReadOnceAndWrittenByFlushOnly) {
   EXPECT_EQ(pager_->stats().bytes_written, before.bytes_written + 6 * kBlock);
 }
 
+TEST_F(PagerTest, WhatWasTouchedLastIsNotEvictedToReadAhead) {
+  make(3 * kBlock);
+  add(8);
+  round(units_);
+  pager_->begin_round();
+  for (const Unit unit : units_) {
+    EXPECT_TRUE(holds(unit, unit));
+    settle();
+    EXPECT_TRUE(pager_->in_memory(unit));
+  }
+}
+
 TEST_F(PagerTest, OnlyWhatHasChangedIsWritten) {
   make(3 * kBlock);
   add(8);
