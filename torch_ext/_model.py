@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -212,6 +213,7 @@ def offload(
         engine_of(engine),
         bool(verify),
     )
+    _print_offloaded_tensors()
     result = ModelOffload(made)
     result._hook = model.register_state_dict_post_hook(_snapshots(made))
     return result
@@ -233,6 +235,27 @@ def _snapshots(offload: _C.ModelOffload) -> Callable[..., None]:
             state.update(zip(names, copies, strict=True))
 
     return hook
+
+
+def _print_offloaded_tensors() -> None:
+    """Lets ``repr()`` show an offloaded tensor, whose elements torch would read by address.
+
+    ``torch._tensor_str._str`` is what makes the text. For all other tensors it stays as it is.
+    """
+    module = torch._tensor_str
+    original = getattr(module, "_str", None)
+    if original is None or hasattr(original, "prints_offloaded"):
+        return
+
+    @functools.wraps(original)
+    def text_of(self: torch.Tensor, *args: Any, **kwargs: Any) -> str:
+        if _C.is_touched(self):
+            with torch.no_grad():
+                self = self.clone().requires_grad_(self.requires_grad)
+        return original(self, *args, **kwargs)
+
+    text_of.prints_offloaded = True  # type: ignore[attr-defined]
+    module._str = text_of
 
 
 def _check_hooks(model: torch.nn.Module) -> None:

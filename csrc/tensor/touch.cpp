@@ -17,8 +17,8 @@
 // While nothing is pinned the DataPtr is null, and the tensors themselves hold
 // a stand-in storage whose data raises an error with the parameter's name. So
 // whoever takes an address outside of an operator never gets one, wherever the
-// bytes are. A view that was made meanwhile has the stand-in too, until an
-// operator sees it.
+// bytes are. A view that is made meanwhile has the stand-in too, but for the
+// operators that use it.
 //
 // This file is the only one that knows the key.
 
@@ -90,6 +90,23 @@ c10::Storage make_stand_in(const c10::Storage& real, const std::string& name) {
           "' is offloaded: it has an address only inside an operator, or in "
           "`with offload.gathered(parameter):`");
   return stand_in;
+}
+
+const c10::impl::PyObjectSlot& slot_of(const at::Tensor& tensor) {
+  return *tensor.unsafeGetTensorImpl()->pyobj_slot();
+}
+
+const c10::impl::PyObjectSlot& slot_of(const c10::Storage& storage) {
+  return *storage.unsafeGetStorageImpl()->pyobj_slot();
+}
+
+// Whether there are only so many references to a tensor or storage. Its Python
+// object, if it has one, is one more, and lives as long as there are others.
+template <typename Held>
+bool is_held_by(const Held& held, std::size_t references) {
+  if (held.use_count() == references) return true;
+  return held.use_count() == references + 1 &&
+         slot_of(held).has_unique_reference();
 }
 
 std::function<void()>& translator() {
@@ -218,6 +235,26 @@ std::vector<Pager::Pins> pin_for_operator(
   }
 }
 
+/// Views that were made while there were no bytes. They have the storage itself
+/// for as long as an operator uses them.
+class ShownViews {
+ public:
+  explicit ShownViews(const std::vector<Argument>& arguments) {
+    views_.reserve(arguments.size());
+    for (const auto& [tensor, storage, access] : arguments) {
+      if (storage->show_view(*tensor)) views_.emplace_back(*tensor, storage);
+    }
+  }
+  ShownViews(const ShownViews&) = delete;
+  ShownViews& operator=(const ShownViews&) = delete;
+  ~ShownViews() {
+    for (const auto& [tensor, storage] : views_) storage->hide_view(tensor);
+  }
+
+ private:
+  std::vector<std::pair<at::Tensor, std::shared_ptr<PagedStorage>>> views_;
+};
+
 void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
               torch::jit::Stack* stack) {
   const c10::DispatchKeySet rest =
@@ -230,12 +267,7 @@ void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
   const std::vector<Argument> arguments =
       arguments_of(op, std::span<const c10::IValue>(*stack).last(count));
   std::vector<Pager::Pins> pins = pin_for_operator(arguments);
-  for (const Argument& argument : arguments) {
-    if (storage_of(*argument.tensor) !=
-        argument.storage->storage().unsafeGetStorageImpl()) {
-      put(*argument.tensor, argument.storage->storage());
-    }
-  }
+  const ShownViews views(arguments);
   try {
     op.redispatchBoxed(rest, stack);
   } catch (...) {
@@ -248,6 +280,13 @@ void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
 
 // Storages -------------------------------------------------------------------
 
+/// Views that have the storage itself while operators use them, and how many.
+struct PagedStorage::Views {
+  Mutex mutex;
+  std::unordered_map<const c10::TensorImpl*, std::size_t> uses
+      GUARDED_BY(mutex);
+};
+
 PagedStorage::PagedStorage(std::shared_ptr<Pager> pager, std::string name,
                            std::vector<at::Tensor> tensors)
     : pager_(std::move(pager)),
@@ -256,6 +295,7 @@ PagedStorage::PagedStorage(std::shared_ptr<Pager> pager, std::string name,
       real_(tensors_.front().storage()),
       stand_in_(make_stand_in(real_, name_)),
       bytes_(real_.nbytes()),
+      views_(std::make_unique<Views>()),
       unit_(pager_->add(bytes_, name_,
                         [this](std::byte* data) { show(data); })) {}
 
@@ -312,25 +352,46 @@ void PagedStorage::show(std::byte* data) noexcept {
   }
 }
 
+bool PagedStorage::show_view(const at::Tensor& view) {
+  const bool is_own = std::ranges::any_of(
+      tensors_, [&](const at::Tensor& own) { return own.is_same(view); });
+  if (is_own) return false;
+  const MutexLock lock(views_->mutex);
+  std::size_t& uses = views_->uses[view.unsafeGetTensorImpl()];
+  if (uses == 0 && storage_of(view) == real_.unsafeGetStorageImpl()) {
+    views_->uses.erase(view.unsafeGetTensorImpl());
+    return false;
+  }
+  if (uses++ == 0) put(view, real_);
+  return true;
+}
+
+void PagedStorage::hide_view(const at::Tensor& view) noexcept {
+  const MutexLock lock(views_->mutex);
+  const auto found = views_->uses.find(view.unsafeGetTensorImpl());
+  if (found == views_->uses.end() || --found->second > 0) return;
+  put(view, stand_in_);
+  views_->uses.erase(found);
+}
+
 bool PagedStorage::is_dropped() const {
-  if (!begun_) return stand_in_.use_count() == 1;
-  const bool lost = std::ranges::all_of(tensors_, [&](const at::Tensor& each) {
-    const c10::StorageImpl* const now = storage_of(each);
-    return each.use_count() == 1 || (now != real_.unsafeGetStorageImpl() &&
-                                     now != stand_in_.unsafeGetStorageImpl());
-  });
-  if (!lost) return false;
+  if (!begun_) return is_held_by(stand_in_, 1);
+  std::size_t with_real = 0;
+  std::size_t with_stand_in = 0;
+  for (const at::Tensor& tensor : tensors_) {
+    const c10::StorageImpl* const now = storage_of(tensor);
+    if (now == real_.unsafeGetStorageImpl()) {
+      ++with_real;
+    } else if (now == stand_in_.unsafeGetStorageImpl()) {
+      ++with_stand_in;
+    } else {
+      continue;  // It has got another storage.
+    }
+    if (!is_held_by(tensor, 1)) return false;
+  }
   // Views may live on, and need the bytes.
-  const std::size_t own = static_cast<std::size_t>(
-      std::ranges::count_if(tensors_, [&](const at::Tensor& each) {
-        return storage_of(each) == real_.unsafeGetStorageImpl();
-      }));
-  const std::size_t own_stand_ins = static_cast<std::size_t>(
-      std::ranges::count_if(tensors_, [&](const at::Tensor& each) {
-        return storage_of(each) == stand_in_.unsafeGetStorageImpl();
-      }));
-  return real_.use_count() == 1 + own &&
-         stand_in_.use_count() == 1 + own_stand_ins;
+  return is_held_by(real_, 1 + with_real) &&
+         is_held_by(stand_in_, 1 + with_stand_in);
 }
 
 struct TouchedStorages::State {

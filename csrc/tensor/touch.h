@@ -48,7 +48,14 @@ class PagedStorage {
   const c10::Storage& storage() const { return real_; }
   const c10::Storage& stand_in() const { return stand_in_; }
 
+  /// Gives a view that has the stand-in the storage itself, until as many calls
+  /// of hide_view(). Returns false, and does nothing, if it has that already.
+  /// Threads: any.
+  bool show_view(const at::Tensor& view);
+  void hide_view(const at::Tensor& view) noexcept;
+
  private:
+  struct Views;
   void show(std::byte* data) noexcept;
 
   const std::shared_ptr<Pager> pager_;
@@ -57,6 +64,7 @@ class PagedStorage {
   const c10::Storage real_;
   const c10::Storage stand_in_;
   const std::uint64_t bytes_;
+  const std::unique_ptr<Views> views_;
   Pager::Unit unit_ = 0;
   bool begun_ = false;
 };
