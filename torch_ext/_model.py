@@ -27,7 +27,7 @@ class ModelPlan:
 
     #: Parameters on the drive, by name of the first that has the storage.
     offloaded: dict[str, int]
-    #: Of these, the ones that stay in host memory too once they have been read.
+    #: Those that stay in host memory too, once they have been read.
     resident: frozenset[str]
     #: Parameters that stay in memory, and why.
     staying: dict[str, str]
@@ -88,8 +88,8 @@ class ModelOffload(Closable):
         """Returns counters since the model was offloaded.
 
         ``touches`` counts parameters that operators needed, those of one after the other once.
-        ``foreseen`` of them were expected next. Of the touches, ``hits`` found the parameter in
-        host memory, ``late`` found it being read, and ``misses`` began to read it.
+        ``foreseen`` of them were expected next. ``hits`` found the parameter in host memory,
+        ``late`` found it being read, and ``misses`` began to read it.
         ``wait_seconds`` is what operators waited. ``plans`` says how often an order of touches
         was learnt. In bytes: ``bytes_read``, ``bytes_written``, ``host_bytes`` (there are),
         ``host_bytes_in_use``, ``host_bytes_peak``, ``resident_bytes``.

@@ -5,8 +5,8 @@
 //
 //   kAway -> kReading -> kHere <-> kWriting -> ... -> kAway
 //
-// Who is pinned stays. Of the others, any that is on the drive as it is here
-// may go at once, on any thread.
+// Who is pinned stays. Any other that is on the drive as it is here may go at
+// once, on any thread.
 //
 // Reading ahead. TouchPlan foresees the touches. pump() reads the units along
 // it, and makes room by evicting those whose next touch is farther than that of
@@ -25,7 +25,7 @@
 // in one piece.
 //
 // Waiting. Whoever needs units that are not here waits in bring(), one thread
-// at a time, with nothing pinned of what it asked for; reading ahead stops as
+// at a time. It has pinned nothing of what it asked for. Reading ahead stops as
 // long as it has no room. It waits for transfers, which end by themselves, or
 // for operators of other threads, which end without it. If neither is left, it
 // packs its own units anew, at the low end. If they do not fit even so, that is
@@ -113,8 +113,8 @@ class Pager::Impl {
     bool prefetched = false;        ///< Is being read, and nobody waits for it.
     bool unreadable = false;        ///< Reading it ahead has failed.
     Ticket transfer;                ///< While it is read or written.
-    std::exception_ptr read_error;  ///< Of its last read.
-    std::exception_ptr write_error;  ///< Of its last write; it is dirty then.
+    std::exception_ptr read_error;  ///< What its last read met.
+    std::exception_ptr write_error;  ///< What its last write met. It is dirty.
 
     bool here() const {
       return state == State::kHere || state == State::kWriting;

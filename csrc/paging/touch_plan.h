@@ -37,8 +37,8 @@ class TouchPlan {
   std::vector<Unit> units() const;
 
   struct Counts {
-    std::uint64_t touches = 0;   ///< Of another unit than the one before.
-    std::uint64_t foreseen = 0;  ///< Of them, by the plan.
+    std::uint64_t touches = 0;   ///< Repeated ones count once.
+    std::uint64_t foreseen = 0;  ///< Touches that the plan knew.
     std::uint64_t plans = 0;     ///< How often one was made.
   };
   const Counts& counts() const { return counts_; }
@@ -57,7 +57,7 @@ class TouchPlan {
   static constexpr std::size_t kNear = 4;
   static constexpr Unit kNone = std::numeric_limits<Unit>::max();
 
-  std::vector<Unit> trace_;  ///< Of this round, without repetitions.
+  std::vector<Unit> trace_;  ///< This round, without repetitions.
   /// Where its first two touches of a forward pass are in the trace. kNever
   /// until they have come.
   std::size_t anchor_ = kNever;

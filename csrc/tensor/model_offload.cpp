@@ -24,7 +24,7 @@ constexpr std::uint64_t kSmallest = std::uint64_t{64} << 10;
 
 /// The parameters that share a storage.
 struct Group {
-  std::string name;  ///< Of the first.
+  std::string name;  ///< That of the first.
   std::vector<at::Tensor> tensors;
   std::string stays = {};
 };

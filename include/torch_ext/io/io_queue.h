@@ -115,9 +115,10 @@ class IoQueue {
   /// operation has failed or ended or is not this queue's.
   bool cancel(const Ticket& ticket);
 
-  /// Gives the ticket's operation another priority, as if it were submitted now
-  /// with that one. Returns true if some of its requests are still to be taken.
-  /// Returns false, and changes nothing, where cancel() does. Allocates nothing.
+  /// Gives the ticket's operation another priority. It goes to the end of its
+  /// caller's line there. Returns true if some of its requests are still to be
+  /// taken. Returns false, and changes nothing, where cancel() does. Allocates
+  /// nothing.
   bool promote(const Ticket& ticket, IoPriority priority);
 
   /// What there is to do and was done. An operation is counted as running until

@@ -33,8 +33,8 @@ struct PagerOptions {
 
 /// Counters since a pager was made.
 struct PagerStats {
-  std::uint64_t touches = 0;        ///< Of units; of one after the other, one.
-  std::uint64_t foreseen = 0;       ///< Of them, those that the plan knew.
+  std::uint64_t touches = 0;        ///< Repeated ones of a unit count once.
+  std::uint64_t foreseen = 0;       ///< Touches that the plan knew.
   std::uint64_t plans = 0;          ///< How often a plan was made.
   std::uint64_t hits = 0;           ///< Pins that found their unit in memory.
   std::uint64_t late = 0;           ///< Pins that found it being read.
@@ -121,10 +121,9 @@ class Pager {
   /// An operator pins all that it needs at once: a thread that waits here holds
   /// nothing that others wait for.
   ///
-  /// Errors, after which nothing is pinned: IoError; what while_waiting throws;
-  /// BudgetError if the units do not fit beside those that hold() keeps, or
-  /// beside those that this thread has pinned already; StateError in a forked
-  /// child.
+  /// Nothing is pinned after an error. Errors: IoError; what while_waiting
+  /// throws; StateError in a forked child. BudgetError if the units do not fit
+  /// beside those that hold() keeps, or that this thread has pinned already.
   Pins pin(std::span<const Touch> touches);
 
   /// The same, for longer than an operator. Others do not wait for its end:

@@ -30,8 +30,8 @@ struct NamedTensor {
 
 /// What became of a storage of the parameters.
 struct OffloadedStorage {
-  std::string name;         ///< Of its first parameter.
-  std::uint64_t bytes = 0;  ///< Of the storage.
+  std::string name;         ///< That of its first parameter.
+  std::uint64_t bytes = 0;  ///< The storage's size.
   /// Why it stays in memory as before; empty if it is offloaded.
   std::string stays = {};
   bool resident = false;  ///< The plan keeps it in host memory.
