@@ -17,7 +17,7 @@ run() {
 }
 
 repetitions=7
-programs="io files small latency commit optimizer ranks zero_step cuda"
+programs="io files small latency commit model optimizer ranks zero_step cuda"
 for argument in "$@"; do
   case $argument in
     -h | --help)

@@ -178,9 +178,9 @@ def offload(
 
     Between operators an offloaded parameter has no address. ``numpy()``, ``data_ptr()`` and
     whatever else takes one raises RuntimeError with the parameter's name, except inside
-    ``gathered()``. ``model.state_dict()`` has copies in a file, which can be saved and loaded;
-    changing one raises RuntimeError, since the model would not change. Parameters below 64 KiB stay in memory, and so do those whose memory
-    something else shares.
+    ``gathered()``. ``model.state_dict()`` has copies in a file, which can be saved and loaded.
+    Changing one raises RuntimeError, since the model would not change. Parameters below 64 KiB
+    stay in memory, and so do those whose memory something else shares.
 
     Args:
         model: Its parameters are dense and on the CPU.

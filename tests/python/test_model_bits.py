@@ -13,8 +13,8 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import torch_ext
@@ -271,7 +271,7 @@ def tied_embedding(model):
     tokens = torch.randint(0, 300, (4, 7))
 
     def loss(m):
-        return F.cross_entropy(m(tokens).flatten(0, 1), tokens.flatten())
+        return functional.cross_entropy(m(tokens).flatten(0, 1), tokens.flatten())
 
     return train(model, torch.optim.AdamW(model.parameters(), foreach=False), loss_of=loss)
 

@@ -76,7 +76,10 @@ def test_a_directory_that_is_not_there_leaves_the_model(model, tmp_path):
     ("change", "text"),
     [
         (lambda m: m.to("meta"), "'0.weight': meta tensors"),
-        (lambda m: m.append(nn.Embedding.from_pretrained(torch.eye(300).to_sparse())), "Sparse"),
+        (
+            lambda m: m.append(nn.Embedding.from_pretrained(torch.eye(300).to_sparse())),
+            "Sparse",
+        ),
     ],
 )
 def test_a_parameter_of_another_kind_is_named(change, text, model, tmp_path):
@@ -181,13 +184,16 @@ def test_gathered_parameters_have_addresses(model, tmp_path):
 
 def test_what_is_gathered_is_not_available_to_others(model, tmp_path):
     made = offload(model, tmp_path)
-    with pytest.raises(MemoryError, match="'0.weight', '1.weight', '2.weight', ..."), (
-        made.gathered(model)
+    with (
+        pytest.raises(MemoryError, match="'0.weight', '1.weight', '2.weight', ..."),
+        made.gathered(model),
     ):
         pass
-    with made.gathered(list(model.parameters())[:8]):
-        with pytest.raises(MemoryError, match="of which 1048576 are in use"):
-            model(torch.ones(1, 256))
+    with (
+        made.gathered(list(model.parameters())[:8]),
+        pytest.raises(MemoryError, match="of which 1048576 are in use"),
+    ):
+        model(torch.ones(1, 256))
     model(torch.ones(1, 256))
 
 

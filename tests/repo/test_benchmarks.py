@@ -176,6 +176,24 @@ def test_latency_sets_the_wait_beside_a_bound_of_the_same_round(bench, disk, mon
     assert os.listdir(disk) == []
 
 
+def test_model_sets_its_time_beside_memory_and_the_drive(bench, disk, fake_fio):
+    fake_fio(FIO)
+    result = bench("model")
+    rows = cells(result)
+    assert set(rows) == {"forward 1", "forward 64", "forward 256", "step"}
+    (sample,) = result["measurements"]
+    assert "the same bits" in result["tables"][0]["title"]
+    assert sample["host bytes peak"] <= sample["bytes"] / 5
+    step = sample["step"]
+    memory, offloaded, ratio, of_limit, read, written, _ = map(float, rows["step"])
+    assert ratio == pytest.approx(step["offloaded"] / step["memory"], abs=0.01)
+    seconds = (step["read"] + step["written"]) / 2**30 / sample["fio rw"]
+    assert of_limit == pytest.approx(step["offloaded"] / max(seconds, step["memory"]), abs=0.01)
+    assert read == pytest.approx(step["read"] / sample["bytes"], abs=0.01)
+    assert float(rows["forward 1"][5]) == 0
+    assert os.listdir(disk) == []
+
+
 def test_commit_sets_its_time_beside_that_of_its_bytes(bench, disk, fake_fio):
     fake_fio(FIO)
     result = bench("commit")
