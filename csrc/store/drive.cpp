@@ -1,6 +1,7 @@
 #include "drive.h"
 
 #include <cerrno>
+#include <new>
 #include <utility>
 
 #include "base/cut_point.h"
@@ -72,10 +73,14 @@ std::optional<std::uint64_t> Drive::take(std::uint64_t bytes, bool may_grow) {
   }
 }
 
-void Drive::give(std::uint64_t offset, std::uint64_t bytes) {
+void Drive::give(std::uint64_t offset, std::uint64_t bytes) noexcept {
   const MutexLock lock(mutex_);
   allocated_ -= bytes;
-  space_.give(offset - Store::kHeadBytes, bytes);
+  try {
+    space_.give(offset - Store::kHeadBytes, bytes);
+  } catch (const std::bad_alloc&) {
+    // As after give_up(). A destructor calls this.
+  }
 }
 
 void Drive::trim() noexcept {

@@ -27,7 +27,8 @@ class Drive {
   std::optional<std::uint64_t> take(std::uint64_t bytes, bool may_grow);
   /// Takes these bytes. Returns false if some are not free.
   bool take_at(std::uint64_t offset, std::uint64_t bytes);
-  void give(std::uint64_t offset, std::uint64_t bytes);
+  /// Makes space free again. Where host memory is short, the space is lost.
+  void give(std::uint64_t offset, std::uint64_t bytes) noexcept;
   /// Gives the disk back what is free at the end of the file.
   void trim() noexcept;
   /// Errors: IoError (ENOSPC) where the file's free space and the disk clearly

@@ -108,6 +108,15 @@ TEST_F(StoreDrivesTest, BlocksAreSharedOutByWeightAlsoOfSmallExtents) {
 }
 
 // TileLanes calls with a lock that its callback takes.
+TEST_F(StoreDrivesTest, WhereMemoryRunsOutAnExtentCanEnd) {
+  Store store(scripted({1, 1, 1}));
+  auto extent = store.allocate(6 * kBlock);
+  const auto next = store.allocate(6 * kBlock);
+  const test::FailingNew failing(0);
+  extent.reset();
+  EXPECT_EQ(store.stats().allocated, 6 * kBlock);
+}
+
 TEST_F(StoreDrivesTest,
        WhereMemoryRunsOutNothingHasBegunAndNobodyIsCalledBack) {
   Store store(scripted({1, 1, 1}));
