@@ -19,6 +19,8 @@ class OwnerProcess {
   /// not exist. Errors: StateError in another process.
   void check() const;
 
+  bool is_this() const noexcept { return process_id() == id_; }
+
   /// Ends an object that has an `impl`, by `close`. Nobody hears of errors of
   /// `close`. In another process, threads, buffers and requests belong to the
   /// parent, so `impl` is left as it is.
@@ -35,8 +37,6 @@ class OwnerProcess {
   }
 
  private:
-  bool is_this() const noexcept { return process_id() == id_; }
-
   const char* what_;
   pid_t id_ = process_id();
 };

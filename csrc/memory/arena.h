@@ -5,20 +5,17 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <optional>
 
-#include "base/space_map.h"
 #include "pages.h"
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/process.h"
 
 namespace torch_ext {
 
-/// One anonymous mapping, of which parts of any size are taken and given back.
-/// The mapping is as large as was asked for, to the page, and never grows. Its
-/// pages stay: bytes that are given back are not zeroed. A forked child does
-/// not inherit it. Offsets and sizes are multiples of the page size.
-/// Threads: one at a time.
+/// One anonymous mapping, and how many of its bytes are in use. Its owner knows
+/// which. The mapping is as large as was asked for, to the page, and never
+/// grows. Its pages stay: bytes that are given back are not zeroed. A forked
+/// child does not inherit it. Threads: one at a time.
 class Arena {
  public:
   /// `bytes` is rounded down to whole pages. Errors: IoError ("mmap").
@@ -27,7 +24,6 @@ class Arena {
         base_(map_pages(size_)) {
     // This only tunes. On a kernel without it the results are the same.
     madvise(base_, size_, MADV_DONTFORK);
-    free_.give(0, size_);
   }
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
@@ -40,24 +36,16 @@ class Arena {
   std::uint64_t peak() const { return peak_; }
   std::byte* at(std::uint64_t offset) const { return base_ + offset; }
 
-  /// Takes these bytes. Returns false, and takes nothing, if some are not free.
-  bool take_at(std::uint64_t offset, std::uint64_t bytes) {
-    if (!free_.take_at(offset, bytes)) return false;
+  void take(std::uint64_t bytes) noexcept {
     in_use_ += bytes;
     peak_ = std::max(peak_, in_use_);
-    return true;
   }
-
-  void give(std::uint64_t offset, std::uint64_t bytes) {
-    free_.give(offset, bytes);
-    in_use_ -= bytes;
-  }
+  void give(std::uint64_t bytes) noexcept { in_use_ -= bytes; }
 
  private:
   const std::uint64_t size_;
   std::byte* const base_;
   const pid_t owner_ = process_id();
-  SpaceMap free_;
   std::uint64_t in_use_ = 0;
   std::uint64_t peak_ = 0;
 };

@@ -42,17 +42,13 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
-#include <map>
 #include <optional>
 #include <stdexcept>
 #include <utility>
 
-#include "base/mutex.h"
-#include "base/owner_process.h"
-#include "memory/arena.h"
+#include "pager_impl.h"
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/error.h"
-#include "touch_plan.h"
 
 namespace torch_ext {
 namespace {
@@ -66,176 +62,6 @@ thread_local std::size_t pinned_by_thread = 0;
 
 }  // namespace
 
-class Pager::Impl {
- public:
-  explicit Impl(PagerOptions options)
-      : options_(std::move(options)),
-        store_(*checked(options_).store),
-        arena_(options_.memory) {}
-
-  ~Impl() {
-    MutexLock lock(mutex_);
-    closing_ = true;
-    while (in_flight_ > 0) changed_.wait(lock);
-  }
-
-  Unit add(std::uint64_t bytes, std::string name, OnPinned on_pinned);
-  void remove(Unit unit);
-  void pin(Pins& pins, std::span<const Touch> touches, bool held);
-  void unpin(const Pins& pins) noexcept;
-  void undo_replaced(Pins& pins) noexcept;
-  void begin_round();
-  void flush();
-  PagerStats stats() const;
-
-  const OwnerProcess owner_{"pager"};
-
- private:
-  friend class Pager;
-  friend struct PagerProbe;
-
-  enum class State { kAway, kReading, kHere, kWriting };
-
-  struct Paged {
-    Unit number = 0;
-    std::string name;
-    std::uint64_t bytes = 0;
-    std::uint64_t room = 0;  ///< Bytes of its run.
-    OnPinned on_pinned;
-    std::shared_ptr<Extent> extent;
-    State state = State::kAway;
-    std::uint64_t run = 0;  ///< Where it is in the arena, unless it is away.
-    std::size_t pins = 0;
-    std::size_t wanted = 0;  ///< Threads that wait to pin it.
-    bool on_drive = false;   ///< The extent has bytes of it.
-    bool dirty = false;      ///< Has changed since its last write began.
-    bool resident = false;
-    bool prefetched = false;        ///< Is being read, and nobody waits for it.
-    bool unreadable = false;        ///< Reading it ahead has failed.
-    Ticket transfer;                ///< While it is read or written.
-    std::exception_ptr read_error;  ///< What its last read met.
-    std::exception_ptr write_error;  ///< What its last write met. It is dirty.
-
-    bool here() const {
-      return state == State::kHere || state == State::kWriting;
-    }
-    bool evictable() const {
-      return state == State::kHere && !dirty && pins == 0;
-    }
-  };
-
-  /// A place in the arena, and who has to go.
-  struct Hole {
-    std::uint64_t begin = 0;
-    std::vector<Paged*> evicted;
-  };
-  /// Which places will do.
-  enum class Rule {
-    kAhead,   ///< Units that can go now, and are needed later than this one.
-    kNeeded,  ///< All but pinned ones; those that are needed latest.
-    kPacked,  ///< All but pinned ones; the lowest.
-  };
-
-  enum class Progress { kDone, kMoving, kClearing, kNoRoom };
-
-  /// A thread that waits in bring().
-  struct Wait {
-    std::span<const Touch> touches;
-    std::vector<bool>& unread;
-    bool packs = false;   ///< Puts its units side by side, at the low end,
-    bool clears = false;  ///< and lets go of them first.
-    std::vector<Unit> written = {};  ///< Units that it made be written.
-  };
-
-  /// The turn of a thread in bring(). A thread that is in an operator already
-  /// takes none: others may wait for it.
-  struct Visit {
-    std::span<const Touch> touches;
-    const bool nested = pinned_by_thread > 0;
-    bool running = false;
-    bool has_room = true;  ///< Else nothing is read ahead.
-  };
-
-  static const PagerOptions& checked(const PagerOptions& options) {
-    if (options.store == nullptr) {
-      throw std::invalid_argument("pager: there is no store");
-    }
-    if (options.memory < page_size()) {
-      throw std::invalid_argument("pager: memory must be at least " +
-                                  std::to_string(page_size()) + ", got " +
-                                  std::to_string(options.memory));
-    }
-    return options;
-  }
-
-  Paged& at(Unit unit) const REQUIRES(mutex_) {
-    if (unit >= units_.size() || units_[unit] == nullptr) {
-      throw std::invalid_argument("pager: there is no unit " +
-                                  std::to_string(unit));
-    }
-    return *units_[unit];
-  }
-
-  static bool usable(const Paged& unit, Access access) {
-    return unit.state == State::kHere ||
-           (unit.state == State::kWriting && access == Access::kRead);
-  }
-
-  void note_touch(const Paged& unit, bool forward) REQUIRES(mutex_);
-  void bring(std::span<const Touch> touches, std::vector<bool>& unread,
-             MutexLock& lock) REQUIRES(mutex_);
-  Progress request(Wait& wait) REQUIRES(mutex_);
-  Progress fetch(Paged& unit, std::size_t touch, Wait& wait) REQUIRES(mutex_);
-  bool give_own_back(Wait& wait) REQUIRES(mutex_);
-  void check_written(Wait& wait) const REQUIRES(mutex_);
-  void begin(Visit& visit, MutexLock& lock) REQUIRES(mutex_);
-  void set_room(Visit& visit, bool has_room) REQUIRES(mutex_);
-  void end(Visit& visit) REQUIRES(mutex_);
-  void wait_some(MutexLock& lock) REQUIRES(mutex_) UNCHECKED_THREADS;
-  std::optional<Hole> find_hole(const Paged& unit, Rule rule,
-                                std::size_t ahead = 0) const REQUIRES(mutex_);
-  bool may_go(const Paged& unit, Rule rule, std::size_t farther_than) const
-      REQUIRES(mutex_);
-  std::size_t distance(const Paged& unit) const REQUIRES(mutex_);
-  void take(Paged& unit, const Hole& hole) REQUIRES(mutex_);
-  void evict(Paged& unit) REQUIRES(mutex_);
-  void start_read(Paged& unit, IoPriority priority) REQUIRES(mutex_);
-  void start_write(Paged& unit, IoPriority priority) noexcept REQUIRES(mutex_);
-  void read_ended(Paged& unit, std::exception_ptr error) noexcept;
-  void write_ended(Paged& unit, std::exception_ptr error) noexcept;
-  void write_back() REQUIRES(mutex_);
-  bool is_writing(Unit number) const REQUIRES(mutex_);
-  void pump() noexcept REQUIRES(mutex_);
-  void choose_residents() REQUIRES(mutex_);
-  [[noreturn]] void refuse(std::span<const Touch> touches) const
-      REQUIRES(mutex_);
-
-  const PagerOptions options_;
-  Store& store_;
-  /// One for all that it submits, on whichever thread.
-  const std::uint64_t caller_ = this_caller();
-
-  mutable Mutex mutex_;
-  CondVar changed_;
-  Arena arena_ GUARDED_BY(mutex_);
-  std::vector<std::unique_ptr<Paged>> units_ GUARDED_BY(mutex_);
-  std::map<std::uint64_t, Paged*> by_place_ GUARDED_BY(mutex_);
-  TouchPlan plan_ GUARDED_BY(mutex_);
-  /// So many places of the plan, from the cursor on, need no read.
-  std::size_t ahead_ GUARDED_BY(mutex_) = 0;
-  /// Units that have changed, for write_back().
-  std::vector<Unit> changed_units_ GUARDED_BY(mutex_);
-  std::size_t in_flight_ GUARDED_BY(mutex_) = 0;
-  std::size_t waiters_ GUARDED_BY(mutex_) = 0;
-  bool turn_taken_ GUARDED_BY(mutex_) = false;  ///< Somebody is in bring().
-  /// Threads in bring() that have no room yet.
-  std::size_t without_room_ GUARDED_BY(mutex_) = 0;
-  std::size_t operator_pins_ GUARDED_BY(mutex_) = 0;
-  std::uint64_t resident_bytes_ GUARDED_BY(mutex_) = 0;
-  bool closing_ GUARDED_BY(mutex_) = false;
-  PagerStats counts_ GUARDED_BY(mutex_);
-};
-
 Pager::Unit Pager::Impl::add(std::uint64_t bytes, std::string name,
                              OnPinned on_pinned) {
   if (bytes == 0) throw std::invalid_argument("pager: a unit of 0 bytes");
@@ -245,6 +71,8 @@ Pager::Unit Pager::Impl::add(std::uint64_t bytes, std::string name,
   unit->bytes = bytes;
   unit->room = align_up(unit->extent->padded_size(), page_size());
   unit->on_pinned = std::move(on_pinned);
+  Places places{{0, unit.get()}};
+  unit->place = places.extract(places.begin());
   const MutexLock lock(mutex_);
   if (unit->room > arena_.size()) {
     throw std::invalid_argument("host_memory is too small: '" + unit->name +
@@ -261,18 +89,20 @@ void Pager::Impl::remove(Unit number) {
   std::unique_ptr<Paged> removed;
   MutexLock lock(mutex_);
   Paged& unit = at(number);
-  if (unit.pins > 0 || unit.wanted > 0) {
+  if (unit.pins > 0 || unit.wanted > 0 || unit.claimed > 0) {
     throw StateError("pager: unit '" + unit.name + "' is in use");
   }
   // Nobody may begin another transfer meanwhile.
   removed = std::move(units_[number]);
+  if (std::exchange(unit.resident, false)) resident_bytes_ -= unit.room;
   ++waiters_;
   while (unit.state == State::kReading || unit.state == State::kWriting) {
     changed_.wait(lock);
   }
   --waiters_;
-  if (unit.resident) resident_bytes_ -= unit.room;
   if (unit.here()) evict(unit);
+  pump();
+  something_ended();
 }
 
 void Pager::Impl::note_touch(const Paged& unit, bool forward) {
@@ -301,10 +131,18 @@ void Pager::Impl::pin(Pins& pins, std::span<const Touch> touches, bool held) {
       std::ranges::all_of(touches, [&](const Touch& touch) REQUIRES(mutex_) {
         return usable(at(touch.unit), touch.access);
       });
-  if (!all_here) bring(touches, pins.unread_, lock);
+  if (!all_here) bring(touches, lock);
   for (const Touch& touch : touches) {
-    Paged& unit = at(touch.unit);
-    if (touch.access != Access::kRead) unit.dirty = true;
+    // Its first pin is not the only one that sees it.
+    if (at(touch.unit).pins > 0) at(touch.unit).blank = false;
+  }
+  for (std::size_t i = 0; i < touches.size(); ++i) {
+    Paged& unit = at(touches[i].unit);
+    pins.unread_[i] = unit.blank;
+    if (touches[i].access != Access::kRead) {
+      unit.dirty = true;
+      ++unit.writers;
+    }
     if (unit.pins++ == 0 && unit.on_pinned) unit.on_pinned(arena_.at(unit.run));
   }
   if (!held) {
@@ -317,10 +155,18 @@ void Pager::Impl::pin(Pins& pins, std::span<const Touch> touches, bool held) {
 }
 
 void Pager::Impl::unpin(const Pins& pins) noexcept {
+  if (!pins.held_) {
+    pinned_by_thread -= std::min(pinned_by_thread, pins.touches_.size());
+  }
+  // In a forked child, the lock's holder may not exist.
+  if (!owner_.is_this()) return;
   const MutexLock lock(mutex_);
   for (const Touch& touch : pins.touches_) {
+    if (touch.unit == kNoUnit) continue;
     Paged& unit = *units_[touch.unit];
+    if (touch.access != Access::kRead) --unit.writers;
     if (--unit.pins > 0) continue;
+    unit.blank = false;
     if (unit.on_pinned) unit.on_pinned(nullptr);
     if (!unit.dirty) continue;
     try {
@@ -329,48 +175,49 @@ void Pager::Impl::unpin(const Pins& pins) noexcept {
       // It is written when its room is needed.
     }
   }
-  if (!pins.held_) {
-    operator_pins_ -= pins.touches_.size();
-    pinned_by_thread -= std::min(pinned_by_thread, pins.touches_.size());
-  }
+  if (!pins.held_) operator_pins_ -= pins.touches_.size();
+  something_ended();
+}
+
+void Pager::Impl::something_ended() noexcept {
+  ++ended_;
   if (waiters_ > 0) changed_.notify_all();
 }
 
 void Pager::Impl::undo_replaced(Pins& pins) noexcept {
+  if (!owner_.is_this()) return;
   const MutexLock lock(mutex_);
   for (std::size_t i = 0; i < pins.touches_.size(); ++i) {
-    if (!pins.unread_[i]) continue;
-    Paged& unit = *units_[pins.touches_[i].unit];
-    const auto own = static_cast<std::size_t>(
-        std::ranges::count(pins.touches_, unit.number, &Touch::unit));
+    const Unit number = pins.touches_[i].unit;
+    if (!pins.unread_[i] || number == kNoUnit) continue;
+    Paged& unit = *units_[number];
     // Whoever else has pinned it has seen the new bytes.
-    if (unit.pins > own) continue;
+    if (!unit.blank) continue;
+    for (Touch& touch : pins.touches_) {
+      if (touch.unit == number) touch.unit = kNoUnit;
+    }
+    unit.pins = unit.writers = 0;
     unit.dirty = false;
-    pins.unread_[i] = false;
     if (unit.on_pinned) unit.on_pinned(nullptr);
-    // The pins go on counting, for unpin().
     evict(unit);
   }
+  something_ended();
 }
 
 // Waits until all the touches' units can be used. Other threads that need
 // something wait for their turn meanwhile.
-void Pager::Impl::bring(std::span<const Touch> touches,
-                        std::vector<bool>& unread, MutexLock& lock) {
+void Pager::Impl::bring(std::span<const Touch> touches, MutexLock& lock) {
   const Clock::time_point start = Clock::now();
-  Visit visit{.touches = touches};
-  Wait wait{touches, unread};
+  Visit visit{.touches = touches, .nested = pinned_by_thread > 0};
+  Wait wait{.touches = touches, .nested = visit.nested};
   begin(visit, lock);
-  for (const Touch& touch : touches) {
-    units_[touch.unit]->read_error = nullptr;
-  }
   try {
     for (;;) {
       check_written(wait);
       if (wait.clears) {
         set_room(visit, false);
         if (give_own_back(wait)) {
-          wait_some(lock);
+          wait_for_transfer(lock);
           continue;
         }
         wait.clears = false;
@@ -379,9 +226,11 @@ void Pager::Impl::bring(std::span<const Touch> touches,
       if (progress == Progress::kDone) break;
       set_room(visit, progress == Progress::kMoving);
       if (progress != Progress::kNoRoom || in_flight_ > 0) {
-        wait_some(lock);
-      } else if (!wait.packs) {
+        wait_for_transfer(lock);
+      } else if (!wait.packs || wait.ended != ended_) {
+        // Packed around what has ended since, they may lie apart.
         wait.packs = wait.clears = true;
+        wait.ended = ended_;
       } else if (!visit.nested && operator_pins_ > 0) {
         end(visit);
         wait_some(lock);
@@ -392,10 +241,9 @@ void Pager::Impl::bring(std::span<const Touch> touches,
       }
     }
   } catch (...) {
-    for (std::size_t i = 0; i < touches.size(); ++i) {
-      Paged* const unit = units_[touches[i].unit].get();
-      if (unread[i] && unit != nullptr && unit->evictable()) evict(*unit);
-      unread[i] = false;
+    for (const Touch& touch : touches) {
+      Paged* const unit = units_[touch.unit].get();
+      if (unit != nullptr && unit->blank && unit->evictable()) evict(*unit);
     }
     end(visit);
     throw;
@@ -409,7 +257,12 @@ void Pager::Impl::bring(std::span<const Touch> touches,
 void Pager::Impl::begin(Visit& visit, MutexLock& lock) {
   while (turn_taken_ && !visit.nested) wait_some(lock);
   for (const Touch& touch : visit.touches) at(touch.unit);
-  for (const Touch& touch : visit.touches) ++at(touch.unit).wanted;
+  for (const Touch& touch : visit.touches) {
+    Paged& unit = *units_[touch.unit];
+    ++(visit.nested ? unit.claimed : unit.wanted);
+    // To read it ahead may have failed.
+    unit.read_error = nullptr;
+  }
   if (!visit.nested) turn_taken_ = true;
   visit.running = true;
 }
@@ -423,9 +276,12 @@ void Pager::Impl::set_room(Visit& visit, bool has_room) {
 void Pager::Impl::end(Visit& visit) {
   set_room(visit, true);
   if (!std::exchange(visit.running, false)) return;
-  for (const Touch& touch : visit.touches) --units_[touch.unit]->wanted;
+  for (const Touch& touch : visit.touches) {
+    Paged& unit = *units_[touch.unit];
+    --(visit.nested ? unit.claimed : unit.wanted);
+  }
   if (!visit.nested) turn_taken_ = false;
-  if (waiters_ > 0) changed_.notify_all();
+  something_ended();
 }
 
 // Errors: that of a unit that could not be written, and has to go.
@@ -441,16 +297,21 @@ void Pager::Impl::check_written(Wait& wait) const {
 // Begins what the touches still need, as far as there is room.
 Pager::Impl::Progress Pager::Impl::request(Wait& wait) {
   Progress result = Progress::kDone;
-  for (std::size_t i = 0; i < wait.touches.size(); ++i) {
-    Paged& unit = *units_[wait.touches[i].unit];
-    if (usable(unit, wait.touches[i].access)) continue;
+  for (const Touch& touch : wait.touches) {
+    Paged& unit = *units_[touch.unit];
+    if (usable(unit, touch.access)) continue;
     if (unit.state == State::kAway) {
       if (unit.read_error) {
         std::rethrow_exception(std::exchange(unit.read_error, nullptr));
       }
-      const Progress progress = fetch(unit, i, wait);
+      const Progress progress = fetch(unit, touch.access, wait);
       if (progress > Progress::kMoving) return progress;
       result = std::max(result, progress);
+      continue;
+    }
+    if (unit.blank) {
+      // Somebody was to replace it, and has not pinned it yet.
+      result = std::max(result, fill(unit));
       continue;
     }
     result = std::max(result, Progress::kMoving);
@@ -463,10 +324,11 @@ Pager::Impl::Progress Pager::Impl::request(Wait& wait) {
 }
 
 // Begins to bring a unit that is away, or to make room for it.
-Pager::Impl::Progress Pager::Impl::fetch(Paged& unit, std::size_t touch,
+Pager::Impl::Progress Pager::Impl::fetch(Paged& unit, Access access,
                                          Wait& wait) {
   const std::optional<Hole> hole =
-      find_hole(unit, wait.packs ? Rule::kPacked : Rule::kNeeded);
+      find_hole(unit, {.rule = wait.packs ? Rule::kPacked : Rule::kNeeded,
+                       .nested = wait.nested});
   if (!hole) return Progress::kNoRoom;
   bool clear = true;
   for (Paged* other : hole->evicted) {
@@ -483,25 +345,30 @@ Pager::Impl::Progress Pager::Impl::fetch(Paged& unit, std::size_t touch,
   }
   if (!clear) return Progress::kClearing;
   take(unit, *hole);
-  if (wait.touches[touch].access == Access::kReplace || !unit.on_drive) {
-    if (wait.touches[touch].access != Access::kReplace) {
-      std::memset(arena_.at(unit.run), 0, unit.room);
-    }
-    wait.unread[touch] = true;
-    unit.state = State::kHere;
-    return Progress::kDone;
+  if (access != Access::kReplace) return fill(unit);
+  unit.state = State::kHere;
+  unit.blank = true;
+  return Progress::kDone;
+}
+
+// Brings the bytes of a unit that has a run.
+Pager::Impl::Progress Pager::Impl::fill(Paged& unit) {
+  unit.blank = false;
+  if (unit.on_drive) {
+    start_read(unit, IoPriority::kNow);
+    return Progress::kMoving;
   }
-  start_read(unit, IoPriority::kNow);
-  return Progress::kMoving;
+  std::memset(arena_.at(unit.run), 0, unit.room);
+  unit.state = State::kHere;
+  return Progress::kDone;
 }
 
 // Lets go of the touches' own units, so that they can be packed. Returns
 // whether it has to be called again.
 bool Pager::Impl::give_own_back(Wait& wait) {
   bool again = false;
-  for (std::size_t i = 0; i < wait.touches.size(); ++i) {
-    Paged& unit = *units_[wait.touches[i].unit];
-    wait.unread[i] = false;
+  for (const Touch& touch : wait.touches) {
+    Paged& unit = *units_[touch.unit];
     if (unit.state == State::kAway || unit.pins > 0) continue;
     if (unit.evictable()) {
       evict(unit);
@@ -513,6 +380,11 @@ bool Pager::Impl::give_own_back(Wait& wait) {
     wait.written.push_back(unit.number);
   }
   return again;
+}
+
+// A write that could not begin is no transfer, but an error already.
+void Pager::Impl::wait_for_transfer(MutexLock& lock) {
+  if (in_flight_ > 0) wait_some(lock);
 }
 
 void Pager::Impl::wait_some(MutexLock& lock) {
@@ -536,17 +408,19 @@ std::size_t Pager::Impl::distance(const Paged& unit) const {
   return unit.resident ? 0 : plan_.distance(unit.number);
 }
 
-bool Pager::Impl::may_go(const Paged& unit, Rule rule,
-                         std::size_t farther_than) const {
-  if (unit.pins > 0 || unit.wanted > 0) return false;
-  if (rule != Rule::kAhead) return true;
-  return unit.evictable() && distance(unit) > farther_than;
+// Nobody waits for a thread that waits, so one in an operator may have what
+// it wants: that one takes it again.
+bool Pager::Impl::may_go(const Paged& unit, const Search& search) const {
+  if (unit.pins > 0 || unit.claimed > 0) return false;
+  if (unit.wanted > 0 && !search.nested) return false;
+  if (search.rule != Rule::kAhead) return true;
+  return unit.evictable() && distance(unit) > search.ahead;
 }
 
 // Every place that will do can be moved down to the end of a unit, or to 0,
 // without that more units have to go. Residents are moved up instead.
 std::optional<Pager::Impl::Hole> Pager::Impl::find_hole(
-    const Paged& unit, Rule rule, std::size_t ahead) const {
+    const Paged& unit, const Search& search) const {
   struct Best {
     std::uint64_t begin = 0;
     std::size_t soonest = 0;  ///< Distance of the unit that is needed first.
@@ -564,7 +438,7 @@ std::optional<Pager::Impl::Hole> Pager::Impl::find_hole(
     }
     for (; each != by_place_.end() && each->first < begin + size; ++each) {
       const Paged& other = *each->second;
-      if (!may_go(other, rule, ahead)) return;
+      if (!may_go(other, search)) return;
       found.soonest = std::min(found.soonest, distance(other));
       found.bytes += other.room;
       if (best && found.soonest < best->soonest) return;
@@ -573,7 +447,7 @@ std::optional<Pager::Impl::Hole> Pager::Impl::find_hole(
         !best || found.soonest > best->soonest || found.bytes < best->bytes;
     if (better) best = found;
   };
-  const bool from_above = unit.resident && rule != Rule::kPacked;
+  const bool from_above = unit.resident && search.rule != Rule::kPacked;
   if (from_above) {
     if (arena_.size() >= size) look_at(arena_.size() - size);
     for (auto each = by_place_.rbegin(); each != by_place_.rend(); ++each) {
@@ -582,7 +456,7 @@ std::optional<Pager::Impl::Hole> Pager::Impl::find_hole(
   } else {
     look_at(0);
     for (const auto& [begin, other] : by_place_) {
-      if (rule == Rule::kPacked && best) break;
+      if (search.rule == Rule::kPacked && best) break;
       look_at(begin + other->room);
     }
   }
@@ -596,17 +470,19 @@ std::optional<Pager::Impl::Hole> Pager::Impl::find_hole(
   return hole;
 }
 
-void Pager::Impl::take(Paged& unit, const Hole& hole) {
+void Pager::Impl::take(Paged& unit, const Hole& hole) noexcept {
   for (Paged* other : hole.evicted) evict(*other);
-  by_place_[hole.begin] = &unit;
-  arena_.take_at(hole.begin, unit.room);
   unit.run = hole.begin;
+  unit.place.key() = unit.run;
+  by_place_.insert(std::move(unit.place));
+  arena_.take(unit.room);
 }
 
-void Pager::Impl::evict(Paged& unit) {
-  by_place_.erase(unit.run);
-  arena_.give(unit.run, unit.room);
+void Pager::Impl::evict(Paged& unit) noexcept {
+  unit.place = by_place_.extract(unit.run);
+  arena_.give(unit.room);
   unit.state = State::kAway;
+  unit.blank = false;
   ahead_ = 0;
 }
 
@@ -641,8 +517,7 @@ void Pager::Impl::start_write(Paged& unit, IoPriority priority) noexcept {
          .priority = priority,
          .caller = caller_});
     unit.state = State::kWriting;
-    // Whoever has it pinned may go on changing it.
-    unit.dirty = unit.pins > 0;
+    unit.dirty = false;
     ++in_flight_;
   } catch (...) {
     unit.write_error = std::current_exception();
@@ -704,7 +579,8 @@ void Pager::Impl::pump() noexcept {
           !unit->on_drive) {
         continue;
       }
-      const std::optional<Hole> hole = find_hole(*unit, Rule::kAhead, ahead_);
+      const std::optional<Hole> hole =
+          find_hole(*unit, {.rule = Rule::kAhead, .ahead = ahead_});
       if (!hole) return;
       const std::size_t ahead = ahead_;
       take(*unit, *hole);
@@ -763,9 +639,12 @@ void Pager::Impl::choose_residents() {
     unit->resident = true;
     resident_bytes_ += unit->room;
   }
-  // They come again, each at its end of the memory.
+  // They come again, each at its end of the memory. What stays no longer has to
+  // be written before it can go.
   for (const auto& unit : units_) {
-    if (unit != nullptr && unit->evictable()) evict(*unit);
+    if (unit == nullptr) continue;
+    if (unit->evictable()) evict(*unit);
+    if (unit->dirty) changed_units_.push_back(unit->number);
   }
 }
 
@@ -776,13 +655,15 @@ void Pager::Impl::flush() {
   for (Unit number = 0; number < units_.size(); ++number) {
     while (is_writing(number)) wait_some(lock);
     Paged* const unit = units_[number].get();
-    if (unit != nullptr && unit->dirty) start_write(*unit, IoPriority::kNow);
+    if (unit == nullptr || !unit->dirty || unit->writers > 0) continue;
+    start_write(*unit, IoPriority::kNow);
   }
   std::exception_ptr error;
   for (Unit number = 0; number < units_.size(); ++number) {
     while (is_writing(number)) wait_some(lock);
     const Paged* const unit = units_[number].get();
-    if (error == nullptr && unit != nullptr) error = unit->write_error;
+    if (unit == nullptr || unit->writers > 0) continue;
+    if (error == nullptr) error = unit->write_error;
   }
   if (error != nullptr) std::rethrow_exception(error);
 }
@@ -873,21 +754,25 @@ void Pager::flush() { impl_->flush(); }
 PagerStats Pager::stats() const { return impl_->stats(); }
 
 std::uint64_t Pager::bytes(Unit unit) const {
+  impl_->owner_.check();
   const MutexLock lock(impl_->mutex_);
   return impl_->at(unit).bytes;
 }
 
 const std::string& Pager::name(Unit unit) const {
+  impl_->owner_.check();
   const MutexLock lock(impl_->mutex_);
   return impl_->at(unit).name;
 }
 
 bool Pager::in_memory(Unit unit) const {
+  impl_->owner_.check();
   const MutexLock lock(impl_->mutex_);
   return impl_->at(unit).here();
 }
 
 bool Pager::resident(Unit unit) const {
+  impl_->owner_.check();
   const MutexLock lock(impl_->mutex_);
   return impl_->at(unit).resident;
 }
@@ -910,6 +795,7 @@ void Pager::Pins::release() noexcept {
 
 std::byte* Pager::Pins::data(std::size_t i) const {
   Impl& impl = *pager_->impl_;
+  impl.owner_.check();
   const MutexLock lock(impl.mutex_);
   return impl.arena_.at(impl.at(touches_.at(i).unit).run);
 }

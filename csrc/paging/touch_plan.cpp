@@ -21,6 +21,7 @@
 #include "touch_plan.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace torch_ext {
 
@@ -74,12 +75,15 @@ bool TouchPlan::begins_anew(Unit unit, bool forward) const {
 void TouchPlan::end_round(std::size_t first, std::size_t end) {
   const bool good = 10 * round_foreseen_ >= 9 * round_touches_;
   if (first < end && (order_.empty() || !good)) {
-    order_.assign(trace_.begin() + static_cast<std::ptrdiff_t>(first),
-                  trace_.begin() + static_cast<std::ptrdiff_t>(end));
-    places_.assign(touched_.size(), {});
-    for (std::size_t i = 0; i < order_.size(); ++i) {
-      places_[order_[i]].push_back(i);
+    // Where memory is short, the old plan stays.
+    std::vector<Unit> order(trace_.begin() + static_cast<std::ptrdiff_t>(first),
+                            trace_.begin() + static_cast<std::ptrdiff_t>(end));
+    std::vector<std::vector<std::size_t>> places(touched_.size());
+    for (std::size_t i = 0; i < order.size(); ++i) {
+      places[order[i]].push_back(i);
     }
+    order_ = std::move(order);
+    places_ = std::move(places);
     ++counts_.plans;
   }
   trace_.clear();

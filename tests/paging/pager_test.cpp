@@ -1,13 +1,16 @@
 #include "torch_ext/paging/pager.h"
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <optional>
 #include <random>
 #include <span>
@@ -18,6 +21,7 @@
 #include <vector>
 
 #include "support/child.h"
+#include "support/failing_new.h"
 #include "support/faulty_engine.h"
 #include "support/io_queue_test.h"
 #include "support/pattern.h"
@@ -85,6 +89,13 @@ class PagerTest : public test::IoQueueTest {
   void round(const Units& units) {
     pager_->begin_round();
     for (const Unit unit : units) EXPECT_TRUE(holds(unit, unit)) << unit;
+  }
+
+  /// From now on, until script_->release_all().
+  void hold_reads() const {
+    script_->set_plan([](std::size_t, const IoRequest& request) {
+      return request.op == IoRequest::Op::kRead ? Fault::held() : Fault();
+    });
   }
 
   std::size_t reads() const {
@@ -328,6 +339,228 @@ TEST_F(PagerTest, WhatWasToReplaceItMayFail) {
   EXPECT_TRUE(holds(0, 0));
 }
 
+// Another one has not been asked for it, but it can be in memory already.
+TEST_F(PagerTest, WhatIsToBeReplacedIsOldUntilThen) {
+  make(4 * kBlock);
+  add(8);
+  pager_->flush();
+  hold_reads();
+  const Pager::Touch touches[] = {{0, Access::kReplace}, {1}};
+  std::atomic<bool> seen = false;
+  std::thread replacing([&] {
+    const Pager::Pins pins = pager_->pin(touches);
+    while (!seen) std::this_thread::yield();
+    test::fill_pattern(bytes_of(pins, 0), 100);
+  });
+  while (script_->held() == 0) std::this_thread::yield();
+  EXPECT_TRUE(pager_->in_memory(0));
+  // It is in an operator, and so it waits for no turn.
+  const Pager::Pins outer = pin(7);
+  std::thread releasing([&] {
+    while (script_->held() < 2 && !seen) std::this_thread::yield();
+    script_->release_all();
+  });
+  EXPECT_TRUE(holds(0, 0));
+  seen = true;
+  releasing.join();
+  replacing.join();
+  EXPECT_TRUE(holds(0, 100));
+}
+
+TEST_F(PagerTest, WhatIsReplacedAndReadAtOnceIsRead) {
+  make(3 * kBlock);
+  add(8);
+  const Pager::Touch touches[] = {{0, Access::kReplace}, {0, Access::kRead}};
+  const Pager::Pins pins = pager_->pin(touches);
+  EXPECT_TRUE(test::holds_pattern(bytes_of(pins, 0), 0));
+}
+
+TEST_F(PagerTest, AFlushDoesNotWriteWhatIsHalfReplaced) {
+  make(3 * kBlock);
+  add(8);
+  pager_->flush();
+  const std::uint64_t written = pager_->stats().bytes_written;
+  Pager::Pins pins = pin(0, Access::kReplace);
+  bytes_of(pins, 0)[0] = std::byte{1};
+  pager_->flush();
+  EXPECT_EQ(pager_->stats().bytes_written, written);
+  pins.undo_replaced();
+  EXPECT_THROW(pins.data(0), std::invalid_argument);
+  EXPECT_TRUE(holds(0, 0));
+  pins.release();
+  EXPECT_TRUE(holds(0, 0));
+}
+
+TEST_F(PagerTest, AFlushWritesWhatIsOnlyReadOnce) {
+  make(3 * kBlock);
+  add(1);
+  const Pager::Pins pins = pin(0);
+  pager_->flush();
+  EXPECT_EQ(pager_->stats().bytes_written, kBlock);
+  pager_->flush();
+  EXPECT_EQ(pager_->stats().bytes_written, kBlock);
+}
+
+TEST_F(PagerTest, WhatOthersHaveChangedSinceIsNotUndone) {
+  make(3 * kBlock);
+  add(8);
+  pager_->flush();
+  Pager::Pins pins = pin(0, Access::kReplace);
+  write(0, 100, Access::kWrite);
+  pins.undo_replaced();
+  pins.release();
+  EXPECT_TRUE(holds(0, 100));
+}
+
+TEST_F(PagerTest, WhatWasUndoneIsPinnedAnewByTheNextPin) {
+  make(4 * kBlock);
+  std::vector<std::byte*> told;
+  const Unit unit = pager_->add(kBlock, "unit",
+                                [&](std::byte* data) { told.push_back(data); });
+  write(unit, 5);
+  add(8);
+  told.clear();
+  Pager::Pins outer = pin(unit, Access::kReplace);
+  outer.undo_replaced();
+  const Pager::Pins inner = pin(unit);
+  ASSERT_EQ(told.size(), 3U);
+  EXPECT_EQ(told[2], inner.data(0));
+  outer.release();
+  EXPECT_EQ(told.size(), 3U);
+  EXPECT_TRUE(test::holds_pattern(bytes_of(inner, unit), 5));
+}
+
+// Packed around what was pinned, they lie apart when that is gone.
+TEST_F(PagerTest, WhatFitsOnceAPinHasEndedIsPackedAgain) {
+  make(8 * kBlock);
+  for (const std::uint64_t blocks : {3U, 1U, 2U, 3U, 3U}) {
+    add(1, blocks * kBlock);
+  }
+  pager_->flush();
+  pager_->remove(0);
+  pager_->remove(2);
+  const Unit low = pager_->add(3 * kBlock, "low");
+  std::optional<Pager::Pins> pins;
+  {
+    const Pager::Touch touches[] = {{low}, {1}};
+    pins = pager_->pin(touches);
+    EXPECT_EQ(pins->data(1) - pins->data(0), 3 * kBlock);
+    pins = pin(1);
+  }
+  const Unit two = pager_->add(2 * kBlock, "two");
+  write(two, two);
+  pager_->flush();
+  // It reads three times and packs, which is to read again.
+  std::atomic<std::size_t> read = 0;
+  script_->set_plan([&](std::size_t, const IoRequest& request) {
+    if (request.op != IoRequest::Op::kRead) return Fault();
+    return ++read > 2 * 2 ? Fault::held() : Fault();
+  });
+  std::thread packing([&] { EXPECT_NO_THROW(pin({two, 3, 4})); });
+  while (script_->held() == 0) std::this_thread::yield();
+  pins.reset();
+  script_->release_all();
+  packing.join();
+}
+
+TEST_F(PagerTest, AnOperatorMayHaveWhatAThreadThatWaitsWants) {
+  std::atomic<bool> stopped = false, go_on = false;
+  std::thread::id waiting;
+  make(4 * kBlock, 8, [&] {
+    if (std::this_thread::get_id() != waiting) return;
+    stopped = true;
+    while (!go_on) std::this_thread::yield();
+  });
+  add(8);
+  pager_->flush();
+  const Pager::Pins outer = pin(0);
+  hold_reads();
+  std::thread other([&] {
+    waiting = std::this_thread::get_id();
+    pin({1, 2, 3});
+  });
+  while (script_->held() < 3) std::this_thread::yield();
+  script_->release_all();
+  while (!stopped) std::this_thread::yield();
+  settle();
+  EXPECT_NO_THROW(EXPECT_TRUE(holds(4, 4)));
+  go_on = true;
+  other.join();
+}
+
+TEST_F(PagerTest, AUnitThatIsRemovedWhileOthersAreChosenDoesNotStay) {
+  make(6 * kBlock);
+  add(4);
+  pager_->flush();
+  hold_reads();
+  pager_->begin_round();  // All stay, and are read.
+  while (script_->held() < 4) std::this_thread::yield();
+  std::thread removing([&] { pager_->remove(1); });
+  const auto is_gone = [&] {
+    try {
+      return pager_->bytes(1) == 0;
+    } catch (const std::invalid_argument&) {
+      return true;
+    }
+  };
+  while (!is_gone()) std::this_thread::yield();
+  for (Unit unit = 4; unit < 6; ++unit) {
+    write(pager_->add(kBlock, "new"), unit);
+  }
+  pager_->begin_round();
+  script_->release_all();
+  removing.join();
+  EXPECT_EQ(pager_->stats().resident, 2 * kBlock);
+}
+
+TEST_F(PagerTest, WhatStaysNoLongerIsWrittenBack) {
+  make(8 * kBlock);
+  add(12);
+  round(units_);
+  pager_->begin_round();
+  Unit resident = 0;
+  while (!pager_->resident(resident)) ++resident;
+  write(resident, 100, Access::kWrite);
+  Units others = units_;
+  std::erase(others, resident);
+  std::ranges::reverse(others);
+  round(others);
+  pager_->begin_round();
+  ASSERT_FALSE(pager_->resident(resident));
+  const std::uint64_t written = pager_->stats().bytes_written;
+  pin(others[0]);
+  settle();
+  EXPECT_EQ(pager_->stats().bytes_written, written + kBlock);
+}
+
+// Whichever allocation fails, on a way that evicts, writes and reads.
+TEST_F(PagerTest, WhereMemoryRunsOutNoByteIsLostAndNobodyWaits) {
+  std::atomic<std::size_t> waits = 0;
+  make(kBlock, 8, [&] { ++waits; });
+  add(4);
+  pager_->flush();
+  bool thrown = true;
+  for (std::size_t good = 0; thrown; ++good) {
+    write(0, 100);
+    const std::size_t requests = script_->requests();
+    waits = 0;
+    thrown = false;
+    try {
+      const test::FailingNew failing(good);
+      pin(3);
+    } catch (const std::bad_alloc&) {
+      thrown = true;
+    }
+    if (script_->requests() == requests) {
+      EXPECT_EQ(waits, 0U) << good;
+    }
+    for (const Unit unit : units_) {
+      EXPECT_TRUE(holds(unit, unit == 0 ? 100 : unit)) << good;
+    }
+    ASSERT_LT(good, 1000U);
+  }
+}
+
 TEST_F(PagerTest, ItSaysWhereAUnitIsWhileItIsPinned) {
   make(2 * kBlock);
   std::vector<std::byte*> told;
@@ -460,6 +693,25 @@ TEST_F(PagerTest, AForkedChildIsRefused) {
               return "no error";
             }),
             "");
+}
+
+// Another thread may have the lock then, and is not there.
+TEST_F(PagerTest, PinsEndInAForkedChildWithoutALock) {
+  make(2 * kBlock);
+  add(1);
+  std::optional<Pager::Pins> pins = pin(0);
+  std::string wrong = "not forked";
+  const Unit forking = pager_->add(100, "forking", [&](std::byte* data) {
+    if (data == nullptr) return;
+    wrong = test::in_child([&]() -> std::string {
+      alarm(20);
+      pins->undo_replaced();
+      pins.reset();
+      return "";
+    });
+  });
+  pin(forking);
+  EXPECT_EQ(wrong, "");
 }
 
 TEST_F(PagerTest, BadOptionsAreRefused) {

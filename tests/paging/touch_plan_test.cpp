@@ -2,7 +2,11 @@
 
 #include <gtest/gtest.h>
 
+#include <cstddef>
+#include <new>
 #include <vector>
+
+#include "support/failing_new.h"
 
 namespace torch_ext {
 namespace {
@@ -94,6 +98,26 @@ TEST(TouchPlanTest, ARoundThatWasNotForeseenIsTheNextPlan) {
   plan.begin_round();
   EXPECT_EQ(next(plan, 5), (Units{9, 4, 0, 7, 2}));
   EXPECT_EQ(plan.counts().plans, 2U);
+}
+
+TEST(TouchPlanTest, WhereMemoryRunsOutThePlanStays) {
+  TouchPlan plan = there_and_back();
+  touch(plan, {9, 4, 0, 7, 2});
+  bool thrown = true;
+  for (std::size_t good = 0; thrown; ++good) {
+    thrown = false;
+    try {
+      const test::FailingNew failing(good);
+      plan.begin_round();
+    } catch (const std::bad_alloc&) {
+      thrown = true;
+    }
+    if (thrown) {
+      EXPECT_EQ(plan.units(), (Units{0, 1, 2})) << good;
+    }
+    ASSERT_LT(good, 1000U);
+  }
+  EXPECT_EQ(next(plan, 5), (Units{9, 4, 0, 7, 2}));
 }
 
 TEST(TouchPlanTest, WithoutAPlanWhatWasTouchedLastIsNearest) {

@@ -26,8 +26,9 @@ struct PagerOptions {
   /// Bytes of host memory for all units that are not on the drive alone. It is
   /// rounded down to whole pages, and is a limit: the pager takes no byte more.
   std::uint64_t memory = 0;
-  /// Called some ten times a second on a thread that waits in pin(), without a
-  /// lock. What it throws leaves pin(). It may be empty.
+  /// Called on a thread that waits in pin() or flush(), without a lock: ten
+  /// times a second, and whenever something ends. What it throws leaves that
+  /// call. It may be empty.
   std::function<void()> while_waiting = {};
 };
 
@@ -91,7 +92,9 @@ class Pager {
     /// Where the bytes of touch number `i` are, at a multiple of 4096.
     std::byte* data(std::size_t i) const;
     /// What should have replaced the bytes has failed. Units that were taken
-    /// for it without being read have their old bytes again.
+    /// for it without being read, and that nobody else has pinned since, have
+    /// their old bytes again. They are pinned no more: data() of them throws
+    /// std::invalid_argument.
     void undo_replaced() noexcept;
 
    private:
@@ -123,7 +126,8 @@ class Pager {
   ///
   /// Nothing is pinned after an error. Errors: IoError; what while_waiting
   /// throws; StateError in a forked child. BudgetError if the units do not fit
-  /// beside those that hold() keeps, or that this thread has pinned already.
+  /// beside those that hold() keeps. Where this thread has pinned something
+  /// already, all that is pinned counts as held.
   Pins pin(std::span<const Touch> touches);
 
   /// The same, for longer than an operator. Others do not wait for its end:
@@ -135,7 +139,9 @@ class Pager {
   void begin_round();
 
   /// Returns when all that has changed is on the drive (written, not synced).
-  /// Errors: the first IoError; all others are written all the same.
+  /// What is pinned to be changed is not: it is written after that. Errors: the
+  /// first IoError; all others are written all the same; what while_waiting
+  /// throws.
   void flush();
 
   PagerStats stats() const;
