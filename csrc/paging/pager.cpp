@@ -107,8 +107,16 @@ void Pager::Impl::remove(Unit number) {
 
 void Pager::Impl::note_touch(const Paged& unit, bool forward) {
   const TouchPlan::Counts before = plan_.counts();
+  const Unit last = plan_.last();
   const std::size_t places = plan_.touch(unit.number, forward);
   ahead_ -= std::min(ahead_, places);
+  stall_.ahead -= std::min(stall_.ahead, places);
+  if (places == TouchPlan::kNever) stall_.known = false;
+  for (std::size_t back = 1; stall_.known && back <= places; ++back) {
+    const Paged* const passed = units_[plan_.next(plan_.size() - back)].get();
+    if (passed != nullptr) loosened(*passed);
+  }
+  if (last < units_.size() && units_[last] != nullptr) loosened(*units_[last]);
   if (plan_.counts().plans != before.plans) choose_residents();
   if (plan_.counts().touches == before.touches) return;
   if (unit.here()) {
@@ -168,6 +176,7 @@ void Pager::Impl::unpin(const Pins& pins) noexcept {
     if (--unit.pins > 0) continue;
     unit.blank = false;
     if (unit.on_pinned) unit.on_pinned(nullptr);
+    loosened(unit);
     if (!unit.dirty) continue;
     try {
       changed_units_.push_back(unit.number);
@@ -279,6 +288,7 @@ void Pager::Impl::end(Visit& visit) {
   for (const Touch& touch : visit.touches) {
     Paged& unit = *units_[touch.unit];
     --(visit.nested ? unit.claimed : unit.wanted);
+    loosened(unit);
   }
   if (!visit.nested) turn_taken_ = false;
   something_ended();
@@ -417,57 +427,105 @@ bool Pager::Impl::may_go(const Paged& unit, const Search& search) const {
   return unit.evictable() && distance(unit) > search.ahead;
 }
 
-// Every place that will do can be moved down to the end of a unit, or to 0,
-// without that more units have to go. Residents are moved up instead.
+// Looks at all places, or at those that have a part of one of `near`.
 std::optional<Pager::Impl::Hole> Pager::Impl::find_hole(
-    const Paged& unit, const Search& search) const {
-  struct Best {
-    std::uint64_t begin = 0;
-    std::size_t soonest = 0;  ///< Distance of the unit that is needed first.
-    std::uint64_t bytes = 0;  ///< That have to go.
-  };
+    const Paged& unit, const Search& search,
+    const std::vector<Range>* near) const {
   std::optional<Best> best;
-  const std::uint64_t size = unit.room;
-  const auto look_at = [&](std::uint64_t begin) REQUIRES(mutex_) {
-    if (begin + size > arena_.size()) return;
-    Best found{.begin = begin, .soonest = TouchPlan::kNever};
-    auto each = by_place_.upper_bound(begin);
-    if (each != by_place_.begin()) {
-      const auto before = std::prev(each);
-      if (before->first + before->second->room > begin) each = before;
-    }
-    for (; each != by_place_.end() && each->first < begin + size; ++each) {
-      const Paged& other = *each->second;
-      if (!may_go(other, search)) return;
-      found.soonest = std::min(found.soonest, distance(other));
-      found.bytes += other.room;
-      if (best && found.soonest < best->soonest) return;
-    }
-    const bool better =
-        !best || found.soonest > best->soonest || found.bytes < best->bytes;
-    if (better) best = found;
-  };
-  const bool from_above = unit.resident && search.rule != Rule::kPacked;
-  if (from_above) {
-    if (arena_.size() >= size) look_at(arena_.size() - size);
-    for (auto each = by_place_.rbegin(); each != by_place_.rend(); ++each) {
-      if (each->first >= size) look_at(each->first - size);
-    }
+  if (near == nullptr) {
+    look_near({.begin = 0, .end = arena_.size()}, unit, search, best);
   } else {
-    look_at(0);
-    for (const auto& [begin, other] : by_place_) {
-      if (search.rule == Rule::kPacked && best) break;
-      look_at(begin + other->room);
-    }
+    for (const Range& range : *near) look_near(range, unit, search, best);
   }
   if (!best) return std::nullopt;
-  Hole hole{.begin = best->begin, .evicted = {}};
-  for (const auto& [begin, other] : by_place_) {
-    if (begin < best->begin + size && best->begin < begin + other->room) {
-      hole.evicted.push_back(other);
+  return hole_at(best->begin, unit.room);
+}
+
+// Every place that will do can be moved down to the end of a unit, or to 0,
+// without that more units have to go. Residents are moved up instead.
+void Pager::Impl::look_near(const Range& range, const Paged& unit,
+                            const Search& search,
+                            std::optional<Best>& best) const {
+  const std::uint64_t size = unit.room;
+  const std::uint64_t highest = arena_.size() - size;
+  if (unit.resident && search.rule != Rule::kPacked) {
+    if (range.end > highest) weigh(highest, size, search, best);
+    auto each = by_place_.lower_bound(range.end + size);
+    while (each != by_place_.begin()) {
+      --each;
+      if (each->first <= range.begin || each->first < size) break;
+      weigh(each->first - size, size, search, best);
+    }
+    return;
+  }
+  if (range.begin < size) weigh(0, size, search, best);
+  auto each = by_place_.upper_bound(range.begin - std::min(range.begin, size));
+  if (each != by_place_.begin()) --each;
+  for (; each != by_place_.end(); ++each) {
+    const std::uint64_t begin = each->first + each->second->room;
+    if (begin >= range.end || begin > highest) break;
+    if (search.rule == Rule::kPacked && best) break;
+    weigh(begin, size, search, best);
+  }
+}
+
+void Pager::Impl::weigh(std::uint64_t begin, std::uint64_t size,
+                        const Search& search, std::optional<Best>& best) const {
+  Best found{.begin = begin, .soonest = TouchPlan::kNever};
+  auto each = by_place_.upper_bound(begin);
+  if (each != by_place_.begin()) {
+    const auto before = std::prev(each);
+    if (before->first + before->second->room > begin) each = before;
+  }
+  for (; each != by_place_.end() && each->first < begin + size; ++each) {
+    const Paged& other = *each->second;
+    if (!may_go(other, search)) return;
+    found.soonest = std::min(found.soonest, distance(other));
+    found.bytes += other.room;
+    if (best && found.soonest < best->soonest) return;
+  }
+  const bool better =
+      !best || found.soonest > best->soonest || found.bytes < best->bytes;
+  if (better) best = found;
+}
+
+Pager::Impl::Hole Pager::Impl::hole_at(std::uint64_t begin,
+                                       std::uint64_t size) const {
+  Hole hole{.begin = begin, .evicted = {}};
+  auto each = by_place_.upper_bound(begin);
+  if (each != by_place_.begin()) --each;
+  for (; each != by_place_.end() && each->first < begin + size; ++each) {
+    if (each->first + each->second->room > begin) {
+      hole.evicted.push_back(each->second);
     }
   }
   return hole;
+}
+
+// Looked for at each touch, among all units, room would cost more than most
+// operators.
+std::optional<Pager::Impl::Hole> Pager::Impl::find_room_ahead(
+    const Paged& unit) {
+  const Search search{.rule = Rule::kAhead, .ahead = ahead_};
+  const bool stalled =
+      stall_.known && unit.room >= stall_.room && ahead_ >= stall_.ahead;
+  std::optional<Hole> hole =
+      find_hole(unit, search, stalled ? &stall_.loosened : nullptr);
+  if (!hole && (!stalled || unit.room == stall_.room)) {
+    stall_.known = true;
+    stall_.room = unit.room;
+    stall_.ahead = ahead_;
+    stall_.loosened.clear();
+  }
+  return hole;
+}
+
+// A unit can go, or is needed later, or has gone.
+void Pager::Impl::loosened(const Paged& unit) noexcept {
+  if (!stall_.known || unit.state == State::kAway) return;
+  stall_.known = stall_.loosened.size() < kMostLoosened;
+  if (!stall_.known) return;
+  stall_.loosened.push_back({unit.run, unit.run + unit.room});
 }
 
 void Pager::Impl::take(Paged& unit, const Hole& hole) noexcept {
@@ -479,6 +537,7 @@ void Pager::Impl::take(Paged& unit, const Hole& hole) noexcept {
 }
 
 void Pager::Impl::evict(Paged& unit) noexcept {
+  loosened(unit);
   unit.place = by_place_.extract(unit.run);
   arena_.give(unit.room);
   unit.state = State::kAway;
@@ -532,6 +591,7 @@ void Pager::Impl::read_ended(Paged& unit, std::exception_ptr error) noexcept {
   if (error == nullptr) {
     counts_.bytes_read += unit.extent->padded_size();
     unit.state = State::kHere;
+    loosened(unit);
   } else {
     unit.read_error = std::move(error);
     evict(unit);
@@ -548,6 +608,7 @@ void Pager::Impl::write_ended(Paged& unit, std::exception_ptr error) noexcept {
   if (error == nullptr) {
     counts_.bytes_written += unit.extent->padded_size();
     unit.on_drive = true;
+    loosened(unit);
   } else {
     unit.write_error = std::move(error);
     unit.dirty = true;
@@ -579,8 +640,7 @@ void Pager::Impl::pump() noexcept {
           !unit->on_drive) {
         continue;
       }
-      const std::optional<Hole> hole =
-          find_hole(*unit, {.rule = Rule::kAhead, .ahead = ahead_});
+      const std::optional<Hole> hole = find_room_ahead(*unit);
       if (!hole) return;
       const std::size_t ahead = ahead_;
       take(*unit, *hole);
@@ -597,6 +657,7 @@ void Pager::Impl::begin_round() {
   owner_.check();
   const MutexLock lock(mutex_);
   ahead_ = 0;
+  stall_.known = false;
   const std::uint64_t before = plan_.counts().plans;
   plan_.begin_round();
   if (plan_.counts().plans != before) choose_residents();

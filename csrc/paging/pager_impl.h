@@ -29,7 +29,9 @@ class Pager::Impl {
   explicit Impl(PagerOptions options)
       : options_(std::move(options)),
         store_(*checked(options_).store),
-        arena_(options_.memory) {}
+        arena_(options_.memory) {
+    stall_.loosened.reserve(kMostLoosened);
+  }
 
   ~Impl() {
     MutexLock lock(mutex_);
@@ -104,11 +106,33 @@ class Pager::Impl {
     kNeeded,  ///< All but pinned ones; those that are needed latest.
     kPacked,  ///< All but pinned ones; the lowest.
   };
+  /// Bytes of the arena, from begin to end.
+  struct Range {
+    std::uint64_t begin = 0;
+    std::uint64_t end = 0;
+  };
   struct Search {
     Rule rule = Rule::kNeeded;
     std::size_t ahead = 0;  ///< Of the unit that comes, for kAhead.
     bool nested = false;    ///< The thread is in an operator.
   };
+  /// The best place so far.
+  struct Best {
+    std::uint64_t begin = 0;
+    std::size_t soonest = 0;  ///< Distance of the unit that is needed first.
+    std::uint64_t bytes = 0;  ///< That have to go.
+  };
+
+  /// What pump() has found no room for. Until something changes, nothing that
+  /// is as large and comes as late has room, but where `loosened` says.
+  struct Stall {
+    bool known = false;
+    std::uint64_t room = 0;
+    std::size_t ahead = 0;
+    std::vector<Range> loosened = {};
+  };
+  /// With more, all places are looked at again.
+  static constexpr std::size_t kMostLoosened = 32;
 
   enum class Progress { kDone, kMoving, kClearing, kNoRoom };
 
@@ -174,8 +198,16 @@ class Pager::Impl {
   void something_ended() noexcept REQUIRES(mutex_);
   void wait_for_transfer(MutexLock& lock) REQUIRES(mutex_);
   void wait_some(MutexLock& lock) REQUIRES(mutex_) UNCHECKED_THREADS;
-  std::optional<Hole> find_hole(const Paged& unit, const Search& search) const
+  std::optional<Hole> find_hole(const Paged& unit, const Search& search,
+                                const std::vector<Range>* near = nullptr) const
       REQUIRES(mutex_);
+  void look_near(const Range& range, const Paged& unit, const Search& search,
+                 std::optional<Best>& best) const REQUIRES(mutex_);
+  void weigh(std::uint64_t begin, std::uint64_t size, const Search& search,
+             std::optional<Best>& best) const REQUIRES(mutex_);
+  Hole hole_at(std::uint64_t begin, std::uint64_t size) const REQUIRES(mutex_);
+  std::optional<Hole> find_room_ahead(const Paged& unit) REQUIRES(mutex_);
+  void loosened(const Paged& unit) noexcept REQUIRES(mutex_);
   bool may_go(const Paged& unit, const Search& search) const REQUIRES(mutex_);
   std::size_t distance(const Paged& unit) const REQUIRES(mutex_);
   void take(Paged& unit, const Hole& hole) noexcept REQUIRES(mutex_);
@@ -204,6 +236,7 @@ class Pager::Impl {
   TouchPlan plan_ GUARDED_BY(mutex_);
   /// So many places of the plan, from the cursor on, need no read.
   std::size_t ahead_ GUARDED_BY(mutex_) = 0;
+  Stall stall_ GUARDED_BY(mutex_);
   /// Units that have changed, for write_back().
   std::vector<Unit> changed_units_ GUARDED_BY(mutex_);
   std::size_t in_flight_ GUARDED_BY(mutex_) = 0;

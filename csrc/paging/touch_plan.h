@@ -36,6 +36,9 @@ class TouchPlan {
   /// The units in the order of their first touch.
   std::vector<Unit> units() const;
 
+  /// The unit that was touched last. It is no unit's number before the first.
+  Unit last() const { return last_; }
+
   struct Counts {
     std::uint64_t touches = 0;   ///< Repeated ones count once.
     std::uint64_t foreseen = 0;  ///< Touches that the plan knew.

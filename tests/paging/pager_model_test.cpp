@@ -74,6 +74,7 @@ struct PagerProbe {
       if (unit->dirty && !unit->here()) return name + " is lost";
       if (unit->resident) resident += unit->room;
     }
+    if (stalled_wrongly(impl)) return "room that is not read ahead into";
     if (here != impl.by_place_.size()) return "a run without its unit";
     if (in_flight != impl.in_flight_) return "transfers are counted wrongly";
     if (resident != impl.resident_bytes_) return "residents counted wrongly";
@@ -82,6 +83,20 @@ struct PagerProbe {
       return "somebody waits who has gone";
     }
     return "";
+  }
+
+  /// With impl.mutex_ held.
+  static bool stalled_wrongly(Pager::Impl& impl) UNCHECKED_THREADS {
+    const auto& stall = impl.stall_;
+    if (!stall.known || !stall.loosened.empty()) return false;
+    for (const auto& unit : impl.units_) {
+      if (unit == nullptr || unit->room < stall.room) continue;
+      if (unit->state != Pager::Impl::State::kAway) continue;
+      const Pager::Impl::Search search{.rule = Pager::Impl::Rule::kAhead,
+                                       .ahead = stall.ahead};
+      if (impl.find_hole(*unit, search)) return true;
+    }
+    return false;
   }
 
   static bool idle(const Pager& pager) {
