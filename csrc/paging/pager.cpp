@@ -221,6 +221,8 @@ void Pager::Impl::bring(std::span<const Touch> touches, MutexLock& lock) {
   Wait wait{.touches = touches, .nested = visit.nested};
   begin(visit, lock);
   try {
+    // Nobody is in the way of what can never fit.
+    if (room_of(units_of(touches)) > arena_.size()) refuse(touches);
     for (;;) {
       check_written(wait);
       if (wait.clears) {
@@ -748,32 +750,41 @@ PagerStats Pager::Impl::stats() const {
   return stats;
 }
 
-void Pager::Impl::refuse(std::span<const Touch> touches) const {
-  std::uint64_t needed = 0;
-  std::string names;
-  for (std::size_t i = 0; i < touches.size(); ++i) {
-    const Paged& unit = *units_[touches[i].unit];
-    const bool seen = std::ranges::any_of(
-        touches.first(i),
-        [&](const Touch& other) { return other.unit == touches[i].unit; });
-    if (seen) continue;
-    needed += unit.room;
-    if (i < 3) names += (i > 0 ? ", '" : "'") + unit.name + "'";
-    if (i == 3) names += ", ...";
+// Each unit once.
+std::vector<const Pager::Impl::Paged*> Pager::Impl::units_of(
+    std::span<const Touch> touches) const {
+  std::vector<const Paged*> units;
+  for (const Touch& touch : touches) {
+    const Paged* const unit = units_[touch.unit].get();
+    if (std::ranges::count(units, unit) == 0) units.push_back(unit);
   }
-  std::uint64_t others = 0;
+  return units;
+}
+
+std::uint64_t Pager::Impl::room_of(const std::vector<const Paged*>& units) {
+  std::uint64_t bytes = 0;
+  for (const Paged* unit : units) bytes += unit->room;
+  return bytes;
+}
+
+void Pager::Impl::refuse(std::span<const Touch> touches) const {
+  const std::vector<const Paged*> own = units_of(touches);
+  std::string names;
+  for (std::size_t i = 0; i < std::min<std::size_t>(own.size(), 3); ++i) {
+    names += (i > 0 ? ", '" : "'") + own[i]->name + "'";
+  }
+  if (own.size() > 3) names += ", ...";
+  std::vector<const Paged*> others;
   for (const auto& unit : units_) {
-    const bool own = unit != nullptr &&
-                     std::ranges::any_of(touches, [&](const Touch& touch) {
-                       return touch.unit == unit->number;
-                     });
-    if (unit != nullptr && unit->pins > 0 && !own) others += unit->room;
+    if (unit == nullptr || unit->pins == 0) continue;
+    if (std::ranges::count(own, unit.get()) == 0) others.push_back(unit.get());
   }
   throw BudgetError(
-      std::to_string(needed) + " bytes are needed at once (" + names +
+      std::to_string(room_of(own)) + " bytes are needed at once (" + names +
       "), and host_memory has " + std::to_string(arena_.size()) +
-      (others > 0 ? ", of which " + std::to_string(others) + " are in use"
-                  : ""));
+      (others.empty()
+           ? ""
+           : ", of which " + std::to_string(room_of(others)) + " are in use"));
 }
 
 Pager::Pager(PagerOptions options)

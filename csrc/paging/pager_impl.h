@@ -220,6 +220,9 @@ class Pager::Impl {
   bool is_writing(Unit number) const REQUIRES(mutex_);
   void pump() noexcept REQUIRES(mutex_);
   void choose_residents() REQUIRES(mutex_);
+  std::vector<const Paged*> units_of(std::span<const Touch> touches) const
+      REQUIRES(mutex_);
+  static std::uint64_t room_of(const std::vector<const Paged*>& units);
   [[noreturn]] void refuse(std::span<const Touch> touches) const
       REQUIRES(mutex_);
 

@@ -202,7 +202,10 @@ class Schedule {
     }
     memory_ = largest + draw((sum - largest) / kBlock + 3) * kBlock;
     machine_.make(memory_);
-    for (const std::uint64_t bytes : sizes) add(bytes);
+    for (const std::uint64_t bytes : sizes) {
+      pager().add(bytes, "unit");
+      model_.push_back({.bytes = bytes});
+    }
     plan();
   }
 

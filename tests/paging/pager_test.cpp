@@ -193,6 +193,18 @@ TEST_F(PagerTest, WhatNeedsMoreThanThereIsSaysSoAndChangesNothing) {
   for (const Unit unit : units_) EXPECT_TRUE(holds(unit, unit));
 }
 
+TEST_F(PagerTest, WhatCanNeverFitWaitsForNobodyAndLeavesOthersThere) {
+  make(3 * kBlock);
+  add(5);
+  pager_->flush();
+  std::optional<Pager::Pins> pins = pin({3, 4});
+  const std::size_t requests = script_->requests();
+  std::thread([&] { EXPECT_THROW(pin({0, 1, 2, 3}), BudgetError); }).join();
+  pins.reset();
+  EXPECT_EQ(script_->requests(), requests);
+  EXPECT_TRUE(pager_->in_memory(3));
+}
+
 TEST_F(PagerTest, WhatIsHeldIsInTheWay) {
   make(3 * kBlock);
   add(5);
