@@ -689,15 +689,16 @@ void Pager::Impl::choose_residents() {
     if (unit != nullptr) unit->resident = false;
   }
   resident_bytes_ = 0;
+  // Exactly 1 where all fit.
+  const double part = static_cast<double>(wanted) / static_cast<double>(total);
   std::uint64_t seen = 0;
   for (const Unit number : order) {
     Paged* const unit = units_[number].get();
     if (unit == nullptr) continue;
     seen += unit->room;
     // As large a part of the plan's first `seen` bytes as of all.
-    const auto due = static_cast<std::uint64_t>(static_cast<double>(seen) /
-                                                static_cast<double>(total) *
-                                                static_cast<double>(wanted));
+    const auto due =
+        static_cast<std::uint64_t>(static_cast<double>(seen) * part);
     if (resident_bytes_ + unit->room > std::min(due, wanted)) continue;
     unit->resident = true;
     resident_bytes_ += unit->room;

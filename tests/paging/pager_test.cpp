@@ -316,6 +316,14 @@ TEST_F(PagerTest, WhatWasTouchedLastIsNotEvictedToReadAhead) {
   }
 }
 
+// 1.0 / 49 * 49 is less than 1.
+TEST_F(PagerTest, WhereAllFitAllStay) {
+  make(49 * kBlock);
+  add(49);
+  pager_->begin_round();
+  EXPECT_EQ(pager_->stats().resident, 49 * kBlock);
+}
+
 TEST_F(PagerTest, OnlyWhatHasChangedIsWritten) {
   make(3 * kBlock);
   add(8);
