@@ -32,10 +32,15 @@
 // a BudgetError. A thread that has pinned something already does not wait for
 // others, so there is no circle.
 //
+// Replacing. What is to be replaced is not read. Until it is pinned it is
+// blank: it has a run and no bytes, and whoever else needs it reads it. As long
+// as nobody else has pinned it since, undo_replaced() evicts it.
+//
 // Writing. A unit that has changed is written back once another one is touched,
-// so what is evicted is mostly clean. It is not changed while it is written.
-// Residents are written only if they are evicted, or by flush(). A unit whose
-// write failed stays, and is written elsewhere when it has to go.
+// so what is evicted is mostly clean. It is not changed while it is written,
+// nor written while it is pinned to be changed. Residents are written only if
+// they are evicted, or by flush(). A unit whose write failed stays, and is
+// written elsewhere when it has to go.
 
 #include "torch_ext/paging/pager.h"
 

@@ -72,7 +72,7 @@ class Pager::Impl {
     /// give it back allocates nothing.
     Places::node_type place;
     std::size_t pins = 0;
-    std::size_t writers = 0;  ///< Of the pins, those that change it.
+    std::size_t writers = 0;  ///< Those pins that change it.
     std::size_t wanted = 0;   ///< By the thread whose turn it is in bring().
     std::size_t claimed = 0;  ///< By threads there that are in an operator.
     bool on_drive = false;    ///< The extent has bytes of it.
@@ -84,8 +84,8 @@ class Pager::Impl {
     bool prefetched = false;        ///< Is being read, and nobody waits for it.
     bool unreadable = false;        ///< Reading it ahead has failed.
     Ticket transfer;                ///< While it is read or written.
-    std::exception_ptr read_error;  ///< Of its last read.
-    std::exception_ptr write_error;  ///< Of its last write; it is dirty then.
+    std::exception_ptr read_error;  ///< What its last read met.
+    std::exception_ptr write_error;  ///< What its last write met. It is dirty.
 
     bool here() const {
       return state == State::kHere || state == State::kWriting;
@@ -113,7 +113,7 @@ class Pager::Impl {
   };
   struct Search {
     Rule rule = Rule::kNeeded;
-    std::size_t ahead = 0;  ///< Of the unit that comes, for kAhead.
+    std::size_t ahead = 0;  ///< As in pump(), for kAhead.
     bool nested = false;    ///< The thread is in an operator.
   };
   /// The best place so far.

@@ -533,7 +533,7 @@ class Schedule {
   std::vector<Modelled> model_;
   std::vector<Touches> plan_;
   std::vector<Held> held_;
-  std::size_t pins_ = 0;  ///< Of operators.
+  std::size_t pins_ = 0;  ///< Those of operators.
   std::uint64_t contents_ = 0;
   std::size_t errors_ = 0;
   std::size_t touches_ = 0;
@@ -584,7 +584,7 @@ class Crowd {
 
   struct Slot {
     std::atomic<Unit> unit = 0;
-    std::shared_mutex mutex;  ///< Of the bytes, and of
+    std::shared_mutex mutex;  ///< Guards the bytes, and
     std::uint64_t content = 0;
   };
 
