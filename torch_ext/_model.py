@@ -213,7 +213,7 @@ def offload(
         engine_of(engine),
         bool(verify),
     )
-    _print_offloaded_tensors()
+    _adapt_torch()
     result = ModelOffload(made)
     result._hook = model.register_state_dict_post_hook(_snapshots(made))
     return result
@@ -237,25 +237,40 @@ def _snapshots(offload: _C.ModelOffload) -> Callable[..., None]:
     return hook
 
 
-def _print_offloaded_tensors() -> None:
-    """Lets ``repr()`` show an offloaded tensor, whose elements torch would read by address.
+def _adapt_torch() -> None:
+    """Adapts three functions of torch, for offloaded tensors only.
 
-    ``torch._tensor_str._str`` is what makes the text. For all other tensors it stays as it is.
+    ``repr()`` reads elements by address: it gets a copy. ``new_tensor()`` and ``new()`` look at
+    dispatch keys, and do not know the one of offloaded tensors: they get an empty tensor of the
+    same kind.
     """
-    module = torch._tensor_str
-    original = getattr(module, "_str", None)
-    if original is None or hasattr(original, "prints_offloaded"):
+    _adapt(torch._tensor_str, "_str", _copy_of)
+    _adapt(torch.Tensor, "new_tensor", _empty_like)
+    _adapt(torch.Tensor, "new", _empty_like)
+
+
+def _copy_of(tensor: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return tensor.clone().requires_grad_(tensor.requires_grad)
+
+
+def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.new_empty(0)
+
+
+def _adapt(owner: Any, name: str, other: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    original = getattr(owner, name, None)
+    if original is None or hasattr(original, "knows_offloaded"):
         return
 
     @functools.wraps(original)
-    def text_of(self: torch.Tensor, *args: Any, **kwargs: Any) -> str:
-        if _C.is_touched(self):
-            with torch.no_grad():
-                self = self.clone().requires_grad_(self.requires_grad)
+    def adapted(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, torch.Tensor) and _C.is_touched(self):
+            self = other(self)
         return original(self, *args, **kwargs)
 
-    text_of.prints_offloaded = True  # type: ignore[attr-defined]
-    module._str = text_of
+    adapted.knows_offloaded = True  # type: ignore[attr-defined]
+    setattr(owner, name, adapted)
 
 
 def _check_hooks(model: torch.nn.Module) -> None:

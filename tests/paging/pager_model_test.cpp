@@ -408,7 +408,7 @@ class Schedule {
   }
 
   void count(const Touches& touches, int by) {
-    for (const auto& [unit, access] : touches) {
+    for (const auto& [unit, access, forward] : touches) {
       if (unit != kGone) model_[unit].pins += static_cast<std::size_t>(by);
     }
   }
@@ -427,7 +427,7 @@ class Schedule {
     bool own = false;  // Some of them are pinned, and cannot be moved.
     for (const Unit unit : units) own = own || model_[unit].pins > 0;
     std::string name = held ? " hold(" : " pin(";
-    for (const auto& [unit, access] : touches) {
+    for (const auto& [unit, access, forward] : touches) {
       name += std::to_string(unit) + "rwx"[static_cast<int>(access)] + ",";
     }
     try {
@@ -459,7 +459,7 @@ class Schedule {
   void use(Touches& touches, Pager::Pins& pins) {
     // What is replaced by one touch may be read by another.
     for (std::size_t i = 0; i < touches.size(); ++i) {
-      const auto& [number, access] = touches[i];
+      const auto& [number, access, forward] = touches[i];
       if (access == Access::kReplace) continue;
       expect(
           holds({pins.data(i), model_[number].bytes}, model_[number].content),
@@ -467,7 +467,7 @@ class Schedule {
     }
     if (draw(6) == 0) undo_replaced(touches, pins);
     for (std::size_t i = 0; i < touches.size(); ++i) {
-      const auto& [number, access] = touches[i];
+      const auto& [number, access, forward] = touches[i];
       if (access == Access::kRead || number == kGone) continue;
       model_[number].content = ++contents_;
       test::fill_pattern({pins.data(i), model_[number].bytes}, contents_);

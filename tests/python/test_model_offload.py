@@ -211,6 +211,17 @@ def test_it_can_be_printed(model, tmp_path):
     assert repr(model[0].weight.detach()[0]) == repr(layers()[0].weight.detach()[0])
 
 
+def test_it_makes_tensors_of_its_kind(model, tmp_path):
+    offload(model, tmp_path)
+    weight = model[0].weight
+    assert torch.equal(weight.new_tensor([1, 2]), torch.tensor([1.0, 2.0]))
+    assert weight.new([1.0]).tolist() == [1.0]
+    assert weight.new_zeros(2).dtype == weight.dtype
+    assert weight.type() == "torch.FloatTensor"
+    with torch.no_grad():
+        nn.init.trunc_normal_(weight)
+
+
 # Faults --------------------------------------------------------------------------------------
 
 
