@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
+import weakref
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,8 @@ class ModelOffload(Closable):
         #: Makes copies for state_dict().
         self._hook: RemovableHandle | None = None
         self._own(offload, "model offload", _Left())
+        #: Blocks of gathered() that run now.
+        self._gathered: weakref.WeakSet[_Gathered] = weakref.WeakSet()
 
     def plan(self) -> ModelPlan:
         """Returns which parameters are on the drive, and which stay in memory and why.
@@ -118,7 +121,8 @@ class ModelOffload(Closable):
         Raises:
             MemoryError: They do not fit into host memory together.
             OSError: One of them cannot be read.
-            RuntimeError: It is closed or belongs to another process.
+            RuntimeError: It is closed or belongs to another process. Or what this returned is
+                used for a block within its own block.
         """
         self._life.check()
         if isinstance(parameters, torch.nn.Module):
@@ -127,7 +131,7 @@ class ModelOffload(Closable):
             tensors = [parameters]
         else:
             tensors = list(parameters)
-        return self._offload.gathered(tensors, bool(write))
+        return _Gathered(self._offload.gathered(tensors, bool(write)), self._gathered)
 
     @property
     def engine(self) -> str:
@@ -141,12 +145,17 @@ class ModelOffload(Closable):
         Raises:
             ValueError: Memory has no room for them.
             OSError: One of them cannot be read. What has not come back is still offloaded.
-            RuntimeError: It belongs to another process.
+            RuntimeError: It belongs to another process, or a block of gathered() runs.
         """
         self._life.check_process()
         if self._life.closed:
             return
         self._offload.close()
+        if self._gathered:
+            raise RuntimeError(
+                "parameters are gathered, so they cannot be given other memory: call close() "
+                "after the block of `with offload.gathered(...):`"
+            )
         if self._hook is not None:
             self._hook.remove()
         self._life.closed = True
@@ -154,6 +163,31 @@ class ModelOffload(Closable):
 
 
 class _Left:
+class _Gathered(AbstractContextManager[None]):
+    """A block of gathered(), which is in ``running`` while it runs."""
+
+    def __init__(
+        self, gathered: _C.GatheredTensors, running: weakref.WeakSet[_Gathered]
+    ) -> None:
+        self._gathered = gathered
+        self._running = running
+
+    def __enter__(self) -> None:
+        if self in self._running:
+            raise RuntimeError("this gathered() has a block that runs: call gathered() again")
+        # Before the parameters come: close() must not come between.
+        self._running.add(self)
+        try:
+            self._gathered.__enter__()
+        except BaseException:
+            self._running.discard(self)
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        self._gathered.__exit__(*error)
+        self._running.discard(self)
+
+
     """Stands for what needs no close(): the parameters live on in NVMe."""
 
     def close(self) -> None:

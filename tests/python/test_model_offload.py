@@ -183,6 +183,35 @@ def test_gathered_parameters_have_addresses(model, tmp_path):
 
 
 def test_what_is_gathered_is_not_available_to_others(model, tmp_path):
+def test_a_block_of_gathered_ends_before_close_and_before_it_begins_again(model, tmp_path):
+    made = offload(model, tmp_path)
+    weight = model[2].weight
+    with made.gathered(weight, write=True):
+        weight.detach().numpy()[:] = 3
+        with pytest.raises(RuntimeError, match="gathered, so they cannot"):
+            made.close()
+        weight.detach().numpy()[0] = 4
+    gathered = made.gathered(weight)
+    for _ in range(2):
+        with gathered:
+            with pytest.raises(RuntimeError, match=r"call gathered\(\) again"):
+                gathered.__enter__()
+            assert weight.data_ptr() != 0
+    made.close()
+    right = torch.full((256, 256), 3.0)
+    right[0] = 4
+    assert torch.equal(weight, right)
+
+
+def test_what_cannot_be_gathered_or_is_dropped_does_not_stop_close(model, tmp_path):
+    made = offload(model, tmp_path)
+    made.gathered(model[0]).__enter__()
+    with pytest.raises(MemoryError), made.gathered(model):
+        pass
+    made.close()
+    assert unchanged(model)
+
+
     made = offload(model, tmp_path)
     with (
         pytest.raises(MemoryError, match="'0.weight', '1.weight', '2.weight', ..."),
