@@ -276,7 +276,7 @@ def _adapt_torch() -> None:
 
     ``repr()`` reads elements by address: it gets a copy. ``new_tensor()`` and ``new()`` look at
     dispatch keys, and do not know the one of offloaded tensors: they get an empty tensor of the
-    same kind.
+    same kind. So does ``is_shared()``: it takes an address, and ends the process at an error.
     """
     _adapt(torch._tensor_str, "_str", _copy_of)
     _adapt(torch.Tensor, "new_tensor", _empty_like)
@@ -310,6 +310,8 @@ def _adapt(owner: Any, name: str, other: Callable[[torch.Tensor], torch.Tensor])
 def _check_hooks(model: torch.nn.Module) -> None:
     """Raises RuntimeError if another library brings and takes the parameters."""
     for name, module in model.named_modules():
+    _adapt(torch.Tensor, "is_shared", _empty_like)
+    _adapt_is_shared_of_storages()
         of = name or "the model"
         if hasattr(module, "_hf_hook"):
             raise RuntimeError(
@@ -323,3 +325,19 @@ def _check_hooks(model: torch.nn.Module) -> None:
             )
         if hasattr(module, "ds_id") or type(module).__name__ == "DeepSpeedEngine":
             raise RuntimeError(f"{of} belongs to DeepSpeed, which moves parameters itself")
+def _adapt_is_shared_of_storages() -> None:
+    original = torch.UntypedStorage.is_shared
+    if hasattr(original, "knows_offloaded"):
+        return
+
+    @functools.wraps(original)
+    def is_shared(self: torch.UntypedStorage) -> bool:
+        # The storage of an offloaded tensor is one of these.
+        if self.device.type == "cpu" and not self.resizable():
+            self.data_ptr()  # Raises an error with the parameter's name.
+        return original(self)
+
+    is_shared.knows_offloaded = True  # type: ignore[attr-defined]
+    torch.UntypedStorage.is_shared = is_shared  # type: ignore[method-assign]
+
+

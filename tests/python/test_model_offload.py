@@ -241,6 +241,18 @@ def test_it_can_be_printed(model, tmp_path):
 
 
 def test_it_makes_tensors_of_its_kind(model, tmp_path):
+def test_whether_it_is_shared_can_be_asked(model, tmp_path):
+    shared = torch.ones(3).share_memory_()
+    offload(model, tmp_path)
+    assert not model[0].weight.is_shared()
+    assert not model[0].weight.detach()[0].is_shared()
+    with pytest.raises(RuntimeError, match=r"'0\.weight' is offloaded"):
+        model[0].weight.untyped_storage().is_shared()
+    assert shared.is_shared()
+    assert shared.untyped_storage().is_shared()
+    assert not model[0].bias.is_shared()
+
+
     offload(model, tmp_path)
     weight = model[0].weight
     assert torch.equal(weight.new_tensor([1, 2]), torch.tensor([1.0, 2.0]))
