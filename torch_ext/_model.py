@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
 import weakref
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -64,9 +65,9 @@ class ModelOffload(Closable):
         self._offload = offload
         #: Makes copies for state_dict().
         self._hook: RemovableHandle | None = None
-        self._own(offload, "model offload", _Left())
         #: Blocks of gathered() that run now.
         self._gathered: weakref.WeakSet[_Gathered] = weakref.WeakSet()
+        self._own(offload, "model offload", _Left())
 
     def plan(self) -> ModelPlan:
         """Returns which parameters are on the drive, and which stay in memory and why.
@@ -150,19 +151,18 @@ class ModelOffload(Closable):
         self._life.check_process()
         if self._life.closed:
             return
-        self._offload.close()
         if self._gathered:
             raise RuntimeError(
                 "parameters are gathered, so they cannot be given other memory: call close() "
                 "after the block of `with offload.gathered(...):`"
             )
+        self._offload.close()
         if self._hook is not None:
             self._hook.remove()
         self._life.closed = True
         self._log_notes()
 
 
-class _Left:
 class _Gathered(AbstractContextManager[None]):
     """A block of gathered(), which is in ``running`` while it runs."""
 
@@ -188,6 +188,7 @@ class _Gathered(AbstractContextManager[None]):
         self._running.discard(self)
 
 
+class _Left:
     """Stands for what needs no close(): the parameters live on in NVMe."""
 
     def close(self) -> None:
@@ -213,7 +214,8 @@ def offload(
     Between operators an offloaded parameter has no address. ``numpy()``, ``data_ptr()`` and
     whatever else takes one raises RuntimeError with the parameter's name, except inside
     ``gathered()``. ``model.state_dict()`` has copies in a file, which can be saved and loaded.
-    Changing one raises RuntimeError, since the model would not change. Parameters below 64 KiB
+    Changing one raises RuntimeError, since the model would not change. With ``keep_vars=True``
+    it has the parameters themselves. Parameters below 64 KiB
     stay in memory, and so do those whose memory something else shares.
 
     Args:
@@ -249,30 +251,57 @@ def offload(
     )
     _adapt_torch()
     result = ModelOffload(made)
-    result._hook = model.register_state_dict_post_hook(_snapshots(made))
+    result._hook = model.register_state_dict_post_hook(_Snapshots(made))
     return result
 
 
-def _snapshots(offload: _C.ModelOffload) -> Callable[..., None]:
-    """A hook that puts copies in place of what has no address."""
+class _Snapshots:
+    """A hook of state_dict() that puts copies in place of what has no address."""
 
-    def hook(
-        module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
+    def __init__(self, offload: _C.ModelOffload) -> None:
+        self._offload = offload
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        state: dict[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
     ) -> None:
-        names = [
-            name
-            for name, value in state.items()
-            if isinstance(value, torch.Tensor) and _C.is_touched(value)
-        ]
-        if names:
-            copies = offload.snapshot([state[name] for name in names])
-            state.update(zip(names, copies, strict=True))
+        names = [name for name, value in state.items() if _needs_copy(value)]
+        if not names:
+            return
+        copies = self._offload.snapshot([state[name] for name in names])
+        for name, copied in zip(names, copies, strict=True):
+            state[name] = _with_lazy_bits(copied, state[name])
 
-    return hook
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A copy of the model is not offloaded, and may be loaded without this library. It gets
+        # a hook that takes anything and does nothing.
+        idle = contextlib.nullcontext().__exit__
+        state = (idle, (), {}, {"_from_public_api": True})
+        return functools.partial, (idle,), state
+
+
+def _needs_copy(value: Any) -> bool:
+    """With keep_vars=True a state dict has the parameters themselves, as was asked."""
+    return (
+        isinstance(value, torch.Tensor)
+        and not isinstance(value, torch.nn.Parameter)
+        and _C.is_touched(value)
+    )
+
+
+def _with_lazy_bits(copied: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    """A view whose elements are conjugated or negated when they are read, as the original's."""
+    with torch.inference_mode():
+        if original.is_conj():
+            copied = copied.conj()
+        return torch._neg_view(copied) if original.is_neg() else copied
 
 
 def _adapt_torch() -> None:
-    """Adapts three functions of torch, for offloaded tensors only.
+    """Adapts some functions of torch, for offloaded tensors only.
 
     ``repr()`` reads elements by address: it gets a copy. ``new_tensor()`` and ``new()`` look at
     dispatch keys, and do not know the one of offloaded tensors: they get an empty tensor of the
@@ -281,6 +310,8 @@ def _adapt_torch() -> None:
     _adapt(torch._tensor_str, "_str", _copy_of)
     _adapt(torch.Tensor, "new_tensor", _empty_like)
     _adapt(torch.Tensor, "new", _empty_like)
+    _adapt(torch.Tensor, "is_shared", _empty_like)
+    _adapt_is_shared_of_storages()
 
 
 def _copy_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -307,24 +338,6 @@ def _adapt(owner: Any, name: str, other: Callable[[torch.Tensor], torch.Tensor])
     setattr(owner, name, adapted)
 
 
-def _check_hooks(model: torch.nn.Module) -> None:
-    """Raises RuntimeError if another library brings and takes the parameters."""
-    for name, module in model.named_modules():
-    _adapt(torch.Tensor, "is_shared", _empty_like)
-    _adapt_is_shared_of_storages()
-        of = name or "the model"
-        if hasattr(module, "_hf_hook"):
-            raise RuntimeError(
-                f"{of} has hooks of accelerate, which move parameters themselves: call "
-                f"accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
-            )
-        if hasattr(module, "_diffusers_hook"):
-            raise RuntimeError(
-                f"{of} has hooks of diffusers, which may move parameters themselves: "
-                f"offload it before they are added, or without them"
-            )
-        if hasattr(module, "ds_id") or type(module).__name__ == "DeepSpeedEngine":
-            raise RuntimeError(f"{of} belongs to DeepSpeed, which moves parameters itself")
 def _adapt_is_shared_of_storages() -> None:
     original = torch.UntypedStorage.is_shared
     if hasattr(original, "knows_offloaded"):
@@ -341,3 +354,19 @@ def _adapt_is_shared_of_storages() -> None:
     torch.UntypedStorage.is_shared = is_shared  # type: ignore[method-assign]
 
 
+def _check_hooks(model: torch.nn.Module) -> None:
+    """Raises RuntimeError if another library brings and takes the parameters."""
+    for name, module in model.named_modules():
+        of = name or "the model"
+        if hasattr(module, "_hf_hook"):
+            raise RuntimeError(
+                f"{of} has hooks of accelerate, which move parameters themselves: call "
+                f"accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
+            )
+        if hasattr(module, "_diffusers_hook"):
+            raise RuntimeError(
+                f"{of} has hooks of diffusers, which may move parameters themselves: "
+                f"offload it before they are added, or without them"
+            )
+        if hasattr(module, "ds_id") or type(module).__name__ == "DeepSpeedEngine":
+            raise RuntimeError(f"{of} belongs to DeepSpeed, which moves parameters itself")

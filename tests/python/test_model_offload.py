@@ -7,6 +7,7 @@ import errno
 import gc
 import io
 import os
+import pickle
 import threading
 
 import pytest
@@ -182,7 +183,6 @@ def test_gathered_parameters_have_addresses(model, tmp_path):
     assert torch.equal(weight, torch.full((256, 256), 3.0))
 
 
-def test_what_is_gathered_is_not_available_to_others(model, tmp_path):
 def test_a_block_of_gathered_ends_before_close_and_before_it_begins_again(model, tmp_path):
     made = offload(model, tmp_path)
     weight = model[2].weight
@@ -212,6 +212,7 @@ def test_what_cannot_be_gathered_or_is_dropped_does_not_stop_close(model, tmp_pa
     assert unchanged(model)
 
 
+def test_what_is_gathered_is_not_available_to_others(model, tmp_path):
     made = offload(model, tmp_path)
     with (
         pytest.raises(MemoryError, match="'0.weight', '1.weight', '2.weight', ..."),
@@ -240,7 +241,6 @@ def test_it_can_be_printed(model, tmp_path):
     assert repr(model[0].weight.detach()[0]) == repr(layers()[0].weight.detach()[0])
 
 
-def test_it_makes_tensors_of_its_kind(model, tmp_path):
 def test_whether_it_is_shared_can_be_asked(model, tmp_path):
     shared = torch.ones(3).share_memory_()
     offload(model, tmp_path)
@@ -253,6 +253,7 @@ def test_whether_it_is_shared_can_be_asked(model, tmp_path):
     assert not model[0].bias.is_shared()
 
 
+def test_it_makes_tensors_of_its_kind(model, tmp_path):
     offload(model, tmp_path)
     weight = model[0].weight
     assert torch.equal(weight.new_tensor([1, 2]), torch.tensor([1.0, 2.0]))
@@ -396,6 +397,44 @@ def test_a_state_dict_is_a_copy_that_cannot_be_changed_in_silence(model, tmp_pat
     assert state["0.bias"].data_ptr() == model[0].bias.data_ptr()
     made.close()
     assert model.state_dict()["1.weight"].data_ptr() == model[1].weight.data_ptr()
+
+
+def test_a_state_dict_with_keep_vars_has_the_parameters(model, tmp_path):
+    offload(model, tmp_path)
+    state = model.state_dict(keep_vars=True)
+    assert all(state[name] is p for name, p in model.named_parameters())
+
+
+def test_a_state_dict_keeps_what_is_conjugated_or_negated_when_it_is_read(tmp_path):
+    model = nn.Module()
+    torch.manual_seed(0)
+    numbers = torch.randn(4, 128, 128, dtype=torch.complex64)
+    model.conjugated = nn.Parameter(numbers[:2].clone().conj())
+    model.negated = nn.Parameter(numbers[2:].clone().conj().imag)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    offload(model, tmp_path)
+    state = model.state_dict()
+    for name, value in expected.items():
+        assert torch.equal(state[name], value)
+        assert state[name].is_inference()
+    saved = io.BytesIO()
+    torch.save(state, saved)
+    saved.seek(0)
+    assert torch.equal(torch.load(saved)["negated"], expected["negated"])
+
+
+def test_copies_of_the_model_can_be_pickled(model, tmp_path):
+    offload(model, tmp_path)
+    copied = copy.deepcopy(model)
+    loaded = pickle.loads(pickle.dumps(copied))
+    assert b"torch_ext" not in pickle.dumps(copied)
+    for each in (copied, loaded):
+        assert all(map(torch.equal, each.parameters(), expected()))
+        assert each.state_dict()["0.weight"].data_ptr() == each[0].weight.data_ptr()
+    with pytest.raises(RuntimeError, match="'0.weight' is offloaded"):
+        pickle.dumps(model)
+    model.double()
+    pickle.dumps(model)
 
 
 def test_threads_may_use_one_model(model, tmp_path):
