@@ -30,6 +30,7 @@
 #include <c10/core/DispatchKey.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include <algorithm>
 #include <cstring>
@@ -80,15 +81,43 @@ const c10::StorageImpl* storage_of(const at::Tensor& tensor) {
                               : nullptr;
 }
 
+// torch has a flag by which the address of a storage is an error, and nothing
+// that takes it back. An explicit instantiation may name what is private. Where
+// the name is not known to be right, the address of views that were made while
+// there were bytes is 0 afterwards.
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR <= 15
+template <bool c10::StorageImpl::*Flag>
+struct OpenStorage {
+  friend void set_raises(c10::StorageImpl& storage, bool raises) {
+    storage.*Flag = raises;
+  }
+};
+void set_raises(c10::StorageImpl& storage, bool raises);
+template struct OpenStorage<&c10::StorageImpl::throw_on_immutable_data_ptr_>;
+#else
+void set_raises(c10::StorageImpl&, bool) {}
+#endif
+
+/// Gives a storage other bytes. Without any, its address is an error.
+void set_bytes(const c10::Storage& storage, c10::DataPtr bytes) noexcept {
+  c10::StorageImpl& impl = *storage.unsafeGetStorageImpl();
+  set_raises(impl, bytes.get() == nullptr);
+  impl.set_data_ptr_noswap(std::move(bytes));  // It looks at the flag.
+}
+
+std::string message_of(const std::string& name) {
+  return "the parameter '" + name +
+         "' is offloaded: it has an address only inside an operator, or in "
+         "`with offload.gathered(parameter):`";
+}
+
 c10::Storage make_stand_in(const c10::Storage& real, const std::string& name) {
   c10::Storage stand_in(c10::make_intrusive<c10::StorageImpl>(
       c10::StorageImpl::use_byte_size_t(), real.nbytes(),
-      c10::DataPtr(nullptr, real.device()), nullptr, /*resizable=*/false));
+      c10::DataPtr(nullptr, real.device()), c10::GetCPUAllocator(),
+      /*resizable=*/false));
   stand_in.unsafeGetStorageImpl()
-      ->release_data_and_set_meta_custom_data_ptr_error_msg_(
-          "the parameter '" + name +
-          "' is offloaded: it has an address only inside an operator, or in "
-          "`with offload.gathered(parameter):`");
+      ->release_data_and_set_meta_custom_data_ptr_error_msg_(message_of(name));
   return stand_in;
 }
 
@@ -131,6 +160,16 @@ bool replaces(const std::string& name) {
          name == "aten::uniform_";
 }
 
+// Whether what comes next may read what is to be replaced, or leave it: a mode
+// or subclass of Python, or a transform.
+bool may_not_replace(c10::DispatchKeySet rest) {
+  return rest.has_any(c10::DispatchKeySet(
+      {c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
+       c10::DispatchKey::FuncTorchBatched,
+       c10::DispatchKey::FuncTorchGradWrapper,
+       c10::DispatchKey::FuncTorchDynamicLayerBackMode}));
+}
+
 bool covers_its_storage(const at::Tensor& tensor) {
   return tensor.storage_offset() == 0 &&
          tensor.is_non_overlapping_and_dense() &&
@@ -138,7 +177,9 @@ bool covers_its_storage(const at::Tensor& tensor) {
 }
 
 bool needs_no_bytes(const c10::OperatorHandle& op) {
-  if (op.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd)) {
+  // Some have a kernel for the CPU besides, as silu_backward.
+  if (op.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd) &&
+      !op.hasKernelForDispatchKey(c10::DispatchKey::CPU)) {
     return true;
   }
   return std::ranges::any_of(op.schema().arguments(),
@@ -148,13 +189,19 @@ bool needs_no_bytes(const c10::OperatorHandle& op) {
                              });
 }
 
+// Whether it writes an argument that its schema does not mark: the statistics.
+bool writes_unmarked(const std::string& name, std::size_t index) {
+  return name == "aten::native_batch_norm" && (index == 3 || index == 4);
+}
+
 /// Calls `use(tensor, is_written, index)` for each tensor on the stack.
 template <typename Use>
 void for_each_tensor(const c10::FunctionSchema& schema,
                      std::span<const c10::IValue> values, Use use) {
   for (std::size_t i = 0; i < values.size(); ++i) {
     const c10::AliasInfo* const alias = schema.arguments()[i].alias_info();
-    const bool written = alias != nullptr && alias->isWrite();
+    const bool written = (alias != nullptr && alias->isWrite()) ||
+                         writes_unmarked(schema.name(), i);
     const c10::IValue& value = values[i];
     if (value.isTensor()) {
       use(value.toTensor(), written, i);
@@ -171,7 +218,8 @@ void for_each_tensor(const c10::FunctionSchema& schema,
 }
 
 std::vector<Argument> arguments_of(const c10::OperatorHandle& op,
-                                   std::span<const c10::IValue> values) {
+                                   std::span<const c10::IValue> values,
+                                   c10::DispatchKeySet rest) {
   std::vector<Argument> arguments;
   const TouchedStorages& storages = TouchedStorages::instance();
   for_each_tensor(
@@ -182,7 +230,7 @@ std::vector<Argument> arguments_of(const c10::OperatorHandle& op,
         if (storage == nullptr) return;
         const bool all = written && index == 0 &&
                          replaces(op.schema().name()) &&
-                         covers_its_storage(tensor);
+                         !may_not_replace(rest) && covers_its_storage(tensor);
         arguments.push_back({&tensor, std::move(storage),
                              all       ? Access::kReplace
                              : written ? Access::kWrite
@@ -265,7 +313,7 @@ void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
   }
   const std::size_t count = op.schema().arguments().size();
   const std::vector<Argument> arguments =
-      arguments_of(op, std::span<const c10::IValue>(*stack).last(count));
+      arguments_of(op, std::span<const c10::IValue>(*stack).last(count), rest);
   std::vector<Pager::Pins> pins = pin_for_operator(arguments);
   const ShownViews views(arguments);
   try {
@@ -273,6 +321,13 @@ void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
   } catch (...) {
     for (Pager::Pins& each : pins) each.undo_replaced();
     throw;
+  }
+  // A tensor that has got the storage of one that operators notice.
+  if (op.schema().name() == "aten::set_" && stack->back().isTensor()) {
+    const at::Tensor& tensor = stack->back().toTensor();
+    if (TouchedStorages::instance().find(tensor) != nullptr) {
+      set_key(tensor, true);
+    }
   }
 }
 
@@ -308,6 +363,9 @@ PagedStorage::~PagedStorage() {
 }
 
 void PagedStorage::copy_in() {
+  // Means nothing as long as its address is no error.
+  real_.unsafeGetStorageImpl()->get_extra_meta().custom_data_ptr_error_msg_ =
+      message_of(name_);
   const Pager::Touch touch{unit_, Access::kReplace};
   const Pager::Pins pins = pager_->pin({&touch, 1});
   std::memcpy(pins.data(0), real_.data(), bytes_);
@@ -328,7 +386,7 @@ void PagedStorage::end() {
   begun_ = false;
   pins.release();
   c10::StorageImpl* const real = real_.unsafeGetStorageImpl();
-  real->set_data_ptr_noswap(std::move(memory));
+  set_bytes(real_, std::move(memory));
   for (const at::Tensor& tensor : tensors_) {
     if (storage_of(tensor) == stand_in_.unsafeGetStorageImpl() ||
         storage_of(tensor) == real) {
@@ -343,8 +401,7 @@ void PagedStorage::end() {
 void PagedStorage::show(std::byte* data) noexcept {
   if (!begun_) return;
   const bool here = data != nullptr;
-  real_.unsafeGetStorageImpl()->set_data_ptr_noswap(
-      c10::DataPtr(data, real_.device()));
+  set_bytes(real_, c10::DataPtr(data, real_.device()));
   const c10::Storage& from = here ? stand_in_ : real_;
   const c10::Storage& to = here ? real_ : stand_in_;
   for (const at::Tensor& tensor : tensors_) {

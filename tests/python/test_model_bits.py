@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import torch_ext
@@ -412,6 +413,59 @@ def a_thread_beside(model):
     inputs = [batch() for _ in range(8)]
     with torch.no_grad(), ThreadPoolExecutor(4) as pool:
         return list(pool.map(lambda x: model(x).detach(), inputs))
+
+
+@workload(perceptron)
+def composite_operators_with_a_kernel(model):
+    functional.silu(model[0].weight).sum().backward()
+    functional.mish(model[3].weight).sum().backward()
+    images = model[6].weight.view(1, WIDTH, 16, 16)
+    return [*gradients(model), torch.native_channel_shuffle(images, 4)]
+
+
+class Watches(TorchDispatchMode):
+    """Looks at what is zeroed, and leaves out what is initialized."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator is torch.ops.aten.normal_.default:
+            return args[0]
+        if operator is torch.ops.aten.zero_.default:
+            self.seen.append(args[0].sum())
+        return operator(*args, **(kwargs or {}))
+
+
+@workload(perceptron)
+def modes_that_watch_and_leave_out(model):
+    weights = [module.weight.detach() for module in model if isinstance(module, nn.Linear)]
+    with Watches() as watches:
+        for weight in weights[:4]:
+            weight.zero_()
+        for weight in weights[4:8]:
+            weight.normal_()
+    return watches.seen
+
+
+@workload(perceptron)
+def statistics_that_are_parameters(model):
+    mean, variance = model[0].weight.detach()[:2]
+    variance.abs_()
+    for _ in range(3):
+        functional.batch_norm(batch(), mean, variance, training=True)
+        model(batch())
+    return [mean, variance]
+
+
+@workload(perceptron)
+def storage_that_another_tensor_gets(model):
+    other = torch.empty(0).set_(model[0].weight.detach())
+    model(batch())
+    other.mul_(2)
+    model(batch())
+    return [other.sum(), model(batch())]
 
 
 def run_seeded(run, model):

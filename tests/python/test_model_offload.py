@@ -264,6 +264,30 @@ def test_it_makes_tensors_of_its_kind(model, tmp_path):
         nn.init.trunc_normal_(weight)
 
 
+@pytest.mark.parametrize(
+    "access",
+    [torch.Tensor.numpy, torch.Tensor.data_ptr, torch.from_dlpack, torch.Tensor.tolist],
+)
+def test_a_view_that_was_made_while_there_were_bytes_has_no_address_either(
+    access, model, tmp_path
+):
+    made = offload(model, tmp_path)
+    with made.gathered(model[0]):
+        gathered = model[0].weight.detach()
+        assert gathered.numpy()[0, 0] == expected()[0][0, 0]
+    inside, _ = torch.unsafe_chunk(model[0].weight.detach(), 2)
+    for view in (gathered, inside):
+        with pytest.raises(RuntimeError, match="'0.weight' is offloaded"):
+            access(view)
+    made.close()
+    assert access(gathered) is not None
+
+
+def test_a_storage_without_bytes_makes_others(model, tmp_path):
+    offload(model, tmp_path)
+    assert model[0].weight.untyped_storage().new().nbytes() == 0
+
+
 # Faults --------------------------------------------------------------------------------------
 
 
