@@ -65,6 +65,8 @@ class ModelOffload(Closable):
         self._offload = offload
         #: Makes copies for state_dict().
         self._hook: RemovableHandle | None = None
+        #: Bytes of parameters in memory of other processes or files.
+        self._shared: dict[str, int] = {}
         #: Blocks of gathered() that run now.
         self._gathered: weakref.WeakSet[_Gathered] = weakref.WeakSet()
         self._own(offload, "model offload", _Left())
@@ -85,6 +87,9 @@ class ModelOffload(Closable):
             offloaded[name] = size
             if is_resident:
                 resident.add(name)
+        for name, size in self._shared.items():
+            staying[name] = "its memory is shared with other processes, or is that of a file"
+            staying_bytes += size
         host_memory = self._offload.stats()["host_bytes"]
         return ModelPlan(offloaded, frozenset(resident), staying, staying_bytes, host_memory)
 
@@ -241,8 +246,10 @@ def offload(
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     _check_hooks(model)
+    parameters = list(model.named_parameters())
+    shared = _shared_names(parameters)
     made = _C.ModelOffload(
-        list(model.named_parameters()),
+        [(name, parameter) for name, parameter in parameters if name not in shared],
         directories_of(nvme_path, "nvme_path"),
         resolve_aio_config(aio, stacklevel=3),
         parse_size(host_memory),
@@ -251,8 +258,37 @@ def offload(
     )
     _adapt_torch()
     result = ModelOffload(made)
+    for name, parameter in parameters:
+        if name in shared:
+            result._shared[name] = parameter.nbytes
     result._hook = model.register_state_dict_post_hook(_Snapshots(made))
     return result
+
+
+def _shared_names(parameters: list[tuple[str, torch.Tensor]]) -> set[str]:
+    """Names of those in memory that other processes or a file have too.
+
+    A storage could tell, but its object in Python stays, and counts as one more user.
+    """
+    shared = []
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            span, mode = line.split(maxsplit=2)[:2]
+            if mode.endswith("s"):
+                begin, end = span.split("-")
+                shared.append(range(int(begin, 16), int(end, 16)))
+    addresses = {name: _address_of(parameter) for name, parameter in parameters}
+    return {
+        name for name, address in addresses.items() if any(address in each for each in shared)
+    }
+
+
+def _address_of(parameter: torch.Tensor) -> int:
+    """0 for what has no address. offload() refuses it, or leaves it where it is."""
+    try:
+        return parameter.data_ptr() if parameter.is_cpu else 0
+    except (RuntimeError, ValueError):
+        return 0
 
 
 class _Snapshots:

@@ -122,6 +122,26 @@ def test_memory_that_something_else_shares_stays_and_the_plan_says_so(model, tmp
     assert (array == expected()[6].numpy() * 2).all()
 
 
+def test_memory_of_a_file_or_of_other_processes_stays(model, tmp_path):
+    path = tmp_path / "weights"
+    mapped = torch.from_file(str(path), shared=True, size=256 * 256)
+    model[0].weight = nn.Parameter(mapped.view(256, 256))
+    del mapped
+    reader, writer = torch.multiprocessing.Pipe(duplex=False)
+    writer.send(torch.ones(256, 256))
+    model[1].weight = nn.Parameter(reader.recv())
+    made = offload(model, tmp_path)
+    plan = made.plan()
+    assert "of a file" in plan.staying["0.weight"]
+    assert "other processes" in plan.staying["1.weight"]
+    assert plan.staying_bytes == 2 * 2**18 + 8 * KIB
+    assert set(plan.offloaded) == {f"{i}.weight" for i in range(2, 8)}
+    with torch.no_grad():
+        model[0].weight.fill_(3)
+    assert path.read_bytes() == torch.full((256, 256), 3.0).numpy().tobytes()
+    model(torch.ones(1, 256)).sum().backward()
+
+
 def test_small_parameters_stay_and_have_addresses(model, tmp_path):
     made = offload(model, tmp_path)
     assert len(made.plan().offloaded) == 8
