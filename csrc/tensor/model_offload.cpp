@@ -58,7 +58,7 @@ std::vector<Group> groups_of(std::vector<NamedTensor> parameters) {
     const c10::Storage& storage = group.tensors.front().storage();
     if (storage.nbytes() < kSmallest) {
       group.stays = "it has less than 64 KiB";
-    } else if (storage.use_count() > group.tensors.size()) {
+    } else if (!is_held_only_by(storage, group.tensors.size())) {
       group.stays =
           "its memory is shared with something that is no parameter: a view, "
           "a NumPy array, or a graph that is not freed";

@@ -251,26 +251,47 @@ std::vector<Argument> arguments_of(const c10::OperatorHandle& op,
   return arguments;
 }
 
-/// Pins what an operator needs, for each pager in one go.
-std::vector<Pager::Pins> pin(const std::vector<Argument>& arguments) {
-  std::vector<Pager::Pins> pins;
+/// What an operator needs of one pager.
+struct PagerTouches {
+  Pager* pager;
   std::vector<Pager::Touch> touches;
+};
+
+std::vector<PagerTouches> touches_of(const std::vector<Argument>& arguments) {
+  std::vector<PagerTouches> all;
   const bool forward = torch::autograd::get_current_graph_task_id() < 0;
-  std::vector<bool> pinned(arguments.size());
-  for (std::size_t i = 0; i < arguments.size(); ++i) {
-    if (pinned[i]) continue;
-    Pager& pager = arguments[i].storage->pager();
-    touches.clear();
-    for (std::size_t j = i; j < arguments.size(); ++j) {
-      if (&arguments[j].storage->pager() != &pager) continue;
-      const Access access = arguments[j].access;
-      touches.push_back({arguments[j].storage->unit(), access,
-                         forward && access == Access::kRead});
-      pinned[j] = true;
-    }
-    pins.push_back(pager.pin(touches));
+  for (const auto& [tensor, storage, access] : arguments) {
+    Pager* const pager = &storage->pager();
+    auto found = std::ranges::find(all, pager, &PagerTouches::pager);
+    if (found == all.end()) found = all.insert(found, {pager, {}});
+    found->touches.push_back(
+        {storage->unit(), access, forward && access == Access::kRead});
   }
-  return pins;
+  return all;
+}
+
+// An operator with parameters of several models begins again so often.
+constexpr int kAttempts = 100;
+
+// A thread that has pinned something of one pager does not wait for what others
+// have pinned of the next, since they may wait for it. So it lets go of all,
+// and begins with the pager that refused: there it waits.
+std::vector<Pager::Pins> pin(const std::vector<Argument>& arguments) {
+  std::vector<PagerTouches> needed = touches_of(arguments);
+  std::vector<Pager::Pins> pins;
+  for (int attempt = 1;; ++attempt) {
+    auto next = needed.begin();
+    try {
+      for (; next != needed.end(); ++next) {
+        pins.push_back(next->pager->pin(next->touches));
+      }
+      return pins;
+    } catch (const BudgetError&) {
+      if (next == needed.begin() || attempt == kAttempts) throw;
+    }
+    pins.clear();
+    std::rotate(needed.begin(), next, needed.end());
+  }
 }
 
 std::vector<Pager::Pins> pin_for_operator(
@@ -332,6 +353,10 @@ void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
 }
 
 }  // namespace
+
+bool is_held_only_by(const c10::Storage& storage, std::size_t references) {
+  return is_held_by(storage, references);
+}
 
 // Storages -------------------------------------------------------------------
 

@@ -93,6 +93,10 @@ class TouchedStorages {
 /// Whether operators notice the tensor.
 bool is_touched(const at::Tensor& tensor) noexcept;
 
+/// Whether there are only so many references to a storage, beside that of its
+/// Python object, which stays once somebody has asked for it. Threads: any.
+bool is_held_only_by(const c10::Storage& storage, std::size_t references);
+
 /// Called in a catch block, when an operator's pin has failed. It may throw
 /// something that says more, such as an exception of Python. Set once.
 void set_touch_error_translator(std::function<void()> translate);

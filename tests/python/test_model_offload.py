@@ -142,6 +142,17 @@ def test_memory_of_a_file_or_of_other_processes_stays(model, tmp_path):
     model(torch.ones(1, 256)).sum().backward()
 
 
+def test_a_model_that_was_saved_before_is_offloaded(model, tmp_path):
+    torch.save(model.state_dict(), io.BytesIO())
+    kept = model[7].weight.untyped_storage()
+    made = offload(model, tmp_path)
+    assert set(made.plan().offloaded) == {f"{i}.weight" for i in range(7)}
+    assert kept.data_ptr() == model[7].weight.data_ptr()
+    made.close()
+    torch.save(model.state_dict(), io.BytesIO())
+    assert len(offload(model, tmp_path).plan().offloaded) == 7
+
+
 def test_small_parameters_stay_and_have_addresses(model, tmp_path):
     made = offload(model, tmp_path)
     assert len(made.plan().offloaded) == 8
@@ -500,6 +511,31 @@ def test_threads_may_use_one_model(model, tmp_path):
         for thread in threads:
             thread.join()
     assert not wrong
+
+
+def test_threads_may_use_two_models_in_any_order(tmp_path):
+    a, b = layers(6), layers(6)
+    for model in (a, b):
+        offload(model, tmp_path, host_memory="600KiB")
+    product = expected()[0] @ expected()[2]
+    failures = []
+
+    def run(i):
+        try:
+            with torch.no_grad():
+                for _ in range(30):
+                    first, second = (a, b) if i % 2 else (b, a)
+                    if not torch.equal(first[0].weight @ second[1].weight, product):
+                        failures.append("other bits")
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
 
 
 def test_threads_may_use_one_view(model, tmp_path):
