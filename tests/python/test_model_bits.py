@@ -403,7 +403,7 @@ def script_and_trace(model):
 
 @workload(perceptron)
 def data_parallel_of_one(model):
-    return [nn.DataParallel(model)(batch())]
+    return [nn.DataParallel(model, device_ids=[])(batch())]
 
 
 @workload(perceptron)
