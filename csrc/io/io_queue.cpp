@@ -100,8 +100,7 @@ bool IoQueue::cancel(const Ticket& ticket) {
 bool IoQueue::promote(const Ticket& ticket, IoPriority priority) {
   impl_->owner_.check();
   auto* operation = dynamic_cast<RunningOperation*>(ticket.state_.get());
-  return operation != nullptr &&
-         impl_->backlog_.promote(*operation, priority);
+  return operation != nullptr && impl_->backlog_.promote(*operation, priority);
 }
 
 IoQueueStats IoQueue::stats() const {
