@@ -427,8 +427,11 @@ def test_a_dropped_model_frees_its_space(tmp_path):
 def test_a_parameter_that_gets_other_data_is_an_ordinary_one(model, tmp_path):
     made = offload(model, tmp_path)
     data = torch.full((256, 256), 2.0)
+    view = model[0].weight.detach()
     model[0].weight.data = data
     model(torch.ones(1, 256))
+    assert torch.equal(view, expected()[0])
+    del view
     assert model[0].weight.data_ptr() == data.data_ptr()
     model.double()
     assert model[1].weight.dtype == torch.float64
