@@ -220,8 +220,8 @@ def offload(
     whatever else takes one raises RuntimeError with the parameter's name, except inside
     ``gathered()``. ``model.state_dict()`` has copies in a file, which can be saved and loaded.
     Changing one raises RuntimeError, since the model would not change. With ``keep_vars=True``
-    it has the parameters themselves. Parameters below 64 KiB
-    stay in memory, and so do those whose memory something else shares.
+    it has the parameters themselves. Parameters below 64 KiB stay in memory, and so do those
+    whose memory something else shares.
 
     Args:
         model: Its parameters are dense and on the CPU.

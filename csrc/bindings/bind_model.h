@@ -21,6 +21,7 @@
 #include "gil.h"
 #include "tensor/touch.h"
 #include "torch_ext/tensor/model_offload.h"
+#include "waits.h"
 
 namespace {
 
@@ -95,10 +96,7 @@ OwnedModelOffload make_model_offload(const NamedParameters& parameters,
                 .engine = std::move(engine),
                 .verify = verify},
       .host_memory = host_memory,
-      .while_waiting = [] {
-        const AcquiredGil acquired;
-        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-      }};
+      .while_waiting = &run_signal_handlers};
   const ReleasedGil released;
   return OwnedModelOffload(
       new ModelOffload(std::move(named), std::move(options)));
@@ -136,7 +134,6 @@ void bind_model(py::module_& m) {
                                                      std::move(tensors), write);
           },
           py::arg("tensors"), py::arg("write"), py::keep_alive<0, 1>())
-      .def("flush", &ModelOffload::flush, release_gil())
       .def("close", &ModelOffload::close, release_gil())
       .def("plan", &plan_of)
       .def("stats",

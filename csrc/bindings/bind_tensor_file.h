@@ -14,16 +14,14 @@
 #include "errors.h"
 #include "gil.h"
 #include "torch_ext/tensor/tensor_file.h"
+#include "waits.h"
 
 namespace {
 
 /// Options whose interrupt lets the handlers of signals run. They may raise.
 torch_ext::TensorFileOptions interruptible() {
   torch_ext::TensorFileOptions options;
-  options.interrupt = [] {
-    const AcquiredGil acquired;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-  };
+  options.interrupt = &run_signal_handlers;
   return options;
 }
 

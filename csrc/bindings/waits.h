@@ -19,6 +19,12 @@
 
 namespace {
 
+// Called without the GIL by what waits in C++. Errors: what a handler raises.
+void run_signal_handlers() {
+  const AcquiredGil acquired;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
 using Seconds = std::optional<double>;
 
 // Writes 2 as "2", and 0.05 as "0.05".

@@ -629,7 +629,7 @@ void Pager::Impl::write_back() {
   for (const Unit number : std::exchange(changed_units_, {})) {
     if (units_[number] == nullptr) continue;
     Paged& unit = *units_[number];
-    // What is pinned comes again when its last pin ends.
+    // A pinned unit comes again when its last pin ends.
     if (unit.pins > 0 || !unit.dirty || unit.state != State::kHere ||
         unit.resident || unit.write_error) {
       continue;

@@ -7,7 +7,7 @@
 #include <string>
 
 #include "base/mutex.h"
-#include "base/space_map.h"
+#include "space_map.h"
 #include "torch_ext/io/file.h"
 #include "torch_ext/io/io_queue.h"
 

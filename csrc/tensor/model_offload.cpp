@@ -19,7 +19,7 @@
 namespace torch_ext {
 namespace {
 
-// What is smaller costs more to bring than to keep.
+// Smaller storages cost more to bring than to keep.
 constexpr std::uint64_t kSmallest = std::uint64_t{64} << 10;
 
 /// The parameters that share a storage.
@@ -212,8 +212,6 @@ std::vector<at::Tensor> ModelOffload::snapshot(
   }
   return result;
 }
-
-void ModelOffload::flush() { impl_->pager->flush(); }
 
 void ModelOffload::close() {
   TouchedStorages& touched = TouchedStorages::instance();

@@ -14,11 +14,12 @@
 // The bytes come and go by the DataPtr in the StorageImpl. That is no change of
 // the tensor: no version is counted, and views keep their storage.
 //
-// While nothing is pinned the DataPtr is null, and the tensors themselves hold
-// a stand-in storage whose data raises an error with the parameter's name. So
-// whoever takes an address outside of an operator never gets one, wherever the
-// bytes are. A view that is made meanwhile has the stand-in too, but for the
-// operators that use it.
+// Whoever takes an address outside of an operator gets an error with the
+// parameter's name, wherever the bytes are. While nothing is pinned the DataPtr
+// is null, and the tensors themselves hold a stand-in storage whose data raises
+// that error. A view that is made meanwhile has the stand-in too, but for the
+// operators that use it. A view that was made before has the storage itself,
+// which raises the error where set_raises() can say so.
 //
 // This file is the only one that knows the key.
 
@@ -34,7 +35,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <optional>
 #include <span>
 #include <unordered_map>
 #include <utility>

@@ -457,7 +457,7 @@ class Schedule {
   }
 
   void use(Touches& touches, Pager::Pins& pins) {
-    // What is replaced by one touch may be read by another.
+    // One touch may read what another one replaces.
     for (std::size_t i = 0; i < touches.size(); ++i) {
       const auto& [number, access, forward] = touches[i];
       if (access == Access::kReplace) continue;

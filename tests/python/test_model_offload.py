@@ -6,6 +6,7 @@ import copy
 import errno
 import gc
 import io
+import itertools
 import os
 import pickle
 import threading
@@ -40,6 +41,14 @@ def unchanged(model):
 
 def offload(model, directory, host_memory="1MiB", **options):
     return torch_ext.offload(model, directory, host_memory=host_memory, **options)
+
+
+def in_threads(run):
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 # What it refuses ---------------------------------------------------------------------------
@@ -508,11 +517,7 @@ def test_threads_may_use_one_model(model, tmp_path):
                     if not torch.equal(model(x), right):
                         wrong.append(1)
 
-        threads = [threading.Thread(target=run) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(run)
     assert not wrong
 
 
@@ -522,6 +527,7 @@ def test_threads_may_use_two_models_in_any_order(tmp_path):
         offload(model, tmp_path, host_memory="600KiB")
     product = expected()[0] @ expected()[2]
     failures = []
+    numbers = itertools.count()
 
     def run(i):
         try:
@@ -533,11 +539,7 @@ def test_threads_may_use_two_models_in_any_order(tmp_path):
         except Exception as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(lambda: run(next(numbers)))
     assert not failures
 
 
@@ -554,11 +556,7 @@ def test_threads_may_use_one_view(model, tmp_path):
                 wrong.append(1)
             others[i % len(others)].sum()
 
-    threads = [threading.Thread(target=run) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(run)
     assert not wrong
     with pytest.raises(RuntimeError):
         view.data_ptr()

@@ -139,7 +139,7 @@ class Pager {
   void begin_round();
 
   /// Returns when all that has changed is on the drive (written, not synced).
-  /// What is pinned to be changed is not: it is written after that. Errors: the
+  /// A unit that is pinned to be changed is written after that. Errors: the
   /// first IoError; all others are written all the same; what while_waiting
   /// throws.
   void flush();

@@ -83,10 +83,6 @@ class ModelOffload {
   /// Pager::hold()'s.
   std::vector<at::Tensor> snapshot(const std::vector<at::Tensor>& tensors);
 
-  /// Returns when all changes are on the drive (written, not synced). Errors:
-  /// IoError.
-  void flush();
-
   /// Brings all parameters back into memory of their own. Does nothing the
   /// second time. Errors: std::invalid_argument if memory has no room for them,
   /// IoError; what has not come back by then is still offloaded.

@@ -1,4 +1,4 @@
-#include "base/space_map.h"
+#include "store/space_map.h"
 
 #include <gtest/gtest.h>
 

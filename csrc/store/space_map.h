@@ -6,9 +6,9 @@
 
 namespace torch_ext {
 
-/// Which bytes of a file, or of memory, are free. Free neighbours are joined.
-/// The lowest space that fits is taken, so that the end becomes free. Threads:
-/// one at a time.
+/// Which bytes of a file are free. Free neighbours are joined. The lowest space
+/// that fits is taken, so that the end of the file becomes free. Threads: one
+/// at a time.
 class SpaceMap {
  public:
   std::optional<std::uint64_t> take(std::uint64_t bytes) {
