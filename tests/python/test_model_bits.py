@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -403,7 +405,10 @@ def script_and_trace(model):
 
 @workload(perceptron)
 def data_parallel_of_one(model):
-    return [nn.DataParallel(model, device_ids=[])(batch())]
+    # With a device, a simulated one too, it would move the model there.
+    module = sys.modules[nn.DataParallel.__module__]
+    with mock.patch.object(module, "_get_available_device_type", return_value=None):
+        return [nn.DataParallel(model)(batch())]
 
 
 @workload(perceptron)

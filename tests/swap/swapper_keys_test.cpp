@@ -180,10 +180,11 @@ TEST_F(SwapperTest,
        AKeyIsRemovedWhateverFailedAndCloseThrowsWhatNobodyHasSeen) {
   Swapper swapper(scripted());
   swapper.swap_out("k", on_device(4096, 1)).wait();
-  script_->set_plan(test::from(0, Fault::fail(EIO)));
+  script_->set_plan(test::from(0, Fault{.error = EIO, .hold = true}));
   static_cast<void>(swapper.swap_out("k", on_device(4096, 2)));
   static_cast<void>(swapper.swap_in("k", on_device(4096, 2)));
   static_cast<void>(swapper.swap_out("never complete", on_device(4096, 3)));
+  script_->release_all();
   while (swapper.stats().in_flight > 0) std::this_thread::yield();
   script_->set_plan(nullptr);
   swapper.remove("k");
