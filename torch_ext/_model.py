@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torch_ext._checks import Directories, directories_of, engine_of
 from torch_ext._closable import Closable
+from torch_ext._model_hold import Blocks, HeldBlocks, blocks_of, check_room
 from torch_ext._native import _C
 from torch_ext.config import AioConfig, parse_size, resolve_aio_config
 
@@ -69,6 +70,8 @@ class ModelOffload(Closable):
         self._shared: dict[str, int] = {}
         #: Blocks of gathered() that run now.
         self._gathered: weakref.WeakSet[_Gathered] = weakref.WeakSet()
+        #: Blocks of the model whose parameters are kept while they run.
+        self._held = HeldBlocks((), self._gather)
         self._own(offload, "model offload", _Left())
 
     def plan(self) -> ModelPlan:
@@ -137,7 +140,19 @@ class ModelOffload(Closable):
             tensors = [parameters]
         else:
             tensors = list(parameters)
-        return _Gathered(self._offload.gathered(tensors, bool(write)), self._gathered)
+        return self._gathered_of(tensors, bool(write), _C.ModelPass.NONE)
+
+    def _hold(self, blocks: Sequence[torch.nn.Module]) -> None:
+        self._held = HeldBlocks(blocks, self._gather)
+
+    def _gather(self, module: torch.nn.Module, in_pass: _C.ModelPass) -> _Gathered:
+        return self._gathered_of(list(module.parameters()), False, in_pass)
+
+    def _gathered_of(
+        self, tensors: list[torch.Tensor], write: bool, in_pass: _C.ModelPass
+    ) -> _Gathered:
+        gathered = self._offload.gathered(tensors, write, in_pass)
+        return _Gathered(gathered, self._gathered)
 
     @property
     def engine(self) -> str:
@@ -156,12 +171,14 @@ class ModelOffload(Closable):
         self._life.check_process()
         if self._life.closed:
             return
+        self._held.drop_failed()
         if self._gathered:
             raise RuntimeError(
                 "parameters are gathered, so they cannot be given other memory: call close() "
                 "after the block of `with offload.gathered(...):`"
             )
         self._offload.close()
+        self._held.remove()
         if self._hook is not None:
             self._hook.remove()
         self._life.closed = True
@@ -205,6 +222,7 @@ def offload(
     nvme_path: Directories,
     *,
     host_memory: int | str,
+    hold: Blocks | Iterable[Blocks] | None = None,
     aio: AioConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     engine: str = "auto",
     verify: bool = True,
@@ -228,6 +246,10 @@ def offload(
         nvme_path: Where the scratch file is made: as ``directory`` of TensorSwapper.
         host_memory: Bytes of host memory for all offloaded parameters together, such as
             "8GiB". At least twice the largest parameter.
+        hold: Blocks whose parameters are kept during their forward and backward, for kernels
+            that are no operators of torch: torch.compile, Triton. A class of modules, the name
+            of a class or of a module, or several. ``host_memory`` must have room for all
+            parameters of a block.
         aio: What ``get_aio_config`` takes or returns. None: the defaults.
         engine: "auto", or one that ``python -m torch_ext info`` lists.
         verify: Whether blocks carry checksums, which are compared on reading.
@@ -246,18 +268,22 @@ def offload(
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     _check_hooks(model)
+    blocks = blocks_of(model, hold)
+    memory = parse_size(host_memory)
+    check_room(model, blocks, memory)
     parameters = list(model.named_parameters())
     shared = _shared_names(parameters)
     made = _C.ModelOffload(
         [(name, parameter) for name, parameter in parameters if name not in shared],
         directories_of(nvme_path, "nvme_path"),
         resolve_aio_config(aio, stacklevel=3),
-        parse_size(host_memory),
+        memory,
         engine_of(engine),
         bool(verify),
     )
     _adapt_torch()
     result = ModelOffload(made)
+    result._hold(blocks)
     for name, parameter in parameters:
         if name in shared:
             result._shared[name] = parameter.nbytes

@@ -26,17 +26,21 @@
 namespace {
 
 using torch_ext::ModelOffload;
+using torch_ext::ModelPass;
 
 /// Parameters that have addresses from __enter__ to __exit__.
 class GatheredTensors {
  public:
   GatheredTensors(ModelOffload& offload, std::vector<at::Tensor> tensors,
-                  bool write)
-      : offload_(offload), tensors_(std::move(tensors)), write_(write) {}
+                  bool write, ModelPass pass)
+      : offload_(offload),
+        tensors_(std::move(tensors)),
+        write_(write),
+        pass_(pass) {}
 
   void enter() {
     const ReleasedGil released;
-    gathered_ = offload_.gathered(tensors_, write_);
+    gathered_ = offload_.gathered(tensors_, write_, pass_);
   }
   void exit() {
     const ReleasedGil released;
@@ -47,6 +51,7 @@ class GatheredTensors {
   ModelOffload& offload_;
   const std::vector<at::Tensor> tensors_;
   const bool write_;
+  const ModelPass pass_;
   ModelOffload::Gathered gathered_;
 };
 
@@ -115,6 +120,10 @@ std::vector<PlannedStorage> plan_of(const ModelOffload& offload) {
 
 void bind_model(py::module_& m) {
   torch_ext::set_touch_error_translator(&raise_as_python);
+  py::enum_<ModelPass>(m, "ModelPass", py::module_local())
+      .value("NONE", ModelPass::kNone)
+      .value("FORWARD", ModelPass::kForward)
+      .value("BACKWARD", ModelPass::kBackward);
   py::class_<GatheredTensors>(m, "GatheredTensors", py::module_local())
       .def("__enter__", &GatheredTensors::enter)
       .def("__exit__",
@@ -129,11 +138,12 @@ void bind_model(py::module_& m) {
       .def(
           "gathered",
           [](ModelOffload& offload, std::vector<at::Tensor> tensors,
-             bool write) {
-            return std::make_unique<GatheredTensors>(offload,
-                                                     std::move(tensors), write);
+             bool write, ModelPass pass) {
+            return std::make_unique<GatheredTensors>(
+                offload, std::move(tensors), write, pass);
           },
-          py::arg("tensors"), py::arg("write"), py::keep_alive<0, 1>())
+          py::arg("tensors"), py::arg("write"), py::arg("in_pass"),
+          py::keep_alive<0, 1>())
       .def("close", &ModelOffload::close, release_gil())
       .def("plan", &plan_of)
       .def("stats",

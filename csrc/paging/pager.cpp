@@ -131,14 +131,15 @@ void Pager::Impl::note_touch(const Paged& unit, bool forward) {
   }
 }
 
-void Pager::Impl::pin(Pins& pins, std::span<const Touch> touches, bool held) {
+void Pager::Impl::pin(Pins& pins, std::span<const Touch> touches, bool held,
+                      bool planned) {
   owner_.check();
   pins.touches_.assign(touches.begin(), touches.end());
   pins.unread_.assign(touches.size(), false);
   MutexLock lock(mutex_);
   for (const Touch& touch : touches) {
     const Paged& unit = at(touch.unit);
-    if (!held) note_touch(unit, touch.forward);
+    if (planned) note_touch(unit, touch.forward);
   }
   const bool all_here =
       std::ranges::all_of(touches, [&](const Touch& touch) REQUIRES(mutex_) {
@@ -813,14 +814,14 @@ void Pager::remove(Unit unit) {
 
 Pager::Pins Pager::pin(std::span<const Touch> touches) {
   Pins pins;
-  impl_->pin(pins, touches, /*held=*/false);
+  impl_->pin(pins, touches, /*held=*/false, /*planned=*/true);
   pins.pager_ = this;
   return pins;
 }
 
-Pager::Pins Pager::hold(std::span<const Touch> touches) {
+Pager::Pins Pager::hold(std::span<const Touch> touches, bool planned) {
   Pins pins;
-  impl_->pin(pins, touches, /*held=*/true);
+  impl_->pin(pins, touches, /*held=*/true, planned);
   pins.pager_ = this;
   return pins;
 }

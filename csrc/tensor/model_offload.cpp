@@ -153,17 +153,20 @@ ModelOffload::ModelOffload(std::vector<NamedTensor> parameters,
 ModelOffload::~ModelOffload() = default;
 
 ModelOffload::Gathered ModelOffload::gathered(
-    const std::vector<at::Tensor>& tensors, bool write) {
+    const std::vector<at::Tensor>& tensors, bool write, ModelPass pass) {
   std::vector<Pager::Touch> touches;
   for (const at::Tensor& tensor : tensors) {
     const auto storage = TouchedStorages::instance().find(tensor);
     if (storage == nullptr || &storage->pager() != impl_->pager.get()) continue;
     touches.push_back(
-        {storage->unit(), write ? Access::kWrite : Access::kRead});
+        {.unit = storage->unit(),
+         .access = write ? Access::kWrite : Access::kRead,
+         .forward = pass == ModelPass::kForward});
   }
   Gathered gathered;
   if (!touches.empty()) {
-    gathered.pins_.push_back(impl_->pager->hold(touches));
+    gathered.pins_.push_back(
+        impl_->pager->hold(touches, /*planned=*/pass != ModelPass::kNone));
   }
   return gathered;
 }

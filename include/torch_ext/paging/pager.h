@@ -131,8 +131,9 @@ class Pager {
   Pins pin(std::span<const Touch> touches);
 
   /// The same, for longer than an operator. Others do not wait for its end:
-  /// where it is in their way they get a BudgetError.
-  Pins hold(std::span<const Touch> touches);
+  /// where it is in their way they get a BudgetError. With `planned`, it comes
+  /// at its place in every round, as an operator does, so it is read ahead.
+  Pins hold(std::span<const Touch> touches, bool planned = false);
 
   /// Says that the touches begin anew. Where they say which of them are of a
   /// forward pass, the pager notices that by itself.

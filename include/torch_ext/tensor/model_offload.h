@@ -37,6 +37,13 @@ struct OffloadedStorage {
   bool resident = false;  ///< The plan keeps it in host memory.
 };
 
+/// What gathered tensors are for.
+enum class ModelPass {
+  kNone,  ///< Something that does not come again at the same place.
+  kForward,
+  kBackward,
+};
+
 /// Keeps the parameters of a model on NVMe. Any operator that touches one
 /// brings it into host memory, and what it changes is written back. The tensors
 /// stay the same objects, with the same bits; views, ties and autograd need
@@ -71,9 +78,10 @@ class ModelOffload {
     std::vector<Pager::Pins> pins_;
   };
   /// Brings the tensors (or the parameters that they are views of) and keeps
-  /// them. Tensors that are not offloaded are left out. Errors:
-  /// Pager::hold()'s.
-  Gathered gathered(const std::vector<at::Tensor>& tensors, bool write);
+  /// them. Tensors that are not offloaded are left out. What belongs to a pass
+  /// is read ahead in the next one. Errors: Pager::hold()'s.
+  Gathered gathered(const std::vector<at::Tensor>& tensors, bool write,
+                    ModelPass pass = ModelPass::kNone);
 
   /// Copies of the tensors as they are now, and tensors that are not offloaded
   /// as they are. The copies lie in a file without a name in the first
