@@ -485,7 +485,8 @@ void TileLanes::read_ended(Tile& tile, std::exception_ptr error) noexcept {
   const double end = now();
   reading_.stop(end);
   note(Lane::kRead, tile, end);
-  if (error != nullptr) fail_read(std::move(error));
+  // What no round needs fails none.
+  if (error != nullptr && !tile.unwanted) fail_read(std::move(error));
   if (tile.unwanted || failure_ != nullptr) {
     let_go(tile);
     pump();
