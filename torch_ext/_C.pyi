@@ -378,6 +378,10 @@ class ModelPass:
     NONE: ModelPass
     FORWARD: ModelPass
     BACKWARD: ModelPass
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
 
 class GatheredTensors:
     def __enter__(self) -> None: ...
@@ -386,12 +390,13 @@ class GatheredTensors:
 class ModelOffload:
     def __init__(
         self,
-        parameters: list[tuple[str, torch.Tensor]],
+        parameters: list[tuple[str, torch.Tensor, list[str], bool]],
         directories: list[tuple[str | bytes, int]],
         aio: AioConfig,
         host_memory: int,
         engine: str,
         verify: bool,
+        checkpoint: str,
     ) -> None: ...
     def snapshot(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]: ...
     def gathered(

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torch_ext._checks import Directories, directories_of, engine_of
 from torch_ext._closable import Closable
+from torch_ext._model_checkpoint import tensors_of, tie_weights
 from torch_ext._model_hold import Blocks, HeldBlocks, blocks_of, check_room
 from torch_ext._native import _C
 from torch_ext.config import AioConfig, parse_size, resolve_aio_config
@@ -223,6 +224,7 @@ def offload(
     *,
     host_memory: int | str,
     hold: Blocks | Iterable[Blocks] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     aio: AioConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     engine: str = "auto",
     verify: bool = True,
@@ -242,7 +244,7 @@ def offload(
     whose memory something else shares.
 
     Args:
-        model: Its parameters are dense and on the CPU.
+        model: Its parameters are dense and on the CPU, or on the meta device.
         nvme_path: Where the scratch file is made: as ``directory`` of TensorSwapper.
         host_memory: Bytes of host memory for all offloaded parameters together, such as
             "8GiB". At least twice the largest parameter.
@@ -250,12 +252,17 @@ def offload(
             that are no operators of torch: torch.compile, Triton. A class of modules, the name
             of a class or of a module, or several. ``host_memory`` must have room for all
             parameters of a block.
+        checkpoint: Where parameters and buffers on the meta device have their values: a
+            safetensors file, an index of several, or a directory with either. Parameters are
+            read there whenever they come, and nothing is written until one is changed. Nobody
+            may write to the files meanwhile.
         aio: What ``get_aio_config`` takes or returns. None: the defaults.
         engine: "auto", or one that ``python -m torch_ext info`` lists.
         verify: Whether blocks carry checksums, which are compared on reading.
 
     Raises:
-        ValueError: ``host_memory`` is too small; the text says what would do.
+        ValueError: ``host_memory`` is too small; the text says what would do. Or the
+            checkpoint lacks a tensor, or has another dtype or shape; the text has the names.
         OSError: The directory cannot be used, or the drive has no room.
         TypeError: The model or a parameter is of a kind that cannot be offloaded.
         RuntimeError: A parameter is offloaded already, by this or by another library.
@@ -268,18 +275,23 @@ def offload(
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     _check_hooks(model)
+    if checkpoint is not None:
+        tie_weights(model)
     blocks = blocks_of(model, hold)
     memory = parse_size(host_memory)
     check_room(model, blocks, memory)
     parameters = list(model.named_parameters())
     shared = _shared_names(parameters)
+    if checkpoint is not None and not os.fspath(checkpoint):
+        raise ValueError("checkpoint must name a file or directory, not ''")
     made = _C.ModelOffload(
-        [(name, parameter) for name, parameter in parameters if name not in shared],
+        tensors_of(model, shared),
         directories_of(nvme_path, "nvme_path"),
         resolve_aio_config(aio, stacklevel=3),
         memory,
         engine_of(engine),
         bool(verify),
+        "" if checkpoint is None else os.fspath(checkpoint),
     )
     _adapt_torch()
     result = ModelOffload(made)

@@ -84,23 +84,30 @@ void raise_as_python() {
   }
 }
 
-using NamedParameters = std::vector<std::pair<std::string, at::Tensor>>;
+/// Name, tensor, aliases, and whether it is a parameter.
+using NamedParameters =
+    std::vector<std::tuple<std::string, at::Tensor, std::vector<std::string>,
+                           bool>>;
 using OwnedModelOffload = std::unique_ptr<ModelOffload, DeleteWithoutGil>;
 
 OwnedModelOffload make_model_offload(const NamedParameters& parameters,
                                      const Directories& directories,
                                      const AioConfig& aio,
                                      std::uint64_t host_memory,
-                                     std::string engine, bool verify) {
+                                     std::string engine, bool verify,
+                                     std::string checkpoint) {
   std::vector<torch_ext::NamedTensor> named;
   named.reserve(parameters.size());
-  for (const auto& [name, tensor] : parameters) named.push_back({name, tensor});
+  for (const auto& [name, tensor, aliases, is_parameter] : parameters) {
+    named.push_back({name, tensor, aliases, is_parameter});
+  }
   torch_ext::ModelOffloadOptions options{
       .store = {.directory = to_list(directories),
                 .aio = aio,
                 .engine = std::move(engine),
                 .verify = verify},
       .host_memory = host_memory,
+      .checkpoint = std::move(checkpoint),
       .while_waiting = &run_signal_handlers};
   const ReleasedGil released;
   return OwnedModelOffload(
@@ -132,7 +139,7 @@ void bind_model(py::module_& m) {
                                               py::module_local())
       .def(py::init(&make_model_offload), py::arg("parameters"),
            py::arg("directories"), py::arg("aio"), py::arg("host_memory"),
-           py::arg("engine"), py::arg("verify"))
+           py::arg("engine"), py::arg("verify"), py::arg("checkpoint"))
       .def("snapshot", &ModelOffload::snapshot, py::arg("tensors"),
            release_gil())
       .def(

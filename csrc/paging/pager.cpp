@@ -76,6 +76,32 @@ Pager::Unit Pager::Impl::add(std::uint64_t bytes, std::string name,
   unit->bytes = bytes;
   unit->room = align_up(unit->extent->padded_size(), page_size());
   unit->on_pinned = std::move(on_pinned);
+  return add(std::move(unit));
+}
+
+Pager::Unit Pager::Impl::add(FileRange range, std::string name,
+                             OnPinned on_pinned) {
+  if (range.file == nullptr || options_.files == nullptr) {
+    throw std::invalid_argument("pager: '" + name +
+                                "' needs a file, and a queue that reads it");
+  }
+  if (range.bytes == 0) throw std::invalid_argument("pager: a unit of 0 bytes");
+  auto unit = std::make_unique<Paged>();
+  unit->name = std::move(name);
+  unit->bytes = range.bytes;
+  unit->source = std::make_unique<FileSource>(
+      std::move(range), options_.files, store_.verifies());
+  unit->skew = unit->source->skew();
+  unit->room = align_up(std::max(unit->source->room(),
+                                 align_up(unit->skew + unit->bytes,
+                                          store_.granule())),
+                        page_size());
+  unit->on_drive = true;
+  unit->on_pinned = std::move(on_pinned);
+  return add(std::move(unit));
+}
+
+Pager::Unit Pager::Impl::add(std::unique_ptr<Paged> unit) {
   Places places{{0, unit.get()}};
   unit->place = places.extract(places.begin());
   const MutexLock lock(mutex_);
@@ -157,7 +183,7 @@ void Pager::Impl::pin(Pins& pins, std::span<const Touch> touches, bool held,
       unit.dirty = true;
       ++unit.writers;
     }
-    if (unit.pins++ == 0 && unit.on_pinned) unit.on_pinned(arena_.at(unit.run));
+    if (unit.pins++ == 0 && unit.on_pinned) unit.on_pinned(data_of(unit));
   }
   if (!held) {
     operator_pins_ += touches.size();
@@ -335,7 +361,7 @@ Pager::Impl::Progress Pager::Impl::request(Wait& wait) {
     result = std::max(result, Progress::kMoving);
     if (unit.state == State::kWriting ||
         std::exchange(unit.prefetched, false)) {
-      store_.promote(unit.transfer, IoPriority::kNow);
+      promote(unit);
     }
   }
   return result;
@@ -355,7 +381,7 @@ Pager::Impl::Progress Pager::Impl::fetch(Paged& unit, Access access,
     if (other->state == State::kHere) {
       start_write(*other, IoPriority::kNow);
     } else {
-      store_.promote(other->transfer, IoPriority::kNow);
+      promote(*other);
     }
     if (other->state != State::kReading) {
       wait.written.push_back(other->number);
@@ -556,14 +582,20 @@ void Pager::Impl::evict(Paged& unit) noexcept {
 void Pager::Impl::start_read(Paged& unit, IoPriority priority) {
   unit.state = State::kReading;
   unit.prefetched = priority == IoPriority::kPrefetch;
+  const auto done = [this, &unit](std::exception_ptr error) {
+    read_ended(unit, std::move(error));
+  };
   try {
-    unit.transfer = store_.read(
-        {.extent = unit.extent,
-         .bytes = {arena_.at(unit.run), unit.extent->padded_size()},
-         .done = [this,
-                  &unit](std::exception_ptr error) { read_ended(unit, error); },
-         .priority = priority,
-         .caller = caller_});
+    if (unit.source != nullptr) {
+      unit.source->read(arena_.at(unit.run), priority, caller_, done);
+    } else {
+      unit.transfer = store_.read(
+          {.extent = unit.extent,
+           .bytes = {arena_.at(unit.run), unit.extent->padded_size()},
+           .done = done,
+           .priority = priority,
+           .caller = caller_});
+    }
     ++in_flight_;
   } catch (...) {
     evict(unit);
@@ -571,10 +603,20 @@ void Pager::Impl::start_read(Paged& unit, IoPriority priority) {
   }
 }
 
+void Pager::Impl::promote(Paged& unit) {
+  if (unit.state == State::kReading && unit.source != nullptr) {
+    unit.source->promote(IoPriority::kNow);
+  } else {
+    store_.promote(unit.transfer, IoPriority::kNow);
+  }
+}
+
 void Pager::Impl::start_write(Paged& unit, IoPriority priority) noexcept {
   try {
     // A drive that refused to write there may write elsewhere.
-    if (unit.write_error) unit.extent = store_.allocate(unit.bytes);
+    if (unit.write_error != nullptr || unit.extent == nullptr) {
+      unit.extent = store_.allocate(unit.skew + unit.bytes);
+    }
     unit.write_error = nullptr;
     unit.transfer = store_.write(
         {.extent = unit.extent,
@@ -597,7 +639,8 @@ void Pager::Impl::read_ended(Paged& unit, std::exception_ptr error) noexcept {
   unit.transfer = {};
   unit.unreadable = error != nullptr;
   if (error == nullptr) {
-    counts_.bytes_read += unit.extent->padded_size();
+    counts_.bytes_read += unit.source != nullptr ? unit.source->room()
+                                                 : unit.extent->padded_size();
     unit.state = State::kHere;
     loosened(unit);
   } else {
@@ -616,6 +659,7 @@ void Pager::Impl::write_ended(Paged& unit, std::exception_ptr error) noexcept {
   if (error == nullptr) {
     counts_.bytes_written += unit.extent->padded_size();
     unit.on_drive = true;
+    unit.source = nullptr;
     loosened(unit);
   } else {
     unit.write_error = std::move(error);
@@ -807,6 +851,11 @@ Pager::Unit Pager::add(std::uint64_t bytes, std::string name,
   return impl_->add(bytes, std::move(name), std::move(on_pinned));
 }
 
+Pager::Unit Pager::add(FileRange range, std::string name, OnPinned on_pinned) {
+  impl_->owner_.check();
+  return impl_->add(std::move(range), std::move(name), std::move(on_pinned));
+}
+
 void Pager::remove(Unit unit) {
   impl_->owner_.check();
   impl_->remove(unit);
@@ -876,7 +925,7 @@ std::byte* Pager::Pins::data(std::size_t i) const {
   Impl& impl = *pager_->impl_;
   impl.owner_.check();
   const MutexLock lock(impl.mutex_);
-  return impl.arena_.at(impl.at(touches_.at(i).unit).run);
+  return impl.data_of(impl.at(touches_.at(i).unit));
 }
 
 void Pager::Pins::undo_replaced() noexcept {

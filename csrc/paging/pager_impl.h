@@ -16,6 +16,7 @@
 
 #include "base/mutex.h"
 #include "base/owner_process.h"
+#include "file_source.h"
 #include "memory/arena.h"
 #include "torch_ext/base/error.h"
 #include "torch_ext/paging/pager.h"
@@ -40,6 +41,7 @@ class Pager::Impl {
   }
 
   Unit add(std::uint64_t bytes, std::string name, OnPinned on_pinned);
+  Unit add(FileRange range, std::string name, OnPinned on_pinned);
   void remove(Unit unit);
   void pin(Pins& pins, std::span<const Touch> touches, bool held,
            bool planned);
@@ -66,7 +68,11 @@ class Pager::Impl {
     std::uint64_t bytes = 0;
     std::uint64_t room = 0;  ///< Bytes of its run.
     OnPinned on_pinned;
+    std::uint64_t skew = 0;  ///< Where its bytes begin in its run.
+    /// Has the run up to the end of the bytes. Null before the first write of a
+    /// unit that has a source.
     std::shared_ptr<Extent> extent;
+    std::unique_ptr<FileSource> source;  ///< Until the extent has the bytes.
     State state = State::kAway;
     std::uint64_t run = 0;  ///< Where it is in the arena, unless it is away.
     /// Its entry of by_place_ while it is away, so that to take a run and to
@@ -76,7 +82,7 @@ class Pager::Impl {
     std::size_t writers = 0;  ///< Those pins that change it.
     std::size_t wanted = 0;   ///< By the thread whose turn it is in bring().
     std::size_t claimed = 0;  ///< By threads there that are in an operator.
-    bool on_drive = false;    ///< The extent has bytes of it.
+    bool on_drive = false;    ///< The source or extent has bytes of it.
     bool dirty = false;       ///< Has changed since its last write began.
     /// Was taken to be replaced and not read. Its memory has no bytes of it,
     /// and nobody but its first pin has seen it.
@@ -186,6 +192,11 @@ class Pager::Impl {
            (has_bytes || access == Access::kReplace);
   }
 
+  Unit add(std::unique_ptr<Paged> unit);
+  std::byte* data_of(const Paged& unit) const REQUIRES(mutex_) {
+    return arena_.at(unit.run) + unit.skew;
+  }
+  void promote(Paged& unit) REQUIRES(mutex_);
   void note_touch(const Paged& unit, bool forward) REQUIRES(mutex_);
   void bring(std::span<const Touch> touches, MutexLock& lock) REQUIRES(mutex_);
   Progress request(Wait& wait) REQUIRES(mutex_);

@@ -6,14 +6,18 @@
 #include <algorithm>
 #include <filesystem>
 #include <map>
+#include <optional>
 #include <stdexcept>
 #include <utility>
 
+#include "meta_tensors.h"
 #include "tensor_check.h"
 #include "torch_ext/base/align.h"
 #include "torch_ext/base/available_memory.h"
 #include "torch_ext/base/error.h"
+#include "torch_ext/io/make_queue.h"
 #include "torch_ext/optim/snapshot_file.h"
+#include "torch_ext/swap/safetensors_checkpoint.h"
 #include "touch.h"
 
 namespace torch_ext {
@@ -27,13 +31,21 @@ struct Group {
   std::string name;  ///< That of the first.
   std::vector<at::Tensor> tensors;
   std::string stays = {};
+  MetaSource source = nullptr;  ///< Has its bytes, if they are not in memory.
+
+  std::uint64_t bytes() const {
+    return tensors.front().storage().nbytes();
+  }
 };
 
 void check(const NamedTensor& parameter) {
-  const auto& [name, tensor] = parameter;
+  const std::string& name = parameter.name;
+  const at::Tensor& tensor = parameter.tensor;
   if (tensor.defined() && is_touched(tensor)) {
     throw StateError("'" + name + "' is offloaded already");
   }
+  // find_meta_sources() looks at the others.
+  if (tensor.defined() && tensor.is_meta()) return;
   check_has_plain_memory(tensor, "offload of '" + name + "'");
   if (!tensor.is_cpu()) {
     throw TypeError("offload of '" + name + "': parameters on " +
@@ -42,13 +54,22 @@ void check(const NamedTensor& parameter) {
   }
 }
 
-std::vector<Group> groups_of(std::vector<NamedTensor> parameters) {
+std::vector<Group> groups_of(std::vector<NamedTensor> parameters,
+                             const std::vector<MetaSource>& sources) {
   std::vector<Group> groups;
   std::map<const c10::StorageImpl*, std::size_t> group_of;
-  for (auto& [name, tensor] : parameters) {
+  for (std::size_t i = 0; i < parameters.size(); ++i) {
+    at::Tensor& tensor = parameters[i].tensor;
     const auto [place, fresh] = group_of.try_emplace(
         tensor.storage().unsafeGetStorageImpl(), groups.size());
-    if (fresh) groups.push_back({.name = std::move(name), .tensors = {}});
+    if (fresh) {
+      groups.push_back({.name = std::move(parameters[i].name),
+                        .tensors = {},
+                        .source = sources[i]});
+    }
+    if (!parameters[i].is_parameter) {
+      groups[place->second].stays = "it is no parameter";
+    }
     std::vector<at::Tensor>& tensors = groups[place->second].tensors;
     const bool known = std::ranges::any_of(
         tensors, [&](const at::Tensor& each) { return each.is_same(tensor); });
@@ -58,7 +79,8 @@ std::vector<Group> groups_of(std::vector<NamedTensor> parameters) {
     const c10::Storage& storage = group.tensors.front().storage();
     if (storage.nbytes() < kSmallest) {
       group.stays = "it has less than 64 KiB";
-    } else if (!is_held_only_by(storage, group.tensors.size())) {
+    } else if (group.source == nullptr &&
+               !is_held_only_by(storage, group.tensors.size())) {
       group.stays =
           "its memory is shared with something that is no parameter: a view, "
           "a NumPy array, or a graph that is not freed";
@@ -67,13 +89,26 @@ std::vector<Group> groups_of(std::vector<NamedTensor> parameters) {
   return groups;
 }
 
+/// Reads the checkpoint's files.
+std::shared_ptr<IoQueue> queue_for(
+    const std::optional<SafetensorsCheckpoint>& checkpoint,
+    const StoreOptions& options) {
+  if (!checkpoint || checkpoint->tensors().empty()) return nullptr;
+  const File& file = *checkpoint->tensors().begin()->second.file;
+  return make_queue(options.aio, options.engine, file.direct(),
+                    options.engine_factory)
+      .queue;
+}
+
 // An operator needs two parameters at once; so much must always fit.
 void check_budget(const std::vector<Group>& groups, std::uint64_t memory) {
   const Group* largest = nullptr;
   std::uint64_t most = 0;
   for (const Group& group : groups) {
-    const std::uint64_t bytes =
-        align_up(group.tensors.front().storage().nbytes(), page_size());
+    // In a file it begins anywhere in a page.
+    const std::uint64_t before =
+        group.source == nullptr ? 0 : group.source->offset % page_size();
+    const std::uint64_t bytes = align_up(before + group.bytes(), page_size());
     if (!group.stays.empty() || bytes <= most) continue;
     most = bytes;
     largest = &group;
@@ -112,33 +147,53 @@ ModelOffload::ModelOffload(std::vector<NamedTensor> parameters,
                            ModelOffloadOptions options)
     : impl_(std::make_unique<Impl>()) {
   for (const NamedTensor& parameter : parameters) check(parameter);
+  std::optional<SafetensorsCheckpoint> checkpoint;
+  if (!options.checkpoint.empty()) checkpoint.emplace(options.checkpoint);
+  const std::vector<MetaSource> sources =
+      find_meta_sources(parameters, checkpoint ? &*checkpoint : nullptr);
   TouchedStorages& touched = TouchedStorages::instance();
   touched.sweep();
-  std::vector<Group> groups = groups_of(std::move(parameters));
+  std::vector<Group> groups = groups_of(std::move(parameters), sources);
   check_budget(groups, options.host_memory);
   impl_->store = std::make_shared<Store>(options.store);
   impl_->directory = options.store.directory.all().front().path;
   std::uint64_t total = 0;
   for (const Group& group : groups) {
-    if (group.stays.empty()) total += group.tensors.front().storage().nbytes();
+    if (group.stays.empty() && group.source == nullptr) total += group.bytes();
   }
   impl_->store->check_room(total);
   impl_->pager = std::make_shared<Pager>(
       PagerOptions{.store = impl_->store,
                    .memory = options.host_memory,
+                   .files = queue_for(checkpoint, options.store),
                    .while_waiting = std::move(options.while_waiting)});
   std::vector<std::shared_ptr<PagedStorage>> storages;
+  GivenStorages given;
+  const auto give = [&](const std::vector<at::Tensor>& tensors,
+                        const c10::Storage& storage) {
+    for (const at::Tensor& tensor : tensors) given.give(tensor, storage);
+  };
   for (Group& group : groups) {
-    const std::uint64_t bytes = group.tensors.front().storage().nbytes();
     if (!group.stays.empty()) {
       impl_->staying.push_back(
-          {.name = group.name, .bytes = bytes, .stays = group.stays});
+          {.name = group.name, .bytes = group.bytes(), .stays = group.stays});
+      if (group.source != nullptr) {
+        give(group.tensors, load_storage(*group.source));
+      }
       continue;
     }
+    if (group.source == nullptr) {
+      storages.push_back(std::make_shared<PagedStorage>(
+          impl_->pager, std::move(group.name), std::move(group.tensors)));
+      storages.back()->copy_in();
+      continue;
+    }
+    const auto& [file, offset, bytes, dtype, shape] = *group.source;
     storages.push_back(std::make_shared<PagedStorage>(
-        impl_->pager, std::move(group.name), std::move(group.tensors)));
+        impl_->pager, std::move(group.name), group.tensors,
+        FileRange{.file = file, .offset = offset, .bytes = bytes}));
+    give(group.tensors, storages.back()->storage());
   }
-  for (const auto& storage : storages) storage->copy_in();
   impl_->pager->flush();
   impl_->storages.assign(storages.begin(), storages.end());
   try {
@@ -147,6 +202,7 @@ ModelOffload::ModelOffload(std::vector<NamedTensor> parameters,
     for (const auto& storage : storages) touched.remove(*storage);
     throw;
   }
+  given.keep();
   for (const auto& storage : storages) storage->begin();
 }
 

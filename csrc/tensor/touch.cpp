@@ -40,6 +40,7 @@
 #include <utility>
 
 #include "../base/mutex.h"
+#include "meta_tensors.h"
 #include "torch_ext/base/error.h"
 
 namespace torch_ext {
@@ -354,6 +355,20 @@ void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
 
 }  // namespace
 
+void set_data_of(const at::Tensor& tensor, const at::Tensor& data) {
+  // set_data() does not take a tensor of another kind of device.
+  c10::DispatchKeySet& keys =
+      tensor.unsafeGetTensorImpl()->*(OpenImpl::key_set());
+  const c10::DispatchKeySet before = keys;
+  keys = data.key_set();
+  try {
+    tensor.set_data(data);
+  } catch (...) {
+    keys = before;
+    throw;
+  }
+}
+
 bool is_held_only_by(const c10::Storage& storage, std::size_t references) {
   return is_held_by(storage, references);
 }
@@ -368,30 +383,48 @@ struct PagedStorage::Views {
 };
 
 PagedStorage::PagedStorage(std::shared_ptr<Pager> pager, std::string name,
-                           std::vector<at::Tensor> tensors)
+                           std::vector<at::Tensor> tensors, c10::Storage real)
     : pager_(std::move(pager)),
       name_(std::move(name)),
       tensors_(std::move(tensors)),
-      real_(tensors_.front().storage()),
+      real_(std::move(real)),
       stand_in_(make_stand_in(real_, name_)),
       bytes_(real_.nbytes()),
-      views_(std::make_unique<Views>()),
-      unit_(pager_->add(bytes_, name_,
-                        [this](std::byte* data) { show(data); })) {}
+      views_(std::make_unique<Views>()) {
+  // Means nothing as long as its address is no error.
+  real_.unsafeGetStorageImpl()->get_extra_meta().custom_data_ptr_error_msg_ =
+      message_of(name_);
+}
+
+PagedStorage::PagedStorage(std::shared_ptr<Pager> pager, std::string name,
+                           std::vector<at::Tensor> tensors)
+    : PagedStorage(std::move(pager), std::move(name), tensors,
+                   tensors.front().storage()) {
+  unit_ = pager_->add(bytes_, name_, on_pinned());
+}
+
+PagedStorage::PagedStorage(std::shared_ptr<Pager> pager, std::string name,
+                           std::vector<at::Tensor> tensors, FileRange range)
+    : PagedStorage(std::move(pager), std::move(name), std::move(tensors),
+                   make_empty_storage(range.bytes)) {
+  unit_ = pager_->add(std::move(range), name_, on_pinned());
+}
+
+Pager::OnPinned PagedStorage::on_pinned() {
+  return [this](std::byte* data) { show(data); };
+}
 
 PagedStorage::~PagedStorage() {
+  if (!unit_) return;
   try {
-    pager_->remove(unit_);
+    pager_->remove(*unit_);
   } catch (...) {
     // In a forked child there is nothing to free.
   }
 }
 
 void PagedStorage::copy_in() {
-  // Means nothing as long as its address is no error.
-  real_.unsafeGetStorageImpl()->get_extra_meta().custom_data_ptr_error_msg_ =
-      message_of(name_);
-  const Pager::Touch touch{unit_, Access::kReplace};
+  const Pager::Touch touch{*unit_, Access::kReplace};
   const Pager::Pins pins = pager_->pin({&touch, 1});
   std::memcpy(pins.data(0), real_.data(), bytes_);
 }
@@ -405,7 +438,7 @@ void PagedStorage::begin() noexcept {
 
 void PagedStorage::end() {
   c10::DataPtr memory = c10::GetCPUAllocator()->allocate(bytes_);
-  const Pager::Touch touch{unit_, Access::kRead};
+  const Pager::Touch touch{*unit_, Access::kRead};
   Pager::Pins pins = pager_->hold({&touch, 1});
   std::memcpy(memory.mutable_get(), pins.data(0), bytes_);
   begun_ = false;

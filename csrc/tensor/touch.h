@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,11 @@ class PagedStorage {
   /// changes yet. Errors: Pager::add()'s.
   PagedStorage(std::shared_ptr<Pager> pager, std::string name,
                std::vector<at::Tensor> tensors);
+  /// The same, for tensors on the meta device, and with the bytes of a file.
+  /// From the start the pager has them. The tensors get storage() before
+  /// begin().
+  PagedStorage(std::shared_ptr<Pager> pager, std::string name,
+               std::vector<at::Tensor> tensors, FileRange range);
   PagedStorage(const PagedStorage&) = delete;
   PagedStorage& operator=(const PagedStorage&) = delete;
   /// Errors are dropped. It has been taken out.
@@ -43,7 +49,7 @@ class PagedStorage {
 
   const std::string& name() const { return name_; }
   Pager& pager() const { return *pager_; }
-  Pager::Unit unit() const { return unit_; }
+  Pager::Unit unit() const { return *unit_; }
   std::uint64_t bytes() const { return bytes_; }
   const c10::Storage& storage() const { return real_; }
   const c10::Storage& stand_in() const { return stand_in_; }
@@ -56,6 +62,9 @@ class PagedStorage {
 
  private:
   struct Views;
+  PagedStorage(std::shared_ptr<Pager> pager, std::string name,
+               std::vector<at::Tensor> tensors, c10::Storage real);
+  Pager::OnPinned on_pinned();
   void show(std::byte* data) noexcept;
 
   const std::shared_ptr<Pager> pager_;
@@ -65,7 +74,7 @@ class PagedStorage {
   const c10::Storage stand_in_;
   const std::uint64_t bytes_;
   const std::unique_ptr<Views> views_;
-  Pager::Unit unit_ = 0;
+  std::optional<Pager::Unit> unit_;  ///< None if making it has failed.
   bool begun_ = false;
 };
 
@@ -92,6 +101,10 @@ class TouchedStorages {
 
 /// Whether operators notice the tensor.
 bool is_touched(const at::Tensor& tensor) noexcept;
+
+/// As set_data(), between the meta device and the CPU too. The tensor stays the
+/// same object.
+void set_data_of(const at::Tensor& tensor, const at::Tensor& data);
 
 /// Whether there are only so many references to a storage, beside that of its
 /// Python object, which stays once somebody has asked for it. Threads: any.

@@ -85,7 +85,6 @@ def test_a_directory_that_is_not_there_leaves_the_model(model, tmp_path):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda m: m.to("meta"), "'0.weight': meta tensors"),
         (
             lambda m: m.append(nn.Embedding.from_pretrained(torch.eye(300).to_sparse())),
             "Sparse",

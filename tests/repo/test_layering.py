@@ -22,6 +22,7 @@ ALLOWED = {
         "csrc/optim/adamw_commit.cpp",
         "csrc/optim/commit_document.cpp",
         "csrc/swap/safetensors.cpp",
+        "csrc/swap/safetensors_checkpoint.cpp",
     ],
     r"(dlfcn\.h$|cuda|driver_types)": ["csrc/device/"],
     r"xxhash": ["csrc/base/"],

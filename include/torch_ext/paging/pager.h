@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "torch_ext/io/file.h"
+#include "torch_ext/io/io_queue.h"
 #include "torch_ext/store/store.h"
 
 namespace torch_ext {
@@ -20,12 +22,21 @@ enum class Access {
   kReplace,  ///< Overwrites all of them, so they need not be read first.
 };
 
+/// Bytes of a file that is only read. Nobody may write to it.
+struct FileRange {
+  std::shared_ptr<const File> file = nullptr;
+  std::uint64_t offset = 0;
+  std::uint64_t bytes = 0;  ///< > 0
+};
+
 /// How to make a Pager.
 struct PagerOptions {
   std::shared_ptr<Store> store = nullptr;
   /// Bytes of host memory for all units that are not on the drive alone. It is
   /// rounded down to whole pages, and is a limit: the pager takes no byte more.
   std::uint64_t memory = 0;
+  /// Reads the files that units are ranges of. It may be null without any.
+  std::shared_ptr<IoQueue> files = nullptr;
   /// Called on a thread that waits in pin() or flush(), without a lock: ten
   /// times a second, and whenever something ends. What it throws leaves that
   /// call. It may be empty.
@@ -89,7 +100,8 @@ class Pager {
 
     /// Ends it early. Does nothing at a second call.
     void release() noexcept;
-    /// Where the bytes of touch number `i` are, at a multiple of 4096.
+    /// Where the bytes of touch number `i` are: at a multiple of 4096, or of 64
+    /// for a unit with the bytes of a file.
     std::byte* data(std::size_t i) const;
     /// What should have replaced the bytes has failed. Units that were taken
     /// for it without being read, and that nobody else has pinned since, have
@@ -115,6 +127,13 @@ class Pager {
   /// is zeros until they are written. `name` is for messages. Errors: IoError
   /// (ENOSPC and others); std::invalid_argument if it is larger than memory.
   Unit add(std::uint64_t bytes, std::string name, OnPinned on_pinned = {});
+
+  /// A new unit with the bytes of a file. They are read there until the unit
+  /// has changed. Only then it has space on the drive, and a drive without room
+  /// is an error of writing. After a read with an error, or if the file has
+  /// changed, its pin is an EIO. Errors: IoError; std::invalid_argument if the
+  /// file ends before, or the unit is larger than memory.
+  Unit add(FileRange range, std::string name, OnPinned on_pinned = {});
 
   /// Forgets a unit that is not pinned. Its space is free again. Waits for its
   /// transfers.

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <filesystem>
 #include <functional>
 #include <memory>
 #include <string>
@@ -18,6 +19,10 @@ struct ModelOffloadOptions {
   StoreOptions store = {};
   /// Bytes of host memory for all offloaded parameters together.
   std::uint64_t host_memory = 0;
+  /// Where tensors on the meta device have their bytes: a safetensors file, an
+  /// index or a directory, see SafetensorsCheckpoint. They are read there, and
+  /// nobody may write to the files. Empty: no tensor is on that device.
+  std::filesystem::path checkpoint = {};
   /// As in PagerOptions.
   std::function<void()> while_waiting = {};
 };
@@ -26,6 +31,11 @@ struct ModelOffloadOptions {
 struct NamedTensor {
   std::string name;
   at::Tensor tensor;
+  /// Other names that it may have in a checkpoint.
+  std::vector<std::string> aliases = {};
+  /// Whether it is a parameter. Others stay in memory. They are loaded if they
+  /// are on the meta device.
+  bool is_parameter = true;
 };
 
 /// What became of a storage of the parameters.
@@ -56,11 +66,12 @@ enum class ModelPass {
 /// Threads: any; two threads may use one model.
 class ModelOffload {
  public:
-  /// Offloads the tensors in place. They are dense, strided and on the CPU.
-  /// Nothing has changed after an error. Errors: std::invalid_argument (a
-  /// budget that is too small, with the number that would do), TypeError (a
-  /// tensor of another kind), StateError (a tensor is offloaded already),
-  /// IoError.
+  /// Offloads the tensors in place. They are dense, strided and on the CPU, or
+  /// on the meta device. Those come to the CPU, with a checkpoint's bytes.
+  /// Nothing has changed after an error. Errors: std::invalid_argument for a
+  /// budget that is too small, with the number that would do. The same for a
+  /// checkpoint that does not fit the model, with names. TypeError (a tensor of
+  /// another kind), StateError (a tensor is offloaded already), IoError.
   ModelOffload(std::vector<NamedTensor> parameters,
                ModelOffloadOptions options);
   ModelOffload(const ModelOffload&) = delete;
