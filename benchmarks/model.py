@@ -4,6 +4,10 @@ The model is blocks of LayerNorm, Linear, GELU and Linear in fp32, with a fifth 
 host memory. Each round times a forward pass of each number of rows, and a training step that
 updates in a hook, of both. Then fio reads as many bytes as the passes read, in requests of the
 same size, and moves as many in both directions as the step did.
+
+Two more models are read from a checkpoint where it lies, for a forward pass of one row. One is
+by torch_ext.save(), whose tensors begin at multiples of 64. In the other, by the safetensors
+library, they do not, so their bytes have to move. A handle reads the file to a locked tensor.
 """
 
 from __future__ import annotations
@@ -16,12 +20,15 @@ from pathlib import Path
 import common
 import torch
 from common import AIO, GIB, Json
+from safetensors.torch import save_file
 from torch import nn
 
 import torch_ext
 
 ROWS = (1, 64, 256)
 ROWS_OF_A_STEP = 128
+FILES = ("aligned file", "other file")
+BYTES = torch.empty(0, dtype=torch.uint8)
 
 
 class Block(nn.Module):
@@ -42,7 +49,7 @@ def main() -> None:
     machine = common.machine(options.directory)
     with common.work_folder(options.directory) as folder:
         samples = measure(options, folder)
-    tables = [tabulate(samples)]
+    tables = [tabulate(samples), tabulate_files(samples)]
     common.publish(
         "model", options, {"machine": machine, "measurements": samples, "tables": tables}
     )
@@ -68,6 +75,13 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Json]:
     offload = torch_ext.offload(
         model, folder, host_memory=size // 5, aio=AIO, engine=options.engine
     )
+    from_file = {name: from_checkpoint(options, folder, name) for name in FILES}
+    handle = torch_ext.aio_handle(
+        block_size=AIO["block_size"],
+        queue_depth=AIO["queue_depth"],
+        intra_op_parallelism=AIO["thread_count"],
+    )
+    locked = handle.new_cpu_locked_tensor(size // AIO["block_size"] * AIO["block_size"], BYTES)
     inputs = {rows: torch.randn(rows, options.width) for rows in (*ROWS, ROWS_OF_A_STEP)}
 
     def forward(of: nn.Module, rows: int) -> torch.Tensor:
@@ -87,6 +101,13 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Json]:
             sample[f"forward {rows}"] = {"memory": seconds} | moved(
                 offload, lambda rows=rows: forward(model, rows)
             )
+        for name, (model_of_file, offload_of_file) in from_file.items():
+            sample[name] = {"memory": sample["forward 1"]["memory"]} | moved(
+                offload_of_file, lambda of=model_of_file: forward(of, 1)
+            )
+            handle.sync_pread(locked, path_of(folder, name))  # Opens it.
+            read = seconds_of(lambda of=name: handle.sync_pread(locked, path_of(folder, of)))
+            sample[name]["handle"] = locked.nbytes / GIB / read
         sample["step"] = {"memory": seconds_of(lambda: step(in_memory))}
         sample["step"] |= moved(offload, lambda: step(model))
         if common.have_fio():
@@ -95,12 +116,43 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Json]:
             for kind in ("write", "read", "rw"):
                 sample[f"fio {kind}"] = common.fio(kind, file, total, block).gib_per_second
         same = all(map(torch.equal, in_memory.parameters(), model.parameters()))
+        first = make(options)
+        first = forward(first, 1)
+        same &= all(torch.equal(forward(of, 1), first) for of, _ in from_file.values())
         sample["same bits"] = bool(same)
         if round_ > 0:  # The first one finds the order of touches.
             samples.append(sample)
     sample = samples[-1]
     sample["host bytes peak"] = offload.stats()["host_bytes_peak"]
     return samples
+
+
+def from_checkpoint(
+    options: argparse.Namespace, folder: Path, name: str
+) -> tuple[nn.Module, torch_ext.ModelOffload]:
+    """A model, with a fifth of it in memory, whose parameters are read from a file."""
+    path = path_of(folder, name)
+    state = make(options).state_dict()
+    if name == "aligned file":
+        torch_ext.save(state, path)
+    else:
+        save_file(state, path)
+    with torch.device("meta"):
+        model = make(options)
+    size = sum(p.nbytes for p in model.parameters())
+    offload = torch_ext.offload(
+        model,
+        folder,
+        host_memory=size // 5,
+        checkpoint=path,
+        aio=AIO,
+        engine=options.engine,
+    )
+    return model, offload
+
+
+def path_of(folder: Path, name: str) -> str:
+    return str(folder / f"{name}.safetensors")
 
 
 def moved(offload: torch_ext.ModelOffload, action: Callable[[], object]) -> Json:
@@ -123,7 +175,7 @@ def seconds_of(action: Callable[[], object]) -> float:
 
 def tabulate(samples: list[Json]) -> Json:
     rows = []
-    for name in (*(f"forward {rows}" for rows in ROWS), "step"):
+    for name in (*(f"forward {rows}" for rows in ROWS), *FILES, "step"):
         found = [s[name] | {"of": s} for s in samples]
         kind = "fio rw" if name == "step" else "fio read"
 
@@ -152,6 +204,21 @@ def tabulate(samples: list[Json]) -> Json:
         ["rows", "in memory, s", "offloaded, s", "offloaded / in memory"]
         + ["offloaded / the longer of memory and its bytes at fio's rate"]
         + ["read, of the model", "written, of the model", "waited, s"],
+        rows,
+    )
+
+
+def tabulate_files(samples: list[Json]) -> Json:
+    rows = []
+    for name in FILES:
+        found = [s[name] for s in samples]
+        rates = [s["read"] / GIB / s["offloaded"] for s in found]
+        handle = [s["handle"] for s in found]
+        ratios = [rate / other for rate, other in zip(rates, handle, strict=True)]
+        rows.append([name, *map(common.cell, (rates, handle, ratios))])
+    return common.table(
+        "A pass of one row, from a checkpoint",
+        ["file", "pass, GiB/s", "aio_handle, GiB/s", "pass / aio_handle"],
         rows,
     )
 

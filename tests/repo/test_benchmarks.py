@@ -180,7 +180,15 @@ def test_model_sets_its_time_beside_memory_and_the_drive(bench, disk, fake_fio):
     fake_fio(FIO)
     result = bench("model")
     rows = cells(result)
-    assert set(rows) == {"forward 1", "forward 64", "forward 256", "step"}
+    files = {"aligned file", "other file"}
+    assert set(rows) == {"forward 1", "forward 64", "forward 256", "step"} | files
+    assert all(float(rows[name][5]) == 0 < float(rows[name][4]) for name in files)
+    for name, (rate, handle, ratio) in cells(result, table=1).items():
+        found = result["measurements"][0][name]
+        seconds = found["read"] / 2**30 / found["offloaded"]
+        assert float(rate) == pytest.approx(seconds, abs=0.01)
+        assert float(handle) == pytest.approx(found["handle"], abs=0.01)
+        assert float(ratio) == pytest.approx(seconds / found["handle"], abs=0.01)
     (sample,) = result["measurements"]
     assert "the same bits" in result["tables"][0]["title"]
     assert sample["host bytes peak"] <= sample["bytes"] / 5
