@@ -85,9 +85,8 @@ void raise_as_python() {
 }
 
 /// Name, tensor, aliases, and whether it is a parameter.
-using NamedParameters =
-    std::vector<std::tuple<std::string, at::Tensor, std::vector<std::string>,
-                           bool>>;
+using NamedParameters = std::vector<
+    std::tuple<std::string, at::Tensor, std::vector<std::string>, bool>>;
 using OwnedModelOffload = std::unique_ptr<ModelOffload, DeleteWithoutGil>;
 
 OwnedModelOffload make_model_offload(const NamedParameters& parameters,
@@ -144,8 +143,8 @@ void bind_model(py::module_& m) {
            release_gil())
       .def(
           "gathered",
-          [](ModelOffload& offload, std::vector<at::Tensor> tensors,
-             bool write, ModelPass pass) {
+          [](ModelOffload& offload, std::vector<at::Tensor> tensors, bool write,
+             ModelPass pass) {
             return std::make_unique<GatheredTensors>(
                 offload, std::move(tensors), write, pass);
           },

@@ -89,13 +89,13 @@ Pager::Unit Pager::Impl::add(FileRange range, std::string name,
   auto unit = std::make_unique<Paged>();
   unit->name = std::move(name);
   unit->bytes = range.bytes;
-  unit->source = std::make_unique<FileSource>(
-      std::move(range), options_.files, store_.verifies());
+  unit->source = std::make_unique<FileSource>(std::move(range), options_.files,
+                                              store_.verifies());
   unit->skew = unit->source->skew();
-  unit->room = align_up(std::max(unit->source->room(),
-                                 align_up(unit->skew + unit->bytes,
-                                          store_.granule())),
-                        page_size());
+  unit->room =
+      align_up(std::max(unit->source->room(),
+                        align_up(unit->skew + unit->bytes, store_.granule())),
+               page_size());
   unit->on_drive = true;
   unit->on_pinned = std::move(on_pinned);
   return add(std::move(unit));

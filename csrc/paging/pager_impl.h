@@ -43,8 +43,7 @@ class Pager::Impl {
   Unit add(std::uint64_t bytes, std::string name, OnPinned on_pinned);
   Unit add(FileRange range, std::string name, OnPinned on_pinned);
   void remove(Unit unit);
-  void pin(Pins& pins, std::span<const Touch> touches, bool held,
-           bool planned);
+  void pin(Pins& pins, std::span<const Touch> touches, bool held, bool planned);
   void unpin(const Pins& pins) noexcept;
   void undo_replaced(Pins& pins) noexcept;
   void begin_round();

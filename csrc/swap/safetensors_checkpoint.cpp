@@ -57,8 +57,9 @@ std::map<std::string, std::set<std::string>> names_by_file(
   const bool has_map = index.is_object() && index.contains("weight_map") &&
                        index["weight_map"].is_object();
   if (!has_map) {
-    refuse(path, "it is no index of safetensors files: an object \"weight_map\" "
-                 "says in which file a tensor is");
+    refuse(path,
+           "it is no index of safetensors files: an object \"weight_map\" "
+           "says in which file a tensor is");
   }
   std::map<std::string, std::set<std::string>> names;
   for (const auto& [name, value] : index["weight_map"].items()) {
@@ -66,8 +67,10 @@ std::map<std::string, std::set<std::string>> names_by_file(
         value.is_string() ? value.get<std::string>() : std::string();
     if (where.empty() || where != fs::path(where).filename() ||
         where.find('\0') != std::string::npos) {
-      refuse(path, "\"weight_map\" must name files in the index's directory, "
-                   "but does not for '" + name.substr(0, 200) + "'");
+      refuse(path,
+             "\"weight_map\" must name files in the index's directory, "
+             "but does not for '" +
+                 name.substr(0, 200) + "'");
     }
     names[where].insert(name);
   }

@@ -10,8 +10,8 @@
 #include <stdexcept>
 
 #include "file_dtypes.h"
-#include "touch.h"
 #include "torch_ext/base/error.h"
+#include "touch.h"
 
 namespace torch_ext {
 namespace {
@@ -117,14 +117,13 @@ std::vector<MetaSource> find_meta_sources(
         "; name the safetensors files that have them: checkpoint=");
   }
   if (!missing.empty()) {
-    throw std::invalid_argument(checkpoint->path() + ": the checkpoint has no " +
-                                text_of(missing));
+    throw std::invalid_argument(checkpoint->path() +
+                                ": the checkpoint has no " + text_of(missing));
   }
   if (!different.empty()) {
     throw std::invalid_argument(
-        checkpoint->path() +
-        ": dtype or shape of the model differ: " + text_of(different) +
-        "; make the model with those of the checkpoint");
+        checkpoint->path() + ": dtype or shape of the model differ: " +
+        text_of(different) + "; make the model with those of the checkpoint");
   }
   if (checkpoint != nullptr && !any) {
     throw std::invalid_argument(
@@ -143,8 +142,8 @@ c10::Storage make_empty_storage(std::uint64_t bytes) {
 
 c10::Storage load_storage(const SafetensorsCheckpoint::Tensor& source) {
   c10::Storage storage(c10::make_intrusive<c10::StorageImpl>(
-      c10::StorageImpl::use_byte_size_t(), source.bytes,
-      c10::GetCPUAllocator(), /*resizable=*/true));
+      c10::StorageImpl::use_byte_size_t(), source.bytes, c10::GetCPUAllocator(),
+      /*resizable=*/true));
   auto* const data = static_cast<char*>(storage.mutable_data());
   const File& file = *source.file;
   std::uint64_t done = 0;

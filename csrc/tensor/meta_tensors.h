@@ -16,9 +16,9 @@ namespace torch_ext {
 using MetaSource = const SafetensorsCheckpoint::Tensor*;
 
 /// Finds the bytes of the tensors that are on the meta device. `checkpoint` may
-/// be null. Errors: std::invalid_argument if some are not in it, or have another
-/// dtype or shape there; the text has their names. The same if there is one and
-/// no tensor is on that device. TypeError for a tensor of another kind.
+/// be null. Errors: std::invalid_argument if some are not in it, or have
+/// another dtype or shape there; the text has their names. The same if there is
+/// one and no tensor is on that device. TypeError for a tensor of another kind.
 std::vector<MetaSource> find_meta_sources(
     const std::vector<NamedTensor>& tensors,
     const SafetensorsCheckpoint* checkpoint);

@@ -33,9 +33,7 @@ struct Group {
   std::string stays = {};
   MetaSource source = nullptr;  ///< Has its bytes, if they are not in memory.
 
-  std::uint64_t bytes() const {
-    return tensors.front().storage().nbytes();
-  }
+  std::uint64_t bytes() const { return tensors.front().storage().nbytes(); }
 };
 
 void check(const NamedTensor& parameter) {
@@ -214,10 +212,9 @@ ModelOffload::Gathered ModelOffload::gathered(
   for (const at::Tensor& tensor : tensors) {
     const auto storage = TouchedStorages::instance().find(tensor);
     if (storage == nullptr || &storage->pager() != impl_->pager.get()) continue;
-    touches.push_back(
-        {.unit = storage->unit(),
-         .access = write ? Access::kWrite : Access::kRead,
-         .forward = pass == ModelPass::kForward});
+    touches.push_back({.unit = storage->unit(),
+                       .access = write ? Access::kWrite : Access::kRead,
+                       .forward = pass == ModelPass::kForward});
   }
   Gathered gathered;
   if (!touches.empty()) {

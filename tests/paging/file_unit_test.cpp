@@ -43,16 +43,15 @@ class FileUnitTest : public testing::Test {
     StoreOptions options{.directory = dir_.path(), .aio = aio};
     store_ = std::make_shared<Store>(options);
     file_ = std::make_shared<File>(File::open(path_, File::Mode::kRead));
-    pager_.emplace(PagerOptions{
-        .store = store_,
-        .memory = memory,
-        .files = make_queue(aio, "auto", file_->direct()).queue});
+    pager_.emplace(
+        PagerOptions{.store = store_,
+                     .memory = memory,
+                     .files = make_queue(aio, "auto", file_->direct()).queue});
   }
 
   Pager::Unit add(std::uint64_t offset, std::uint64_t bytes) {
-    return pager_->add(
-        {.file = file_, .offset = offset, .bytes = bytes},
-        "range " + std::to_string(offset));
+    return pager_->add({.file = file_, .offset = offset, .bytes = bytes},
+                       "range " + std::to_string(offset));
   }
 
   Pager::Pins pin(Pager::Unit unit, Access access = Access::kRead) {
@@ -114,8 +113,8 @@ TEST_F(FileUnitTest, AnyRangeIsReadToAMultipleOf64) {
   make(16 * kMiB);
   for (const std::uint64_t offset : {0, 8, 56, 63, 64, 4088, 4096, 5001}) {
     for (const std::uint64_t bytes :
-         {std::uint64_t{1}, std::uint64_t{100}, std::uint64_t{4096},
-          kMiB - 8, kMiB, kMiB + 1, 3 * kMiB + 8, content_.size() - offset}) {
+         {std::uint64_t{1}, std::uint64_t{100}, std::uint64_t{4096}, kMiB - 8,
+          kMiB, kMiB + 1, 3 * kMiB + 8, content_.size() - offset}) {
       EXPECT_TRUE(has(add(offset, bytes), offset)) << offset << " " << bytes;
     }
   }
@@ -134,7 +133,8 @@ TEST_F(FileUnitTest, TheEndOfAFileIsRead) {
 TEST_F(FileUnitTest, UnitsAreReadAgainAsOftenAsTheyAreEvicted) {
   make(2 * kMiB);
   std::vector<Pager::Unit> units;
-  for (std::uint64_t i = 0; i < 8; ++i) units.push_back(add(i * kMiB + 8, kMiB));
+  for (std::uint64_t i = 0; i < 8; ++i)
+    units.push_back(add(i * kMiB + 8, kMiB));
   for (int round = 0; round < 5; ++round) {
     pager_->begin_round();
     for (std::uint64_t i = 0; i < 8; ++i) {
