@@ -111,7 +111,8 @@ class FileUnitTest : public testing::Test {
 
 TEST_F(FileUnitTest, AnyRangeIsReadToAMultipleOf64) {
   make(16 * kMiB);
-  for (const std::uint64_t offset : {0, 8, 56, 63, 64, 4088, 4096, 5001}) {
+  for (const std::uint64_t offset :
+       {0u, 8u, 56u, 63u, 64u, 4088u, 4096u, 5001u}) {
     for (const std::uint64_t bytes :
          {std::uint64_t{1}, std::uint64_t{100}, std::uint64_t{4096}, kMiB - 8,
           kMiB, kMiB + 1, 3 * kMiB + 8, content_.size() - offset}) {
@@ -124,7 +125,7 @@ TEST_F(FileUnitTest, AnyRangeIsReadToAMultipleOf64) {
 
 TEST_F(FileUnitTest, TheEndOfAFileIsRead) {
   make(4 * kMiB);
-  for (const std::uint64_t bytes : {1, 64, 777, 4097}) {
+  for (const std::uint64_t bytes : {1u, 64u, 777u, 4097u}) {
     const std::uint64_t offset = content_.size() - bytes;
     EXPECT_TRUE(has(add(offset, bytes), offset)) << bytes;
   }
