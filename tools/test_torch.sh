@@ -53,7 +53,8 @@ cd "$copy"
 if [ -n "$bits" ]; then
   tools/setup.sh package
   tests=(tests/python/test_optim.py tests/python/test_optim_formats.py
-    tests/python/test_generic.py tests/python/test_swap.py tests/python/test_model_bits.py)
+    tests/python/test_generic.py tests/python/test_swap.py tests/python/test_model_bits.py
+    tests/python/test_model_hold.py tests/python/test_model_checkpoint.py)
 else
   tools/setup.sh tests
   tests=(tests/python tests/io)
